@@ -1,0 +1,127 @@
+"""Pictures for people: grids of images and curves, as PNG, written to a temporary name and then renamed."""
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from igpt_fast.errors import InputError
+
+SEEN = 128  # pixels a side to which an image of a grid is enlarged: a 32×32 image is a stamp otherwise
+WIDEST = 2048  # pixels: a grid is enlarged no further than this
+COLOURS = ("#2f6fde", "#d9541e", "#2e9e5b", "#8a4fc7", "#b8860b", "#555555")
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes `data` so that `path` holds either all of it or what it held before, whatever happens meanwhile.
+
+    Makes the folder when it is missing. Raises OSError, leaving nothing behind, when the disk is full or read-only.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:
+    """Puts images side by side on white, each pixel enlarged to scale×scale (nearest neighbour: pixels stay pixels).
+
+    images: uint8 [N, H, W, 3], numpy or a CPU tensor. columns: about square when None. scale: when None, so that an
+    image is about 128 pixels a side. Returns uint8 [H', W', 3]. Raises InputError when the images are not of that form.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not images.size:
+        form = f"{images.dtype} {list(images.shape)}"
+        raise InputError(f"a grid is made of images as uint8 [N, H, W, 3] with N ≥ 1, not {form}; decode tokens first")
+    count, height, width = images.shape[:3]
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    if scale is None:
+        scale = max(1, min(SEEN // max(height, width), WIDEST // (columns * width)))
+    if columns < 1 or scale < 1:
+        raise InputError(f"a grid needs at least one column and a scale of at least 1, not {columns} and {scale}")
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    rows, gap = math.ceil(count / columns), max(2, scale // 2)
+    high, wide = height * scale, width * scale
+    canvas = np.full((rows * (high + gap) + gap, columns * (wide + gap) + gap, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = gap + index // columns * (high + gap), gap + index % columns * (wide + gap)
+        canvas[top : top + high, left : left + wide] = image
+    return canvas
+
+
+def to_png_bytes(image: np.ndarray) -> bytes:
+    """One image, uint8 [H, W, 3], as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None, scale: int | None = None) -> None:
+    """Writes `grid(images, columns, scale)` as a PNG. images: uint8 [N, H, W, 3]. Raises InputError, OSError."""
+    write_atomically(path, to_png_bytes(grid(images, columns, scale)))
+
+
+def curve_png_bytes(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    levels: Mapping[str, float] | None = None,
+    markers: bool = False,
+) -> bytes:
+    """Curves by name, each (x values, y values), as the bytes of a PNG.
+
+    x_label, y_label: with units, such as "loss (nats per pixel)". levels: horizontal grey dashed lines by name (chance,
+    a baseline). markers: a dot on every point, for few points. A curve without points is left out; points that are not
+    finite are gaps. Raises InputError when a curve's x and y differ in number.
+    """
+    figure = Figure(figsize=(8.0, 5.0), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for colour, (name, (x, y)) in zip(_colours(len(curves)), curves.items(), strict=True):
+        if len(x) != len(y):
+            raise InputError(f"curve {name!r} has {len(x)} x values and {len(y)} y values; give as many of each")
+        if len(x):
+            dots = markers or len(x) < 3  # a line through one point cannot be seen
+            axes.plot(x, y, color=colour, label=name, linewidth=1.6, marker="o" if dots else None, markersize=4)
+    for style, (name, level) in enumerate((levels or {}).items()):
+        axes.axhline(level, color="#888888", linestyle=("--", ":", "-.")[style % 3], linewidth=1.2, label=name)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
+
+
+def save_curve(
+    path: str | Path,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    levels: Mapping[str, float] | None = None,
+    markers: bool = False,
+) -> None:
+    """Writes `curve_png_bytes(…)` to `path`. Raises InputError, OSError."""
+    write_atomically(path, curve_png_bytes(curves, x_label, y_label, title, levels, markers))
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[index % len(COLOURS)] for index in range(count)]

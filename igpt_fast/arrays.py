@@ -1,0 +1,84 @@
+"""Images that lie in a .npy or .npz file: where each row's bytes are, and the labels beside them. No pixel is read."""
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from igpt_fast.errors import InputError
+
+IMAGE_KEYS, LABEL_KEYS = ("images", "x", "data"), ("labels", "y")
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """count images of uint8 [*row] each, one behind the other from byte `offset` of the file or its `member`."""
+
+    count: int
+    row: tuple[int, ...]
+    offset: int
+    member: str = ""
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
+
+
+def npy_layout(path: Path) -> ArrayLayout:
+    """The layout of a .npy file. Raises InputError when it does not hold images, ValueError when it is no .npy."""
+    with open(path, "rb") as stream:
+        return _layout(stream, os.path.getsize(path), str(path))
+
+
+def npz_layout(path: Path) -> ArrayLayout:
+    """The layout of the images in an .npz file, with its labels. Raises as npy_layout does, and zipfile.BadZipFile."""
+    with zipfile.ZipFile(path) as archive:
+        members = {n.removesuffix(".npy").lower(): n for n in archive.namelist() if n.endswith(".npy")}
+        keys = {kind: next((k for k in wanted if k in members), None) for kind, wanted in _KEYS.items()}
+        if keys["images"] is None:
+            has = ", ".join(sorted(members)) or "none"
+            raise InputError(f"{path}: no images among its arrays ({has}); name the array {' or '.join(IMAGE_KEYS)}")
+        member = members[keys["images"]]
+        with archive.open(member) as stream:
+            layout = _layout(stream, archive.getinfo(member).file_size, f"{path}: {member}")
+        labels, classes = None, None
+        if keys["labels"] is not None:
+            with archive.open(members[keys["labels"]]) as stream:
+                labels, classes = _labels(np.lib.format.read_array(stream, allow_pickle=False), layout.count, path)
+    return ArrayLayout(layout.count, layout.row, layout.offset, member, labels, classes)
+
+
+_KEYS = {"images": IMAGE_KEYS, "labels": LABEL_KEYS}
+
+
+def _layout(stream: BinaryIO, length: int, where: str) -> ArrayLayout:
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(stream)
+    form = f"{dtype} {list(shape)}"
+    if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 2, 3, 4)):
+        raise InputError(f"{where}: holds {form}; give uint8 [N, H, W, 3] or, for grayscale, [N, H, W]")
+    if len(shape) == 3 and shape[2] in (3, 4):
+        raise InputError(f"{where}: {form} looks like one image; give [1, H, W, {shape[2]}]")
+    if fortran:
+        raise InputError(f"{where}: is in Fortran order; save numpy.ascontiguousarray of it")
+    if not np.prod(shape):
+        raise InputError(f"{where}: {form} holds no pixel; give at least one image")
+    offset = stream.tell()
+    if offset + int(np.prod(shape, dtype=np.int64)) > length:
+        raise InputError(f"{where}: cut short: {form} needs more than its {length} bytes; make or copy it again")
+    return ArrayLayout(shape[0], shape[1:], offset)
+
+
+def _labels(values: np.ndarray, count: int, path: Path) -> tuple[np.ndarray, list[str]]:
+    """Integers (negative: unknown) or strings to labels int64 [N] and the sorted classes that they index."""
+    if values.size != count or values.dtype.kind not in "iuUS":
+        form = f"{values.dtype} {list(values.shape)}"
+        raise InputError(f"{path}: labels are {form}; give one integer or string for each of the {count} images")
+    values = values.reshape(-1)
+    unknown = values < 0 if values.dtype.kind == "i" else np.zeros(count, bool)
+    known, labels = np.unique(values[~unknown], return_inverse=True)
+    result = np.full(count, -1, np.int64)
+    result[~unknown] = labels.reshape(-1)
+    return result, [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in known]

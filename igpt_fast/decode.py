@@ -1,0 +1,210 @@
+"""Many images to pixels of one size: in this process, or in worker processes that read and decode in parallel.
+
+A worker is a plain child process that speaks over its pipes: it needs no guard in the caller's script, ends with its
+parent however that ends, and has one job at a time, so memory does not grow with the number of images. Results come in
+the order of the jobs: what is yielded does not depend on the number of workers.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from igpt_fast.errors import InputError
+from igpt_fast.images import RESIZES, parse_background, read_image, resize_image
+from igpt_fast.sources import Reader, Source, fetch
+
+CHUNK = 64  # images a job: seconds of work for large photos, and at 32×32 a result of 196 kB
+FEW = 500  # images: below, starting workers takes longer than they save
+MOST_WORKERS = 32  # beyond, the pipes and not the decoders are the limit
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a worker has to know: where the bytes are, and what to make of them."""
+
+    reader: Reader
+    size: tuple[int, int]
+    resize: str
+    background: str
+
+    def __call__(self, items: list[tuple[str, object]]) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        """items: (name for errors, what Reader.fetch takes, or what it gave or raised) for each image.
+
+        Returns uint8 [n, H, W, 3] of those that could be decoded, and (place in items, message) of the others.
+        """
+        pixels, failures = [], []
+        for place, (where, item) in enumerate(items):
+            try:
+                if isinstance(item, InputError):
+                    raise item
+                data = item if isinstance(item, (bytes, np.ndarray)) else fetch(self.reader, item, where)
+                pixels.append(resize_image(read_image(data, where, self.background), self.size, self.resize, where))
+            except InputError as error:
+                failures.append((place, str(error)))
+        return np.array(pixels, np.uint8).reshape(-1, *self.size, 3), failures
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A part of a source: indices int64 [n] with their pixels uint8 [n, H, W, 3], and (index, message) of the rest."""
+
+    indices: np.ndarray
+    pixels: np.ndarray
+    failures: list[tuple[int, str]]
+
+    @property
+    def seen(self) -> int:
+        """Images gone through, decoded or not."""
+        return len(self.indices) + len(self.failures)
+
+
+def default_workers(images: int) -> int:
+    """Processes for this many images when nobody says: one a core that this process may use, none for few images."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if images < FEW else min(cores, MOST_WORKERS)
+
+
+def check_options(size: tuple[int, int], resize: str, background: str, on_error: str) -> None:
+    """Raises InputError when an option of `decode` is impossible, before any work is done."""
+    if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in size):
+        raise InputError(f"size {size!r} is not a size; give (height, width) in pixels, each at least 1")
+    if resize not in RESIZES:
+        raise InputError(f"resize {resize!r} is not known; give one of {', '.join(RESIZES)}")
+    if on_error not in ("raise", "skip"):
+        raise InputError(f"on_error {on_error!r} is not known; give raise or skip")
+    parse_background(background)
+
+
+def decode(
+    source: Source,
+    size: tuple[int, int] = (32, 32),
+    resize: str = "paper",
+    background: str = "white",
+    on_error: str = "raise",
+    workers: int | None = None,
+    indices: np.ndarray | None = None,
+) -> Iterator[Decoded]:
+    """Decodes and resizes a source's images part by part; memory holds at most 64 of them a worker.
+
+    size: (height, width). resize: "paper", "hf" or "none", see igpt_fast.images.resize_image. background: behind
+    transparent pixels. on_error: "raise" raises InputError for the first corrupt image, "skip" reports it in
+    `failures`. workers: processes, 0 for none, None for one a core. indices: which images, all when None. They come in
+    the order in which the source reads fast: that of names, but for compressed tars and .npz that of the file.
+    """
+    check_options(size, resize, background, on_error)
+    wanted = np.arange(len(source)) if indices is None else np.unique(indices)
+    order = source.reading_order()
+    order = order[np.isin(order, wanted)]
+    chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
+    workers = default_workers(len(order)) if workers is None else workers
+    decoder = Decoder(source.reader, tuple(size), resize, background)
+    jobs = ([_item(source, int(index)) for index in chunk] for chunk in chunks)
+    try:
+        results = _in_workers(decoder, jobs, min(workers, len(chunks))) if workers else map(decoder, jobs)
+        for chunk, (pixels, failures) in zip(chunks, results, strict=True):
+            if failures and on_error == "raise":
+                raise InputError(failures[0][1])
+            good = np.delete(chunk, [place for place, _ in failures])
+            yield Decoded(good, pixels, [(int(chunk[place]), message) for place, message in failures])
+    finally:
+        source.reader.close()
+
+
+def _item(source: Source, index: int) -> tuple[str, object]:
+    """What a worker gets for an image: where it lies, or its bytes when only one process can read them in order."""
+    where, ref = source.where(index), source.refs[index]
+    if not source.sequential:
+        return where, ref
+    try:
+        return where, fetch(source.reader, ref, where)
+    except InputError as error:
+        return where, error
+
+
+def _in_workers(decoder: Decoder, jobs: Iterator[list], count: int) -> Iterator[tuple]:
+    """decoder(job) for every job, in order: job k goes to worker k mod count, once that has delivered its last."""
+    workers: list[_Worker] = []
+    try:
+        for _ in range(count):
+            workers.append(_Worker(decoder))
+        busy = [worker for worker, job in zip(workers, jobs, strict=False) if worker.send(job)]
+        while busy:
+            worker = busy.pop(0)
+            result = worker.receive()
+            job = next(jobs, None)
+            if job is not None and worker.send(job):
+                busy.append(worker)
+            yield result
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """A child process that decodes."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        # The package's own __init__ would bring torch: seconds and hundreds of megabytes that no decoder needs. A bare
+        # module of its name, knowing only its folder, stands in for it.
+        code = (
+            "import sys; sys.path[:] = sys.argv[2:]; import types; package = types.ModuleType('igpt_fast'); "
+            "package.__path__ = [sys.argv[1]]; sys.modules['igpt_fast'] = package; "
+            "from igpt_fast.decode import serve; serve()"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, str(Path(__file__).parent), *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is for the parent, which then stops its workers
+        )
+        self.send(decoder)
+
+    def send(self, message: object) -> bool:
+        try:
+            pickle.dump(message, self._process.stdin, pickle.HIGHEST_PROTOCOL)
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._ended() from error
+        return True
+
+    def receive(self) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        try:
+            return pickle.load(self._process.stdout)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise self._ended() from error
+
+    def _ended(self) -> InputError:
+        code = self._process.wait()
+        return InputError(
+            f"a process that decodes images ended by itself (exit code {code}), perhaps for want of memory; "
+            "try --workers 0"
+        )
+
+    def stop(self) -> None:
+        self._process.kill()  # it holds nothing worth keeping
+        self._process.wait()
+        self._process.stdout.close()
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:  # what was still in the buffer has no reader any more
+            self._process.stdin = None
+
+
+def serve() -> None:
+    """The worker's side: reads a Decoder, then jobs, from stdin until it ends; writes each job's result to stdout."""
+    inbox, outbox = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not get between the results
+    try:
+        decoder = pickle.load(inbox)
+        while True:
+            pickle.dump(decoder(pickle.load(inbox)), outbox, pickle.HIGHEST_PROTOCOL)
+            outbox.flush()
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # the parent is done, or gone

@@ -1,0 +1,150 @@
+"""One image: from the bytes of a file, whatever its kind, to RGB pixels of the size that the model sees.
+
+Every kind of image becomes 8-bit RGB: grayscale is repeated; alpha (RGBA, LA, palettes and colours with transparency)
+is composited on a background; CMYK, YCbCr and HSV are converted; 1-bit is black and white; 16-bit grayscale is divided
+by 257 and rounded (16-bit colour is cut to its high byte by Pillow); an EXIF rotation is applied; of an animation the
+first frame counts; colour profiles are not applied. 32-bit and LAB images are refused by name, as are images larger
+than Pillow's limit against decompression bombs.
+"""
+
+import io
+import math
+import warnings
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageColor, ImageOps
+
+from igpt_fast.errors import InputError
+
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+    + (".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif")
+)
+# Pillow tries these and no other: some of its readers start programs (EPS), which a picture has no business to do.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
+RESIZES = ("paper", "hf", "none")
+SHORT_SIDE = 224  # pixels: the paper's evaluation crop
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by the number of channels
+
+
+def parse_background(text: str) -> tuple[int, int, int]:
+    """Reads a colour name or #rrggbb as (red, green, blue), 0..255. Raises InputError on anything else."""
+    try:
+        colour = ImageColor.getrgb(text)
+    except ValueError:
+        colour = ()
+    if len(colour) != 3:
+        raise InputError(f"background {text!r} is not an opaque colour; give a name such as white, or #rrggbb")
+    return colour
+
+
+def read_image(data: bytes | np.ndarray, where: str, background: str = "white") -> Image.Image:
+    """Decodes one image to Pillow's RGB mode, as the head of this module says.
+
+    data: the bytes of an image file, or uint8 [H, W] or [H, W, 1..4 channels]. where: names the image in errors.
+    background: a colour name or #rrggbb, seen behind transparent pixels. Raises InputError when it cannot be decoded.
+    """
+    colour = parse_background(background)
+    if not len(data):
+        raise InputError(f"{where}: the file is empty (0 bytes); {_REMEDY}")
+    try:
+        # Between its limit and twice its limit Pillow only warns.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = _from_array(data) if isinstance(data, np.ndarray) else _from_bytes(data)
+        return _to_rgb(image, colour)
+    except Exception as error:  # a damaged file makes decoders raise nearly anything, and all of it is this file's
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image that can be read"
+        raise InputError(f"{where}: {reason}; {_REMEDY}") from error
+
+
+_REMEDY = "mend or remove the file, or leave such files out with --on-error skip"
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _from_bytes(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=_formats())
+    image.load()
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
+def _from_array(data: np.ndarray) -> Image.Image:
+    if data.ndim == 3 and data.shape[2] in (1, 2):
+        return Image.merge(_ARRAY_MODES[data.shape[2]], [Image.fromarray(data[..., c]) for c in range(data.shape[2])])
+    return Image.fromarray(data)
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Any mode to RGB; alpha is composited: round((alpha·colour + (255 - alpha)·background) / 255)."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # "I": Pillow before 11
+        image = _from_16_bit(image)
+    if image.mode in ("I", "F") or image.mode == "LAB":
+        kind = {"I": "32-bit integer", "F": "32-bit float", "LAB": "LAB"}[image.mode]
+        raise ValueError(f"{kind} pixels are not supported, convert the image to 8-bit RGB or 16-bit grayscale")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, background)
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """16-bit grayscale to L (or LA where one gray value is marked transparent): v/257, rounded, so 65535 gives 255."""
+    values = np.asarray(image).astype(np.uint32)
+    gray = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    marked = image.info.get("transparency")
+    if marked is None:
+        return gray
+    return Image.merge("LA", (gray, Image.fromarray(np.where(values == marked, 0, 255).astype(np.uint8))))
+
+
+def resize_image(image: Image.Image, size: tuple[int, int], resize: str, where: str) -> np.ndarray:
+    """Brings an RGB image to uint8 [H, W, 3], size = (H, W), in one of three ways.
+
+    "paper": the published evaluation. Short side to 224 (Pillow's BILINEAR, which averages over the source pixels when
+    it reduces), centre crop of 224×224, then down to H×W: BOX, the mean of equal blocks (7×7 for 32), where 224 is a
+    whole multiple, else BILINEAR. A grid that is not square crops a window of its own shape whose short side is 224; a
+    grid of more than 224 pixels a side crops H×W itself. An image smaller than that window is not enlarged first: the
+    largest centred window of the grid's shape goes straight to H×W by the same rule, so an image that is H×W already
+    comes through unchanged.
+    "hf": the whole image straight to H×W with BILINEAR, as Hugging Face's processor does; the shape is not kept.
+    "none": the image must be H×W already. Raises InputError, naming `where`, when it is not.
+    """
+    height, width = size
+    if resize == "none":
+        if image.size != (width, height):
+            has, wanted = f"{image.height}x{image.width}", f"{height}x{width}"
+            raise InputError(
+                f"{where}: is {has} and not {wanted} (height x width); give --resize paper or --size {has}"
+            )
+        return np.asarray(image)
+    if resize == "hf":
+        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    if resize != "paper":
+        raise InputError(f"resize {resize!r} is not known; give one of {', '.join(RESIZES)}")
+    scale = max(SHORT_SIDE / min(size), 1.0)
+    high, wide = round(height * scale), round(width * scale)
+    factor = max(high / image.height, wide / image.width)
+    if factor < 1:
+        scaled = max(wide, round(image.width * factor)), max(high, round(image.height * factor))
+        image = image.resize(scaled, Image.Resampling.BILINEAR)
+    elif factor > 1:
+        fit = min(image.height / height, image.width / width)
+        high, wide = max(1, math.floor(height * fit + 1e-9)), max(1, math.floor(width * fit + 1e-9))
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    blocks = high % height == 0 and wide % width == 0
+    method = Image.Resampling.BOX if blocks else Image.Resampling.BILINEAR
+    return np.asarray(image.resize((width, height), method, box=(left, top, left + wide, top + high)))

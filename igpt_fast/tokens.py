@@ -1,0 +1,214 @@
+"""Tokens on disk: a directory of memory-mapped shards with what is needed to understand them.
+
+meta.json        size, colors, number of images, rows of each shard, classes, how the images were made, what was skipped
+palette.npy      float32 [colors, 3]
+shard-00000.npy  uint16 [n, H, W], and so on, in the order of the source's names
+labels.npy       int32 [N], -1 where unknown
+names.json       the name of every image, relative to its source
+"""
+
+import hashlib
+import io
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from igpt_fast.errors import InputError
+from igpt_fast.palette import Palette
+
+FORMAT, VERSION = "igpt-fast tokens", 1
+SHARD_BYTES = 128 << 20  # large enough that a million images are few files, small enough to move about
+
+
+def is_token_directory(path: str | Path) -> bool:
+    """True when `path` is a directory that `tokenize` wrote."""
+    try:
+        return json.loads(Path(path, "meta.json").read_bytes()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def split_hash(name: str) -> int:
+    """What decides an image's split: the first 64 bits of BLAKE2b of its name, as a number from 0 to 2^64 - 1."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+class TokenDataset:
+    """A token directory, opened without reading or copying its tokens.
+
+    size: (height, width). colors: of the palette. palette. classes: their names, or None. labels: int64 [N], indices
+    into classes, -1 where unknown. names: of the images, relative to their source. shards: uint16 [n, H, W] memory
+    maps. meta: what meta.json says. Raises InputError, naming the file, when one is missing, cut short or contradicts
+    another. Tokens are checked against the palette as they are read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InputError(f"{path}: no such directory of tokens; write one with igpt-fast tokenize")
+        self.meta = self._read_meta()
+        self.size: tuple[int, int] = tuple(self.meta["size"])
+        self.colors: int = self.meta["colors"]
+        self.classes: list[str] | None = self.meta["classes"]
+        self.palette = Palette.load(self.path / "palette.npy")
+        if len(self.palette) != self.colors:
+            raise self._broken("palette.npy", f"has {len(self.palette)} colours and not {self.colors}")
+        rows = self.meta["shards"]
+        self.shards = [self._load(shard_name(k), np.uint16, (n, *self.size)) for k, n in enumerate(rows)]
+        self._starts = np.cumsum([0, *rows])
+        self.labels = np.array(self._load("labels.npy", np.int32, (len(self),)), np.int64)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __reduce__(self) -> tuple:
+        return TokenDataset, (self.path,)  # a process that is sent one opens the files itself
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The images' names, in the order of the tokens."""
+        try:
+            names = json.loads((self.path / "names.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise self._broken("names.json", f"cannot be read ({error})") from error
+        if len(names) != len(self):
+            raise self._broken("names.json", f"holds {len(names)} names and not {len(self)}")
+        return names
+
+    @cached_property
+    def _hashes(self) -> np.ndarray:
+        return np.array([split_hash(name) for name in self.names], np.uint64)
+
+    def batch(self, indices: np.ndarray) -> torch.Tensor:
+        """Tokens of the images `indices` (any order, repeats allowed) as int64 [n, H, W].
+
+        Raises IndexError for an index outside 0..N-1, InputError for a token that the palette does not have.
+        """
+        indices = np.asarray(indices, np.int64).reshape(-1)
+        if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f"an index of {indices.min()}..{indices.max()} is outside 0..{len(self) - 1}")
+        tokens = gather(self.shards, self._starts, indices)
+        if tokens.size and tokens.max() >= self.colors:
+            bad = int(indices[(tokens >= self.colors).any((1, 2)).argmax()])
+            shard = int(np.searchsorted(self._starts, bad, "right")) - 1
+            raise self._broken(shard_name(shard), f"image {bad} has token {tokens.max()} of only {self.colors} colours")
+        return torch.from_numpy(tokens.astype(np.int64))
+
+    def split(self, name: str, val_fraction: float = 0.1) -> np.ndarray:
+        """Indices (int64, ascending) of the "train", "val" or "all" images.
+
+        An image is for validation when `split_hash` of its name, which is relative to its source, lies in the lowest
+        `val_fraction` of the range. So it never moves to the other side, whatever images come or go and whatever the
+        order, and a larger fraction only adds to the smaller one's. With few images the share is only roughly
+        `val_fraction`, and may be nothing. Raises InputError for another name or a fraction outside 0..1.
+        """
+        if not 0 <= val_fraction <= 1:
+            raise InputError(f"val_fraction {val_fraction} is outside 0..1; give the share of validation images")
+        if name == "all":
+            return np.arange(len(self))
+        if name not in ("train", "val"):
+            raise InputError(f"split {name!r} is not known; give train, val or all")
+        # Compared as whole numbers, for 2^64 · fraction has no exact float64; a fraction of 1 takes everything.
+        limit = int(val_fraction * 2**64)
+        val = np.full(len(self), True) if limit >= 2**64 else self._hashes < np.uint64(limit)
+        return np.flatnonzero(val if name == "val" else ~val)
+
+    def _read_meta(self) -> dict:
+        try:
+            meta = json.loads((self.path / "meta.json").read_bytes())
+            if meta["format"] != FORMAT or meta["version"] != VERSION:
+                raise self._broken("meta.json", f"is {meta['format']} of version {meta['version']}, not {VERSION}")
+            height, width = meta["size"]
+            sound = min(height, width, meta["colors"], *meta["shards"]) >= 1
+            if (
+                not sound
+                or sum(meta["shards"]) != meta["images"]
+                or not isinstance(meta["classes"], (list, type(None)))
+            ):
+                raise ValueError("its numbers contradict each other")
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._broken("meta.json", f"cannot be read ({error!r})") from error
+        return meta
+
+    def _load(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+        try:
+            array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise self._broken(name, f"is missing or cut short ({error})") from error
+        if array.dtype != dtype or array.shape != shape:
+            form = f"{array.dtype} {list(array.shape)} and not {np.dtype(dtype)} {list(shape)}"
+            raise self._broken(name, f"holds {form}")
+        return array
+
+    def _broken(self, name: str, what: str) -> InputError:
+        return InputError(f"{self.path / name}: {what}; write the tokens again with igpt-fast tokenize")
+
+
+def shard_name(number: int) -> str:
+    """File name of shard `number`."""
+    return f"shard-{number:05d}.npy"
+
+
+def gather(shards: list[np.ndarray], starts: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Rows `indices` of the shards laid end to end, the first row of shard k being number starts[k]: [n, H, W]."""
+    out = np.empty((len(indices), *shards[0].shape[1:]), shards[0].dtype)
+    shard_of = np.searchsorted(starts, indices, "right") - 1
+    for shard in np.unique(shard_of):
+        here = shard_of == shard
+        out[here] = shards[shard][indices[here] - starts[shard]]
+    return out
+
+
+class ShardWriter:
+    """Writes tokens of `count` images into shards in any order; at most one batch is held in memory."""
+
+    def __init__(self, folder: Path, count: int, size: tuple[int, int], rows: int | None = None) -> None:
+        self._folder, self._count, self._size = folder, count, size
+        self._row_bytes = 2 * size[0] * size[1]
+        self._rows = rows or max(1, SHARD_BYTES // self._row_bytes)  # images a shard
+        self._fit(count)
+
+    def write(self, indices: np.ndarray, tokens: np.ndarray) -> None:
+        """Puts tokens (uint16 [n, H, W]) at the places `indices` (int64 [n])."""
+        for shard in np.unique(indices // self._rows):
+            with open(self._folder / shard_name(shard), "r+b") as file:
+                for place in np.flatnonzero(indices // self._rows == shard):
+                    file.seek(len(self._header(0)) + int(indices[place] % self._rows) * self._row_bytes)
+                    file.write(np.ascontiguousarray(tokens[place], np.dtype("<u2")))
+
+    def finish(self, kept: np.ndarray) -> list[int]:
+        """Closes the gaps: only the images `kept` (ascending) stay. Returns the rows of each shard; all is on disk."""
+        if len(kept) < self._count:
+            total = range(0, self._count, self._rows)
+            shards = [np.load(self._folder / shard_name(k), mmap_mode="r") for k in range(len(total))]
+            for start in range(0, len(kept), 1024):  # a place is never behind its image, so nothing unread is replaced
+                block = kept[start : start + 1024]
+                self.write(np.arange(start, start + len(block)), gather(shards, np.array(total), block))
+            for number in range(len(range(0, len(kept), self._rows)), len(total)):
+                (self._folder / shard_name(number)).unlink()
+        return self._fit(len(kept))
+
+    def _fit(self, count: int) -> list[int]:
+        """Gives every shard its header and its length for `count` images."""
+        rows = [min(self._rows, count - start) for start in range(0, count, self._rows)]
+        for number, n in enumerate(rows):
+            path = self._folder / shard_name(number)
+            with open(path, "r+b" if path.exists() else "xb") as file:
+                file.write(self._header(n))
+                file.truncate(len(self._header(n)) + n * self._row_bytes)
+                file.flush()
+                os.fsync(file.fileno())
+        return rows
+
+    def _header(self, rows: int) -> bytes:
+        """The .npy header; its length is the same for any number of rows, for NumPy leaves room for it to grow."""
+        buffer = io.BytesIO()
+        form = {"descr": "<u2", "fortran_order": False, "shape": (rows, *self._size)}
+        np.lib.format.write_array_header_1_0(buffer, form)
+        return buffer.getvalue()

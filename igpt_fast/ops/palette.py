@@ -1,0 +1,101 @@
+"""Colours to tokens, and the step of k-means that makes palettes: checks, and which backend runs. No gradients."""
+
+import torch
+from torch import Tensor
+
+from igpt_fast import reference
+from igpt_fast.errors import InputError
+from igpt_fast.ops._native import backend_for, empty, stream_of
+
+MAX_COLORS = 4096
+TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16)
+
+
+def palette_assign(pixels: Tensor, palette: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Index of the palette's nearest colour for each pixel, the lowest one on ties (see reference.palette).
+
+    pixels [..., 3] uint8 (0..255) or float32 (in [-1, 1])   palette [K, 3] float32 in [-1, 1], K ≤ 4096
+    → [...] of `dtype`: int64, int32 or int16. All backends give the same tokens to the bit.
+    Raises InputError for other shapes, dtypes, or devices that differ.
+    """
+    if pixels.dtype not in (torch.uint8, torch.float32) or pixels.shape[-1:] != (3,):
+        raise InputError(f"palette_assign: pixels are {_text(pixels)}; give uint8 or float32 [..., 3]")
+    if dtype not in TOKEN_DTYPES:
+        raise InputError(f"palette_assign: tokens cannot be {dtype}; use int64, int32 or int16")
+    _check_palette("palette_assign", palette, pixels)
+    if torch.compiler.is_compiling():
+        return torch.ops.igpt.palette_assign(pixels, palette, dtype)
+    return _assign(pixels, palette, dtype)
+
+
+def kmeans_step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of Lloyd's algorithm over weighted 8-bit colours, up to the division (see reference.palette).
+
+    colors [N, 3] uint8   weights [N] int64, none negative, 2^45 in all at most   palette [K, 3] float32, K ≤ 4096
+    → sums [K, 3] int64 of weight · value (0..255), counts [K] int64 of weights, inertia float64 scalar: the sum of
+    weight · squared distance to the nearest centre, in palette units ([-1, 1]).
+    Integers are exact; inertia's bits do not depend on the number of threads. Raises InputError for anything else.
+    """
+    if colors.dtype is not torch.uint8 or colors.ndim != 2 or colors.shape[1] != 3:
+        raise InputError(f"kmeans_step: colors are {_text(colors)}; give uint8 [N, 3]")
+    if weights.dtype is not torch.int64 or weights.shape != colors.shape[:1] or weights.device != colors.device:
+        raise InputError(f"kmeans_step: weights are {_text(weights)}; give int64 [{len(colors)}] beside the colors")
+    _check_palette("kmeans_step", palette, colors)
+    if torch.compiler.is_compiling():
+        return torch.ops.igpt.kmeans_step(colors, weights, palette)
+    return _step(colors, weights, palette)
+
+
+def _check_palette(op: str, palette: Tensor, pixels: Tensor) -> None:
+    shaped = palette.ndim == 2 and palette.shape[1] == 3 and 1 <= palette.shape[0] <= MAX_COLORS
+    if palette.dtype is not torch.float32 or not shaped or palette.device != pixels.device:
+        wanted = f"float32 [K, 3] with 1 ≤ K ≤ {MAX_COLORS} on {pixels.device}"
+        raise InputError(f"{op}: the palette is {_text(palette)}; give {wanted}")
+
+
+def _text(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}"
+
+
+def _assign(pixels: Tensor, palette: Tensor, dtype: torch.dtype) -> Tensor:
+    native = backend_for("palette_assign", (pixels, palette))
+    if native is None:
+        return reference.palette.palette_assign(pixels, palette, dtype)
+    tokens = empty(pixels.shape[:-1], pixels, dtype)
+    native.palette_assign(tokens.view(-1), pixels.reshape(-1, 3).contiguous(), palette.contiguous(), stream_of(pixels))
+    return tokens
+
+
+def _step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    native = backend_for("kmeans_step", (colors, palette))
+    try:
+        if native is None:
+            return reference.palette.kmeans_step(colors, weights, palette)
+        sums, counts = empty(palette.shape, colors, torch.int64), empty(palette.shape[:1], colors, torch.int64)
+        inertia = empty((), colors, torch.float64)
+        inputs = colors.contiguous(), weights.contiguous(), palette.contiguous()
+        native.kmeans_step(sums, counts, inertia, *inputs, stream_of(colors))
+        return sums, counts, inertia
+    except ValueError as error:  # the weights' values, which only the pass over them can know
+        raise InputError(str(error)) from None
+
+
+@torch.library.custom_op("igpt::palette_assign", mutates_args=())
+def _palette_assign_op(pixels: Tensor, palette: Tensor, dtype: torch.dtype) -> Tensor:
+    return _assign(pixels, palette, dtype)
+
+
+@_palette_assign_op.register_fake
+def _(pixels, palette, dtype):
+    return pixels.new_empty(pixels.shape[:-1], dtype=dtype)
+
+
+@torch.library.custom_op("igpt::kmeans_step", mutates_args=())
+def _kmeans_step_op(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _step(colors, weights, palette)
+
+
+@_kmeans_step_op.register_fake
+def _(colors, weights, palette):
+    counts = weights.new_empty(palette.shape[:1])
+    return weights.new_empty(palette.shape), counts, weights.new_empty((), dtype=torch.float64)

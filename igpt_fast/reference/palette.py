@@ -1,0 +1,54 @@
+"""What the palette ops mean, in plain torch. Slow on purpose; every backend is held against this, bit for bit.
+
+A colour u in 0..255 stands for x = u / 127.5 - 1 (float32, true division). The squared distance to a centre c is
+d = (dr*dr + dg*dg) + db*db with dr = x_r - c_r and so on, in float32, every operation rounded on its own: a fused
+multiply-add would move ties, and with them tokens.
+"""
+
+import torch
+from torch import Tensor
+
+MAX_WEIGHT = 1 << 45  # of all colours together: weight * (3 * 255^2) then still fits in 63 bits
+_CHUNK = 1 << 20  # distances held at a time
+
+
+def palette_assign(pixels: Tensor, palette: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """argmin_j d_j, the lowest j on ties; a distance that is not a number counts as infinite.
+
+    pixels [..., 3] uint8, or float32 in [-1, 1]   palette [K, 3] float32   returns [...] of `dtype`
+    """
+    flat = pixels.reshape(-1, 3)
+    tokens = torch.empty(flat.shape[0], dtype=dtype, device=flat.device)
+    step = max(1, _CHUNK // len(palette))
+    for begin in range(0, len(flat), step):
+        tokens[begin : begin + step] = _nearest(flat[begin : begin + step], palette)
+    return tokens.reshape(pixels.shape[:-1])
+
+
+def kmeans_step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What one step of Lloyd's algorithm needs to know about each centre's colours.
+
+    colors [N, 3] uint8   weights [N] int64, none negative, MAX_WEIGHT in all at most   palette [K, 3] float32
+    returns sums [K, 3] int64 of weight * uint8 value, counts [K] int64 of weights, and inertia, a float64 scalar:
+    sum of weight * |x - c|^2 over each colour's nearest centre, x and c in [-1, 1], computed in float64
+    """
+    if weights.numel() and (int(weights.min()) < 0 or weights.double().sum() > MAX_WEIGHT):
+        raise ValueError(f"kmeans_step: weights must not be negative, and not exceed {MAX_WEIGHT} in all")
+    nearest = palette_assign(colors, palette)
+    sums = torch.zeros(palette.shape, dtype=torch.int64, device=colors.device)
+    counts = torch.zeros(len(palette), dtype=torch.int64, device=colors.device)
+    sums.index_add_(0, nearest, colors.long() * weights[:, None])
+    counts.index_add_(0, nearest, weights)
+    offset = colors.double() / 127.5 - 1 - palette.double()[nearest]
+    return sums, counts, (weights * offset.square().sum(1)).sum()
+
+
+def _nearest(pixels: Tensor, palette: Tensor) -> Tensor:
+    # Divided on the CPU: elsewhere torch turns the division by a constant into a multiplication, which rounds otherwise.
+    levels = (torch.arange(256, dtype=torch.float32, device="cpu") / 127.5 - 1).to(pixels.device)
+    x = levels[pixels.long()] if pixels.dtype == torch.uint8 else pixels
+    dr, dg, db = (x[:, None, i] - palette[None, :, i] for i in range(3))
+    d = (dr * dr + dg * dg) + db * db
+    d = torch.where(d.isnan(), torch.inf, d)
+    index = torch.arange(len(palette), device=d.device)
+    return torch.where(d == d.amin(1, keepdim=True), index, len(palette)).amin(1)

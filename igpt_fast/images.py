@@ -18,8 +18,8 @@ from PIL import Image, ImageColor, ImageOps
 from igpt_fast.errors import InputError
 
 SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-    + (".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif")
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".jp2", ".j2k"}
+    | {".avif", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
 # Pillow tries these and no other: some of its readers start programs (EPS), which a picture has no business to do.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
@@ -127,9 +127,7 @@ def resize_image(image: Image.Image, size: tuple[int, int], resize: str, where: 
     if resize == "none":
         if image.size != (width, height):
             has, wanted = f"{image.height}x{image.width}", f"{height}x{width}"
-            raise InputError(
-                f"{where}: is {has} and not {wanted} (height x width); give --resize paper or --size {has}"
-            )
+            raise InputError(f"{where}: is {has}, not {wanted} (height x width); give --resize paper or --size {has}")
         return np.asarray(image)
     if resize == "hf":
         return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))

@@ -89,7 +89,7 @@ class TokenDataset:
         Raises IndexError for an index outside 0..N-1, InputError for a token that the palette does not have.
         """
         indices = np.asarray(indices, np.int64).reshape(-1)
-        if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
+        if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"an index of {indices.min()}..{indices.max()} is outside 0..{len(self) - 1}")
         tokens = gather(self.shards, self._starts, indices)
         if tokens.size and tokens.max() >= self.colors:
@@ -123,13 +123,9 @@ class TokenDataset:
             if meta["format"] != FORMAT or meta["version"] != VERSION:
                 raise self._broken("meta.json", f"is {meta['format']} of version {meta['version']}, not {VERSION}")
             height, width = meta["size"]
-            sound = min(height, width, meta["colors"], *meta["shards"]) >= 1
-            if (
-                not sound
-                or sum(meta["shards"]) != meta["images"]
-                or not isinstance(meta["classes"], (list, type(None)))
-            ):
-                raise ValueError("its numbers contradict each other")
+            sound = min(height, width, meta["colors"], *meta["shards"]) >= 1 and sum(meta["shards"]) == meta["images"]
+            if not sound or not isinstance(meta["classes"], (list, type(None))):
+                raise ValueError("its entries contradict each other")
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -36,7 +36,7 @@ ResizeOption = Annotated[
     Resize,
     typer.Option(
         "--resize",
-        help="paper: short side 224, centre crop, then down. hf: straight to the size. none: must have the size already.",
+        help="paper: short side 224, centre crop, then down. hf: straight to the size. none: images have the size.",
     ),
 ]
 BackgroundOption = Annotated[

@@ -1,0 +1,156 @@
+// The only file that knows Python: casters that read tensors by their attributes, then one line per op.
+//
+// No torch header and no libtorch: a tensor is its data_ptr, shape, strides, dtype and device, asked for by name. So one build
+// serves every torch version, and the package builds where torch is not installed.
+#include <pybind11/pybind11.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using igpt::BlockMaskView;
+using igpt::DType;
+using igpt::Stream;
+using igpt::View;
+
+namespace {
+
+// Attribute names and dtype objects, looked up once.
+struct Names {
+  static constexpr const char* kDtypes[] = {"float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "uint8"};
+  PyObject *data_ptr, *shape, *stride, *dtype, *is_cuda, *get_device;
+  PyObject* dtypes[8];
+  Names() {
+    auto name = [](const char* s) { return PyUnicode_InternFromString(s); };
+    data_ptr = name("data_ptr"), shape = name("shape"), stride = name("stride");
+    dtype = name("dtype"), is_cuda = name("is_cuda"), get_device = name("get_device");
+    const py::module_ torch = py::module_::import("torch");
+    for (int i = 0; i < 8; ++i) dtypes[i] = py::object(torch.attr(kDtypes[i])).release().ptr();
+  }
+  static const Names& get() {
+    static const Names& names = *new Names();  // never destroyed: Python may be gone before static destructors run
+    return names;
+  }
+};
+
+py::object call(PyObject* o, PyObject* method) {
+  auto out = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(o, method));
+  if (!out) throw py::error_already_set();
+  return out;
+}
+py::object attribute(PyObject* o, PyObject* name) {
+  auto out = py::reinterpret_steal<py::object>(PyObject_GetAttr(o, name));
+  if (!out) throw py::error_already_set();
+  return out;
+}
+
+View view_of(PyObject* o) {
+  const Names& names = Names::get();
+  View v;
+  const py::object shape = attribute(o, names.shape), stride = call(o, names.stride), dtype = attribute(o, names.dtype);
+  v.ndim = int(PyTuple_GET_SIZE(shape.ptr()));
+  if (v.ndim > 4) throw py::value_error("expected a tensor of at most 4 dimensions");
+  for (int i = 0; i < v.ndim; ++i) {
+    v.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+    v.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
+  }
+  if (v.ndim && v.size[v.ndim - 1] > 1 && v.stride[v.ndim - 1] != 1)
+    throw py::value_error("expected a tensor whose last dimension is contiguous");
+  int d = 0;
+  while (d < 8 && names.dtypes[d] != dtype.ptr()) ++d;
+  if (d == 8) throw py::value_error("unsupported dtype " + std::string(py::str(dtype)));
+  v.dtype = DType(d);
+  if (attribute(o, names.is_cuda).ptr() == Py_True) v.device = int(PyLong_AsLong(call(o, names.get_device).ptr()));
+  v.data = PyLong_AsVoidPtr(call(o, names.data_ptr).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return v;
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<View> {
+  PYBIND11_TYPE_CASTER(View, const_name("torch.Tensor | None"));
+  bool load(handle h, bool) {
+    if (!h.is_none()) value = view_of(h.ptr());
+    return true;
+  }
+};
+
+template <>
+struct type_caster<BlockMaskView> {  // None, or the eight tensors of a BlockMask in the order of BlockMaskView
+  PYBIND11_TYPE_CASTER(BlockMaskView, const_name("tuple | None"));
+  bool load(handle h, bool) {
+    if (h.is_none()) return true;
+    if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 8) return false;
+    View* fields[] = {&value.row_start, &value.row_tile, &value.row_mask, &value.col_start,
+                      &value.col_tile,  &value.col_mask, &value.bits,     &value.bits_t};
+    for (int i = 0; i < 8; ++i) *fields[i] = view_of(PyTuple_GET_ITEM(h.ptr(), i));
+    return true;
+  }
+};
+
+template <>
+struct type_caster<Stream> {
+  PYBIND11_TYPE_CASTER(Stream, const_name("int"));
+  bool load(handle h, bool) {
+    value.handle = PyLong_AsVoidPtr(h.ptr());
+    return !PyErr_Occurred();
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace {
+
+struct Backend {
+  const igpt::Ops* ops;
+};
+
+// Binds one field of Ops as a method, and as an answer to has(). Kernels run without the interpreter lock.
+template <class... A>
+void op(py::class_<Backend>& cls, py::dict& has, const char* name, void (*igpt::Ops::*field)(A...)) {
+  cls.def(
+      name,
+      [name, field](const Backend& b, A... a) {
+        if (!(b.ops->*field)) throw std::invalid_argument(std::string(b.ops->name) + " has no " + name);
+        (b.ops->*field)(a...);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  has[name] = py::cpp_function([field](const Backend& b) { return b.ops->*field != nullptr; });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled backends of igpt_fast. Import torch first: both share one OpenMP runtime.";
+  py::class_<Backend> cls(m, "Backend");
+  py::dict has;
+  op(cls, has, "rms_norm_fwd", &igpt::Ops::rms_norm_fwd);
+  op(cls, has, "rms_norm_bwd", &igpt::Ops::rms_norm_bwd);
+  op(cls, has, "bias_quick_gelu_fwd", &igpt::Ops::bias_quick_gelu_fwd);
+  op(cls, has, "bias_quick_gelu_bwd", &igpt::Ops::bias_quick_gelu_bwd);
+  op(cls, has, "cross_entropy_fwd", &igpt::Ops::cross_entropy_fwd);
+  op(cls, has, "cross_entropy_bwd", &igpt::Ops::cross_entropy_bwd);
+  op(cls, has, "attention_fwd", &igpt::Ops::attention_fwd);
+  op(cls, has, "attention_bwd", &igpt::Ops::attention_bwd);
+  op(cls, has, "attention_decode", &igpt::Ops::attention_decode);
+  op(cls, has, "linear_fwd", &igpt::Ops::linear_fwd);
+  op(cls, has, "palette_assign", &igpt::Ops::palette_assign);
+  op(cls, has, "kmeans_step", &igpt::Ops::kmeans_step);
+  cls.def_property_readonly("name", [](const Backend& b) { return b.ops->name; });
+  cls.def("has", [has](const py::object& self, const py::str& name) { return has.contains(name) && has[name](self).cast<bool>(); });
+  cls.def_property_readonly_static("ops", [has](const py::object&) { return py::list(has.attr("keys")()); });
+
+  m.def("backends", [] {  // best first
+    py::list out;
+    for (const char* isa : {"avx512_bf16", "avx512", "avx2", "baseline"})
+      if (auto ops = igpt::cpu_ops(isa)) out.append(Backend{ops});
+    if (auto ops = igpt::cuda_ops()) out.append(Backend{ops});
+    return out;
+  });
+  m.def("cpu_why_not", &igpt::cpu_why_not, "Why this processor cannot run an instruction set's table; empty when it can.");
+  m.def("cuda_why_not", &igpt::cuda_why_not, "Why there is no CUDA backend; empty when there is.");
+  m.def("cuda_archs", &igpt::cuda_archs, "The CUDA architectures compiled in; empty without CUDA.");
+}

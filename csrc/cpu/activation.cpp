@@ -1,0 +1,99 @@
+// bias_quick_gelu:  z = x (+ bias)    y = z sigmoid(1.702 z)
+//
+// x, y [..., C] of one dtype (f32, bf16)   bias [C] f32 or bf16, may be absent.   Bound by the bytes of x and y.
+// Backward:  sg = sigmoid(1.702 z)    dx = dy sg (1 + 1.702 z (1 - sg))    dbias = sum over rows of dx, per fixed chunk of rows.
+#include "../common/check.h"
+#include "../common/math.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace igpt {
+namespace IGPT_ISA {
+
+constexpr int64_t kRows = 32;
+
+static vf sigmoid(vf z) { return 1.f / (1.f + exp2(z * (-kQuickGelu * kLog2e))); }
+
+struct Gelu {
+  vf z, dy;
+  vf forward() const { return z * sigmoid(z); }
+  vf backward() const {
+    const vf s = sigmoid(z);
+    return dy * s * (1.f + kQuickGelu * z * (1.f - s));
+  }
+};
+
+static void check_gelu(const View& y, const View& x, const View& bias) {
+  IGPT_CHECK(is_float(x.dtype) && (!bias || is_float(bias.dtype)), "bias_quick_gelu: float32 or bfloat16 only");
+  IGPT_CHECK(same_shape(x, y) && x.dtype == y.dtype, "bias_quick_gelu: x and y must agree in shape and dtype");
+  IGPT_CHECK(x.dense() && y.dense() && (!bias || bias.dense()), "bias_quick_gelu: dense tensors only");
+  IGPT_CHECK(!bias || bias.numel() == x.cols(), "bias_quick_gelu: bias must have one element a column");
+}
+
+static Scratch<float> float_bias(const View& bias, int64_t C) {
+  auto b = scratch<float>(padded(C));
+  std::memset(b.get(), 0, size_t(padded(C)) * sizeof(float));
+  if (bias) load_row(b.get(), bias.data, bias.dtype, C);
+  return b;
+}
+
+template <class T>
+static void fwd_row(T* y, const T* x, const float* b, int64_t C) {
+  int64_t c = 0;
+  for (; c + kLanes <= C; c += kLanes) store(y + c, Gelu{load(x + c) + load(b + c), {}}.forward());
+  if (c < C) store_n(y + c, Gelu{load_n(x + c, C - c) + load(b + c), {}}.forward(), C - c);
+}
+
+template <class T>
+static void bwd_row(T* dx, float* dbias, const T* dy, const T* x, const float* b, int64_t C) {
+  for (int64_t c = 0; c < C; c += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, C - c);
+    const bool whole = n == kLanes;
+    const Gelu g{(whole ? load(x + c) : load_n(x + c, n)) + load(b + c), whole ? load(dy + c) : load_n(dy + c, n)};
+    const vf d = g.backward();
+    if (dbias) store(dbias + c, load(dbias + c) + d);
+    whole ? store(dx + c, d) : store_n(dx + c, d, n);
+  }
+}
+
+static void bias_quick_gelu_fwd(View y, View x, View bias, Stream) {
+  check_gelu(y, x, bias);
+  const int64_t C = x.cols(), N = x.rows();
+  auto b = float_bias(bias, C);
+  parallel_chunks(N, kRows, [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t n = begin; n < end; ++n) {
+      if (x.dtype == DType::f32) fwd_row(y.as<float>() + n * C, x.as<float>() + n * C, b.get(), C);
+      else fwd_row(y.as<bf16>() + n * C, x.as<bf16>() + n * C, b.get(), C);
+    }
+  });
+}
+
+static void bias_quick_gelu_bwd(View dx, View dbias, View dy, View x, View bias, Stream) {
+  check_gelu(dx, x, bias);
+  check_gelu(dy, x, bias);
+  IGPT_CHECK(!dbias || (dbias.dtype == DType::f32 && dbias.numel() == x.cols()), "bias_quick_gelu_bwd: dbias must be float32 [C]");
+  const int64_t C = x.cols(), N = x.rows(), Cp = padded(C), chunks = (N + kRows - 1) / kRows;
+  auto b = float_bias(bias, C);
+  auto partial = scratch<float>(dbias ? chunks * Cp : 0);  // [chunks, C]
+  parallel_chunks(N, kRows, [&](int64_t begin, int64_t end, int64_t chunk) {
+    float* db = dbias ? partial.get() + chunk * Cp : nullptr;
+    if (db) std::memset(db, 0, size_t(Cp) * sizeof(float));
+    for (int64_t n = begin; n < end; ++n) {
+      if (x.dtype == DType::f32) bwd_row(dx.as<float>() + n * C, db, dy.as<float>() + n * C, x.as<float>() + n * C, b.get(), C);
+      else bwd_row(dx.as<bf16>() + n * C, db, dy.as<bf16>() + n * C, x.as<bf16>() + n * C, b.get(), C);
+    }
+  });
+  if (!dbias) return;
+  float* out = dbias.as<float>();
+  std::memset(out, 0, size_t(C) * sizeof(float));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t c = 0; c < C; ++c) out[c] += partial[chunk * Cp + c];
+}
+
+void fill_activation(Ops& t) {
+  t.bias_quick_gelu_fwd = bias_quick_gelu_fwd;
+  t.bias_quick_gelu_bwd = bias_quick_gelu_bwd;
+}
+
+}  // namespace IGPT_ISA
+}  // namespace igpt

@@ -1,0 +1,144 @@
+// What the attention kernels share: which tiles a pattern has, and how a tile of q, k, v becomes a matrix of units.
+#pragma once
+#include "../common/check.h"
+#include "../common/math.h"
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "gemm.h"
+#include "parallel.h"
+
+namespace igpt {
+namespace IGPT_ISA {
+
+// The tiles of one attention call. Without a mask they are arithmetic; with one they are its lists.
+struct Tiles {
+  int64_t Tq, Tk, nq, nk;
+  bool causal;  // only without a mask: a mask's bits hold causality already
+  BlockMaskView mask;
+
+  Tiles(int64_t tq, int64_t tk, bool is_causal, const BlockMaskView& m)
+      : Tq(tq), Tk(tk), nq((tq + kTile - 1) / kTile), nk((tk + kTile - 1) / kTile), causal(is_causal && !m), mask(m) {
+    IGPT_CHECK(!(is_causal || m) || Tq == Tk, "attention: causal or masked attention needs as many keys as queries");
+    if (m) check_mask();
+  }
+
+  struct Tile {
+    int64_t index;  // of the key tile in a row, of the query tile in a column
+    int mask;       // -1: no bits
+  };
+  // Tiles that query tile i sees / that see key tile j.
+  int64_t row_count(int64_t i) const {
+    return mask ? at(mask.row_start, i + 1) - at(mask.row_start, i) : causal ? i + 1 : nk;
+  }
+  Tile row_tile(int64_t i, int64_t n) const {
+    if (!mask) return {n, -1};
+    const int64_t e = at(mask.row_start, i) + n;
+    return {at(mask.row_tile, e), at(mask.row_mask, e)};
+  }
+  int64_t col_count(int64_t j) const {
+    return mask ? at(mask.col_start, j + 1) - at(mask.col_start, j) : causal ? nq - j : nq;
+  }
+  Tile col_tile(int64_t j, int64_t n) const {
+    if (!mask) return {causal ? j + n : n, -1};
+    const int64_t e = at(mask.col_start, j) + n;
+    return {at(mask.col_tile, e), at(mask.col_mask, e)};
+  }
+  // True when every query of tile i sees every key of tile j: no bits need looking at.
+  bool full(int64_t i, int64_t j, int id) const { return id < 0 && !(causal && i == j) && (j + 1) * kTile <= Tk; }
+  // Which keys of tile j query r of tile i sees.
+  uint64_t row_bits(int64_t i, int64_t j, int id, int64_t r) const {
+    uint64_t bits = id < 0 ? ~0ull : mask.bits.as<uint64_t>()[id * kTile + r];
+    if (causal && i == j) bits &= (2ull << r) - 1;
+    const int64_t keys = Tk - j * kTile;
+    return keys < kTile ? bits & ((1ull << keys) - 1) : bits;
+  }
+  // Which queries of tile i see key r of tile j. Queries behind the end are not masked: their gradients are zero.
+  uint64_t col_bits(int64_t i, int64_t j, int id, int64_t r) const {
+    if (j * kTile + r >= Tk) return 0;
+    uint64_t bits = id < 0 ? ~0ull : mask.bits_t.as<uint64_t>()[id * kTile + r];
+    return causal && i == j ? bits & (~0ull << r) : bits;
+  }
+
+ private:
+  static int at(const View& v, int64_t i) { return v.as<int32_t>()[i]; }
+  void check_lists(const View& start, const View& tile, const View& ids, int64_t rows, int64_t cols, int64_t masks) const {
+    IGPT_CHECK(start.numel() == rows + 1 && tile.numel() == ids.numel(), "attention: the mask's tile lists do not fit the sequence");
+    IGPT_CHECK(start.dtype == DType::i32 && tile.dtype == DType::i32 && ids.dtype == DType::i32, "attention: mask lists must be int32");
+    IGPT_CHECK(at(start, 0) == 0 && at(start, rows) == tile.numel(), "attention: the mask's tile lists are broken");
+    for (int64_t i = 0; i < rows; ++i) IGPT_CHECK(at(start, i) <= at(start, i + 1), "attention: the mask's tile lists are broken");
+    for (int64_t e = 0; e < tile.numel(); ++e)
+      IGPT_CHECK(at(tile, e) >= 0 && at(tile, e) < cols && at(ids, e) < masks, "attention: the mask names a tile that does not exist");
+  }
+  void check_mask() const {
+    const int64_t masks = mask.bits.numel() / kTile;
+    IGPT_CHECK(mask.bits.dtype == DType::i64 && mask.bits_t.dtype == DType::i64 && mask.bits.numel() == mask.bits_t.numel(),
+               "attention: mask bits must be int64 words");
+    check_lists(mask.row_start, mask.row_tile, mask.row_mask, nq, nk, masks);
+    check_lists(mask.col_start, mask.col_tile, mask.col_mask, nk, nq, masks);
+  }
+};
+
+// One head of a [B, H, T, D] view.
+template <class T>
+struct Head {
+  T* data;
+  int64_t stride;  // between rows
+  Head(const View& v, int64_t bh)
+      : data(v.as<T>() + bh / v.size[1] * v.stride[0] + bh % v.size[1] * v.stride[1]), stride(v.stride[2]) {}
+  T* row(int64_t t) const { return data + t * stride; }
+};
+
+static inline int64_t head_units(int64_t D, int step) { return D / step; }
+
+// A operand: rows of a tile as they are, [kTile, D / step] units; rows behind the end are zero.
+template <class E, class T>
+static void pack_rows(typename E::Unit* a, const Head<T>& x, int64_t t, int64_t T_end, int64_t D) {
+  const int64_t Ku = D / E::kStep, rows = std::min<int64_t>(kTile, T_end - t);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* p = x.row(t + r);
+    for (int64_t k = 0; k < Ku; ++k) a[r * Ku + k] = E::unit(p + k * E::kStep);
+  }
+  std::memset(a + rows * Ku, 0, size_t((kTile - rows) * Ku) * sizeof(*a));
+}
+
+// B operand of a product along D: the tile transposed, [D / step, kTile] units.
+template <class E, class T>
+static void pack_transposed(typename E::Unit* b, const Head<T>& x, int64_t t, int64_t T_end, int64_t D) {
+  const int64_t Ku = D / E::kStep, rows = std::min<int64_t>(kTile, T_end - t);
+  constexpr int64_t kBlock = 16;  // rows at a time: their cache lines of b are filled while they are hot
+  for (int64_t r0 = 0; r0 < kTile; r0 += kBlock)
+    for (int64_t k = 0; k < Ku; ++k)
+      for (int64_t r = r0; r < r0 + kBlock; ++r) b[k * kTile + r] = r < rows ? E::unit(x.row(t + r) + k * E::kStep) : 0;
+}
+
+// B operand of a product along the tokens: [kTile / step, Dp] units, Dp = D rounded up to whole vectors.
+template <class E, class T>
+static void pack_tokens(typename E::Unit* b, const Head<T>& x, int64_t t, int64_t T_end, int64_t D, int64_t Dp) {
+  const int64_t rows = std::min<int64_t>(kTile, T_end - t);
+  for (int64_t r = 0; r < kTile; r += 2)
+    for (int64_t c = 0; c < Dp; c += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, D - c);
+      vf even = {}, odd = {};
+      if (r < rows && n > 0) even = n == kLanes ? load(x.row(t + r) + c) : load_n(x.row(t + r) + c, n);
+      if (r + 1 < rows && n > 0) odd = n == kLanes ? load(x.row(t + r + 1) + c) : load_n(x.row(t + r + 1) + c, n);
+      E::store_b_pair(b, r / 2, Dp, c, even, odd);
+    }
+}
+
+static inline void check_heads(const View& v, const View& q, const char* name) {
+  IGPT_CHECK(v.ndim == 4 && v.size[0] == q.size[0] && v.size[1] == q.size[1] && v.size[3] == q.size[3] && v.dtype == q.dtype,
+             std::string("attention: ") + name + " must be [B, H, T, D] with q's batch, heads, head dim and dtype");
+}
+static inline void check_attention(const View& q, const View& k, const View& v) {
+  IGPT_CHECK(is_float(q.dtype), "attention: float32 or bfloat16 only");
+  check_heads(q, q, "q");
+  check_heads(k, q, "k");
+  check_heads(v, q, "v");
+  IGPT_CHECK(k.size[2] == v.size[2], "attention: k and v differ in length");
+  IGPT_CHECK(q.size[3] % 8 == 0 && q.size[3] > 0 && q.size[3] <= 128, "attention: head dim must be a multiple of 8 up to 128");
+}
+
+}  // namespace IGPT_ISA
+}  // namespace igpt

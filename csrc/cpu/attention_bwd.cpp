@@ -1,0 +1,153 @@
+// attention_bwd:  dq, dk, dv of attention_fwd, from dout, q, k, v, o and lse
+//
+// With P = exp(scale q k^T - lse), delta = rowsum(dout o), dS = scale P (dout v^T - delta):  dv = P^T dout   dk = dS^T q   dq = dS k.
+// A task owns one head, so nothing is shared, nothing is added atomically, and the bits do not depend on the threads.
+// It packs q and dout once, then walks over key tiles j and, inside, over the query tiles i that see them, transposed
+// (keys down, queries across): so lse and delta are plain vectors, P^T and dS^T are row-major operands of dv and dk, and
+// dq^T = k^T dS^T accumulates in a float buffer of the head. Five products of 2 D flops a score: multiply-adds bound it.
+#include "attention.h"
+
+namespace igpt {
+namespace IGPT_ISA {
+
+template <class E>
+struct BwdScratch {  // one thread's; n = query tiles, Ku = D / step, Tu = 64 / step
+  using Unit = typename E::Unit;
+  Scratch<Unit> qt, dot, qn, don;       // [n, Ku, 64] q and dout transposed   [n, Tu, Dp] the same along the tokens
+  Scratch<Unit> k, v, kt, p, ds, ds_b;  // [64, Ku]   [64, Ku]   [Dp, Tu]   [64, Tu]   [64, Tu]   [Tu, 64]
+  Scratch<float> dq, dk, dv, s, dp;     // [n, Dp, 64]   [64, Dp]   [64, Dp]   [64, 64]   [64, 64]
+  Scratch<float> lse2, delta;           // [n, 64] lse log2(e)   [n, 64]
+  BwdScratch(int64_t n, int64_t D, int64_t Dp)
+      : qt(scratch<Unit>(n * kTile * D / E::kStep)), dot(scratch<Unit>(n * kTile * D / E::kStep)),
+        qn(scratch<Unit>(n * kTile * Dp / E::kStep)), don(scratch<Unit>(n * kTile * Dp / E::kStep)),
+        k(scratch<Unit>(kTile * D / E::kStep)), v(scratch<Unit>(kTile * D / E::kStep)), kt(scratch<Unit>(Dp * kTile / E::kStep)),
+        p(scratch<Unit>(kTile * kTile / E::kStep)), ds(scratch<Unit>(kTile * kTile / E::kStep)),
+        ds_b(scratch<Unit>(kTile * kTile / E::kStep)), dq(scratch<float>(n * Dp * kTile)), dk(scratch<float>(kTile * Dp)),
+        dv(scratch<float>(kTile * Dp)), s(scratch<float>(kTile * kTile)), dp(scratch<float>(kTile * kTile)),
+        lse2(scratch<float>(n * kTile)), delta(scratch<float>(n * kTile)) {}
+};
+
+template <class T>
+static float dot_row(const T* a, const T* b, int64_t D) {
+  vf acc = {};
+  int64_t c = 0;
+  for (; c + kLanes <= D; c += kLanes) acc += load(a + c) * load(b + c);
+  if (c < D) acc += load_n(a + c, D - c) * load_n(b + c, D - c);
+  return sum(acc);
+}
+
+// k^T as an A operand: row c holds column c of the tile, tokens along K; rows D..Dp are zero.
+template <class E, class T>
+static void pack_columns(typename E::Unit* a, const Head<T>& x, int64_t t, int64_t T_end, int64_t D, int64_t Dp) {
+  T zero{};
+  const int64_t rows = std::min<int64_t>(kTile, T_end - t);
+  for (int64_t c = 0; c < Dp; ++c)
+    for (int64_t r = 0; r < kTile; r += E::kStep) {
+      std::remove_const_t<T> pair[2] = {};
+      for (int64_t e = 0; e < E::kStep; ++e) pair[e] = c < D && r + e < rows ? x.row(t + r + e)[c] : zero;
+      a[(c * kTile + r) / E::kStep] = E::unit(pair);
+    }
+}
+
+// S^T, dP^T -> P^T and dS^T, for keys `key` and `key + 1` of the tile (a pair is what the B operand of dq^T stores).
+template <class E>
+static inline void gradient_rows(BwdScratch<E>& w, int64_t key, const float* lse2, const float* delta, float scale, uint64_t bits0,
+                                 uint64_t bits1) {
+  const uint64_t bits[2] = {bits0, bits1};
+  for (int64_t c = 0; c < kTile; c += kLanes) {
+    vf ds[2];
+    for (int e = 0; e < 2; ++e) {
+      const int64_t at = (key + e) * kTile + c;
+      vf p = exp2(load(w.s.get() + at) * (scale * kLog2e) - load(lse2 + c));
+      if (bits[e] != ~0ull) p = keep(uint32_t(bits[e] >> c), p, vf{});
+      ds[e] = p * (load(w.dp.get() + at) - load(delta + c)) * scale;
+      E::store_a(w.p.get() + (key + e) * kTile / E::kStep, c, p);
+      E::store_a(w.ds.get() + (key + e) * kTile / E::kStep, c, ds[e]);
+    }
+    E::store_b_pair(w.ds_b.get(), key / 2, kTile, c, ds[0], ds[1]);
+  }
+}
+
+template <class E, class T>
+static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, const View& dv, const View& dout, const View& q,
+                 const View& k, const View& v, const View& o, const View& lse, const Tiles& tiles, float scale) {
+  const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep;
+  const Head<const T> hq(q, bh), hk(k, bh), hv(v, bh), ho(o, bh), hdo(dout, bh);
+  for (int64_t i = 0; i < tiles.nq; ++i) {
+    pack_transposed<E>(w.qt.get() + i * kTile * Ku, hq, i * kTile, tiles.Tq, D);
+    pack_transposed<E>(w.dot.get() + i * kTile * Ku, hdo, i * kTile, tiles.Tq, D);
+    pack_tokens<E>(w.qn.get() + i * Tu * Dp, hq, i * kTile, tiles.Tq, D, Dp);
+    pack_tokens<E>(w.don.get() + i * Tu * Dp, hdo, i * kTile, tiles.Tq, D, Dp);
+  }
+  for (int64_t t = 0; t < tiles.nq * kTile; ++t) {
+    const bool inside = t < tiles.Tq;
+    w.lse2[t] = inside ? lse.as<float>()[bh * tiles.Tq + t] * kLog2e : 0.f;
+    w.delta[t] = inside ? dot_row(hdo.row(t), ho.row(t), D) : 0.f;
+  }
+  std::fill_n(w.dq.get(), tiles.nq * Dp * kTile, 0.f);
+
+  for (int64_t j = 0; j < tiles.nk; ++j) {
+    pack_rows<E>(w.k.get(), hk, j * kTile, tiles.Tk, D);
+    pack_rows<E>(w.v.get(), hv, j * kTile, tiles.Tk, D);
+    pack_columns<E>(w.kt.get(), hk, j * kTile, tiles.Tk, D, Dp);
+    std::fill_n(w.dk.get(), kTile * Dp, 0.f);
+    std::fill_n(w.dv.get(), kTile * Dp, 0.f);
+    for (int64_t n = 0; n < tiles.col_count(j); ++n) {
+      const auto tile = tiles.col_tile(j, n);
+      const int64_t i = tile.index;
+      const bool full = tiles.full(i, j, tile.mask);
+      gemm<E, false>(kTile, kTile, Ku, w.s.get(), kTile, w.k.get(), Ku, w.qt.get() + i * kTile * Ku, kTile);
+      gemm<E, false>(kTile, kTile, Ku, w.dp.get(), kTile, w.v.get(), Ku, w.dot.get() + i * kTile * Ku, kTile);
+      for (int64_t r = 0; r < kTile; r += 2)
+        gradient_rows<E>(w, r, w.lse2.get() + i * kTile, w.delta.get() + i * kTile, scale,
+                         full ? ~0ull : tiles.col_bits(i, j, tile.mask, r), full ? ~0ull : tiles.col_bits(i, j, tile.mask, r + 1));
+      gemm<E, true>(kTile, Dp, Tu, w.dv.get(), Dp, w.p.get(), Tu, w.don.get() + i * Tu * Dp, Dp);
+      gemm<E, true>(kTile, Dp, Tu, w.dk.get(), Dp, w.ds.get(), Tu, w.qn.get() + i * Tu * Dp, Dp);
+      gemm<E, true>(Dp, kTile, Tu, w.dq.get() + i * Dp * kTile, kTile, w.kt.get(), Tu, w.ds_b.get(), kTile);
+    }
+    const Head<T> hdk(dk, bh), hdv(dv, bh);
+    for (int64_t r = 0; r < std::min<int64_t>(kTile, tiles.Tk - j * kTile); ++r) {
+      store_row(hdk.row(j * kTile + r), w.dk.get() + r * Dp, dk.dtype, D);
+      store_row(hdv.row(j * kTile + r), w.dv.get() + r * Dp, dv.dtype, D);
+    }
+  }
+
+  const Head<T> hdq(dq, bh);
+  float row[128];  // the largest head dim
+  for (int64_t t = 0; t < tiles.Tq; ++t) {
+    const float* column = w.dq.get() + t / kTile * Dp * kTile + t % kTile;
+    for (int64_t c = 0; c < D; ++c) row[c] = column[c * kTile];
+    store_row(hdq.row(t), row, dq.dtype, D);
+  }
+}
+
+template <class E, class T>
+static void backward(const View& dq, const View& dk, const View& dv, const View& dout, const View& q, const View& k, const View& v,
+                     const View& o, const View& lse, const Tiles& tiles, float scale) {
+  const int64_t heads = q.size[0] * q.size[1], D = q.size[3];
+  std::vector<BwdScratch<E>> workers;
+  for (int64_t i = 0; i < std::min<int64_t>(heads, max_threads()); ++i) workers.emplace_back(tiles.nq, D, padded(D));
+  parallel_for(heads, [&](int64_t bh, int thread) {
+    head<E, T>(workers[size_t(thread)], bh, dq, dk, dv, dout, q, k, v, o, lse, tiles, scale);
+  });
+}
+
+static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse, BlockMaskView mask,
+                          bool causal, float scale, Stream) {
+  check_attention(q, k, v);
+  for (const View* x : {&dq, &dk, &dv, &dout, &o}) check_heads(*x, q, "every gradient");
+  IGPT_CHECK(same_shape(dq, q) && same_shape(dk, k) && same_shape(dv, v) && same_shape(dout, q) && same_shape(o, q),
+             "attention_bwd: gradients must be shaped like what they belong to");
+  const Tiles tiles(q.size[2], k.size[2], causal, mask);
+  if (q.dtype == DType::f32) return backward<F32Units, float>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale);
+#if defined(__AVX512BF16__)
+  backward<Bf16Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale);
+#else
+  backward<F32Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale);
+#endif
+}
+
+void fill_attention_bwd(Ops& t) { t.attention_bwd = attention_bwd; }
+
+}  // namespace IGPT_ISA
+}  // namespace igpt

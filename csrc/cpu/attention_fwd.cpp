@@ -1,0 +1,123 @@
+// attention_fwd:  o = softmax(scale q k^T) v    lse = log sum exp(scale q k^T)    over [B, H, T, D] views, tile by tile
+//
+// q, k, v, o f32 or bf16 (any strides, D contiguous, D a multiple of 8 up to 128)   lse [B, H, Tq] f32.
+// k and v of a few heads are packed once; a task then owns 64 queries of one head and walks over its key tiles with the
+// online softmax: S = Q K^T, running maximum m and sum l, O = O exp2(m_old - m) + P V. Bound by multiply-adds: 4 D flops a score
+// against about 20 vector instructions a vector of scores. A query that sees no key gives o = 0 and lse = -1e30.
+#include "attention.h"
+
+namespace igpt {
+namespace IGPT_ISA {
+
+template <class E>
+struct FwdScratch {  // one thread's tiles
+  using Unit = typename E::Unit;
+  Scratch<Unit> q, p;        // [64, D / step]   [64, 64 / step]
+  Scratch<float> s, o, m, l;  // [64, 64]   [64, Dp]   [64]   [64]
+  FwdScratch(int64_t D, int64_t Dp)
+      : q(scratch<Unit>(kTile * D / E::kStep)), p(scratch<Unit>(kTile * kTile / E::kStep)), s(scratch<float>(kTile * kTile)),
+        o(scratch<float>(kTile * Dp)), m(scratch<float>(kTile)), l(scratch<float>(kTile)) {}
+};
+
+constexpr int kVectors = kTile / kLanes;  // vectors in a row of a tile
+
+// Turns row r of S into P, and brings m, l and the row of O up to date.
+template <class E>
+static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale2, uint64_t bits) {
+  const float* s = w.s.get() + r * kTile;
+  vf v[kVectors];
+  vf top = splat(-INFINITY);
+  for (int i = 0; i < kVectors; ++i) {
+    v[i] = load(s + i * kLanes) * scale2;
+    if (bits != ~0ull) v[i] = keep(uint32_t(bits >> (i * kLanes)), v[i], splat(-INFINITY));
+    top = max(top, v[i]);
+  }
+  const float before = w.m[r], m = std::fmax(before, max(top));
+  vf total = {};
+  typename E::Unit* p = w.p.get() + r * kTile / E::kStep;
+  for (int i = 0; i < kVectors; ++i) {
+    v[i] = exp2(v[i] - m);
+    total += v[i];
+    E::store_a(p, i * kLanes, v[i]);
+  }
+  if (m == before) {
+    w.l[r] += sum(total);
+    return;
+  }
+  const float fade = std::exp2(before - m);
+  w.m[r] = m;
+  w.l[r] = w.l[r] * fade + sum(total);
+  float* o = w.o.get() + r * Dp;
+  for (int64_t c = 0; c < Dp; c += kLanes) store(o + c, load(o + c) * fade);
+}
+
+template <class E, class T>
+static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const View& q, const typename E::Unit* kt,
+                       const typename E::Unit* vp, const Tiles& tiles, int64_t bh, int64_t i, float scale) {
+  const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep, t = i * kTile;
+  const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
+  pack_rows<E>(w.q.get(), Head<const T>(q, bh), t, tiles.Tq, D);
+  std::fill_n(w.m.get(), kTile, kEmptyLse);
+  std::fill_n(w.l.get(), kTile, 0.f);
+  std::fill_n(w.o.get(), kTile * Dp, 0.f);
+  for (int64_t n = 0; n < tiles.row_count(i); ++n) {
+    const auto tile = tiles.row_tile(i, n);
+    const int64_t j = tile.index;
+    const bool full = tiles.full(i, j, tile.mask);
+    gemm<E, false>(rows, kTile, Ku, w.s.get(), kTile, w.q.get(), Ku, kt + j * Ku * kTile, kTile);
+    for (int64_t r = 0; r < rows; ++r)
+      softmax_row<E>(w, r, Dp, scale * kLog2e, full ? ~0ull : tiles.row_bits(i, j, tile.mask, r));
+    gemm<E, true>(rows, Dp, Tu, w.o.get(), Dp, w.p.get(), Tu, vp + j * Tu * Dp, Dp);
+  }
+  const Head<T> o(out, bh);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float l = w.l[r], inverse = l > 0.f ? 1.f / l : 0.f;
+    float* row = w.o.get() + r * Dp;
+    for (int64_t c = 0; c < Dp; c += kLanes) store(row + c, load(row + c) * inverse);
+    store_row(o.row(t + r), row, out.dtype, D);
+    lse.as<float>()[bh * tiles.Tq + t + r] = l > 0.f ? w.m[r] * kLn2 + std::log(l) : kEmptyLse;
+  }
+}
+
+template <class E, class T>
+static void forward(const View& o, const View& lse, const View& q, const View& k, const View& v, const Tiles& tiles, float scale) {
+  using Unit = typename E::Unit;
+  const int64_t D = q.size[3], Dp = padded(D), heads = q.size[0] * q.size[1], threads = max_threads();
+  const int64_t k_size = tiles.nk * kTile * (D / E::kStep), v_size = tiles.nk * (kTile / E::kStep) * Dp;
+  const int64_t wave = std::min<int64_t>(heads, 2 * threads);  // heads packed at a time: memory stays bounded
+  auto kt = scratch<Unit>(wave * k_size);
+  auto vp = scratch<Unit>(wave * v_size);
+  std::vector<FwdScratch<E>> workers;
+  for (int64_t i = 0; i < threads; ++i) workers.emplace_back(D, Dp);
+  for (int64_t first = 0; first < heads; first += wave) {
+    const int64_t count = std::min(wave, heads - first);
+    parallel_for(count * tiles.nk, [&](int64_t n, int) {
+      const int64_t h = n / tiles.nk, j = n % tiles.nk;
+      pack_transposed<E>(kt.get() + h * k_size + j * kTile * (D / E::kStep), Head<const T>(k, first + h), j * kTile, tiles.Tk, D);
+      pack_tokens<E>(vp.get() + h * v_size + j * (kTile / E::kStep) * Dp, Head<const T>(v, first + h), j * kTile, tiles.Tk, D, Dp);
+    });
+    parallel_for(count * tiles.nq, [&](int64_t n, int thread) {
+      const int64_t h = n / tiles.nq, i = tiles.nq - 1 - n % tiles.nq;  // the longest rows of a head first
+      query_tile<E, T>(workers[size_t(thread)], o, lse, q, kt.get() + h * k_size, vp.get() + h * v_size, tiles, first + h, i, scale);
+    });
+  }
+}
+
+static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale, Stream) {
+  check_attention(q, k, v);
+  check_heads(o, q, "o");
+  IGPT_CHECK(o.size[2] == q.size[2] && lse.dtype == DType::f32 && lse.dense() && lse.numel() == q.numel() / q.size[3],
+             "attention: o must be shaped like q and lse float32 [B, H, Tq]");
+  const Tiles tiles(q.size[2], k.size[2], causal, mask);
+  if (q.dtype == DType::f32) return forward<F32Units, float>(o, lse, q, k, v, tiles, scale);
+#if defined(__AVX512BF16__)
+  forward<Bf16Units, bf16>(o, lse, q, k, v, tiles, scale);
+#else
+  forward<F32Units, bf16>(o, lse, q, k, v, tiles, scale);
+#endif
+}
+
+void fill_attention_fwd(Ops& t) { t.attention_fwd = attention_fwd; }
+
+}  // namespace IGPT_ISA
+}  // namespace igpt

@@ -1,0 +1,106 @@
+// Small matrix products on packed tiles, C [M, N] (+)= A [M, K] B [K, N], for the attention kernels.
+//
+// Everything is a matrix of 32-bit units: one float, or two neighbouring bf16 along K. A is row-major in units and broadcast,
+// B holds kLanes columns side by side and is loaded, C is float. So one loop serves both, and only dot() differs.
+#pragma once
+#include "simd.h"
+
+namespace igpt {
+namespace IGPT_ISA {
+
+struct F32Units {
+  using Unit = float;
+  static constexpr int kStep = 1;  // elements along K in a unit
+  using Vector = vf;
+  static Vector load_b(const Unit* p) { return load(p); }
+  static vf dot(vf acc, Unit a, Vector b) { return a * b + acc; }
+
+  template <class T>
+  static Unit unit(const T* p) {
+    return to_float(*p);
+  }
+  // Row r of an A matrix, columns c.. : what a later product reads along K.
+  static void store_a(Unit* row, int64_t c, vf v) { store(row + c, v); }
+  // Rows 2k and 2k+1 of a B matrix of N columns.
+  static void store_b_pair(Unit* b, int64_t k, int64_t N, int64_t c, vf even, vf odd) {
+    store(b + 2 * k * N + c, even);
+    store(b + (2 * k + 1) * N + c, odd);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16Units {
+  using Unit = uint32_t;
+  static constexpr int kStep = 2;
+  using Vector = __m512bh;
+  static Vector load_b(const Unit* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static vf dot(vf acc, Unit a, Vector b) {
+    const __m512bh av = reinterpret_cast<__m512bh>(_mm512_set1_epi32(int(a)));
+    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), av, b));
+  }
+  static Unit unit(const bf16* p) {
+    Unit u;
+    std::memcpy(&u, p, sizeof u);
+    return u;
+  }
+  static void store_a(Unit* row, int64_t c, vf v) { store(reinterpret_cast<bf16*>(row) + c, v); }
+  static void store_b_pair(Unit* b, int64_t k, int64_t N, int64_t c, vf even, vf odd) {
+    const vu u = __builtin_convertvector(to_bf16(even), vu) | (__builtin_convertvector(to_bf16(odd), vu) << 16);
+    std::memcpy(b + k * N + c, &u, sizeof u);
+  }
+};
+#endif
+
+#if defined(__AVX512F__)
+constexpr int kMr = 6, kNv = 4;  // 24 accumulators of 32 registers
+#else
+constexpr int kMr = 6, kNv = 2;  // 12 of 16
+#endif
+
+template <class E, int MR, int NV, bool kAccumulate>
+static inline void gemm_block(float* C, int64_t ldc, const typename E::Unit* A, int64_t lda, const typename E::Unit* B, int64_t ldb,
+                              int64_t K) {
+  vf acc[MR][NV];
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) acc[i][j] = kAccumulate ? load(C + i * ldc + j * kLanes) : vf{};
+  for (int64_t k = 0; k < K; ++k) {
+    typename E::Vector b[NV];
+    for (int j = 0; j < NV; ++j) b[j] = E::load_b(B + k * ldb + j * kLanes);
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NV; ++j) acc[i][j] = E::dot(acc[i][j], A[i * lda + k], b[j]);
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) store(C + i * ldc + j * kLanes, acc[i][j]);
+}
+
+template <class E, int NV, bool kAccumulate>
+static inline void gemm_strip(int64_t M, int64_t K, float* C, int64_t ldc, const typename E::Unit* A, int64_t lda,
+                              const typename E::Unit* B, int64_t ldb) {
+  int64_t m = 0;
+  for (; m + kMr <= M; m += kMr) gemm_block<E, kMr, NV, kAccumulate>(C + m * ldc, ldc, A + m * lda, lda, B, ldb, K);
+  float* c = C + m * ldc;
+  const typename E::Unit* a = A + m * lda;
+  switch (M - m) {
+    case 1: return gemm_block<E, 1, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
+    case 2: return gemm_block<E, 2, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
+    case 3: return gemm_block<E, 3, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
+    case 4: return gemm_block<E, 4, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
+    case 5: return gemm_block<E, 5, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
+    default: return;
+  }
+}
+
+// N is a multiple of kLanes; K counts units.
+template <class E, bool kAccumulate>
+static void gemm(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, const typename E::Unit* A, int64_t lda,
+                 const typename E::Unit* B, int64_t ldb) {
+  int64_t n = 0;
+  for (; n + kNv * kLanes <= N; n += kNv * kLanes) gemm_strip<E, kNv, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
+#if defined(__AVX512F__)
+  for (; n + 2 * kLanes <= N; n += 2 * kLanes) gemm_strip<E, 2, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
+#endif
+  for (; n < N; n += kLanes) gemm_strip<E, 1, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
+}
+
+}  // namespace IGPT_ISA
+}  // namespace igpt

@@ -1,0 +1,181 @@
+// Vectors of floats in the width of the instruction set that this file is compiled for.
+//
+// The arithmetic uses the compiler's own vector types, so that one text serves SSE2, AVX2, AVX-512, NEON and whatever
+// comes; intrinsics appear only where the language has no word for the instruction (the bf16 dot product).
+// Everything lives in the instruction set's own namespace and is static: the linker must never hand code compiled for a
+// newer processor to an older one.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../ops.h"
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace igpt {
+namespace IGPT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+struct bf16 {
+  uint16_t bits;
+};
+
+static inline vf splat(float x) { return x - vf{}; }
+static inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+static inline vf load(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  const vu u = __builtin_convertvector(h, vu) << 16;
+  vf v;
+  std::memcpy(&v, &u, sizeof v);
+  return v;
+}
+
+// Round to nearest even; NaN stays NaN.
+static inline vh to_bf16(vf v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+  vh out;
+  std::memcpy(&out, &h, sizeof out);
+  return out;
+#else
+  vu u;
+  std::memcpy(&u, &v, sizeof u);
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vu quiet = (u >> 16) | 0x40u;
+  return __builtin_convertvector(v == v ? rounded : quiet, vh);
+#endif
+}
+static inline void store(bf16* p, vf v) {
+  const vh h = to_bf16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+  const uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, sizeof f);
+  return f;
+}
+
+// The first n < kLanes elements, zeros behind them.
+template <class T>
+static inline vf load_n(const T* p, int64_t n) {
+  T full[kLanes] = {};
+  std::memcpy(full, p, size_t(n) * sizeof(T));
+  return load(full);
+}
+template <class T>
+static inline void store_n(T* p, vf v, int64_t n) {
+  T full[kLanes];
+  store(full, v);
+  std::memcpy(p, full, size_t(n) * sizeof(T));
+}
+
+static inline vf max(vf a, vf b) { return a > b ? a : b; }
+static inline vf min(vf a, vf b) { return a < b ? a : b; }
+
+// Halves are folded until one lane is left: the order of the additions is fixed.
+static inline float sum(vf v) {
+  float t[kLanes];
+  store(t, v);
+  for (int w = kLanes / 2; w; w /= 2)
+    for (int i = 0; i < w; ++i) t[i] += t[i + w];
+  return t[0];
+}
+static inline float max(vf v) {
+  float t[kLanes];
+  store(t, v);
+  for (int w = kLanes / 2; w; w /= 2)
+    for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
+  return t[0];
+}
+
+// 2^x to 2 ulp; exactly 0 below 2^-126 (so -inf gives 0), inf above 2^127. x = n + f, |f| <= 1/2: the sum with
+// 1.5 * 2^23 leaves n in the low mantissa bits; 2^f is its Taylor polynomial; n goes to the exponent.
+static inline vf exp2(vf x) {
+  const vf magic = splat(12582912.f);
+  const vf in = min(max(x, splat(-126.f)), splat(128.f));
+  const vf shifted = in + magic;
+  const vf f = in - (shifted - magic);
+  vf p = splat(1.5403530393381609e-4f);
+  p = p * f + 1.3333558146428443e-3f;
+  p = p * f + 9.6181291076284772e-3f;
+  p = p * f + 5.5504108664821580e-2f;
+  p = p * f + 2.4022650695910072e-1f;
+  p = p * f + 6.9314718055994531e-1f;
+  p = p * f + 1.f;
+  vi n, bits;
+  std::memcpy(&n, &shifted, sizeof n);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += n << 23;
+  vf y;
+  std::memcpy(&y, &bits, sizeof y);
+  y = x < splat(-126.f) ? vf{} : y;
+  return x == x ? y : x;
+}
+
+// Lane i of the result is `v` where bit i is set, else `otherwise`.
+static inline vf keep(uint32_t bits, vf v, vf otherwise) {
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
+  return ((vi{} + int32_t(bits)) & lane) != 0 ? v : otherwise;
+}
+
+// One row in any float dtype, to and from float: kernels of mixed dtypes compute on rows that stay in the L1 cache.
+static inline void load_row(float* dst, const void* src, DType dtype, int64_t n) {
+  if (dtype == DType::f32) {
+    std::memcpy(dst, src, size_t(n) * sizeof(float));
+    return;
+  }
+  const bf16* p = static_cast<const bf16*>(src);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(p + i));
+  if (i < n) store_n(dst + i, load_n(p + i, n - i), n - i);
+}
+static inline void store_row(void* dst, const float* src, DType dtype, int64_t n) {
+  if (dtype == DType::f32) {
+    std::memcpy(dst, src, size_t(n) * sizeof(float));
+    return;
+  }
+  bf16* p = static_cast<bf16*>(dst);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(p + i, load(src + i));
+  if (i < n) store_n(p + i, load_n(src + i, n - i), n - i);
+}
+static inline int64_t bytes_of(DType t) {
+  switch (t) {
+    case DType::u8: return 1;
+    case DType::f16:
+    case DType::bf16:
+    case DType::i16: return 2;
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::f64:
+    case DType::i64: return 8;
+  }
+  return 0;
+}
+static inline char* row_of(const View& v, int64_t row) { return v.as<char>() + row * v.cols() * bytes_of(v.dtype); }
+static inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+}  // namespace IGPT_ISA
+}  // namespace igpt

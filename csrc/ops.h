@@ -1,0 +1,97 @@
+// The contract between Python and the kernels: one struct of function pointers. A backend is a filled-in table.
+//
+// Rules that every field keeps: outputs come first, then incoming gradients, inputs, mask, scalars, stream. Nothing is
+// allocated for the caller and nothing is remembered between calls. A View with data == nullptr is an absent optional
+// tensor. Launchers check what they assume and throw std::invalid_argument. Same inputs, same bits.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#define IGPT_INLINE __attribute__((always_inline)) inline
+
+namespace igpt {
+
+enum class DType : int { f32, f16, bf16, f64, i64, i32, i16, u8 };
+
+// A tensor that somebody else owns. Strides count elements; the last dimension is contiguous.
+struct View {
+  void* data = nullptr;
+  int64_t size[4] = {1, 1, 1, 1};
+  int64_t stride[4] = {0, 0, 0, 0};
+  int ndim = 0;
+  DType dtype = DType::f32;
+  int device = -1;  // -1: the CPU, else the CUDA ordinal
+
+  // Inlined by force: these stand in files compiled for newer processors, and the linker keeps one copy of a function.
+  IGPT_INLINE explicit operator bool() const { return data != nullptr; }
+  template <class T>
+  IGPT_INLINE T* as() const {
+    return static_cast<T*>(data);
+  }
+  IGPT_INLINE int64_t cols() const { return ndim ? size[ndim - 1] : 1; }
+  IGPT_INLINE int64_t numel() const {
+    int64_t n = 1;
+    for (int i = 0; i < ndim; ++i) n *= size[i];
+    return n;
+  }
+  IGPT_INLINE int64_t rows() const { return cols() ? numel() / cols() : 0; }  // all but the last dimension, folded
+  IGPT_INLINE bool dense() const {
+    int64_t expected = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      if (size[i] != 1 && stride[i] != expected) return false;
+      expected *= size[i];
+    }
+    return true;
+  }
+};
+
+struct Stream {
+  void* handle = nullptr;  // cudaStream_t; null on the CPU
+};
+
+// A sparse attention pattern, compiled: which 64 x 64 tiles exist and which bits of them are set.
+// Rows (queries) list their tiles by increasing column (key tile) for the forward pass, columns list theirs by increasing
+// row for the backward pass. A mask index of -1 is a full tile; else it names 64 words: bit k of bits[m][q] says whether
+// query q sees key k, bit q of bits_t[m][k] the same seen from the key.
+constexpr int kTile = 64;
+struct BlockMaskView {
+  View row_start, row_tile, row_mask;  // i32 [tiles + 1], i32 [entries], i32 [entries]
+  View col_start, col_tile, col_mask;  // the same by columns
+  View bits, bits_t;                   // i64 [masks, 64], the words of both directions
+  IGPT_INLINE explicit operator bool() const { return static_cast<bool>(row_start); }
+};
+
+struct Ops {
+  const char* name = nullptr;
+
+  // norm: y = s * rstd * weight with s = x (+ residual), rstd = 1 / sqrt(mean(s^2) + eps)
+  void (*rms_norm_fwd)(View y, View sum, View rstd, View x, View residual, View weight, float eps, Stream) = nullptr;
+  void (*rms_norm_bwd)(View dx, View dresidual, View dweight, View dy, View dsum, View s, View weight, View rstd,
+                       Stream) = nullptr;
+  // activation: y = z * sigmoid(1.702 z) with z = x (+ bias)
+  void (*bias_quick_gelu_fwd)(View y, View x, View bias, Stream) = nullptr;
+  void (*bias_quick_gelu_bwd)(View dx, View dbias, View dy, View x, View bias, Stream) = nullptr;
+  // cross_entropy: loss = lse - logits[target], one value a row
+  void (*cross_entropy_fwd)(View loss, View lse, View logits, View targets, Stream) = nullptr;
+  void (*cross_entropy_bwd)(View dlogits, View dloss, View logits, View targets, View lse, Stream) = nullptr;
+  // attention: o = softmax(scale q k^T) v over [B, H, T, D] views; lse natural log, float32 [B, H, T]
+  void (*attention_fwd)(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
+                        Stream) = nullptr;
+  void (*attention_bwd)(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
+                        BlockMaskView mask, bool causal, float scale, Stream) = nullptr;
+  void (*attention_decode)(View o, View q, View k, View v, int64_t length, float scale, Stream) = nullptr;
+  // linear: y = x weight^T (+ bias) for the few rows of a decoding step; a row's bits do not depend on its neighbours
+  void (*linear_fwd)(View y, View x, View weight, View bias, Stream) = nullptr;
+  // palette: nearest colour, lowest index on ties; one Lloyd step over weighted 8-bit colours
+  void (*palette_assign)(View tokens, View pixels, View palette, Stream) = nullptr;
+  void (*kmeans_step)(View sums, View counts, View inertia, View colors, View weights, View palette, Stream) = nullptr;
+};
+
+const Ops* cpu_ops(const std::string& isa);  // nullptr: this machine cannot run that instruction set
+std::string cpu_why_not(const std::string& isa);  // "" when it can
+const Ops* cuda_ops();                       // nullptr: built without CUDA, or no device here
+std::string cuda_why_not();                  // "" when there is one
+std::string cuda_archs();                    // the architectures compiled in, "" without CUDA
+
+}  // namespace igpt

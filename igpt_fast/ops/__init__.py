@@ -1,0 +1,22 @@
+"""What a user calls: every op of Image GPT, served by the best backend that can, else by its reference."""
+
+from igpt_fast.ops.activation import bias_quick_gelu
+from igpt_fast.ops.attention import attention, attention_decode, attention_packed
+from igpt_fast.ops.cross_entropy import cross_entropy
+from igpt_fast.ops.linear import linear
+from igpt_fast.ops.norm import rms_norm
+from igpt_fast.ops.palette import kmeans_step, palette_assign
+from igpt_fast.ops.sampling import sample_tokens
+
+__all__ = [
+    "attention",
+    "attention_decode",
+    "attention_packed",
+    "bias_quick_gelu",
+    "cross_entropy",
+    "kmeans_step",
+    "linear",
+    "palette_assign",
+    "rms_norm",
+    "sample_tokens",
+]

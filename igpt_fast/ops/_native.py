@@ -1,0 +1,130 @@
+"""The compiled backends, the one rule for when a call may use them, and the one place that reads the environment.
+
+IGPT_BACKEND   auto (default), reference, or a backend's name: a named backend serves the call or raises
+IGPT_STRICT    1: a call that would take a slower path raises with the reason instead of logging it
+IGPT_POISON    1: outputs are filled with NaN (or the smallest integer) before a kernel writes them
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+import torch  # before _C: the extension then shares torch's OpenMP runtime
+from torch import Tensor
+
+log = logging.getLogger("igpt_fast")
+
+try:
+    from igpt_fast import _C
+
+    BACKENDS = {b.name: b for b in _C.backends()}  # best first
+    WHY_NO_EXTENSION = None
+except ImportError as error:  # a source tree that was never built runs on the reference, and says so
+    BACKENDS = {}
+    WHY_NO_EXTENSION = f"the extension is not built ({error}); run `pip install .`"
+
+CPU_TABLES = ("avx512_bf16", "avx512", "avx2", "baseline")
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+_wanted = os.environ.get("IGPT_BACKEND", "auto")
+_strict = os.environ.get("IGPT_STRICT") == "1"
+_poison = os.environ.get("IGPT_POISON") == "1"
+_said: set[str] = set()
+
+if _wanted not in ("auto", "reference", *BACKENDS):
+    raise ValueError(f"IGPT_BACKEND={_wanted} is not here; choose auto, reference or one of {', '.join(BACKENDS) or 'none'}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str, poison: bool = False) -> Iterator[None]:
+    """Within the block, `name` serves every op: 'auto', 'reference', or a backend's name (which then serves or raises)."""
+    global _wanted, _poison
+    if name not in ("auto", "reference", *BACKENDS):
+        raise ValueError(f"no backend named {name}; there are {', '.join(BACKENDS) or 'none'}")
+    old = _wanted, _poison
+    _wanted, _poison = name, poison or _poison
+    try:
+        yield
+    finally:
+        _wanted, _poison = old
+
+
+def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: str | None = None) -> str | None:
+    """Why backend `name` cannot serve this call of `op`; None when it can.
+
+    refusal: what the op itself has found to be outside the native kernels' reach, or None.
+    """
+    if name not in BACKENDS:
+        return WHY_NO_EXTENSION or f"there is no backend {name} here"
+    if not BACKENDS[name].has(op):
+        return f"{name} has no {op}"
+    device = "cuda" if name == "cuda" else "cpu"
+    for t in tensors:
+        if t.device.type != device:
+            return f"{name} needs {device} tensors, got {t.device}"
+        if t.is_floating_point() and t.dtype not in _DTYPES[device]:
+            return f"{name} has no {op} for {str(t.dtype).removeprefix('torch.')}"
+    return refusal
+
+
+def backend_for(op: str, tensors: Sequence[Tensor], refusal: str | None = None):
+    """The backend that serves this call, or None for the reference. A slower path is logged once, with its reason."""
+    if _wanted == "reference":
+        return None
+    if _wanted != "auto":
+        if reason := why_not(_wanted, op, tensors, refusal):
+            raise RuntimeError(f"{op}: {reason}")
+        return BACKENDS[_wanted]
+    device = tensors[0].device.type
+    for name, backend in BACKENDS.items():
+        if (name == "cuda") == (device == "cuda"):
+            reason = why_not(name, op, tensors, refusal)
+            if reason is None:
+                return backend
+            break
+    else:
+        reason = WHY_NO_EXTENSION or f"no backend for {device} tensors here"
+        if not WHY_NO_EXTENSION and device == "cuda":
+            reason = _C.cuda_why_not()
+    message = f"{op} runs on plain torch: {reason}"
+    if _strict:
+        raise RuntimeError(f"{message} (IGPT_STRICT=1)")
+    if message not in _said:
+        _said.add(message)
+        log.warning(message)
+    return None
+
+
+def stream_of(t: Tensor) -> int:
+    """The raw handle of torch's current stream on the tensor's device; 0 on the CPU."""
+    return torch._C._cuda_getCurrentRawStream(t.get_device()) if t.is_cuda else 0
+
+
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for an output, on `like`'s device; poisoned when asked for, so that a kernel cannot leave a hole unseen."""
+    out = torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
+    if _poison:
+        out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+    return out
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd wants to hear about a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def rows(t: Tensor) -> Tensor:
+    """`t` with a contiguous last dimension, copied only when it has none."""
+    return t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
+
+
+def reference_grads(fn, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of the reference `fn(*inputs)`, by autograd: what a compiled graph uses where no kernel serves."""
+    leaves = [t.detach().requires_grad_() if t is not None else None for t in inputs]
+    with torch.enable_grad():
+        out = fn(*leaves)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
+    wanted = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
+    return [next(found) if t is not None else None for t in leaves]

@@ -1,0 +1,222 @@
+"""Attention: checks, which backend runs, and how the gradient is attached."""
+
+import torch
+from torch import Tensor
+
+from igpt_fast import reference
+from igpt_fast.errors import InputError
+from igpt_fast.ops._native import backend_for, empty, needs_grad, reference_grads, rows, stream_of
+from igpt_fast.patterns import BlockMask, unpack
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None, causal: bool = True, scale: float | None = None
+) -> Tensor:
+    """softmax(scale · q kᵀ) v, as torch's scaled_dot_product_attention with is_causal=causal.
+
+    q [B, H, Tq, D]   k, v [B, H, Tk, D], any strides   mask: a compiled pattern, which then decides alone and must have been
+    compiled with the same `causal`   scale: 1/sqrt(D) when None
+    → [B, H, Tq, D] in q's dtype, laid out as [B, Tq, H, D] in memory, so that transpose(1, 2).flatten(2) copies nothing.
+    Raises InputError for shapes that do not fit. Source: Image GPT; masked rows that see nothing give zeros.
+    """
+    _check(q, k, v, mask, causal)
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        return torch.ops.igpt.attention(q, k, v, [] if mask is None else list(mask.tensors), causal, scale)[0]
+    native = _native(q, k, v, "attention_fwd")
+    if native is None:
+        seen = None if mask is None else mask.dense().to(q.device)
+        return reference.attention.attention(q, k, v, seen, causal, scale)[0]
+    tables = _tables(mask, q.device)
+    if needs_grad(q, k, v):
+        return _Attention.apply(native, q, k, v, tables, causal, scale)
+    return _forward(native, q, k, v, tables, causal, scale)[0]
+
+
+def attention_packed(qkv: Tensor, mask: BlockMask | None = None, causal: bool = True, scale: float | None = None) -> Tensor:
+    """attention() on one fused buffer: the gradient comes back as one fused buffer too, nothing is stacked or copied.
+
+    qkv [B, T, 3, H, D]: what the fused projection gives, viewed   → [B, T, H, D], contiguous. Errors as attention().
+    """
+    if qkv.ndim != 5 or qkv.size(2) != 3:
+        raise InputError(f"attention_packed: expected qkv [B, T, 3, H, D], got {tuple(qkv.shape)}")
+    q, k, v = _slices(qkv)
+    _check(q, k, v, mask, causal)
+    if not torch.compiler.is_compiling() and needs_grad(qkv):
+        native = _native(q, k, v, "attention_fwd")
+        if native is not None:
+            scale = q.size(-1) ** -0.5 if scale is None else scale
+            return _AttentionPacked.apply(native, qkv, _tables(mask, qkv.device), causal, scale)
+    return attention(q, k, v, mask, causal, scale).transpose(1, 2)
+
+
+def attention_decode(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float | None = None) -> Tensor:
+    """One query a head over the first `length` rows of a cache; no gradient.
+
+    q [B, H, 1, D]   k, v [B, H, Tmax, D], any strides   → [B, H, 1, D]. Raises InputError for shapes that do not fit, or a length
+    outside 1..Tmax.
+    """
+    _check(q, k, v, None, False)
+    if q.size(2) != 1 or not 1 <= length <= k.size(2):
+        raise InputError(f"attention_decode: one query and 1..{k.size(2)} keys, got {q.size(2)} and length {length}")
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        return torch.ops.igpt.attention_decode(q, k, v, length, scale)
+    return _decode(q, k, v, length, scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool) -> None:
+    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3:] != k.shape[3:]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise InputError(f"attention: expected q [B, H, Tq, D] and k, v [B, H, Tk, D], got {shapes}")
+    if (causal or mask is not None) and q.size(2) != k.size(2):
+        raise InputError(f"attention: causal or masked attention needs as many keys ({k.size(2)}) as queries ({q.size(2)})")
+    if mask is not None and (mask.tokens != q.size(2) or mask.causal != causal):
+        kind = f"{mask.tokens} tokens, causal={mask.causal}"
+        raise InputError(f"attention: the mask was compiled for {kind}, the call has {q.size(2)} tokens, causal={causal}")
+
+
+def _native(q: Tensor, k: Tensor, v: Tensor, op: str):
+    head_dim = q.size(-1)
+    bad = head_dim % 8 or not 0 < head_dim <= 128
+    refusal = f"head dim {head_dim} is not a multiple of 8 up to 128" if bad else None
+    if q.dtype is not k.dtype or q.dtype is not v.dtype:
+        refusal = "q, k and v differ in dtype"
+    return backend_for(op, (q, k, v), refusal)
+
+
+def _tables(mask: BlockMask | None, device: torch.device) -> tuple[Tensor, ...] | None:
+    return None if mask is None else mask.to(device).tensors
+
+
+def _slices(qkv: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.transpose(1, 2) for t in qkv.unbind(2))
+
+
+def _forward(native, q, k, v, tables, causal, scale):
+    B, H, T, D = q.shape
+    o, lse = empty((B, T, H, D), q).transpose(1, 2), empty((B, H, T), q, torch.float32)
+    native.attention_fwd(o, lse, rows(q), rows(k), rows(v), tables, causal, scale, stream_of(q))
+    return o, lse
+
+
+def _backward(native, dqkv, dout, q, k, v, o, lse, tables, causal, scale):
+    """Fills the three gradients given as dqkv."""
+    args = (rows(dout), rows(q), rows(k), rows(v), o, lse, tables, causal, scale)
+    native.attention_bwd(*dqkv, *args, stream_of(q))
+
+
+def _grads_like(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Three gradients laid out as [B, T, H, D] in memory."""
+    return tuple(empty((t.size(0), t.size(2), t.size(1), t.size(3)), t).transpose(1, 2) for t in (q, k, k))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, native, q, k, v, tables, causal, scale):
+        o, lse = _forward(native, q, k, v, tables, causal, scale)
+        ctx.native, ctx.rest = native, (tables, causal, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        q, k, v, o, lse = ctx.saved_tensors
+        grads = _grads_like(q, k)
+        _backward(ctx.native, grads, dout, q, k, v, o, lse, *ctx.rest)
+        return None, *grads, None, None, None
+
+
+class _AttentionPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, native, qkv, tables, causal, scale):
+        o, lse = _forward(native, *_slices(qkv), tables, causal, scale)
+        o = o.transpose(1, 2)
+        ctx.native, ctx.rest = native, (tables, causal, scale)
+        ctx.save_for_backward(qkv, o, lse)
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        qkv, o, lse = ctx.saved_tensors
+        dqkv = empty(qkv.shape, qkv)
+        grads = _slices(dqkv)
+        _backward(ctx.native, grads, dout.transpose(1, 2), *_slices(qkv), o.transpose(1, 2), lse, *ctx.rest)
+        return None, dqkv, None, None, None
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> Tensor:
+    native = _native(q, k, v, "attention_decode")
+    if native is None:
+        return reference.attention.attention_decode(q, k, v, length, scale)
+    o = empty(q.shape, q)
+    native.attention_decode(o, rows(q), rows(k), rows(v), length, scale, stream_of(q))
+    return o
+
+
+def _seen(mask: list[Tensor], q: Tensor) -> Tensor | None:
+    return unpack(mask, q.size(2)).to(q.device) if mask else None
+
+
+@torch.library.custom_op("igpt::attention", mutates_args=())
+def _attention_op(
+    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    native = _native(q, k, v, "attention_fwd")
+    if native is not None:
+        return _forward(native, q, k, v, tuple(mask) or None, causal, scale)
+    o, lse = reference.attention.attention(q, k, v, _seen(mask, q), causal, scale)
+    return o.transpose(1, 2).contiguous().transpose(1, 2), lse.float()
+
+
+@_attention_op.register_fake
+def _(q, k, v, mask, causal, scale):
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("igpt::attention_backward", mutates_args=())
+def _attention_backward_op(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: list[Tensor], causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    native = _native(q, k, v, "attention_bwd")
+    grads = _grads_like(q, k)
+    if native is not None:
+        _backward(native, grads, dout, q, k, v, o, lse, tuple(mask) or None, causal, scale)
+        return grads
+    seen = _seen(mask, q)
+    found = reference_grads(lambda *x: reference.attention.attention(*x, seen, causal, scale)[0], (q, k, v), (dout,))
+    return tuple(g.copy_(f) for g, f in zip(grads, found, strict=True))
+
+
+@_attention_backward_op.register_fake
+def _(dout, q, k, v, o, lse, mask, causal, scale):
+    return tuple(t.new_empty(t.size(0), t.size(2), t.size(1), t.size(3)).transpose(1, 2) for t in (q, k, v))
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, mask, ctx.causal, ctx.scale = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, o, lse, *mask)
+
+
+def _autograd(ctx, dout, _):
+    q, k, v, o, lse, *mask = ctx.saved_tensors
+    grads = torch.ops.igpt.attention_backward(dout, q, k, v, o, lse, mask, ctx.causal, ctx.scale)
+    return *grads, [None] * len(mask), None, None
+
+
+_attention_op.register_autograd(_autograd, setup_context=_setup)
+
+
+@torch.library.custom_op("igpt::attention_decode", mutates_args=())
+def _attention_decode_op(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> Tensor:
+    return _decode(q, k, v, length, scale)
+
+
+@_attention_decode_op.register_fake
+def _(q, k, v, length, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

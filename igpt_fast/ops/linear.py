@@ -1,0 +1,42 @@
+"""The linear map of a decoding step: few rows, no gradient, the same bits whatever stands in the batch."""
+
+import torch
+from torch import Tensor
+
+from igpt_fast import reference
+from igpt_fast.errors import InputError
+from igpt_fast.ops._native import backend_for, empty, needs_grad, stream_of
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ (+ bias) for a few rows.   x [N, K]   weight [M, K]   bias [M] or None   → [N, M] in x's dtype.
+
+    A row's bits do not depend on the other rows, so an image is sampled alike alone and in a batch. It carries no
+    gradient: use torch.nn.functional.linear to train. Raises InputError when shapes do not fit or a gradient is wanted.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or x.size(1) != weight.size(1):
+        raise InputError(f"linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; expected [M, K] and [N, K]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
+    if needs_grad(x, weight, bias):
+        raise InputError("linear: this op has no gradient; call it under torch.no_grad or use torch.nn.functional.linear")
+    return torch.ops.igpt.linear(x, weight, bias) if torch.compiler.is_compiling() else _linear(x, weight, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    native = backend_for("linear_fwd", (x, weight) if bias is None else (x, weight, bias))
+    if native is None:
+        return reference.linear.linear(x, weight, bias)
+    y = empty((x.size(0), weight.size(0)), x)
+    native.linear_fwd(y, x.contiguous(), weight.contiguous(), bias, stream_of(x))
+    return y
+
+
+@torch.library.custom_op("igpt::linear", mutates_args=())
+def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear(x, weight, bias)
+
+
+@_linear_op.register_fake
+def _(x, weight, bias):
+    return x.new_empty(x.size(0), weight.size(0))

@@ -1,0 +1,11 @@
+"""What the loss means."""
+
+import torch
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """loss = log Σ exp(logits) - logits[target], in nats.   logits [..., V]   targets [...] → scalar, or [...] for "none"."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = torch.logsumexp(wide, -1) - wide.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return loss.mean() if reduction == "mean" else loss

@@ -1,0 +1,153 @@
+"""Attention forward, backward and decode on every backend, dense and by pattern, against the dense reference."""
+
+import pytest
+import torch
+from check import backends, check
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from igpt_fast import BlockMask, InputError, ops, reference
+from igpt_fast.ops._native import use_backend
+from igpt_fast.patterns import PATTERNS, TILE, compiled
+
+DTYPES = [torch.float32, torch.bfloat16]
+LENGTHS = [1, TILE - 1, TILE, TILE + 1, 3 * TILE + 5]
+
+
+def dense(seen=None, causal=True, scale=None):
+    return lambda q, k, v: reference.attention.attention(q, k, v, seen, causal, scale)[0]
+
+
+def heads(B, H, T, D, seed=0):
+    """q, k, v as slices of one fused buffer, as the model has them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [t.transpose(1, 2) for t in torch.randn(B, T, 3, H, D, generator=generator).unbind(2)]
+
+
+@pytest.mark.parametrize("backend", backends("attention_bwd"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_dense(backend, dtype, tokens, causal):
+    check(lambda q, k, v: ops.attention(q, k, v, causal=causal), dense(causal=causal), heads(1, 2, tokens, 64), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", backends("attention_bwd"))
+@settings(max_examples=12)
+@given(
+    batch=st.integers(1, 3),
+    count=st.integers(1, 3),
+    tokens=st.integers(1, 150),
+    head_dim=st.integers(1, 16).map(lambda n: 8 * n),
+    dtype=st.sampled_from(DTYPES),
+    causal=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+)
+def test_shapes(backend, batch, count, tokens, head_dim, dtype, causal, scale):
+    args = heads(batch, count, tokens, head_dim, seed=tokens)
+    check(lambda q, k, v: ops.attention(q, k, v, None, causal, scale), dense(None, causal, scale), args, backend, dtype)
+
+
+@pytest.mark.parametrize("backend", backends("attention_bwd"))
+def test_more_keys_than_queries(backend):
+    q, k, v = heads(2, 2, 100, 32)
+    check(lambda q, k, v: ops.attention(q, k, v, causal=False), dense(causal=False), [q[:, :, :70], k, v], backend)
+
+
+@pytest.mark.parametrize("backend", backends("attention_bwd"))
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_patterns(backend, name, causal):
+    mask = compiled(name, (13, 11), causal)
+    check(lambda q, k, v: ops.attention(q, k, v, mask, causal), dense(mask.dense()), heads(1, 2, 143, 32), backend)
+
+
+@pytest.mark.parametrize("backend", backends("attention_bwd"))
+@settings(max_examples=10)
+@given(tokens=st.integers(1, 200), density=st.sampled_from([0.001, 0.1, 0.7, 1.0]), dtype=st.sampled_from(DTYPES))
+def test_any_mask(backend, tokens, density, dtype):
+    """Random masks, with queries that see nothing at all: those give zeros."""
+    seen = torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(tokens)) < density
+    mask = BlockMask.from_dense(seen)
+    args = heads(1, 2, tokens, 16, seed=tokens)
+    check(lambda q, k, v: ops.attention(q, k, v, mask, False), dense(seen), args, backend, dtype)
+    with use_backend(backend):
+        out = ops.attention(*args, mask, False)
+    assert out[:, :, ~seen.any(1)].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", backends("attention_bwd"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed(backend, dtype):
+    """One fused buffer in, one fused gradient out, the same as three slices give."""
+    qkv = torch.randn(2, 90, 3, 2, 40)
+
+    def plain(x):
+        return dense()(*(t.transpose(1, 2) for t in x.unbind(2))).transpose(1, 2)
+
+    check(ops.attention_packed, plain, [qkv], backend, dtype)
+
+
+@pytest.mark.parametrize("backend", backends("attention_fwd")[1:])
+def test_output_needs_no_copy(backend):
+    with use_backend(backend):
+        out = ops.attention(*heads(2, 3, 5, 8))
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("backend", backends("attention_fwd"))
+def test_large_scores_do_not_overflow(backend):
+    q, k, v = heads(1, 1, 70, 16)
+    check(lambda q, k, v: ops.attention(q, k, v), dense(), [q * 100, k * 100, v], backend, grads=False)
+
+
+def test_agrees_with_torch():
+    q, k, v = heads(2, 4, 128, 64)
+    theirs = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert (ops.attention(q, k, v) - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", backends("attention_decode"))
+@settings(max_examples=15)
+@given(
+    length=st.integers(1, 150), spare=st.integers(0, 20), head_dim=st.sampled_from([8, 40, 64, 96, 128]), dtype=st.sampled_from(DTYPES)
+)
+def test_decode(backend, length, spare, head_dim, dtype):
+    q, k, v = heads(2, 3, length + spare, head_dim, seed=length)
+    k[:, :, length:], v[:, :, length:] = float("nan"), float("nan")  # rows not yet written must not be read
+
+    def plain(q, k, v):
+        return reference.attention.attention_decode(q, k, v, length)
+
+    check(lambda q, k, v: ops.attention_decode(q, k, v, length), plain, [q[:, :, :1], k, v], backend, dtype, grads=False)
+
+
+@pytest.mark.parametrize("backend", backends("attention_decode")[1:])
+def test_decode_does_not_know_its_batch(backend):
+    q, k, v = heads(5, 2, 77, 32)
+    with use_backend(backend):
+        whole = ops.attention_decode(q[:, :, :1], k, v, 60)
+        alone = ops.attention_decode(q[3:4, :, :1], k[3:4], v[3:4], 60)
+    assert torch.equal(whole[3:4], alone)
+
+
+def test_unserved_head_dim_takes_the_reference_and_says_why(caplog):
+    q, k, v = heads(1, 1, 5, 12)
+    assert (ops.attention(q, k, v) - dense()(q, k, v)).abs().max() < 1e-6
+    assert "head dim 12" in caplog.text
+
+
+def test_bad_arguments():
+    q, k, v = heads(1, 2, 6, 8)
+    mask = compiled("row", (2, 3))
+    for call in (
+        lambda: ops.attention(q, k[:, :1], v),
+        lambda: ops.attention(q[:, :, :3], k, v),
+        lambda: ops.attention(q, k, v, mask, causal=False),
+        lambda: ops.attention(*heads(1, 2, 7, 8), mask),
+        lambda: ops.attention_decode(q[:, :, :1], k, v, 7),
+        lambda: ops.attention_packed(torch.zeros(1, 2, 2, 1, 8)),
+    ):
+        with pytest.raises(InputError):
+            call()

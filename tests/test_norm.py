@@ -1,0 +1,56 @@
+"""rms_norm on every backend against its reference."""
+
+import pytest
+import torch
+from check import backends, check
+from hypothesis import given
+from hypothesis import strategies as st
+
+from igpt_fast import InputError, ops, reference
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", backends("rms_norm_fwd"))
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 17), (4, 512), (300, 64), (7, 1025)])
+def test_rms_norm(backend, dtype, shape):
+    check(ops.rms_norm, reference.norm.rms_norm, [torch.randn(shape), torch.randn(shape[-1])], backend, dtype)
+
+
+@pytest.mark.parametrize("backend", backends("rms_norm_bwd"))
+@given(rows=st.integers(1, 300), cols=st.integers(1, 80), stream=st.sampled_from([F32, BF16]), x=st.sampled_from([F32, BF16]))
+def test_fused_residual_of_mixed_dtypes(backend, rows, cols, stream, x):
+    generator = torch.Generator().manual_seed(rows * 100 + cols)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    args = [draw(rows, cols).to(x), draw(cols), draw(rows, cols).to(stream)]
+
+    def run(norm):
+        return lambda a, w, r: norm(a, w, 1e-5, residual=r)
+
+    check(run(ops.rms_norm), run(reference.norm.rms_norm), args, backend)
+
+
+def test_shared_gradient_is_not_aliased():
+    x, r = (torch.randn(4, 32, requires_grad=True) for _ in range(2))
+    y, s = ops.rms_norm(x, torch.ones(32), residual=r)
+    (y.sum() + s.sum()).backward()
+    before = r.grad.clone()
+    x.grad.zero_()
+    assert torch.equal(r.grad, before)
+
+
+def test_only_the_sum_is_used():
+    x, r = (torch.randn(4, 32, requires_grad=True) for _ in range(2))
+    ops.rms_norm(x, torch.ones(32), residual=r)[1].sum().backward()
+    assert torch.equal(x.grad, torch.ones(4, 32)) and torch.equal(r.grad, torch.ones(4, 32))
+
+
+def test_zero_rows():
+    assert ops.rms_norm(torch.zeros(0, 16), torch.ones(16)).shape == (0, 16)
+
+
+@pytest.mark.parametrize("weight, residual", [(torch.ones(3), None), (torch.ones(4), torch.ones(2, 3))])
+def test_bad_shapes(weight, residual):
+    with pytest.raises(InputError):
+        ops.rms_norm(torch.ones(2, 4), weight, residual=residual)

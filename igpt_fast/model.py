@@ -1,0 +1,219 @@
+"""ImageGPT on one page: a pre-norm transformer over the pixels of an image, each pixel one of a palette's colours.
+
+Autoregressive ("ar"): slot 0 holds the learned sos, slot i holds pixel i-1, and logit row i predicts pixel i, seeing
+the slots 0..i. BERT ("bert"): slot i holds pixel i or, when masked, nothing but its position; every slot sees every
+slot.
+
+Shapes: N images, T = H·W pixels, d = width. The residual stream h is never normalised itself; each branch's output,
+delta, waits until the next norm adds it, so that one kernel reads and writes the stream once per branch. Under autocast
+the stream stays float32 and the norms hand autocast's dtype to the linears.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from igpt_fast import ops
+from igpt_fast.config import Config
+from igpt_fast.errors import InputError
+
+MASKED = 0.15  # BERT: the share of pixels that is hidden from the model and scored
+
+
+class ImageGPT(nn.Module):
+    """The whole model. With `activation_checkpointing` the backward pass recomputes blocks: less memory, same bits."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        d = config.width
+        self.wte = _table(config.colors, d, std=0.02)
+        if config.objective == "ar":
+            self.sos = _table(d, std=0.02)
+        self.wpe = _table(config.tokens, d, std=0.01)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = nn.Parameter(torch.ones(d))
+        self.wtet = nn.Parameter(torch.zeros(config.colors, d))  # zero: a fresh model's loss is exactly ln(colors)
+        if config.classes:
+            self.wclf = nn.Parameter(torch.zeros(config.classes, d))
+
+    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits [N, T, colors]; row i predicts pixel i.   tokens [N, H, W] or [N, T], any integer dtype
+
+        keep (BERT only): bool, shaped as the tokens, True = visible; None = all visible. Raises InputError for tokens
+        of a wrong shape or dtype, and, on the CPU, outside the palette (on a GPU that check would wait for the device).
+        """
+        return F.linear(self.hidden(tokens, keep), self.wtet)
+
+    def loss(self, tokens: Tensor, keep: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Nats per pixel, a scalar.   tokens [N, H, W] or [N, T]
+
+        AR: the mean over all N·T pixels; nothing is drawn. BERT: the mean cross-entropy of each image's masked pixels,
+        then the mean over the images; an image without a masked pixel counts as 0. `keep` (True = visible) is drawn as
+        uniform > 0.15 from `generator` when it is not given.
+        """
+        tokens = self.check_tokens(tokens)
+        if self.config.objective == "ar":
+            return ops.cross_entropy(self(tokens, keep), tokens)
+        if keep is None:
+            device = tokens.device if generator is None else generator.device
+            keep = torch.rand(tokens.shape, generator=generator, device=device) > MASKED
+        nats = ops.cross_entropy(self(tokens, keep), tokens, reduction="none")
+        masked = ~keep.reshape(tokens.shape).to(tokens.device)
+        return ((nats * masked).sum(1) / masked.sum(1).clamp(min=1)).mean()
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Class logits [N, classes]: the mean of the final norm's output, times wclf. InputError without a head."""
+        if not self.config.classes:
+            raise InputError("this model has no classifier head; build it with Config(classes=...)")
+        return F.linear(self.hidden(tokens).mean(1), self.wclf)
+
+    def features(self, tokens: Tensor, layer: int | None = None) -> Tensor:
+        """The paper's probe features: means over positions, float32.   tokens [N, H, W] or [N, T]
+
+        Layer l < layers is the ln_1 output of block l (what its attention reads), layer `layers` the final norm's
+        output. Returns [N, width] for one layer (blocks above it do not run), [layers + 1, N, width] for None. BERT
+        models see every pixel.
+        """
+        last = self.config.layers
+        if layer is not None and not 0 <= layer <= last:
+            raise InputError(f"features of layer {layer} were asked; this model has layers 0 to {last}")
+        h, delta, pooled = self._start(self.check_tokens(tokens)), None, []
+        for index, weight in enumerate([*(block.ln_1 for block in self.blocks), self.ln_f]):
+            if layer is None or layer == index:
+                x, _ = _norm(h, delta, weight, self.config.eps, torch.promote_types(h.dtype, torch.float32))
+                pooled.append(x.mean(1))
+            if index == (last if layer is None else layer):
+                break
+            h, delta = self.blocks[index](h, delta)
+        return torch.stack(pooled) if layer is None else pooled[0]
+
+    def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The final norm's output [N, T, width], which both heads read. Arguments as in `forward`."""
+        tokens = self.check_tokens(tokens)
+        if keep is not None:
+            if self.config.objective == "ar":
+                raise InputError("keep was given to an autoregressive model; only objective='bert' has a mask")
+            if keep.dtype != torch.bool or keep.numel() != tokens.numel():
+                raise InputError(
+                    f"keep is {keep.dtype} {list(keep.shape)}; give a bool for each of {list(tokens.shape)}"
+                )
+            keep = keep.reshape(tokens.shape).to(tokens.device)
+        h, delta = self._start(tokens, keep), None
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # Nothing random happens inside a block, so the random state need not be saved.
+                h, delta = checkpoint(block, h, delta, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h, delta = block(h, delta)
+        return _norm(h, delta, self.ln_f, self.config.eps)[0]
+
+    def embed(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
+        """AR: the first K pixels [N, K] fill K + 1 slots, sos first. BERT: [N, T] fill T. → [N, slots, width]"""
+        h = F.embedding(pixels, self.wte)
+        if self.config.objective == "ar":
+            h = torch.cat((self.sos.expand(len(pixels), 1, -1), h), dim=1)
+        if keep is not None:
+            h = h * keep.unsqueeze(-1)
+        return h + self.wpe[: h.shape[1]]
+
+    def num_parameters(self) -> int:
+        """How many numbers the model learns."""
+        return sum(p.numel() for p in self.parameters())
+
+    def _start(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        # The last pixel is never an input of an autoregressive model.
+        return self.embed(tokens[:, :-1] if self.config.objective == "ar" else tokens, keep)
+
+    def check_tokens(self, tokens: Tensor) -> Tensor:
+        """tokens as int64 [N, T], or an InputError that says what is wrong with them."""
+        c, shape = self.config, tuple(tokens.shape)
+        if len(shape) not in (2, 3) or shape[1:] not in (c.size, (c.tokens,)):
+            raise InputError(f"tokens are shaped {list(shape)}; the model reads [N, {c.tokens}] or {['N', *c.size]}")
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise InputError(f"tokens are {tokens.dtype}; give integers, such as Palette.encode returns")
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(end) for end in tokens.aminmax())
+            if low < 0 or high >= c.colors:
+                bad = low if low < 0 else high
+                raise InputError(f"token {bad} is out of range: a palette of {c.colors} has tokens 0 to {c.colors - 1}")
+        return tokens.flatten(1).long()
+
+
+class Block(nn.Module):
+    """h, delta → h + delta + attention, MLP: the sum of all branches but the last, and the last, still to be added."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.ln_1 = nn.Parameter(torch.ones(config.width))
+        self.attn = Attention(config)
+        self.ln_2 = nn.Parameter(torch.ones(config.width))
+        self.mlp = MLP(config)
+
+    def forward(self, h: Tensor, delta: Tensor | None, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, h = _norm(h, delta, self.ln_1, self.eps)
+        x, h = _norm(h, self.attn(x, cache), self.ln_2, self.eps)
+        return h, self.mlp(x)
+
+
+class Attention(nn.Module):
+    """One linear makes q, k and v; they stay where it wrote them, as strided views."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        d, self.heads, self.causal = config.width, config.heads, config.objective == "ar"
+        self.qkv = Linear(d, 3 * d, config.bias, std=1 / math.sqrt(d))
+        self.proj = Linear(d, d, config.bias, std=1 / math.sqrt(d * config.layers))
+
+    def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
+        """x [N, K, d] → [N, K, d]. A cache [N, 2, heads, T, head_dim] receives k and v of the slots 0..K-1."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [N, K, 3, heads, head_dim]
+        if cache is not None:
+            cache[..., : x.shape[1], :] = qkv[:, :, 1:].permute(0, 2, 3, 1, 4)
+        return self.proj(ops.attention_packed(qkv, causal=self.causal).flatten(2))
+
+
+class MLP(nn.Module):
+    """proj(quick_gelu(fc(x))); fc's bias is added by the activation, which touches every element anyway."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.fc = Linear(config.width, config.mlp_width, config.bias, std=0.02)
+        self.proj = Linear(config.mlp_width, config.width, config.bias, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(ops.bias_quick_gelu(F.linear(x, self.fc.weight), self.fc.bias))
+
+
+class Linear(nn.Linear):
+    """nn.Linear that starts as N(0, std), its bias at zero."""
+
+    def __init__(self, fan_in: int, fan_out: int, bias: bool, std: float) -> None:
+        self.std = std
+        super().__init__(fan_in, fan_out, bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def _table(*shape: int, std: float) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape).normal_(std=std))
+
+
+def _norm(
+    h: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """norm(h + delta) in `dtype` (None: the one the linears want), and h + delta itself."""
+    kind = h.device.type
+    if dtype is None and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    if delta is None:
+        return ops.rms_norm(h, weight, eps, dtype=dtype), h
+    return ops.rms_norm(delta, weight, eps, residual=h, dtype=dtype)

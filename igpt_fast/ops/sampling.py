@@ -1,0 +1,59 @@
+"""Drawing tokens: the checks, and which backend draws."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from igpt_fast import reference
+from igpt_fast.errors import InputError
+
+
+def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
+    """Raise InputError for the first of the three that is out of range."""
+    if not 0 <= temperature < math.inf:  # also catches NaN
+        raise InputError(
+            f"temperature is {temperature}; use a positive number (1 samples plainly), or 0 for the likeliest colour"
+        )
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k is {top_k}; use at least 1, or leave it out to keep every colour")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}; use a share above 0 and up to 1 (1 keeps every colour)")
+
+
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Draw one token per row.   logits [N, V] floating   uniforms float64 [N] in [0, 1) → int64 [N]
+
+    Inverts the distribution function of softmax(logits / temperature) cut to top_k, then top_p (see
+    reference/sampling.py), so one uniform fixes one token, whatever the other rows hold. Temperature 0: the largest
+    logit, lowest index on ties. A row whose largest logit is not finite (NaN, +inf, or -inf throughout) gives -1:
+    asking the values would make a GPU wait, so the caller looks when it suits. Raises InputError for options out of
+    range or shapes that do not fit.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
+        raise InputError(
+            f"logits are {logits.dtype} {list(logits.shape)}; sample_tokens reads floating [N, V] with V of at least 1"
+        )
+    if uniforms.dtype != torch.float64 or uniforms.shape != logits.shape[:1]:
+        raise InputError(
+            f"uniforms are {uniforms.dtype} {list(uniforms.shape)}; sample_tokens reads float64 [{len(logits)}]"
+        )
+    if torch.compiler.is_compiling():
+        return torch.ops.igpt.sample_tokens(logits, uniforms, temperature, top_k, top_p)
+    return reference.sampling.sample_tokens(logits, uniforms, temperature, top_k, top_p)
+
+
+# There is no native kernel for it yet: the op exists so that a compiled graph holds one node instead of a dozen.
+@torch.library.custom_op("igpt::sample_tokens", mutates_args=())
+def _sample_tokens_op(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> Tensor:
+    return reference.sampling.sample_tokens(logits, uniforms, temperature, top_k, top_p)
+
+
+@_sample_tokens_op.register_fake
+def _(logits, uniforms, temperature, top_k, top_p):
+    return logits.new_empty(len(logits), dtype=torch.int64)

@@ -1,0 +1,252 @@
+"""Sampling: fill a key-value cache with what is known (prefill), then draw one pixel at a time (decode_one_token).
+
+The same seed gives the same images whatever the batch. Each image draws from a random stream of its own, every op of a
+decoding step treats each row alone, and what is known is prefilled one image at a time, so no bit of an image depends
+on its neighbours.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt_fast import ops
+from igpt_fast.config import Config
+from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
+from igpt_fast.ops.sampling import check_sampling
+
+CACHE_BYTES = 1 << 30  # the default batch is what this much key-value cache holds,
+LARGEST_BATCH = 64  # but no more images than this: beyond it a step's time grows with the batch anyway
+
+Progress = Callable[[int, int], None]  # (pixels drawn, pixels to draw in all)
+
+
+class KVCache:
+    """Keys and values of the slots 0..length-1: data [layers, batch, 2, heads, T, head_dim], k before v."""
+
+    def __init__(self, config: Config, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.layers, batch, 2, config.heads, config.tokens, config.head_dim)
+        self.data = torch.empty(shape, dtype=dtype, device=device)
+        self.layers = [(layer[:, 0], layer[:, 1]) for layer in self.data]  # (k, v) of each, [batch, heads, T, head_dim]
+        self.length = 0
+
+    def fill(self, rows: slice, source: "KVCache") -> None:
+        """Give every image of `rows` the known slots of the one image in `source`."""
+        self.length = source.length
+        self.data[:, rows, ..., : self.length, :] = source.data[..., : self.length, :]
+
+
+class _Layer(NamedTuple):
+    ln_1: Tensor
+    qkv: tuple[Tensor, Tensor | None]
+    attn_proj: tuple[Tensor, Tensor | None]
+    ln_2: Tensor
+    fc: Tensor
+    fc_bias: Tensor | None
+    mlp_proj: tuple[Tensor, Tensor | None]
+
+
+class Decoder:
+    """An autoregressive model's weights as plain tensors: a look-up in a module costs as much as a small op.
+
+    The tensors are the model's own, no copies. Raises InputError for a BERT model, which defines no order to sample in.
+    """
+
+    def __init__(self, model: ImageGPT) -> None:
+        self.config = c = model.config
+        if c.objective != "ar":
+            raise InputError(
+                f"an objective={c.objective!r} model cannot be sampled from; train one with objective='ar'"
+            )
+        own = {name: p.detach() for name, p in model.named_parameters()}
+        self.wte, self.wpe, self.ln_f, self.wtet = own["wte"], own["wpe"], own["ln_f"], own["wtet"]
+        self.layers = []
+        for at in (f"blocks.{index}." for index in range(c.layers)):
+            qkv, attn_proj, fc, mlp_proj = (
+                (own[f"{at}{name}.weight"], own.get(f"{at}{name}.bias"))
+                for name in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
+            )
+            self.layers.append(_Layer(own[at + "ln_1"], qkv, attn_proj, own[at + "ln_2"], *fc, mlp_proj))
+
+
+@torch.inference_mode()
+def prefill(model: ImageGPT, pixels: Tensor) -> tuple[Tensor, KVCache]:
+    """Run K < T known pixels at once.   pixels int64 [N, K] → logits [N, colors] of pixel K, and the cache"""
+    slots = pixels.shape[1] + 1
+    if slots > model.config.tokens:
+        raise InputError(f"{slots - 1} pixels are known of {model.config.tokens}: there is none left to predict")
+    cache = KVCache(model.config, len(pixels), model.wte.dtype, model.wte.device)
+    h, delta = model.embed(pixels), None
+    for block, kept in zip(model.blocks, cache.data, strict=True):
+        h, delta = block(h, delta, kept)
+    x, _ = ops.rms_norm(delta[:, -1], model.ln_f, model.config.eps, residual=h[:, -1])
+    cache.length = slots
+    return ops.linear(x, model.wtet), cache
+
+
+@torch.inference_mode()
+def decode_one_token(decoder: Decoder, cache: KVCache, pixel: Tensor) -> Tensor:
+    """Put the newest pixel into the cache's next slot.   pixel int64 [N] → logits [N, colors] of the pixel after it"""
+    c, slot, n = decoder.config, cache.length, len(pixel)
+    if slot >= c.tokens:
+        raise InputError(f"the cache already holds all {c.tokens} slots of an image")
+    h, delta = decoder.wte[pixel] + decoder.wpe[slot], None
+    for w, (k, v), here in zip(decoder.layers, cache.layers, cache.data[..., slot, :].unbind(), strict=True):
+        if delta is None:
+            x = ops.rms_norm(h, w.ln_1, c.eps)
+        else:
+            x, h = ops.rms_norm(delta, w.ln_1, c.eps, residual=h)
+        qkv = ops.linear(x, *w.qkv).view(n, 3, c.heads, c.head_dim)
+        here.copy_(qkv[:, 1:])
+        mixed = ops.attention_decode(qkv[:, 0].unsqueeze(2), k, v, slot + 1)
+        x, h = ops.rms_norm(ops.linear(mixed.reshape(n, -1), *w.attn_proj), w.ln_2, c.eps, residual=h)
+        delta = ops.linear(ops.bias_quick_gelu(ops.linear(x, w.fc), w.fc_bias), *w.mlp_proj)
+    cache.length = slot + 1
+    x, _ = ops.rms_norm(delta, decoder.ln_f, c.eps, residual=h)
+    return ops.linear(x, decoder.wtet)
+
+
+def sample(
+    model: ImageGPT,
+    n: int = 16,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """n images from nothing: tokens int64 [n, H, W] on the model's device.
+
+    Image i depends on the model, the options, `seed` and i only: neither on n nor on `batch`, the most images that are
+    drawn side by side (None: what fits in 1 GiB of cache, at most 64). `progress` hears of pixels. Raises InputError
+    for options out of range, for a BERT model, and for a model whose logits are not finite.
+    """
+    check_options(n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch)
+    nothing = torch.empty(1, 0, dtype=torch.int64, device=model.wte.device)
+    options = (temperature, top_k, top_p)
+    return _generate(model, nothing, [(0, i, 0) for i in range(n)], seed, batch, options, progress)
+
+
+def complete(
+    model: ImageGPT,
+    tokens: Tensor,
+    keep: float = 0.5,
+    n: int = 8,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """n completions of each image.   tokens [N, H, W] or [N, T] → int64 [N, n, H, W] on the model's device
+
+    The first round(keep · T) pixels in raster order are kept, the rest is drawn; keep = 1 gives the image back n times.
+    Completion j of image i depends on the model, the options, `seed`, the kept pixels, i and j only. Otherwise as
+    `sample`.
+    """
+    check_options(n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch, keep=keep)
+    known = model.check_tokens(tokens).to(model.wte.device)[:, : kept_pixels(model.config, keep)]
+    rows = [(i, i, j) for i in range(len(known)) for j in range(n)]
+    images = _generate(model, known, rows, seed, batch, (temperature, top_k, top_p), progress)
+    return images.view(len(known), n, *model.config.size)
+
+
+def kept_pixels(config: Config, keep: float) -> int:
+    """How many pixels, in raster order, the fraction `keep` of an image is."""
+    return round(keep * config.tokens)
+
+
+def check_options(
+    n: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    keep: float = 0.0,
+) -> None:
+    """Raise InputError for the first option that is out of range. Needs no model: call it before one is loaded."""
+    check_sampling(temperature, top_k, top_p)
+    if n < 1:
+        raise InputError(f"n is {n}; ask for at least 1 image")
+    if not 0 <= seed < 1 << 64:
+        raise InputError(f"seed is {seed}; use a whole number from 0 to 2**64 - 1")
+    if batch is not None and batch < 1:
+        raise InputError(f"batch is {batch}; use at least 1")
+    if not 0 <= keep <= 1:  # also catches NaN
+        raise InputError(f"keep is {keep}; use a fraction from 0 (keep nothing) to 1 (keep the whole image)")
+
+
+def _generate(
+    model: ImageGPT,
+    known: Tensor,
+    rows: list[tuple[int, int, int]],
+    seed: int,
+    batch: int | None,
+    options: tuple[float, int | None, float | None],
+    progress: Progress | None,
+) -> Tensor:
+    """Images [len(rows), H, W]. A row is (index into known [M, K], image, completion); the last two name its stream."""
+    c, decoder, count = model.config, Decoder(model), known.shape[1]
+    out = known.new_empty(len(rows), c.tokens)
+    out[:, :count] = known[[row[0] for row in rows]]
+    total, prefix, start = len(rows) * (c.tokens - count), (-1, None, None), 0
+    size = batch or default_batch(model)
+    # A caller's autocast would reach prefill's linears but not the decoding ops: all runs in the model's own dtype.
+    with torch.inference_mode(), torch.autocast(known.device.type, enabled=False):
+        while total and start < len(rows):
+            part = rows[start : start + size]
+            cache = KVCache(c, len(part), model.wte.dtype, known.device)
+            logits = model.wtet.new_empty(len(part), c.colors)
+            for index in dict.fromkeys(row[0] for row in part):
+                if prefix[0] != index:  # an image whose completions fill several batches is prefilled once
+                    prefix = (index, *prefill(model, known[index : index + 1]))
+                where = [at for at, row in enumerate(part) if row[0] == index]  # neighbours: rows come grouped by image
+                same = slice(where[0], where[-1] + 1)
+                logits[same] = prefix[1]
+                cache.fill(same, prefix[2])
+            uniforms = torch.from_numpy(np.stack([_stream(seed, row[1:], c.tokens) for row in part], axis=1))
+            images = out[start : start + size]
+            for at, uniform in enumerate(uniforms.to(known.device).unbind()[count:], start=count):
+                token = ops.sample_tokens(logits, uniform, *options)
+                images[:, at] = token
+                if (at + 1) % c.size[1] == 0 or at + 1 == c.tokens:  # once a line, because looking waits for the device
+                    _refuse_garbage(images[:, count : at + 1], count, c.size[1])
+                    if progress is not None:
+                        progress(start * (c.tokens - count) + len(part) * (at + 1 - count), total)
+                if at + 1 < c.tokens:
+                    logits = decode_one_token(decoder, cache, token.clamp(min=0))
+            start += len(part)
+    return out.view(-1, *c.size)
+
+
+def default_batch(model: ImageGPT) -> int:
+    """How many images are drawn side by side when the caller does not say."""
+    c = model.config
+    return max(1, min(LARGEST_BATCH, CACHE_BYTES // (2 * c.layers * c.tokens * c.width * model.wte.element_size())))
+
+
+def _stream(seed: int, stream: tuple[int, int], count: int) -> np.ndarray:
+    """float64 [count] in [0, 1): the uniforms of one image's pixels, fixed by the seed and the stream's two numbers."""
+    key = np.array([seed, stream[0]], dtype=np.uint64)
+    counter = np.array(
+        [0, 0, stream[1], 0], dtype=np.uint64
+    )  # it counts in the lowest word: starts 2**128 apart never meet
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(count)
+
+
+def _refuse_garbage(drawn: Tensor, first: int, width: int) -> None:
+    """InputError when a token is -1, which is how sample_tokens says that the logits were not finite."""
+    if not (drawn < 0).any():
+        return
+    image, at = (drawn < 0).nonzero()[0].tolist()
+    row, column = divmod(first + at, width)
+    raise InputError(
+        f"the model's logits for pixel ({row}, {column}) of image {image} of the batch are not finite; "
+        "its weights are broken (training diverged?) or overflow in this dtype: use another checkpoint or float32"
+    )

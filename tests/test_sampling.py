@@ -1,0 +1,146 @@
+"""Drawing tokens: the right distribution, cut where top_k and top_p say, one uniform to one token."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from igpt_fast.errors import InputError
+from igpt_fast.ops.sampling import sample_tokens
+
+# Few distinct values, so that ties are common.
+LOGITS = st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0, -math.inf]), min_size=1, max_size=9)
+
+
+def brute(logits, uniform, temperature=1.0, top_k=None, top_p=None):
+    """One row in plain Python: softmax, sort, cut, walk."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if temperature == 0:
+        return order[0]
+    weight = [math.exp((z - max(logits)) / temperature) for z in logits]
+    kept = order[:top_k]
+    if top_p is not None and top_p < 1:
+        mass, size = 0.0, 0
+        for i in kept:
+            if mass >= top_p * math.fsum(weight[j] for j in kept):
+                break
+            mass, size = mass + weight[i], size + 1
+        kept = kept[:size]
+    total, walked = sum(weight[i] for i in sorted(kept)), 0.0
+    for i in sorted(kept):
+        walked += weight[i]
+        if walked > uniform * total:
+            return i
+    raise AssertionError("the walk ended without a token")
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    logits=LOGITS.filter(lambda z: max(z) > -math.inf),
+    uniform=st.floats(0, 1, exclude_max=True),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+    top_k=st.none() | st.integers(1, 12),
+    top_p=st.none() | st.floats(0.01, 1),
+)
+def test_equals_brute_force(logits, uniform, temperature, top_k, top_p):
+    got = sample_tokens(
+        torch.tensor([logits]), torch.tensor([uniform], dtype=torch.float64), temperature, top_k, top_p
+    ).item()
+    want = brute(logits, uniform, temperature, top_k, top_p)
+    if got != want:  # only where rounding could decide: a boundary of the walk or of top_p within a few ulp
+        near = {brute(logits, min(max(uniform + e, 0), 1 - 2**-53), temperature, top_k, top_p) for e in (-1e-12, 1e-12)}
+        if top_p is not None:
+            near |= {brute(logits, uniform, temperature, top_k, min(1, max(0, top_p + e))) for e in (-1e-12, 1e-12)}
+        assert got in near
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.9}]
+)
+def test_draws_the_distribution(dtype, options):
+    n, colors = 40_000, 12
+    logits = torch.randn(colors, generator=torch.Generator().manual_seed(0)).to(dtype)
+    uniforms = torch.from_numpy(np.random.default_rng(1).random(n))
+    drawn = np.bincount(sample_tokens(logits.expand(n, -1), uniforms, **options), minlength=colors)
+    p = np.exp(logits.double().numpy() / options.get("temperature", 1.0))
+    order = np.argsort(-p, kind="stable")[: options.get("top_k")]
+    share = np.cumsum(p[order]) / p[order].sum()
+    order = order[: np.searchsorted(share, options.get("top_p", 1.0)) + 1]
+    expected = np.zeros(colors)
+    expected[order] = n * p[order] / p[order].sum()
+    live = expected > 0
+    assert not drawn[~live].any()
+    chi2 = ((drawn - expected)[live] ** 2 / expected[live]).sum()
+    assert chi2 < len(order) + 5 * math.sqrt(2 * len(order))  # five sigma, and the seeds are fixed
+
+
+def test_each_row_stands_alone():
+    generator = torch.Generator().manual_seed(0)
+    logits, uniforms = torch.randn(7, 512, generator=generator), torch.rand(7, generator=generator, dtype=torch.float64)
+    every = sample_tokens(logits, uniforms, 1.1, 100, 0.95)
+    assert every.dtype == torch.int64
+    for row in range(7):
+        assert sample_tokens(logits[row : row + 1], uniforms[row : row + 1], 1.1, 100, 0.95).item() == every[row]
+
+
+def test_ties_keep_the_lowest_indices():
+    logits = torch.zeros(64, 6)
+    uniforms = torch.linspace(0, 1 - 2**-53, 64, dtype=torch.float64)
+    assert set(sample_tokens(logits, uniforms, top_k=2).tolist()) == {0, 1}
+    assert set(sample_tokens(logits, uniforms, top_p=0.5).tolist()) == {0, 1, 2}
+    assert set(sample_tokens(logits, uniforms, temperature=0).tolist()) == {0}
+
+
+def test_temperature_goes_from_greedy_to_uniform():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0]]).expand(1000, -1)
+    uniforms = torch.arange(1000, dtype=torch.float64) / 1000
+    assert set(sample_tokens(logits, uniforms, temperature=0).tolist()) == {1}
+    assert set(sample_tokens(logits, uniforms, temperature=1e-300).tolist()) == {1, 3}
+    hot = sample_tokens(logits, uniforms, temperature=1e9)
+    assert torch.bincount(hot).tolist() == [250] * 4
+
+
+def test_the_last_uniform_gives_the_last_possible_token():
+    logits = torch.tensor([[0.0, 1.0, -math.inf, -2000.0, -math.inf]])
+    assert sample_tokens(logits, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 1
+    assert sample_tokens(logits, torch.tensor([0.0], dtype=torch.float64)).item() == 0
+
+
+@pytest.mark.parametrize("bad", [[0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 1}, {"top_p": 0.5}])
+def test_rows_that_are_not_finite_give_minus_one_and_spare_the_others(bad, options):
+    logits = torch.tensor([[0.0, 9.0], bad, [9.0, 0.0]])
+    assert sample_tokens(logits, torch.full((3,), 0.5, dtype=torch.float64), **options).tolist() == [1, -1, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_p": math.nan}, "top_p is nan"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        sample_tokens(torch.zeros(1, 3), torch.zeros(1, dtype=torch.float64), **options)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    for logits, uniforms in (
+        (torch.zeros(3), torch.zeros(3, dtype=torch.float64)),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.float64)),
+        (torch.zeros(2, 3), torch.zeros(2)),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)),
+        (torch.zeros(2, 0), torch.zeros(2, dtype=torch.float64)),
+    ):
+        with pytest.raises(InputError, match="sample_tokens reads"):
+            sample_tokens(logits, uniforms)

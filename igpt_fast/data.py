@@ -1,68 +1,42 @@
-"""From images to what the model is trained on: pixels for a palette, tokens in memory-mapped shards.
+"""From images to the tokens that a model is trained on, in memory-mapped shards.
 
     source → decode (worker processes) → palette.encode (here, with all cores) → shards
 
-Everything streams: memory does not depend on the number of images.
+Everything streams: memory does not depend on the number of images. This module is the door to its neighbours, one step
+each: images (one image), sources (lists of them), decode (many, in parallel), pixels (for a palette or a probe), tokens
+(on disk).
 """
 
+import errno
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from igpt_fast.console import Bar, say
 from igpt_fast.console import progress as show_progress
-from igpt_fast.console import say
 from igpt_fast.decode import check_options, decode
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
+from igpt_fast.pixels import FIT_LIMIT, Progress, as_source, by_name, fit_palette, load_pixels, refuse_none_left
 from igpt_fast.sources import Source, open_source
 from igpt_fast.tokens import FORMAT, VERSION, ShardWriter, TokenDataset, is_token_directory
 
-__all__ = ["FIT_LIMIT", "Source", "TokenDataset", "load_pixels", "open_source", "open_tokens", "tokenize"]
-
-FIT_LIMIT = 10_000  # images that a palette is fitted to: more colours of the same kind move its centres very little
-
-Progress = Callable[[int, int], None]
-
-
-def load_pixels(
-    source: Source | str | Path,
-    size: tuple[int, int] = (32, 32),
-    resize: str = "paper",
-    background: str = "white",
-    on_error: str = "raise",
-    workers: int | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
-    """Images as pixels in memory: uint8 [n, H, W, 3], labels int64 [n] (-1: unknown), and (name, why) of skipped ones.
-
-    limit: at most so many images, drawn at random by `seed`, in the order of the source; all when None. The other
-    arguments as for `tokenize`. Raises InputError when the source cannot be read or no image is left.
-    """
-    source = _source(source)
-    if limit is not None and limit < 1:
-        raise InputError(f"limit {limit} leaves no image; give at least 1, or none for all")
-    count = len(source) if limit is None else min(limit, len(source))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(source), count, replace=False))
-    pixels = np.empty((count, *size, 3), np.uint8)
-    failures: list[tuple[int, str]] = []
-    done = 0
-    for part in decode(source, size, resize, background, on_error, workers, chosen):
-        pixels[np.searchsorted(chosen, part.indices)] = part.pixels
-        failures += part.failures
-        done += part.seen
-        if progress is not None:
-            progress(done, count)
-    good = np.isin(chosen, [index for index, _ in failures], invert=True)
-    _refuse_none_left(source, int(good.sum()), failures)
-    labels = np.full(len(source), -1, np.int64) if source.labels is None else source.labels
-    return pixels if good.all() else pixels[good], labels[chosen[good]], _skipped(source, failures)
+__all__ = [
+    "Source",
+    "TokenDataset",
+    "fit_palette",
+    "load_pixels",
+    "open_source",
+    "open_tokens",
+    "report_left_out",
+    "show_steps",
+    "tokenize",
+]
 
 
 def tokenize(
@@ -91,12 +65,13 @@ def tokenize(
     in meta. shard_images: images in one file, 128 MiB when None. Raises InputError, leaving nothing behind.
     """
     check_options(size, resize, background, on_error)
-    source, out = _source(source), Path(out)
+    out = Path(out)
+    _refuse_existing(out, overwrite)
+    source = as_source(source)
     palette = palette if isinstance(palette, Palette) else Palette.load(palette)
     if shard_images is not None and shard_images < 1:
         raise InputError(f"shard_images {shard_images} is less than 1; give how many images a file holds")
-    _refuse_existing(out, overwrite)
-    work = _make_work_directory(out)  # now: an hour of work is a bad moment to learn that it cannot be written
+    work, made = _make_work_directory(out)  # now: after an hour of work is a bad moment to learn that it cannot be
     try:
         writer = ShardWriter(work, len(source), size, shard_images)
         failures: list[tuple[int, str]] = []
@@ -109,7 +84,7 @@ def tokenize(
             if progress is not None:
                 progress(done, len(source))
         kept = np.delete(np.arange(len(source)), [index for index, _ in failures])
-        _refuse_none_left(source, len(kept), failures)
+        refuse_none_left(source, len(kept), failures)
         labels = np.full(len(kept), -1, np.int32) if source.labels is None else source.labels[kept].astype(np.int32)
         meta = {
             "format": FORMAT,
@@ -125,7 +100,7 @@ def tokenize(
             "source": str(source.path.absolute()),
             "source_stamp": source.stamp,
             "ignored": source.ignored,
-            "skipped": [{"name": name, "error": error} for name, error in _skipped(source, failures)],
+            "skipped": [{"name": name, "error": error} for name, error in by_name(source, failures)],
             "palette_fit": fit,
         }
         palette.save(work / "palette.npy")
@@ -135,9 +110,14 @@ def tokenize(
         for name in ("palette.npy", "labels.npy", "names.json", "meta.json"):
             with open(work / name, "rb") as file:
                 os.fsync(file.fileno())
+        _refuse_existing(out, overwrite)  # another process may have been faster
         _move_into_place(work, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
+        for folder in made:
+            folder.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{out}: the disk is full; make room, or choose a place on another") from error
         raise
     return TokenDataset(out)
 
@@ -169,25 +149,25 @@ def open_tokens(
         return tokens
     size = size or (32, 32)
     check_options(size, resize, background, on_error)
-    source = _source(path)
+    source = as_source(path)
     if cache_dir is None:
         raise InputError(f"{path}: is not a directory of tokens; write one with igpt-fast tokenize, or say cache_dir")
     fit = {"colors": colors, "seed": seed, "limit": FIT_LIMIT} if palette is None else None
     if is_token_directory(cache_dir):
         tokens = TokenDataset(cache_dir)
         wanted = {"size": list(size), "resize": resize, "background": background, "source_stamp": source.stamp}
-        if on_error == "raise":
-            wanted["skipped"] = []
-        _refuse_other(tokens, {**wanted, "palette_fit": fit}, palette, "delete that directory to make them anew")
+        wanted |= {"skipped": []} if on_error == "raise" else {}
+        wanted |= {"palette_fit": fit} if palette is None else {}
+        _refuse_other(tokens, wanted, palette, "delete that directory to make them anew")
         say(f"using the tokens at {cache_dir} again: {_summary(tokens)}")
         return tokens
     _refuse_existing(Path(cache_dir), overwrite=False)
     options = {"size": size, "resize": resize, "background": background, "on_error": on_error, "workers": workers}
     if palette is None:
-        with show_progress(min(len(source), FIT_LIMIT), "images", "reading for the palette") as bar:
-            pixels, _, _ = load_pixels(source, **options, limit=FIT_LIMIT, seed=seed, progress=bar.to)
-        palette = Palette.fit(pixels, colors, seed=seed)
-        del pixels
+        with show_progress(min(len(source), FIT_LIMIT), "images", "palette") as bar:
+            palette, _, _ = fit_palette(
+                source, colors, **options, seed=seed, progress=bar.to, fitting=partial(show_steps, bar)
+            )
     with show_progress(len(source), "images", "tokenising") as bar:
         tokens = tokenize(source, palette, cache_dir, **options, progress=bar.to, fit=fit)
     say(f"wrote tokens to {cache_dir}: {_summary(tokens)}")
@@ -206,25 +186,13 @@ def report_left_out(ignored: dict[str, int], skipped: list[str], listed: int = 2
     return lines
 
 
+def show_steps(bar: Bar, step: int, _: int) -> None:
+    """Shows the steps of k-means behind the images that a bar counts; bound to its bar, a `fitting` of fit_palette."""
+    bar.to(bar.done, **{"k-means steps": step})
+
+
 def _summary(tokens: TokenDataset) -> str:
     return f"{len(tokens)} images, {tokens.size[0]}x{tokens.size[1]}, {tokens.colors} colours"
-
-
-def _source(source: Source | str | Path) -> Source:
-    if isinstance(source, Source):
-        return source
-    if is_token_directory(source):
-        raise InputError(f"{source}: holds tokens, not images; give the images that they were made from")
-    return open_source(source)
-
-
-def _skipped(source: Source, failures: list[tuple[int, str]]) -> list[tuple[str, str]]:
-    return [(source.names[index], error) for index, error in sorted(failures)]
-
-
-def _refuse_none_left(source: Source, count: int, failures: list[tuple[int, str]]) -> None:
-    if count == 0:
-        raise InputError(f"{source.path}: none of {len(failures)} images can be read; the first: {failures[0][1]}")
 
 
 def _refuse_other(tokens: TokenDataset, wanted: dict, palette: Palette | None, remedy: str) -> None:
@@ -250,20 +218,27 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out}: holds tokens already; choose another place, or replace them with --overwrite")
 
 
-def _make_work_directory(out: Path) -> Path:
+def _make_work_directory(out: Path) -> tuple[Path, list[Path]]:
+    """An empty directory beside out, and the folders above it, innermost first, that had to be made."""
     work = out.absolute().parent / f".{out.absolute().name}.{uuid.uuid4().hex[:8]}.tmp"
+    missing = [folder for folder in work.parents if not folder.exists()]
     try:
-        work.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir()
+        work.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}); choose a place that can") from error
-    return work
+    return work, missing
 
 
 def _move_into_place(work: Path, out: Path) -> None:
     """Renames work to out. An old out is moved aside before and deleted after, so one of them is there in whole."""
     aside = work.with_name(work.name + ".old")
-    if out.exists():
+    replaced = out.exists()
+    if replaced:
         os.rename(out, aside)
-    os.rename(work, out)
+    try:
+        os.rename(work, out)
+    except BaseException:
+        if replaced:
+            os.rename(aside, out)
+        raise
     shutil.rmtree(aside, ignore_errors=True)

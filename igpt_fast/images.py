@@ -115,11 +115,11 @@ def resize_image(image: Image.Image, size: tuple[int, int], resize: str, where: 
     """Brings an RGB image to uint8 [H, W, 3], size = (H, W), in one of three ways.
 
     "paper": the published evaluation. Short side to 224 (Pillow's BILINEAR, which averages over the source pixels when
-    it reduces), centre crop of 224×224, then down to H×W: BOX, the mean of equal blocks (7×7 for 32), where 224 is a
-    whole multiple, else BILINEAR. A grid that is not square crops a window of its own shape whose short side is 224; a
-    grid of more than 224 pixels a side crops H×W itself. An image smaller than that window is not enlarged first: the
-    largest centred window of the grid's shape goes straight to H×W by the same rule, so an image that is H×W already
-    comes through unchanged.
+    it reduces), centre crop of 224×224, then down to H×W: Pillow's `reduce`, the mean of equal blocks (7×7 for 32),
+    where 224 is a whole multiple, else BILINEAR. A grid that is not square crops a window of its own shape whose short
+    side is 224; a grid of more than 224 pixels a side crops H×W itself. An image smaller than that window is not
+    enlarged first: the largest centred window of the grid's shape goes straight to H×W by the same rule, so an image
+    that is H×W already comes through unchanged.
     "hf": the whole image straight to H×W with BILINEAR, as Hugging Face's processor does; the shape is not kept.
     "none": the image must be H×W already. Raises InputError, naming `where`, when it is not.
     """
@@ -143,6 +143,7 @@ def resize_image(image: Image.Image, size: tuple[int, int], resize: str, where: 
         fit = min(image.height / height, image.width / width)
         high, wide = max(1, math.floor(height * fit + 1e-9)), max(1, math.floor(width * fit + 1e-9))
     left, top = (image.width - wide) // 2, (image.height - high) // 2
-    blocks = high % height == 0 and wide % width == 0
-    method = Image.Resampling.BOX if blocks else Image.Resampling.BILINEAR
-    return np.asarray(image.resize((width, height), method, box=(left, top, left + wide, top + high)))
+    box = (left, top, left + wide, top + high)
+    if high % height == 0 and wide % width == 0:
+        return np.asarray(image.reduce((wide // width, high // height), box))
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))

@@ -1,0 +1,162 @@
+"""`igpt-fast palette` and `igpt-fast tokenize`: from images to what is trained on."""
+
+import os
+import time
+import uuid
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from igpt_fast.cli.options import (
+    BackgroundOption,
+    DataArgument,
+    JsonOption,
+    OnError,
+    OnErrorOption,
+    Resize,
+    ResizeOption,
+    SeedOption,
+    SizeOption,
+    WorkersOption,
+    parse_size,
+    print_json,
+)
+from igpt_fast.console import progress, say
+from igpt_fast.data import fit_palette, report_left_out, show_steps
+from igpt_fast.data import tokenize as tokenize_images
+from igpt_fast.errors import InputError
+from igpt_fast.palette import Palette
+from igpt_fast.pictures import to_png_bytes, write_atomically
+from igpt_fast.pixels import FIT_LIMIT, as_source
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command("palette")(palette)
+    app.command("tokenize")(tokenize)
+
+
+def palette(
+    data: DataArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.npy", help="Where to write the palette.")] = Path(
+        "palette.npy"
+    ),
+    colors: Annotated[int, typer.Option("--colors", metavar="K", help="Colours, from 2 to 4096.")] = 512,
+    size: SizeOption = "32",
+    resize: ResizeOption = Resize.paper,
+    background: BackgroundOption = "white",
+    on_error: OnErrorOption = OnError.error,
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, metavar="N", help="Look at no more than N images, drawn by --seed; 0: all.")
+    ] = FIT_LIMIT,
+    seed: SeedOption = 0,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the colours that images are made of (k-means), and write them as a palette.
+
+    Writes FILE.npy and, to look at, FILE.png with its colours as squares.
+
+    Example: igpt-fast palette photos/ --colors 512 --size 32 -o palette.npy
+    """
+    began = time.monotonic()
+    _check_palette_file(out)
+    grid, source = parse_size(size), as_source(data)
+    say(f"{data}: {_count(source)}")
+    options = {"resize": resize.value, "background": background, "on_error": on_error.value, "workers": workers}
+    with progress(min(len(source), limit or len(source)), "images", "palette") as bar:
+        options |= {"progress": bar.to, "fitting": partial(show_steps, bar)}
+        fitted, images, skipped = fit_palette(source, colors, grid, **options, limit=limit or None, seed=seed)
+    fitted.save(out)
+    picture = out.with_suffix(".png")
+    write_atomically(picture, to_png_bytes(fitted.picture()))
+    seconds = time.monotonic() - began
+    _say_all(report_left_out(source.ignored, [error for _, error in skipped]))
+    say(f"{len(fitted)} colours from {images} images of {grid[0]}x{grid[1]} in {seconds:.1f} s")
+    say(f"inertia {fitted.inertia:.6f}: the mean squared distance of a pixel to its colour, where black to white is 12")
+    say(f"wrote {out} and {picture}")
+    if as_json:
+        print_json(
+            palette=str(out),
+            picture=str(picture),
+            colors=len(fitted),
+            inertia=fitted.inertia,
+            images=images,
+            skipped=[{"name": name, "error": error} for name, error in skipped],
+            ignored=source.ignored,
+            seconds=round(seconds, 3),
+        )
+
+
+def tokenize(
+    data: DataArgument,
+    palette_path: Annotated[
+        Path, typer.Option("--palette", metavar="FILE", help="From igpt-fast palette, OpenAI or Hugging Face.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The directory to write.")],
+    size: SizeOption = "32",
+    resize: ResizeOption = Resize.paper,
+    background: BackgroundOption = "white",
+    on_error: OnErrorOption = OnError.error,
+    workers: WorkersOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokens that DIR holds.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn images into tokens once, so that training reads them at full speed.
+
+    Writes a directory of memory-mapped shards, which train and probe take in place of images.
+
+    Example: igpt-fast tokenize photos/ --palette palette.npy --size 32 -o tokens/
+    """
+    began = time.monotonic()
+    grid, colours, source = parse_size(size), Palette.load(palette_path), as_source(data)
+    say(f"{data}: {_count(source)}")
+    options = {"resize": resize.value, "background": background, "on_error": on_error.value, "workers": workers}
+    with progress(len(source), "images", "tokenising") as bar:
+        tokens = tokenize_images(source, colours, out, grid, **options, overwrite=overwrite, progress=bar.to)
+    seconds = time.monotonic() - began
+    _say_all(report_left_out(source.ignored, [entry["error"] for entry in tokens.meta["skipped"]]))
+    size_on_disk = sum(file.stat().st_size for file in out.iterdir())
+    held_out = len(tokens.split("val"))
+    say(f"{len(tokens)} images as {grid[0]}x{grid[1]} tokens of {tokens.colors} colours in {seconds:.1f} s")
+    say(f"by their names, {held_out} are for validation and {len(tokens) - held_out} for training")
+    say(f"wrote {out}/ ({size_on_disk / 1e6:.1f} MB)")
+    if as_json:
+        print_json(
+            tokens=str(out),
+            images=len(tokens),
+            size=list(tokens.size),
+            colors=tokens.colors,
+            classes=tokens.meta["class_counts"],
+            train=len(tokens) - held_out,
+            val=held_out,
+            bytes=size_on_disk,
+            skipped=tokens.meta["skipped"],
+            ignored=source.ignored,
+            seconds=round(seconds, 3),
+        )
+
+
+def _count(source: object) -> str:
+    classes = f" in {len(source.classes)} classes" if source.classes else ", without class labels"
+    return f"{len(source)} images{classes}"
+
+
+def _say_all(lines: list[str]) -> None:
+    for line in lines:
+        say(line)
+
+
+def _check_palette_file(out: Path) -> None:
+    """Finds out before the work that `out` can be written. Raises InputError."""
+    if out.suffix != ".npy" or out.is_dir():
+        raise InputError(f"{out}: a palette is written as a file ending in .npy; give such a name to --out")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        probe.touch()
+        os.unlink(probe)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); give another place to --out") from error

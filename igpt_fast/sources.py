@@ -251,6 +251,7 @@ def _open_tar(path: Path, stamp: str) -> Source:
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"broken or cut after {len(refs)} images")
         packed = not isinstance(stream, io.BufferedReader)
+        stream.seek(0, os.SEEK_END)  # a compressed one is read to its end, and so to its checksum
     return _by_name(path, Reader(str(path), "tar"), refs, ignored, stamp, sequential=packed)
 
 

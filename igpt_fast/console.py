@@ -135,8 +135,9 @@ class _Live(Bar):
 def progress(total: int | None, unit: str = "images", description: str = "", start: int = 0) -> Iterator[Bar]:
     """A progress bar for the body of a `with`; `total` None when unknown, `start` what was done before (a resumed run).
 
-    On a terminal a live bar with the count, the rate, the time left and the bar's fields; elsewhere a plain line now and
-    then. A body that ends well leaves one summary line. Yields the Bar to `.advance(n, **fields)` or to set with `.to`.
+    On a terminal a live bar with the count, the rate, the time left and the bar's fields; elsewhere a plain line now
+    and then. A body that ends well leaves one summary line. Yields the Bar: `.advance(n, **fields)` it, or set it
+    with `.to(done)`.
     """
     if not interactive():
         bar: Bar = _Lines(total, unit, description, start)

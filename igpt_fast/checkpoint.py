@@ -1,0 +1,279 @@
+"""Checkpoints of a training run: a directory each that is there whole or not at all.
+
+RUN/checkpoints/step-00000500/ holds model.safetensors (what sampling and probing read), config.json, palette.npy,
+optimizer.safetensors (what only training needs) and state.json: step, training state, and every other file's length and
+SHA-256, so that a file that was cut short or changed is found when it is read. Nothing is pickled.
+
+A save writes into a directory with a temporary name, makes it durable, renames it, and only then removes old
+checkpoints: a full disk or a killed process at any moment leaves the previous ones as they were.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from igpt_fast.config import Config
+from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
+from igpt_fast.palette import Palette
+from igpt_fast.pictures import write_atomically
+
+FORMAT = 1  # of the directory; a reader refuses a later one by name
+FOLDER = "checkpoints"
+MODEL, OPTIMIZER, CONFIG, PALETTE, STATE = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "config.json",
+    "palette.npy",
+    "state.json",
+)
+TEMPORARY = ".tmp-"  # what a directory's name begins with while it is written or removed
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` returns. `state` is the dict that was saved; `palette` None when none was."""
+
+    model: ImageGPT
+    palette: Palette | None
+    state: dict[str, Any]
+    step: int
+    path: Path
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's tensors by their flat names, on the CPU; empty when none were saved. Raises InputError."""
+        record = read_record(self.path)
+        if OPTIMIZER not in record["files"]:
+            return {}
+        _verify(self.path, record, OPTIMIZER)
+        with _opened(self.path / OPTIMIZER) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def save_checkpoint(
+    run: str | Path,
+    step: int,
+    model: ImageGPT,
+    palette: Palette | None = None,
+    state: Mapping[str, Any] | None = None,
+    optimizer_tensors: Mapping[str, Tensor] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Saves RUN/checkpoints/step-… and then removes all but the newest `keep`. Returns the checkpoint's directory.
+
+    state: what JSON can hold. One process at a time may save into a run. Raises InputError when that step is already
+    saved or when writing fails (a full disk, say); everything that was there before is then still there.
+    """
+    if keep < 1:
+        raise InputError(f"keep is {keep}; keep at least 1 checkpoint")
+    folder = Path(run) / FOLDER
+    target, temporary = folder / f"step-{step:08d}", folder / f"{TEMPORARY}step-{step:08d}-{os.getpid()}"
+    if target.exists():
+        raise InputError(f"{target} is already there; remove it to save that step again")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clean(folder)
+        temporary.mkdir()
+        _write_files(temporary, step, model, palette, state, optimizer_tensors)
+        _sync(temporary)
+        os.rename(temporary, target)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        left = list_checkpoints(run) if folder.is_dir() else []
+        rest = f"{left[-1]} is intact: " if left else ""
+        raise InputError(
+            f"cannot save step {step} in {folder}: {_reason(error)}; {rest}make room, then go on with --resume"
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(run)[:-keep]:
+        # Renamed first: a removal that is cut short must not leave half a checkpoint under a checkpoint's name.
+        os.rename(old, folder / f"{TEMPORARY}{old.name}")
+    _clean(folder)
+    return target
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """The newest checkpoint of a run, or the one whose directory is given, checked in full; the model is on `device`.
+
+    Raises InputError that names the file and what to do when there is none, or a file is missing, cut short, changed,
+    or does not fit the model of config.json.
+    """
+    directory = find_checkpoint(path)
+    record = read_record(directory)
+    for name in record["files"]:
+        _verify(
+            directory, record, name, contents=name != OPTIMIZER
+        )  # the optimizer's are hashed when they are asked for
+    config = Config.from_dict(json.loads((directory / CONFIG).read_bytes()))
+    with torch.device("meta"):  # no time for numbers that are overwritten, and the random state stays as it is
+        model = ImageGPT(config)
+    model = model.to_empty(device=device)
+    copy_tensors(directory, dict(model.named_parameters()))
+    palette = Palette.load(directory / PALETTE) if PALETTE in record["files"] else None
+    return Checkpoint(model, palette, record["state"], record["step"], directory)
+
+
+def copy_tensors(directory: Path, into: Mapping[str, Tensor]) -> None:
+    """Copies model.safetensors into tensors of the same names and shapes; InputError that names every misfit."""
+    with _opened(directory / MODEL) as file, torch.no_grad():
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        wanted = {name: tuple(tensor.shape) for name, tensor in into.items()}
+        if found != wanted:
+            misfits = [
+                f"{name} is {_shape(found.get(name))} instead of {_shape(wanted.get(name))}"
+                for name in sorted(found.keys() | wanted.keys())
+                if found.get(name) != wanted.get(name)
+            ]
+            more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+            what = f"{directory / MODEL} does not fit {CONFIG}: {', '.join(misfits[:3])}{more}"
+            raise InputError(f"{what}; {_way_out(directory)}")
+        for name, tensor in into.items():
+            # Copied, never mapped: a parameter's alignment would follow the file, and with it the bits of a matmul.
+            tensor.copy_(file.get_tensor(name))
+
+
+def list_checkpoints(run: str | Path) -> list[Path]:
+    """The run's checkpoint directories, oldest first; a save that was cut short is not among them."""
+    folder = Path(run) / FOLDER
+    if not folder.is_dir():
+        return []
+    found = (p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    return sorted(found, key=_step)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint directory meant by a run's directory (its newest) or by a checkpoint's own. Raises InputError."""
+    path = Path(path)
+    if (path / STATE).is_file() or (path / CONFIG).is_file():
+        return path
+    run = path.parent if path.name == FOLDER and not (path / FOLDER).is_dir() else path
+    if found := list_checkpoints(run):
+        return found[-1]
+    what = "is not there" if not path.exists() else "holds no checkpoint"
+    raise InputError(f"{path} {what}; give the --out of a training run that has saved, or one of its checkpoints")
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """state.json of one checkpoint: format, step, files and state, checked by its own digest. Raises InputError."""
+    path = directory / STATE
+    if not path.is_file():
+        raise _broken(path, "is missing")
+    try:
+        record = json.loads(path.read_bytes())
+        digest = record.pop("digest")
+        if record["format"] > FORMAT:
+            raise InputError(f"{path} has format {record['format']}; this igpt-fast reads up to {FORMAT}: update it")
+        whole = digest == _digest(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise _broken(path, "is cut short or not ours") from error
+    if not whole:
+        raise _broken(path, "was changed after it was saved")
+    return record
+
+
+def _write_files(
+    directory: Path,
+    step: int,
+    model: ImageGPT,
+    palette: Palette | None,
+    state: Mapping[str, Any] | None,
+    optimizer_tensors: Mapping[str, Tensor] | None,
+) -> None:
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, directory / MODEL)
+    if optimizer_tensors:
+        save_file({name: t.detach().contiguous() for name, t in optimizer_tensors.items()}, directory / OPTIMIZER)
+    if palette is not None:
+        palette.save(directory / PALETTE)
+    write_atomically(directory / CONFIG, json.dumps(model.config.to_dict(), indent=1).encode())
+    files = {}
+    for path in sorted(directory.iterdir()):
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    record = {"format": FORMAT, "step": step, "files": files, "state": dict(state or {})}
+    record = json.loads(json.dumps(record, allow_nan=False))  # as a reader will see it: tuples become lists
+    write_atomically(directory / STATE, json.dumps({**record, "digest": _digest(record)}, indent=1).encode())
+
+
+def _verify(directory: Path, record: dict[str, Any], name: str, contents: bool = True) -> None:
+    path, wanted = directory / name, record["files"][name]
+    if not path.is_file():
+        raise _broken(path, "is missing")
+    if (size := path.stat().st_size) != wanted["bytes"]:
+        kind = "cut short" if size < wanted["bytes"] else "changed"
+        raise _broken(path, f"is {kind}: {size:,} bytes instead of {wanted['bytes']:,}")
+    if contents and _sha256(path) != wanted["sha256"]:
+        raise _broken(path, "was changed after it was saved (its SHA-256 differs)")
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise _broken(path, f"cannot be read ({_reason(error)})") from error
+
+
+def _broken(path: Path, what: str) -> InputError:
+    return InputError(f"{path} {what}; {_way_out(path.parent)}")
+
+
+def _way_out(directory: Path) -> str:
+    """What to do about a broken checkpoint: go back to the one before it, where there is one."""
+    beside = list_checkpoints(directory.parent.parent)
+    earlier = beside[: beside.index(directory)] if directory in beside else []
+    if earlier:
+        return f"remove {directory} to go on from {earlier[-1].name}, or copy it again from where it came from"
+    return "copy the checkpoint again from where it came from, or train anew into another --out"
+
+
+def _clean(folder: Path) -> None:
+    """Removes what saves and removals that were cut short left behind."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _step(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))

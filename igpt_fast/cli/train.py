@@ -1,0 +1,245 @@
+"""`igpt-fast train`: from images, or tokens, to a model."""
+
+import shlex
+from dataclasses import asdict, fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from igpt_fast.cli.options import JsonOption, OnError, Resize, parse_size, print_json
+from igpt_fast.config import OBJECTIVES, PRESETS, Config
+from igpt_fast.console import duration, say
+from igpt_fast.data import open_tokens
+from igpt_fast.errors import InputError
+from igpt_fast.palette import Palette
+from igpt_fast.run import CURVE, METRICS, PRECISIONS, Options, check_run, read_options
+from igpt_fast.tokens import TokenDataset, is_token_directory
+from igpt_fast.train import Result, pick_device
+from igpt_fast.train import train as train_model
+
+SMALL = {"layers": 4, "width": 128, "heads": 4}  # when nothing is said: two cores take about a second a step
+IMAGES = {"size": None, "resize": "paper", "background": "white", "on_error": "raise", "palette": None, "colors": 512}
+STANDARD = Options()
+
+Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)
+Objective = Enum("Objective", {name: name for name in OBJECTIVES}, type=str)
+Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's command."""
+    app.command("train")(train)
+
+
+def _option(panel: str, flags: str, text: str, shown: object = False, **more: Any) -> Any:
+    """An option that is None unless given: then a resumed run's own value counts, in a new run what is `shown`."""
+    shown = shown if isinstance(shown, bool) else str(shown)
+    return typer.Option(*flags.split(), help=text, rich_help_panel=panel, show_default=shown, **more)
+
+
+def _model(*args: Any, **more: Any) -> Any:
+    return _option("The model", *args, **more)
+
+
+def _images(*args: Any, **more: Any) -> Any:
+    return _option("The images, unless DATA holds tokens already", *args, **more)
+
+
+def _learning(*args: Any, **more: Any) -> Any:
+    return _option("Learning", *args, **more)
+
+
+def _machine(*args: Any, **more: Any) -> Any:
+    return _option("Speed and memory", *args, **more)
+
+
+def _watching(*args: Any, **more: Any) -> Any:
+    return _option("Validation, pictures and checkpoints", *args, **more)
+
+
+def train(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="Tokens from igpt-fast tokenize, or images: a folder, a .zip or .tar, a .npy or .npz array.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="RUN", help="The directory that everything is written to.")
+    ],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from RUN's newest checkpoint, with the options that RUN has.")
+    ] = False,
+    preset: Annotated[Preset | None, _model("--preset", "A published size.")] = None,
+    layers: Annotated[int | None, _model("--layers", "Blocks.", SMALL["layers"])] = None,
+    width: Annotated[int | None, _model("--width", "Channels, a multiple of the heads.", SMALL["width"])] = None,
+    heads: Annotated[int | None, _model("--heads", "Attention heads.", SMALL["heads"])] = None,
+    objective: Annotated[
+        Objective | None, _model("--objective", "ar: predict the next pixel. bert: predict hidden pixels.", "ar")
+    ] = None,
+    size: Annotated[
+        str | None, _images("--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
+    ] = None,
+    colors: Annotated[
+        int | None, _images("--colors", "Colours of the palette that is made from the images.", 512)
+    ] = None,
+    palette: Annotated[Path | None, _images("--palette", "Use this palette and make none.", metavar="FILE.npy")] = None,
+    resize: Annotated[
+        Resize | None, _images("--resize", "paper: centre crop. hf: straight to the size. none: as it is.", "paper")
+    ] = None,
+    background: Annotated[
+        str | None, _images("--background", "Behind transparent pixels.", "white", metavar="COLOUR")
+    ] = None,
+    on_error: Annotated[
+        OnError | None, _images("--on-error", "A corrupt file ends the command or is skipped and listed.", "raise")
+    ] = None,
+    steps: Annotated[int | None, _learning("--steps", "Steps in all.", STANDARD.steps)] = None,
+    batch: Annotated[int | None, _learning("--batch", "Images a step.", STANDARD.batch)] = None,
+    lr: Annotated[
+        float | None, _learning("--lr", "Peak learning rate.", "3e-3, less for batches below 128 or widths above 512")
+    ] = None,
+    warmup: Annotated[int | None, _learning("--warmup", "Steps of linear warm-up.", "a twentieth of the steps")] = None,
+    clip: Annotated[float | None, _learning("--clip", "Largest gradient norm; 0: any.", STANDARD.clip)] = None,
+    ema: Annotated[
+        float | None, _learning("--ema", "Decay of averaged weights, such as 0.999; 0: none.", STANDARD.ema)
+    ] = None,
+    flip: Annotated[bool | None, _learning("--flip/--no-flip", "Mirror images at random.", "no-flip")] = None,
+    seed: Annotated[
+        int | None, _learning("--seed", "The same seed gives the same result.", STANDARD.seed, min=0)
+    ] = None,
+    accumulate: Annotated[
+        int | None, _machine("--accumulate", "Split each step's images into so many parts.", STANDARD.accumulate)
+    ] = None,
+    activation_checkpointing: Annotated[
+        bool | None,
+        _machine(
+            "--activation-checkpointing",
+            "Recompute activations: less memory, a third more time.",
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision | None, _machine("--precision", "Of the arithmetic; weights are float32.", STANDARD.precision)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel="Speed and memory")] = "auto",
+    workers: Annotated[
+        int | None, _machine("--workers", "Processes that decode images; 0: this one.", "one a core", min=0)
+    ] = None,
+    val_fraction: Annotated[
+        float | None, _watching("--val-fraction", "Share of images held out, by name.", STANDARD.val_fraction)
+    ] = None,
+    val_every: Annotated[
+        int | None, _watching("--val-every", "Steps between validations; 0: at the end.", STANDARD.val_every)
+    ] = None,
+    val_images: Annotated[
+        int | None, _watching("--val-images", "Held-out images to look at; 0: all.", STANDARD.val_images)
+    ] = None,
+    sample_every: Annotated[
+        int | None, _watching("--sample-every", "Steps between sample pictures; 0: none.", STANDARD.sample_every)
+    ] = None,
+    save_every: Annotated[
+        int | None, _watching("--save-every", "Steps between checkpoints; 0: at the end.", STANDARD.save_every)
+    ] = None,
+    log_every: Annotated[
+        int | None, _watching("--log-every", "Steps between lines of metrics.jsonl.", STANDARD.log_every)
+    ] = None,
+    keep: Annotated[int | None, _watching("--keep", "Checkpoints to keep.", STANDARD.keep)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an Image GPT on images, from a fresh start or (--resume) from where a run was left.
+
+    RUN receives checkpoints, metrics.jsonl, loss.png and samples/. Ctrl-C saves first; --resume then goes on as if
+    nothing had been.
+
+    Example: igpt-fast train photos/ --out run --layers 8 --width 256 --heads 4 --size 32 --steps 5000
+    """
+    given = {name: getattr(value, "value", value) for name, value in locals().items() if value is not None}
+    check_run(out, resume)
+    pick_device(device)
+    saved = read_options(out) if resume else {"config": {}, "options": {}, "command": {}}
+    known = {**asdict(STANDARD), **saved["options"]}
+    options = {field.name: given.get(field.name, known[field.name]) for field in fields(Options)}
+    Options(**options)  # finds mistakes before the images are read
+    _refuse_idle(given, data)
+    if preset:
+        given = PRESETS[preset.value] | given
+    shape = {**SMALL, **saved["config"]}
+    shape |= {name: given[name] for name in ("layers", "width", "heads", "objective") if name in given}
+    if "width" in given and given["width"] != saved["config"].get("width"):
+        shape.pop("mlp_width", None)
+    Config.from_dict(shape)
+    images = {**IMAGES, **saved["command"].get("images", {})}
+    images |= {name: str(given[name]) if name == "palette" else given[name] for name in IMAGES if name in given}
+    if given.get("size") and not isinstance(given["size"], str):  # a preset's, which tokens need not have
+        images["size"] = None if is_token_directory(data) else "x".join(map(str, given["size"]))
+    dataset = _open(data, out, images, options["seed"], workers, given.get("palette"))
+    config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
+    again = f"igpt-fast train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
+    command = {"data": str(data), "images": images, "resume": again}
+    result = train_model(dataset, out, config, resume=resume, device=device, command=command, **options)
+    _report(result, dataset, str(data), options["sample_every"])
+    if as_json:
+        _print(result, options["sample_every"])
+
+
+def _refuse_idle(given: dict[str, Any], data: Path) -> None:
+    """InputError for an option that would change nothing."""
+    if is_token_directory(data):
+        for name in ("colors", "resize", "background", "on_error", "workers"):
+            if name in given:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} changes nothing: {data} holds tokens already; leave it out, or give images")
+    if "colors" in given and "palette" in given:
+        raise InputError("--colors changes nothing with --palette, which has its own; leave one of them out")
+
+
+def _open(
+    data: Path, out: Path, images: dict[str, Any], seed: int, workers: int | None, palette: Path | None
+) -> TokenDataset:
+    """DATA as tokens, made in RUN/tokens first when it holds images."""
+    options = {**images, "size": parse_size(images["size"]) if images["size"] else None}
+    if images["palette"] and palette is None and is_token_directory(out / "tokens"):
+        options["palette"] = Palette.load(out / "tokens")  # a resumed run's own: the file it came from may be gone
+    return open_tokens(data, cache_dir=out / "tokens", workers=workers, seed=seed, **options)
+
+
+def _picture(result: Result, sample_every: int) -> Path | None:
+    path = result.run / "samples" / f"step-{result.step:06d}.png"
+    return path if sample_every and path.exists() else None
+
+
+def _report(result: Result, dataset: TokenDataset, data: str, sample_every: int) -> None:
+    """Says how it ended, where everything is, and what to try next."""
+    run, picture, ar = (
+        shlex.quote(str(result.run)),
+        _picture(result, sample_every),
+        result.model.config.objective == "ar",
+    )
+    held_out = "" if result.val_loss is None else f", on held-out images {result.val_loss:.4f}"
+    say(f"step {result.step}: loss {result.loss:.4f} nats per pixel{held_out}; {duration(result.seconds)} in all")
+    places = [("checkpoint", result.checkpoint), ("loss curve", result.run / CURVE), ("metrics", result.run / METRICS)]
+    for name, path in [*places, *([("samples", picture)] if picture else [])]:
+        say(f"  {name:<12}{path}")
+    say("try next:")
+    if ar:
+        say(f"  igpt-fast sample {run}\n  igpt-fast complete {run} photo.png --keep 0.5 -n 8")
+    if dataset.classes or not ar:
+        say(f"  igpt-fast probe {run} {shlex.quote(data)}")
+
+
+def _print(result: Result, sample_every: int) -> None:
+    picture = _picture(result, sample_every)
+    print_json(
+        run=str(result.run),
+        step=result.step,
+        loss=result.loss,
+        val_loss=result.val_loss,
+        parameters=result.model.num_parameters(),
+        seconds=round(result.seconds, 2),
+        checkpoint=str(result.checkpoint),
+        loss_curve=str(result.run / CURVE),
+        samples=str(picture) if picture else None,
+    )

@@ -1,0 +1,44 @@
+"""Stopping well: the first Ctrl-C or SIGTERM is noted and acted on at a good moment, a second one stops at once."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Stopped(Exception):
+    """A signal has asked to stop."""
+
+
+class Stop:
+    """Within a `with`, notes the first SIGINT or SIGTERM; a second one does what it always does.
+
+    Signals reach the main thread only: in another thread nothing is noted.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {which: signal.signal(which, self._note) for which in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for which, handler in self._before.items():
+            # None stands for a handler that was not set from Python: the default is the nearest that can be set.
+            signal.signal(which, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, which: int, _: FrameType | None) -> None:
+        self.signal = which
+        self.__exit__()
+
+    def check(self, *_: int) -> None:
+        """Raises Stopped once a signal was noted; fits as a progress callback."""
+        if self.signal is not None:
+            raise Stopped
+
+    def leave(self) -> None:
+        """Raises what the noted signal means to a caller: KeyboardInterrupt or SystemExit(143)."""
+        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + signal.SIGTERM)

@@ -1,0 +1,230 @@
+"""A training run's options, and what its directory holds beside checkpoints: train.json, metrics.jsonl, loss.png.
+
+train.json holds the options, for people and for a later --resume. metrics.jsonl holds one JSON object a line: training
+rows (step, loss, lr, grad_norm, images_per_second, elapsed) and validation rows (step, val_loss, elapsed). Losses are
+nats per pixel.
+"""
+
+import fcntl
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from igpt_fast.checkpoint import list_checkpoints
+from igpt_fast.config import Config
+from igpt_fast.console import number, say
+from igpt_fast.errors import InputError
+from igpt_fast.pictures import save_curve, write_atomically
+
+OPTIONS, METRICS, CURVE = "train.json", "metrics.jsonl", "loss.png"
+PRECISIONS = ("bf16", "fp32")
+# What decides which numbers are learned from which images in which order: a resumed run cannot change it midway.
+FIXED = ("seed", "batch", "flip", "ema", "val_fraction")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train. Values that make no sense raise InputError at construction, named as on the command line."""
+
+    steps: int = 1000  # optimizer steps in all, those before a resume included
+    batch: int = 16  # images a step
+    accumulate: int = 1  # equal parts that a step's images are split into, one after the other, to save memory
+    lr: float | None = None  # peak learning rate; None: see `peak_lr`
+    warmup: int | None = None  # steps of linear warm-up; None: a twentieth of the steps, at most 10,000
+    clip: float = 1.0  # largest norm of the gradient; 0: as it comes
+    precision: str = "bf16"  # of matrix products and activations; weights and optimizer are always float32
+    ema: float = 0.0  # decay of a running average of the weights, which then is what is validated and sampled; 0: none
+    flip: bool = False  # mirror each image left to right with probability 1/2
+    val_fraction: float = 0.1  # of the images, held out by a hash of their names
+    val_every: int = 250  # steps between validations; 0: only at the end
+    val_images: int = 512  # held-out images that a validation looks at, evenly spread over them; 0: all
+    sample_every: int = 500  # steps between pictures of samples and of the loss; 0: none
+    save_every: int = 250  # steps between checkpoints; 0: only at the end
+    log_every: int = 10  # steps between lines of metrics.jsonl, each the mean over them
+    keep: int = 2  # checkpoints that are kept
+    seed: int = 0  # of the weights, the order of the images, flips, masks and samples
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "keep"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("val_every", "val_images", "sample_every", "save_every", "seed", "warmup"):
+            self._require(name, (getattr(self, name) or 0) >= 0, "0 or more")
+        self._require("accumulate", self.batch % self.accumulate == 0, f"a divisor of the batch ({self.batch})")
+        self._require("lr", self.lr is None or 0 < self.lr < math.inf, "a positive number such as 1e-3")
+        self._require("warmup", self.warmup is None or self.warmup <= self.steps, f"at most the {self.steps} steps")
+        self._require("clip", 0 <= self.clip < math.inf, "a positive number such as 1.0, or 0 for none")
+        self._require("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS))
+        self._require("ema", 0 <= self.ema < 1, "a decay below 1 such as 0.999, or 0 for none")
+        self._require("val_fraction", 0 <= self.val_fraction < 1, "a fraction from 0 to less than 1")
+
+    def _require(self, name: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; use {wanted}")
+
+    def peak_lr(self, width: int) -> float:
+        """The learning rate after warm-up: as given, else the paper's 3e-3 (width 512, batch 128), less for others.
+
+        In proportion to the width above 512, and by the root of the batch below 128, where gradients are noisier.
+        """
+        if self.lr is not None:
+            return self.lr
+        return 3e-3 * min(1.0, 512 / width) * min(1.0, math.sqrt(self.batch / 128))
+
+    def rate(self, step: int, width: int) -> float:
+        """The learning rate of step 0, 1, …: linear warm-up to the peak, then a cosine to 0 after the last."""
+        warmup = min(self.steps // 20, 10_000) if self.warmup is None else self.warmup
+        if step < warmup:
+            return self.peak_lr(width) * (step + 1) / warmup
+        return self.peak_lr(width) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+
+
+def check_run(run: str | Path, resume: bool) -> None:
+    """Finds out, before any work and without leaving a trace, that `run` can be trained into. Raises InputError."""
+    run = Path(run)
+    found = list_checkpoints(run)
+    if found and not resume:
+        raise InputError(f"{run} already holds {found[-1].name}: add --resume to go on from it, or use another --out")
+    if resume and not found:
+        raise InputError(f"{run} holds no checkpoint to go on from: leave out --resume to start anew")
+    there = next(p for p in (run, *run.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise InputError(f"cannot write into {run}: {there}: {error.strerror}; use another --out") from error
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds the run's lock; it ends with the process, however that dies. InputError while another process holds it."""
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process is training into {run}: wait for it, or use another --out") from error
+        except OSError as error:
+            say(f"{run} is not locked ({error.strerror}): see to it that no other process trains into it")
+        yield
+
+
+def write_options(
+    run: Path, config: Config, options: Options, data: Mapping[str, Any], command: Mapping[str, Any]
+) -> None:
+    """Writes train.json. data: see `batches.fingerprint`; command: what the caller wants to find there again."""
+    values = {"config": config.to_dict(), "options": asdict(options), "data": dict(data), "command": dict(command)}
+    write_atomically(run / OPTIONS, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def read_options(run: str | Path) -> dict[str, Any]:
+    """train.json of a run: config, options, data, command. Raises InputError when it is missing or no JSON object."""
+    path = Path(run) / OPTIONS
+    try:
+        values = json.loads(path.read_bytes())
+        return {key: dict(values[key]) for key in ("config", "options", "data", "command")}
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing; give every option again, or train anew into another --out") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); mend it, or train anew into another --out") from error
+
+
+def refuse_differences(run: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """InputError that names the first field that a resumed run would change but must not."""
+    for name in dict.fromkeys([*saved, *now]):
+        if saved.get(name) != now.get(name):
+            was, is_ = (_short(values.get(name)) for values in (saved, now))
+            raise InputError(
+                f"--resume with another {name}: {run} was trained with {was}, not {is_}; "
+                f"leave it as it was, or train anew into another --out"
+            )
+
+
+def introduction(config: Config, options: Options, parameters: int, images: int, held_out: int, where: str) -> str:
+    """What is about to be trained, on what, how and where: a few lines for a person."""
+    c, o = config, options
+    shape = f"{c.layers} layers, width {c.width}, {c.heads} heads, {c.size[0]}×{c.size[1]} pixels of {c.colors} colours"
+    epochs, rate = f"{o.steps * o.batch / images:.1f} epochs", f"learning rate {o.peak_lr(c.width):.2g}"
+    lines = [
+        f"{c.objective} model of {number(parameters)} parameters: {shape}",
+        f"{number(images)} images to learn from, {number(held_out)} to validate on, {o.batch} a step",
+        f"{number(o.steps)} steps ({epochs}), {rate}, {o.precision} {where}",
+    ]
+    if o.sample_every and c.objective != "ar":
+        lines.append(f"no pictures of samples: a {c.objective} model cannot be sampled from")
+    return "\n".join(lines)
+
+
+def diverged(run: Path, what: str, options: Options, width: int, step: int) -> InputError:
+    """The error of a run whose numbers are no longer finite at `step`, with the rate it had and the ways on."""
+    saved = list_checkpoints(run)
+    back = f"go on from {saved[-1].name} with --resume and" if saved else "start again with"
+    how = f"learning rate {options.rate(step - 1, width):.3g}, {options.precision}"
+    return InputError(f"{what} ({how}): {back} a smaller --lr, a longer --warmup or --precision fp32")
+
+
+class Metrics:
+    """metrics.jsonl: `rows` as written, oldest first. Those after `step`, where a run resumes, are dropped at once."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path = run / METRICS
+        self.rows = [row for row in read_metrics(run) if row["step"] <= step] if step else []
+        write_atomically(self.path, b"".join(map(_line, self.rows)))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds one row, on disk when this returns (as far as a killed process goes; `sync` is for a dead machine)."""
+        self.rows.append(row)
+        with open(self.path, "ab") as file:
+            file.write(_line(row))
+
+    def sync(self) -> None:
+        """Makes every row durable, so that none is younger on disk than a checkpoint."""
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether a row of that step holds `key`."""
+        return any(row["step"] == step and key in row for row in self.rows)
+
+    def last(self, key: str) -> float | None:
+        """The newest value under `key`, None when there is none."""
+        return next((row[key] for row in reversed(self.rows) if key in row), None)
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The rows of RUN/metrics.jsonl, without a last line that a killed process left unfinished. Raises InputError."""
+    path = Path(run) / METRICS
+    if not path.exists():
+        return []
+    rows = []
+    for index, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"] + 0
+        except (ValueError, KeyError, TypeError) as error:
+            if not line.endswith(b"\n"):
+                break
+            raise InputError(f"{path}, line {index + 1} is no row of metrics: mend or remove that line") from error
+    return rows
+
+
+def save_loss_curve(run: Path, rows: list[dict[str, Any]], colors: int) -> None:
+    """Writes RUN/loss.png: training and validation loss in nats per pixel, over steps; chance, ln(colors), in grey."""
+    curves = {}
+    for name, key in (("training", "loss"), ("validation", "val_loss")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        curves[name] = ([x for x, _ in points], [y for _, y in points])
+    save_curve(run / CURVE, curves, "step", "loss (nats per pixel)", levels={f"chance, ln {colors}": math.log(colors)})
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

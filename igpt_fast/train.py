@@ -1,0 +1,300 @@
+"""Training: `train(dataset, run, config, …)`.
+
+A run that was stopped, or killed, and resumed from its last checkpoint takes the same steps as one that never was, on
+the CPU to the bit: what a step sees depends on its number alone (batches.py), a checkpoint holds all else it reads.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_fast.batches import Batch, Batches, fingerprint
+from igpt_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from igpt_fast.config import Config
+from igpt_fast.console import Bar, progress, say
+from igpt_fast.data import TokenDataset
+from igpt_fast.errors import InputError
+from igpt_fast.interrupt import Stop, Stopped
+from igpt_fast.model import ImageGPT
+from igpt_fast.optimizer import adam, restore, state_tensors
+from igpt_fast.pictures import save_grid
+from igpt_fast.run import (
+    FIXED,
+    Metrics,
+    Options,
+    check_run,
+    diverged,
+    introduction,
+    locked,
+    refuse_differences,
+    save_loss_curve,
+    write_options,
+)
+from igpt_fast.sample import sample
+
+SAMPLES = 16  # images in a picture of samples
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended. Losses are nats per pixel; val_loss is None when no image is held out."""
+
+    model: ImageGPT  # with the averaged weights when ema is on
+    run: Path
+    checkpoint: Path
+    step: int
+    loss: float
+    val_loss: float | None
+    seconds: float  # all parts of an interrupted run together
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+
+
+def train(
+    dataset: TokenDataset,
+    run: str | Path,
+    config: Config | None = None,
+    *,
+    resume: bool = False,
+    device: str | torch.device = "auto",
+    command: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Result:
+    """Trains an Image GPT on `dataset`. All it makes lies under `run`: checkpoints, samples, metrics.jsonl, …
+
+    config: the model's shape, which must fit the dataset's size and colours; may be None when resuming. options: fields
+    of igpt_fast.run.Options. command: what else shall stand in train.json; its "resume" is what a stopped run tells the
+    user to type. Ctrl-C and SIGTERM save a checkpoint and raise KeyboardInterrupt or SystemExit(143); a second stops
+    at once. Raises InputError for bad options, a run that holds a checkpoint (without resume) or none (with), a resume
+    that would change the model or the data, a checkpoint that cannot be read or written, a loss that is not finite.
+    """
+    chosen, run = Options(**options), Path(run)
+    check_run(run, resume)
+    device = pick_device(device)
+    checkpoint = load_checkpoint(run) if resume else None
+    if config is None:
+        if checkpoint is None:
+            raise InputError("a new run needs a config: the model's layers, width and heads")
+        config = checkpoint.model.config
+    if checkpoint:
+        refuse_differences(run, checkpoint.model.config.to_dict(), config.to_dict())
+    for name in ("size", "colors"):
+        has, wants = getattr(dataset, name), getattr(config, name)
+        if has != wants:
+            raise InputError(f"the data have {name} {has}, the model {wants}: give them the same {name}")
+    batches = Batches(dataset, chosen, config.objective)
+    run.mkdir(parents=True, exist_ok=True)
+    with locked(run), Stop() as stop:
+        return _Training(batches, run, config, device, checkpoint, stop, dict(command or {})).go()
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """ "auto": the GPU when there is one, else the CPU; else what is named. InputError when this machine lacks it."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {str(device)!r} cannot be used here ({reason}): use cpu") from error
+    return torch.device(device)
+
+
+class _Training:
+    """One run: the model, the optimizer, and the step that they have come to."""
+
+    def __init__(
+        self,
+        batches: Batches,
+        run: Path,
+        config: Config,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        stop: Stop,
+        command: dict[str, Any],
+    ) -> None:
+        self.batches, self.run, self.config, self.device, self.stop = batches, run, config, device, stop
+        self.options, self.command, self.palette = batches.options, command, batches.dataset.palette
+        data = fingerprint(batches.dataset)
+        self.fixed = data | {name: getattr(self.options, name) for name in FIXED}
+        self.step, state = 0, {"fixed": self.fixed, "window": [], "elapsed": 0.0}
+        if checkpoint:
+            self.step, state = checkpoint.step, checkpoint.state
+            refuse_differences(run, state["fixed"], self.fixed)
+            if self.step > self.options.steps:
+                what = f"--steps is {self.options.steps}, but {run} has come to step {self.step}"
+                raise InputError(f"{what}: give as many or more")
+        self.window: list[Any] = [
+            tuple(pair) for pair in state["window"]
+        ]  # (loss, norm) of the steps since the last row
+        self.began = time.monotonic() - state["elapsed"]
+        self.timed = (0, 0.0)  # steps since the last row, and the seconds that they took
+        self._build(checkpoint)
+        self.metrics = Metrics(run, self.step)
+        for picture in (run / "samples").glob("step-*.png"):
+            if int(picture.stem[5:]) > self.step:  # of a step that will be taken again
+                picture.unlink()
+        write_options(run, config, self.options, data, command)
+
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        """The model, its average when ema is on, and the optimizer: fresh by the seed, or as they were saved."""
+        if checkpoint is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.options.seed)
+                model = ImageGPT(self.config)
+        else:
+            model = checkpoint.model
+        self.model = model.to(self.device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if self.options.ema else self.model
+        self.model.activation_checkpointing = self.options.activation_checkpointing
+        self.named = dict(self.model.named_parameters())
+        self.optimizer = adam(self.named)
+        if checkpoint is None:
+            return
+        restore(self.optimizer, self.named, tensors := checkpoint.optimizer_tensors(), self.step)
+        if self.options.ema:  # model.safetensors holds the average
+            for name, parameter in self.named.items():
+                parameter.data.copy_(tensors[f"weights.{name}"])
+
+    def go(self) -> Result:
+        """Trains to the last step, or until asked to stop."""
+        options = self.options
+        counts = self.model.num_parameters(), len(self.batches.indices), len(self.batches.held_out)
+        say(introduction(self.config, options, *counts, where=f"on {self.device}, into {self.run}"))
+        try:
+            with progress(options.steps, "steps", "train", start=self.step) as bar:
+                self._milestones(bar)  # those of the checkpoint's step that were cut short
+                while self.step < options.steps:
+                    began = time.monotonic()
+                    self.window.append(self._update())
+                    self.step += 1
+                    # Reading a number waits for a GPU, so there it is read only when a row is due.
+                    if self.device.type == "cpu" or self._due(options.log_every):
+                        self._read_window()
+                        bar.fields["loss"] = self.window[-1][0]
+                    bar.to(self.step)
+                    self.timed = (self.timed[0] + 1, self.timed[1] + time.monotonic() - began)
+                    self._milestones(bar)
+                    self.stop.check()
+        except Stopped:
+            say(f"stopped at step {self.step} of {options.steps}: saved in {self._save()}")
+            say(f"go on with: {self.command.get('resume', 'resume=True')}")
+            self.stop.leave()
+        loss, val_loss = self.metrics.last("loss"), self.metrics.last("val_loss")
+        seconds, checkpoint = time.monotonic() - self.began, list_checkpoints(self.run)[-1]
+        return Result(self.average, self.run, checkpoint, self.step, loss, val_loss, seconds, self.metrics.rows)
+
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """One optimizer step → its loss and its gradient's norm, on the device. Stopped leaves the weights alone."""
+        options = self.options
+        tokens, keep = self._moved(self.batches.of_step(self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        total, size = torch.zeros((), device=self.device), options.batch // options.accumulate
+        for start in range(0, options.batch, size):
+            if start:
+                self.stop.check()
+            part = slice(start, start + size)
+            loss = self._loss(self.model, tokens[part], None if keep is None else keep[part]) / options.accumulate
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), options.clip or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.rate(self.step, self.config.width)
+        self.optimizer.step()
+        if options.ema:
+            decay = min(options.ema, (1 + self.step) / (10 + self.step))  # the first weights are not worth remembering
+            with torch.no_grad():
+                for average, parameter in zip(self.average.parameters(), self.named.values(), strict=True):
+                    average.lerp_(parameter, 1 - decay)
+        return total, norm.detach()
+
+    def _moved(self, batch: Batch) -> Batch:
+        tokens, keep = batch
+        return tokens.to(self.device), None if keep is None else keep.to(self.device)
+
+    def _loss(self, model: ImageGPT, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            return model.loss(tokens, keep=keep)
+
+    def _milestones(self, bar: Bar) -> None:
+        """What is due after this step and not there yet: a row, validation, pictures, a checkpoint."""
+        options, last = self.options, self.step == self.options.steps
+        if self.window and (last or self._due(options.log_every)):
+            self._log(bar)
+        due = len(self.batches.held_out) and (last or self._due(options.val_every))
+        if due and not self.metrics.has(self.step, "val_loss"):
+            self._validate(bar)
+        if options.sample_every and (last or self._due(options.sample_every)):
+            self._draw()
+        if last or self._due(options.save_every):
+            self._save()
+
+    def _due(self, every: int) -> bool:
+        return bool(every and self.step) and self.step % every == 0
+
+    def _read_window(self) -> None:
+        """Makes the window's tensors numbers. InputError when one is not finite: before anything of it is saved."""
+        read = [(float(loss), float(norm)) for loss, norm in self.window]
+        first = self.step - len(read) + 1
+        for step, (loss, norm) in enumerate(read, start=first):
+            self._refuse_garbage(step, "loss", loss)
+            self._refuse_garbage(step, "gradient's norm", norm)
+        self.window = list(read)
+
+    def _refuse_garbage(self, step: int, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise diverged(self.run, f"the {what} is {value} at step {step}", self.options, self.config.width, step)
+
+    def _log(self, bar: Bar) -> None:
+        self._read_window()
+        losses, norms = zip(*self.window, strict=True)
+        (steps, seconds), self.window, self.timed = self.timed, [], (0, 0.0)
+        row = {
+            "step": self.step,
+            "loss": sum(losses) / len(losses),
+            "lr": self.options.rate(self.step - 1, self.config.width),
+            "grad_norm": sum(norms) / len(norms),
+            "images_per_second": round(steps * self.options.batch / seconds, 2) if seconds else None,
+            "elapsed": round(time.monotonic() - self.began, 2),
+        }
+        self.metrics.append(row)
+        bar.to(self.step, **{"loss": row["loss"], "images/s": row["images_per_second"]})
+
+    @torch.no_grad()
+    def _validate(self, bar: Bar) -> None:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in self.batches.validation(self.options.batch // self.options.accumulate):
+            self.stop.check()
+            tokens, keep = self._moved(batch)
+            total += self._loss(self.average, tokens, keep).double() * len(tokens)
+        loss = total.item() / len(self.batches.held_out)
+        self._refuse_garbage(self.step, "validation loss", loss)
+        self.metrics.append({"step": self.step, "val_loss": loss, "elapsed": round(time.monotonic() - self.began, 2)})
+        bar.to(self.step, **{"val loss": loss})
+
+    def _draw(self) -> None:
+        """samples/step-….png, where the model can be sampled from at all, and loss.png."""
+        path = self.run / "samples" / f"step-{self.step:06d}.png"
+        if self.config.objective == "ar" and not path.exists():
+            tokens = sample(self.average, SAMPLES, seed=self.options.seed, progress=self.stop.check)
+            save_grid(path, self.palette.decode(tokens.cpu()))
+        save_loss_curve(self.run, self.metrics.rows, self.config.colors)
+
+    def _save(self) -> Path:
+        """The checkpoint of this step, unless it is there already."""
+        if (saved := list_checkpoints(self.run)) and int(saved[-1].name[5:]) == self.step:
+            return saved[-1]
+        self._read_window()
+        tensors = state_tensors(self.optimizer, self.named)
+        if self.options.ema:
+            tensors |= {f"weights.{name}": parameter for name, parameter in self.named.items()}
+        state = {"fixed": self.fixed, "window": self.window, "elapsed": time.monotonic() - self.began}
+        self.metrics.sync()
+        save_loss_curve(self.run, self.metrics.rows, self.config.colors)
+        return save_checkpoint(self.run, self.step, self.average, self.palette, state, tensors, self.options.keep)

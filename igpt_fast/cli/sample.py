@@ -1,0 +1,209 @@
+"""`igpt-fast sample` and `igpt-fast complete`: pictures out of a trained model."""
+
+import os
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from igpt_fast.checkpoint import Checkpoint, load_checkpoint
+from igpt_fast.cli.options import BackgroundOption, JsonOption, Resize, ResizeOption, SeedOption, print_json
+from igpt_fast.console import progress, say
+from igpt_fast.errors import InputError
+from igpt_fast.images import parse_background, read_image, resize_image
+from igpt_fast.palette import Palette
+from igpt_fast.pictures import save_grid, to_png_bytes, write_atomically
+from igpt_fast.sample import check_options, kept_pixels
+from igpt_fast.sample import complete as complete_tokens
+from igpt_fast.sample import sample as sample_tokens
+from igpt_fast.train import pick_device
+
+GRAY = 128  # what stands for the pixels that the model does not see
+
+
+class DType(str, Enum):
+    """What the model computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+RunArgument = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="The --out of a training run, or one of its checkpoints.", show_default=False),
+]
+TemperatureOption = Annotated[
+    float,
+    typer.Option("--temperature", metavar="T", help="1: as trained. Below 1: safer, 0: the likeliest colour only."),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option("--top-k", metavar="K", show_default="all", help="Draw from the K likeliest colours of each pixel."),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p", metavar="P", show_default="all", help="Draw from the likeliest colours that make up P in all."
+    ),
+]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch",
+        metavar="B",
+        show_default="by memory",
+        help="Images drawn side by side. The result is the same for any.",
+    ),
+]
+DTypeOption = Annotated[
+    DType, typer.Option("--dtype", help="bfloat16 takes half the memory and less time; its images are others.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")]
+SingleOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--single", metavar="DIR", show_default="none", help="Also write every image as a PNG of its own here."
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command("sample")(sample)
+    app.command("complete")(complete)
+
+
+def sample(
+    run: RunArgument,
+    n: Annotated[int, typer.Option("-n", metavar="N", help="Images to draw.")] = 16,
+    temperature: TemperatureOption = 1.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    seed: SeedOption = 0,
+    batch: BatchOption = None,
+    dtype: DTypeOption = DType.float32,
+    device: DeviceOption = "auto",
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.png", help="The grid of all images.")] = Path(
+        "samples.png"
+    ),
+    single: SingleOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw new images from a trained model.
+
+    Image i depends on the seed and i alone, so a larger -n or another --batch only adds images.
+
+    Example: igpt-fast sample run/ -n 16 --seed 1 -o samples.png
+    """
+    began = time.monotonic()
+    options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
+    check_options(**options)
+    _check_places(out, single)
+    checkpoint, palette = _load(run, dtype, device)
+    with progress(n * checkpoint.model.config.tokens, "pixels", "sampling") as bar:
+        tokens = sample_tokens(checkpoint.model, **options, progress=bar.to)
+    images = _decode(palette, tokens)
+    save_grid(out, images)
+    files = _save_singles(single, [f"sample-{index:04d}" for index in range(n)], images)
+    _report(checkpoint, out, files, began, as_json, images=n, seed=seed)
+
+
+def complete(
+    run: RunArgument,
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files.", show_default=False)],
+    keep: Annotated[
+        float, typer.Option("--keep", metavar="F", help="The fraction, from the top, that is kept: 0 to 1.")
+    ] = 0.5,
+    n: Annotated[int, typer.Option("-n", metavar="N", help="Completions of each photo.")] = 8,
+    temperature: TemperatureOption = 1.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    seed: SeedOption = 0,
+    batch: BatchOption = None,
+    resize: ResizeOption = Resize.paper,
+    background: BackgroundOption = "white",
+    dtype: DTypeOption = DType.float32,
+    device: DeviceOption = "auto",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE.png", help="The grid: a row for each photo.")
+    ] = Path("completions.png"),
+    single: SingleOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep the top of your own images and let the model draw the rest, several times.
+
+    A row of the grid is: the photo at the model's size, what the model was shown (the rest gray), then the completions.
+
+    Example: igpt-fast complete run/ photo.png --keep 0.5 -n 8 -o completions.png
+    """
+    began = time.monotonic()
+    options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
+    check_options(**options, keep=keep)
+    parse_background(background)
+    _check_places(out, single)
+    for photo in photos:
+        if not photo.is_file():
+            raise InputError(f"there is no file {photo}; give image files to complete")
+    checkpoint, palette = _load(run, dtype, device)
+    config, where = checkpoint.model.config, checkpoint.model.wte.device
+    originals = np.stack([_read(photo, config.size, resize, background) for photo in photos])
+    tokens = torch.from_numpy(palette.encode(originals)).to(where)
+    count = kept_pixels(config, keep)
+    with progress(len(photos) * n * (config.tokens - count), "pixels", "completing") as bar:
+        completed = complete_tokens(checkpoint.model, tokens, keep, **options, progress=bar.to)
+    images = _decode(palette, completed)
+    shown = _decode(palette, tokens)
+    shown.reshape(len(photos), -1, 3)[:, count:] = GRAY
+    rows = np.concatenate([originals[:, None], shown[:, None], images], axis=1)
+    save_grid(out, rows.reshape(-1, *rows.shape[2:]), columns=n + 2)
+    names = [f"{index:03d}-{photo.stem}-{j:03d}" for index, photo in enumerate(photos) for j in range(n)]
+    files = _save_singles(single, names, images.reshape(-1, *images.shape[2:]))
+    _report(checkpoint, out, files, began, as_json, images=len(names), seed=seed, keep=keep, kept_pixels=count)
+
+
+def _load(run: Path, dtype: DType, device: str) -> tuple[Checkpoint, Palette]:
+    checkpoint = load_checkpoint(run, pick_device(device))
+    if checkpoint.palette is None:
+        raise InputError(f"{checkpoint.path} has no palette, so its tokens have no colours; train with a palette")
+    checkpoint.model.to(getattr(torch, dtype.value))
+    return checkpoint, checkpoint.palette
+
+
+def _read(photo: Path, size: tuple[int, int], resize: Resize, background: str) -> np.ndarray:
+    return resize_image(read_image(photo.read_bytes(), str(photo), background), size, resize.value, str(photo))
+
+
+def _decode(palette: Palette, tokens: Tensor) -> np.ndarray:
+    return palette.decode(tokens.cpu()).numpy()
+
+
+def _check_places(out: Path, single: Path | None) -> None:
+    """Finds out before the work that the results can be written. Raises InputError."""
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise InputError(f"{out}: the grid is written as a PNG file; give a name ending in .png to --out")
+    for place in (out.parent, single):
+        if place is not None:
+            there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                raise InputError(f"{place} cannot be written to ({there} is no writable folder); choose another place")
+
+
+def _save_singles(folder: Path | None, names: list[str], images: np.ndarray) -> list[str]:
+    """Every image at its own size, one pixel a pixel. Returns the paths."""
+    files = [] if folder is None else [folder / f"{name}.png" for name in names]
+    for path, image in zip(files, images, strict=False):  # no files at all without a folder
+        write_atomically(path, to_png_bytes(image))
+    return [str(path) for path in files]
+
+
+def _report(checkpoint: Checkpoint, out: Path, files: list[str], began: float, as_json: bool, **facts: object) -> None:
+    beside = f" and {len(files)} single files" if files else ""
+    say(f"wrote {out}{beside}, from step {checkpoint.step} of {checkpoint.path}")
+    if as_json:
+        fields = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, **facts}
+        print_json(grid=str(out), single=files, seconds=round(time.monotonic() - began, 3), **fields)

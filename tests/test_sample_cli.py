@@ -1,0 +1,179 @@
+"""`igpt-fast sample` and `complete`: the pictures they write, and what they refuse before anything is loaded."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from igpt_fast import cli
+from igpt_fast.checkpoint import save_checkpoint
+from igpt_fast.cli import sample as commands
+from igpt_fast.config import Config
+from igpt_fast.images import read_image, resize_image
+from igpt_fast.model import ImageGPT
+from igpt_fast.palette import Palette
+from igpt_fast.sample import complete, sample
+
+SIZE = (6, 8)
+CENTERS = torch.linspace(-1, 1, 27).reshape(9, 3)
+
+
+@pytest.fixture
+def model():
+    model = ImageGPT(Config(layers=1, width=16, heads=2, colors=9, size=SIZE))
+    torch.nn.init.normal_(model.wtet, std=0.5)
+    return model
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    save_checkpoint(tmp_path / "run", 7, model, Palette(CENTERS))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    paths = [tmp_path / name for name in ("cat.png", "dog.jpg")]
+    for seed, path in enumerate(paths):
+        pixels = np.random.default_rng(seed).integers(0, 256, (30, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    return paths
+
+
+@pytest.fixture
+def igpt(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["igpt-fast", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+def test_sample_writes_the_grid_and_single_files(igpt, run, model, tmp_path):
+    code, printed, _ = igpt(
+        "sample",
+        run,
+        "-n",
+        5,
+        "--seed",
+        3,
+        "--batch",
+        2,
+        "-o",
+        tmp_path / "g.png",
+        "--single",
+        tmp_path / "one",
+        "--json",
+    )
+    assert code == 0
+    want = Palette(CENTERS).decode(sample(model, n=5, seed=3)).numpy()
+    files = sorted((tmp_path / "one").iterdir())
+    assert [file.name for file in files] == [f"sample-{i:04d}.png" for i in range(5)]
+    for file, image in zip(files, want, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), image)
+    said = json.loads(printed)
+    assert (said["images"], said["step"], said["seed"], said["grid"]) == (5, 7, 3, str(tmp_path / "g.png"))
+    assert said["single"] == [str(file) for file in files]
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    for image in want:
+        assert all((grid == colour).all(-1).any() for colour in image.reshape(-1, 3))
+
+
+def test_bfloat16_is_another_model(igpt, run, model, tmp_path):
+    words = ("sample", run, "-n", 4, "--single", tmp_path / "one", "-o", tmp_path / "g.png", "--dtype", "bfloat16")
+    assert igpt(*words)[0] == 0
+    want = Palette(CENTERS).decode(sample(model.bfloat16(), n=4)).numpy()
+    got = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "one").iterdir())]
+    assert np.array_equal(got, want)
+
+
+def test_complete_shows_original_kept_part_and_completions(igpt, run, model, photos, tmp_path, monkeypatch):
+    grids = {}
+    monkeypatch.setattr(commands, "save_grid", lambda path, images, columns: grids.update({columns: images}))
+    words = ("complete", run, *photos, "--keep", 0.5, "-n", 3, "--seed", 2, "--single", tmp_path / "one", "--json")
+    code, printed, _ = igpt(*words)
+    assert code == 0
+    palette, grid = Palette(CENTERS), grids[5].reshape(2, 5, *SIZE, 3)
+    originals = np.stack([resize_image(read_image(p.read_bytes(), "x"), SIZE, "paper", "x") for p in photos])
+    tokens = torch.from_numpy(palette.encode(originals))
+    half = SIZE[0] // 2
+    assert np.array_equal(grid[:, 0], originals)
+    assert np.array_equal(grid[:, 1, :half], palette.decode(tokens)[:, :half].numpy())
+    assert (grid[:, 1, half:] == commands.GRAY).all()
+    want = palette.decode(complete(model, tokens, 0.5, n=3, seed=2)).numpy()
+    assert np.array_equal(grid[:, 2:], want)
+    names = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert names == [f"{i:03d}-{stem}-{j:03d}.png" for i, stem in enumerate(("cat", "dog")) for j in range(3)]
+    said = json.loads(printed)
+    assert (said["images"], said["kept_pixels"], said["keep"]) == (6, 24, 0.5)
+
+
+def test_complete_writes_a_picture(igpt, run, photos, tmp_path):
+    assert igpt("complete", run, photos[0], "-n", 2, "--keep", 1, "-o", tmp_path / "c.png")[0] == 0
+    assert Image.open(tmp_path / "c.png").size[0] > 4 * SIZE[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sample", "--temperature", -1), "temperature is -1.0"),
+        (("sample", "-n", 0), "n is 0"),
+        (("sample", "--top-k", 0), "top_k is 0"),
+        (("sample", "--top-p", 2), "top_p is 2.0"),
+        (("sample", "--batch", 0), "batch is 0"),
+        (("sample", "-o", "grid.jpg"), "ending in .png"),
+        (("complete", "PHOTO", "--keep", 1.5), "keep is 1.5"),
+        (("complete", "PHOTO", "--keep", -0.5), "keep is -0.5"),
+        (("complete", "PHOTO", "--keep", "nan"), "keep is nan"),
+        (("complete", "PHOTO", "--temperature", -1), "temperature is -1.0"),
+        (("complete", "PHOTO", "--background", "blurple"), "background 'blurple'"),
+        (("complete", "nowhere.png"), "there is no file nowhere.png"),
+    ],
+)
+def test_bad_options_end_before_anything_is_loaded(igpt, run, photos, tmp_path, monkeypatch, words, message):
+    def never(*_):
+        raise AssertionError("the checkpoint was loaded")
+
+    monkeypatch.setattr(commands, "load_checkpoint", never)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    command, *rest = (photos[0] if word == "PHOTO" else word for word in words)
+    code, printed, said = igpt(command, run, *rest)
+    assert code == 2
+    assert printed == ""
+    assert said.startswith("error: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_places_that_cannot_be_written_are_found_first(igpt, run, photos, monkeypatch):
+    monkeypatch.setattr(commands, "load_checkpoint", None)
+    for words in (("-o", photos[0] / "x.png"), ("--single", photos[0] / "x")):
+        code, _, said = igpt("sample", run, *words)
+        assert code == 2
+        assert "is no writable folder" in said
+
+
+def test_runs_and_photos_that_cannot_be_used_are_named(igpt, run, photos, tmp_path, model):
+    code, _, said = igpt("sample", tmp_path / "nothing")
+    assert (code, "nothing is not there" in said) == (2, True)
+    photos[0].write_bytes(b"")
+    code, _, said = igpt("complete", run, photos[0], "-o", tmp_path / "c.png")
+    assert (code, "cat.png: the file is empty" in said) == (2, True)
+    assert not (tmp_path / "c.png").exists()
+    save_checkpoint(tmp_path / "bare", 1, model)
+    code, _, said = igpt("sample", tmp_path / "bare")
+    assert (code, "has no palette" in said) == (2, True)
+    bert = ImageGPT(Config(layers=1, width=16, heads=2, colors=9, size=SIZE, objective="bert"))
+    save_checkpoint(tmp_path / "bert", 1, bert, Palette(CENTERS))
+    code, _, said = igpt("sample", tmp_path / "bert", "-o", tmp_path / "c.png")
+    assert (code, "objective='bert' model cannot be sampled from" in said) == (2, True)

@@ -44,7 +44,7 @@ def kmeans_step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tenso
 
 
 def _nearest(pixels: Tensor, palette: Tensor) -> Tensor:
-    # Divided on the CPU: elsewhere torch turns the division by a constant into a multiplication, which rounds otherwise.
+    # Divided on the CPU: elsewhere torch multiplies by the reciprocal, which rounds otherwise.
     levels = (torch.arange(256, dtype=torch.float32, device="cpu") / 127.5 - 1).to(pixels.device)
     x = levels[pixels.long()] if pixels.dtype == torch.uint8 else pixels
     dr, dg, db = (x[:, None, i] - palette[None, :, i] for i in range(3))

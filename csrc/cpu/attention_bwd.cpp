@@ -16,7 +16,7 @@ struct BwdScratch {  // one thread's; n = query tiles, Ku = D / step, Tu = 64 / 
   Scratch<Unit> qt, dot, qn, don;       // [n, Ku, 64] q and dout transposed   [n, Tu, Dp] the same along the tokens
   Scratch<Unit> k, v, kt, p, ds, ds_b;  // [64, Ku]   [64, Ku]   [Dp, Tu]   [64, Tu]   [64, Tu]   [Tu, 64]
   Scratch<float> dq, dk, dv, s, dp;     // [n, Dp, 64]   [64, Dp]   [64, Dp]   [64, 64]   [64, 64]
-  Scratch<float> lse2, delta;           // [n, 64] lse log2(e)   [n, 64]
+  Scratch<float> lse, delta;            // [n, 64]   [n, 64]
   BwdScratch(int64_t n, int64_t D, int64_t Dp)
       : qt(scratch<Unit>(n * kTile * D / E::kStep)), dot(scratch<Unit>(n * kTile * D / E::kStep)),
         qn(scratch<Unit>(n * kTile * Dp / E::kStep)), don(scratch<Unit>(n * kTile * Dp / E::kStep)),
@@ -24,16 +24,23 @@ struct BwdScratch {  // one thread's; n = query tiles, Ku = D / step, Tu = 64 / 
         p(scratch<Unit>(kTile * kTile / E::kStep)), ds(scratch<Unit>(kTile * kTile / E::kStep)),
         ds_b(scratch<Unit>(kTile * kTile / E::kStep)), dq(scratch<float>(n * Dp * kTile)), dk(scratch<float>(kTile * Dp)),
         dv(scratch<float>(kTile * Dp)), s(scratch<float>(kTile * kTile)), dp(scratch<float>(kTile * kTile)),
-        lse2(scratch<float>(n * kTile)), delta(scratch<float>(n * kTile)) {}
+        lse(scratch<float>(n * kTile)), delta(scratch<float>(n * kTile)) {}
 };
 
-template <class T>
-static float dot_row(const T* a, const T* b, int64_t D) {
-  vf acc = {};
-  int64_t c = 0;
-  for (; c + kLanes <= D; c += kLanes) acc += load(a + c) * load(b + c);
-  if (c < D) acc += load_n(a + c, D - c) * load_n(b + c, D - c);
-  return sum(acc);
+// delta of a tile's 64 queries, summed in the very order in which the product dP sums: where a softmax has one term, O is V to
+// the bit, dP - delta is then exactly zero, and so is dq.
+template <class E>
+static void row_sums(float* delta, const typename E::Unit* dot, const typename E::Unit* ot, int64_t Ku) {
+  for (int64_t c = 0; c < kTile; c += kLanes) {
+    vf total = {};
+    for (int64_t k0 = 0; k0 < Ku; k0 += E::kChunk) {
+      vf acc = {};
+      for (int64_t k = k0; k < std::min(Ku, k0 + E::kChunk); ++k)
+        acc = E::dot(acc, E::load_b(ot + k * kTile + c), E::load_b(dot + k * kTile + c));
+      total += acc;
+    }
+    store(delta + c, total);
+  }
 }
 
 // k^T as an A operand: row c holds column c of the tile, tokens along K; rows D..Dp are zero.
@@ -51,14 +58,14 @@ static void pack_columns(typename E::Unit* a, const Head<T>& x, int64_t t, int64
 
 // S^T, dP^T -> P^T and dS^T, for keys `key` and `key + 1` of the tile (a pair is what the B operand of dq^T stores).
 template <class E>
-static inline void gradient_rows(BwdScratch<E>& w, int64_t key, const float* lse2, const float* delta, float scale, uint64_t bits0,
+static inline void gradient_rows(BwdScratch<E>& w, int64_t key, const float* lse, const float* delta, float scale, uint64_t bits0,
                                  uint64_t bits1) {
   const uint64_t bits[2] = {bits0, bits1};
   for (int64_t c = 0; c < kTile; c += kLanes) {
     vf ds[2];
     for (int e = 0; e < 2; ++e) {
       const int64_t at = (key + e) * kTile + c;
-      vf p = exp2(load(w.s.get() + at) * (scale * kLog2e) - load(lse2 + c));
+      vf p = exp2((load(w.s.get() + at) * scale - load(lse + c)) * kLog2e);  // the difference first: its error is what counts
       if (bits[e] != ~0ull) p = keep(uint32_t(bits[e] >> c), p, vf{});
       ds[e] = p * (load(w.dp.get() + at) - load(delta + c)) * scale;
       E::store_a(w.p.get() + (key + e) * kTile / E::kStep, c, p);
@@ -78,12 +85,10 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
     pack_transposed<E>(w.dot.get() + i * kTile * Ku, hdo, i * kTile, tiles.Tq, D);
     pack_tokens<E>(w.qn.get() + i * Tu * Dp, hq, i * kTile, tiles.Tq, D, Dp);
     pack_tokens<E>(w.don.get() + i * Tu * Dp, hdo, i * kTile, tiles.Tq, D, Dp);
+    pack_transposed<E>(w.k.get(), ho, i * kTile, tiles.Tq, D);  // room that the keys take later
+    row_sums<E>(w.delta.get() + i * kTile, w.dot.get() + i * kTile * Ku, w.k.get(), Ku);
   }
-  for (int64_t t = 0; t < tiles.nq * kTile; ++t) {
-    const bool inside = t < tiles.Tq;
-    w.lse2[t] = inside ? lse.as<float>()[bh * tiles.Tq + t] * kLog2e : 0.f;
-    w.delta[t] = inside ? dot_row(hdo.row(t), ho.row(t), D) : 0.f;
-  }
+  for (int64_t t = 0; t < tiles.nq * kTile; ++t) w.lse[t] = t < tiles.Tq ? lse.as<float>()[bh * tiles.Tq + t] : 0.f;
   std::fill_n(w.dq.get(), tiles.nq * Dp * kTile, 0.f);
 
   for (int64_t j = 0; j < tiles.nk; ++j) {
@@ -99,7 +104,7 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
       gemm<E, false>(kTile, kTile, Ku, w.s.get(), kTile, w.k.get(), Ku, w.qt.get() + i * kTile * Ku, kTile);
       gemm<E, false>(kTile, kTile, Ku, w.dp.get(), kTile, w.v.get(), Ku, w.dot.get() + i * kTile * Ku, kTile);
       for (int64_t r = 0; r < kTile; r += 2)
-        gradient_rows<E>(w, r, w.lse2.get() + i * kTile, w.delta.get() + i * kTile, scale,
+        gradient_rows<E>(w, r, w.lse.get() + i * kTile, w.delta.get() + i * kTile, scale,
                          full ? ~0ull : tiles.col_bits(i, j, tile.mask, r), full ? ~0ull : tiles.col_bits(i, j, tile.mask, r + 1));
       gemm<E, true>(kTile, Dp, Tu, w.dv.get(), Dp, w.p.get(), Tu, w.don.get() + i * Tu * Dp, Dp);
       gemm<E, true>(kTile, Dp, Tu, w.dk.get(), Dp, w.ds.get(), Tu, w.qn.get() + i * Tu * Dp, Dp);

@@ -3,6 +3,8 @@
 // Everything is a matrix of 32-bit units: one float, or two neighbouring bf16 along K. A is row-major in units and broadcast,
 // B holds kLanes columns side by side and is loaded, C is float. So one loop serves both, and only dot() differs.
 #pragma once
+#include <algorithm>
+
 #include "simd.h"
 
 namespace igpt {
@@ -10,10 +12,12 @@ namespace IGPT_ISA {
 
 struct F32Units {
   using Unit = float;
-  static constexpr int kStep = 1;  // elements along K in a unit
+  static constexpr int kStep = 1;        // elements along K in a unit
+  static constexpr int64_t kChunk = 32;  // units along K that are summed at once
   using Vector = vf;
   static Vector load_b(const Unit* p) { return load(p); }
   static vf dot(vf acc, Unit a, Vector b) { return a * b + acc; }
+  static vf dot(vf acc, Vector a, Vector b) { return a * b + acc; }
 
   template <class T>
   static Unit unit(const T* p) {
@@ -32,6 +36,7 @@ struct F32Units {
 struct Bf16Units {
   using Unit = uint32_t;
   static constexpr int kStep = 2;
+  static constexpr int64_t kChunk = 1 << 20;  // the inputs' own rounding outweighs that of the sums
   using Vector = __m512bh;
   static Vector load_b(const Unit* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
   static vf dot(vf acc, Unit a, Vector b) {
@@ -42,6 +47,9 @@ struct Bf16Units {
     Unit u;
     std::memcpy(&u, p, sizeof u);
     return u;
+  }
+  static vf dot(vf acc, Vector a, Vector b) {
+    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), a, b));
   }
   static void store_a(Unit* row, int64_t c, vf v) { store(reinterpret_cast<bf16*>(row) + c, v); }
   static void store_b_pair(Unit* b, int64_t k, int64_t N, int64_t c, vf even, vf odd) {
@@ -62,7 +70,7 @@ static inline void gemm_block(float* C, int64_t ldc, const typename E::Unit* A, 
                               int64_t K) {
   vf acc[MR][NV];
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) acc[i][j] = kAccumulate ? load(C + i * ldc + j * kLanes) : vf{};
+    for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
   for (int64_t k = 0; k < K; ++k) {
     typename E::Vector b[NV];
     for (int j = 0; j < NV; ++j) b[j] = E::load_b(B + k * ldb + j * kLanes);
@@ -70,7 +78,10 @@ static inline void gemm_block(float* C, int64_t ldc, const typename E::Unit* A, 
       for (int j = 0; j < NV; ++j) acc[i][j] = E::dot(acc[i][j], A[i * lda + k], b[j]);
   }
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) store(C + i * ldc + j * kLanes, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* c = C + i * ldc + j * kLanes;
+      store(c, kAccumulate ? load(c) + acc[i][j] : acc[i][j]);
+    }
 }
 
 template <class E, int NV, bool kAccumulate>
@@ -90,16 +101,25 @@ static inline void gemm_strip(int64_t M, int64_t K, float* C, int64_t ldc, const
   }
 }
 
-// N is a multiple of kLanes; K counts units.
 template <class E, bool kAccumulate>
-static void gemm(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, const typename E::Unit* A, int64_t lda,
-                 const typename E::Unit* B, int64_t ldb) {
+static inline void gemm_chunk(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, const typename E::Unit* A, int64_t lda,
+                              const typename E::Unit* B, int64_t ldb) {
   int64_t n = 0;
   for (; n + kNv * kLanes <= N; n += kNv * kLanes) gemm_strip<E, kNv, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
 #if defined(__AVX512F__)
   for (; n + 2 * kLanes <= N; n += 2 * kLanes) gemm_strip<E, 2, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
 #endif
   for (; n < N; n += kLanes) gemm_strip<E, 1, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
+}
+
+// N is a multiple of kLanes; K counts units. Sums run over chunks of K that start from zero and are then added, so that the
+// rounding error grows with the chunk and the number of chunks, not with their product.
+template <class E, bool kAccumulate>
+static void gemm(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, const typename E::Unit* A, int64_t lda,
+                 const typename E::Unit* B, int64_t ldb) {
+  gemm_chunk<E, kAccumulate>(M, N, std::min(K, E::kChunk), C, ldc, A, lda, B, ldb);
+  for (int64_t k = E::kChunk; k < K; k += E::kChunk)
+    gemm_chunk<E, true>(M, N, std::min(K - k, E::kChunk), C, ldc, A + k, lda, B + k * ldb, ldb);
 }
 
 }  // namespace IGPT_ISA

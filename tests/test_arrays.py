@@ -1,0 +1,65 @@
+"""Images in .npy and .npz files, with their labels, are found where they lie; arrays of another form are refused."""
+
+import numpy as np
+import pytest
+
+from igpt_fast.errors import InputError
+from igpt_fast.sources import open_source
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 7), (4, 5, 7, 1), (4, 5, 7, 3), (4, 5, 7, 4)])
+@pytest.mark.parametrize("save", [np.save, np.savez, np.savez_compressed])
+def test_arrays(tmp_path, shape, save):
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    if shape[-1] == 4:
+        images[..., 3] = 255
+    if save is np.save:
+        path = tmp_path / "x.npy"
+        save(path, images)
+    else:
+        path = tmp_path / "x.npz"
+        save(path, images=images, y=np.array([7, -1, 3, 7], np.int16))
+    source = open_source(path)
+    assert source.names == ["00000000", "00000001", "00000002", "00000003"]
+    for index in (3, 0, 2):  # any order
+        expected = images[index].reshape(5, 7, -1)[..., :3]
+        assert (source.read(index) == expected).all()
+    if save is not np.save:
+        assert source.classes == ["3", "7"]
+        assert source.labels.tolist() == [1, -1, 0, 1]
+    else:
+        assert source.labels is None
+
+
+def test_npz_keys(tmp_path):
+    images = np.zeros((2, 3, 3, 3), np.uint8)
+    for key in ("images", "x", "data", "X"):
+        np.savez(tmp_path / "x.npz", **{key: images, "labels": np.array(["dog", "cat"])})
+        source = open_source(tmp_path / "x.npz")
+        assert (source.classes, source.labels.tolist()) == (["cat", "dog"], [1, 0])
+    np.savez(tmp_path / "x.npz", pictures=images)
+    with pytest.raises(InputError, match=r"no images among its arrays \(pictures\); name the array images or x"):
+        open_source(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", x=images, y=np.zeros(3, int))
+    with pytest.raises(InputError, match=r"labels are int64 \[3\]; give one integer or string for each of the 2"):
+        open_source(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", x=images, y=np.array([{}, None]))
+    with pytest.raises(InputError, match="Object arrays"):
+        open_source(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((2, 3, 3, 3), np.float32), "float32"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"uint8 \[2, 3, 8, 8\]; give uint8 \[N, H, W, 3\]"),
+        (np.zeros((8, 8, 3), np.uint8), "looks like one image"),
+        (np.zeros((0, 8, 8), np.uint8), "no pixel"),
+        (np.zeros((8, 8), np.uint8), "give uint8"),
+        (np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8)), "Fortran"),
+    ],
+)
+def test_arrays_of_other_forms(tmp_path, array, reason):
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(InputError, match=reason):
+        open_source(tmp_path / "x.npy")

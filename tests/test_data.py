@@ -146,7 +146,7 @@ def test_what_is_there_is_not_replaced_unasked(folder, tmp_path):
     out.mkdir()
     tokenize(folder, PALETTE, out, SIZE)  # an empty directory is welcome
     before = digests(out)
-    with pytest.raises(InputError, match="holds tokens already; .*--overwrite"):
+    with pytest.raises(InputError, match=r"holds tokens already; .*--overwrite"):
         tokenize(folder, PALETTE, out, (2, 2))
     assert digests(out) == before
     assert tokenize(folder, PALETTE, out, (2, 2), overwrite=True).size == (2, 2)
@@ -168,7 +168,7 @@ def test_a_failed_overwrite_keeps_the_old_tokens(folder, tmp_path):
 
 def test_places_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file/t: cannot be written .*choose a place"):
+    with pytest.raises(InputError, match=r"file/t: cannot be written .*choose a place"):
         tokenize(folder, PALETTE, tmp_path / "file" / "t", SIZE, progress=lambda *_: pytest.fail("decoded first"))
     with pytest.raises(InputError, match="cannot be written"):
         tokenize(folder, PALETTE, "/proc/t", SIZE)

@@ -1,0 +1,75 @@
+"""Logistic regression on fixed features, its penalty chosen without the test images, and a Score of how it did."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+
+from igpt_fast.errors import InputError
+
+# Inverse strengths of the L2 penalty that are tried; the best on the validation part is used, the smallest of equals.
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
+ITERATIONS = 1000  # of L-BFGS at most; a fit that would need more is marked
+Z95 = 1.959964  # a normal variable lies within so many standard deviations 95 % of the time
+
+
+@dataclass(frozen=True)
+class Score:
+    """One way to answer, on the test images. `low` to `high` is Wilson's 95 % interval of the accuracy."""
+
+    name: str  # "layer 3", "raw pixels", "majority class"
+    accuracy: float  # fraction of the test images
+    low: float
+    high: float
+    layer: int | None = None
+    strength: float | None = None  # C, the inverse strength of the penalty
+    validation: float | None = None  # accuracy on the validation part with that strength
+    converged: bool = True  # False: L-BFGS stopped at ITERATIONS
+
+
+def load_sklearn() -> tuple[type, type]:
+    """scikit-learn's LogisticRegression and StandardScaler. InputError, naming the extra, when it is missing."""
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+    except ModuleNotFoundError as error:
+        raise InputError("scikit-learn is not installed; run: pip install igpt-fast[probe]") from error
+    return LogisticRegression, StandardScaler
+
+
+def classify(
+    name: str, features: np.ndarray, labels: np.ndarray, fit: np.ndarray, test: np.ndarray, layer: int | None = None
+) -> Score:
+    """Chooses the strength on what is in neither `fit` nor `test`, learns again from all but `test`, and tests.
+
+    features: float32 [N, D]. labels: int64 [N]. fit, test: bool [N]. Raises InputError when scikit-learn is missing.
+    """
+    validation = ~test & ~fit
+    found = [_right(features, labels, fit, validation, strength)[0] for strength in STRENGTHS]
+    best = int(np.argmax(found))
+    right, converged = _right(features, labels, ~test, test, STRENGTHS[best])
+    chosen = {"strength": STRENGTHS[best], "validation": found[best] / int(validation.sum()), "converged": converged}
+    return score(name, right, int(test.sum()), layer=layer, **chosen)
+
+
+def score(name: str, right: int, count: int, **rest: float | int | bool | None) -> Score:
+    """A Score with Wilson's interval of `right` of `count`, which stays within 0 to 1, unlike the usual one."""
+    share, spread = right / count, Z95 * Z95 / count
+    middle = (share + spread / 2) / (1 + spread)
+    reach = Z95 * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    return Score(name, share, max(0.0, middle - reach), min(1.0, middle + reach), **rest)
+
+
+def _right(
+    features: np.ndarray, labels: np.ndarray, fit: np.ndarray, ask: np.ndarray, strength: float
+) -> tuple[int, bool]:
+    """Right answers among `ask` of a classifier that learned from `fit`, and whether L-BFGS converged."""
+    regression, scaler = load_sklearn()
+    scale = scaler().fit(features[fit])
+    classifier = regression(C=strength, max_iter=ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it did not converge is said in the Score
+        classifier.fit(scale.transform(features[fit]), labels[fit])
+    answers = classifier.predict(scale.transform(features[ask]))
+    return int((answers == labels[ask]).sum()), bool(classifier.n_iter_.max() < ITERATIONS)

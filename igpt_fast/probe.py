@@ -1,0 +1,250 @@
+"""The linear probe: how well a logistic regression on a layer's features tells the classes apart.
+
+The paper's protocol for small data sets: features are means over positions (`ImageGPT.features`), the classifier is
+scikit-learn's L-BFGS logistic regression. Beside the layers stand two scores that need no model: the same classifier on
+the raw pixels, and the answer that is always the most frequent class.
+"""
+
+import io
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from igpt_fast.classify import Score, classify, load_sklearn, score
+from igpt_fast.console import progress
+from igpt_fast.data import TokenDataset
+from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
+from igpt_fast.pictures import COLOURS
+
+VALIDATION = 0.2  # of each class's training images, kept back to choose the strength
+BATCH_BYTES = 256 << 20  # of activations at once, by the estimate in extract_features
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What `probe` found. `layers` is in the order of the layers."""
+
+    layers: tuple[Score, ...]
+    pixels: Score
+    majority: Score
+    depth: int  # the model's number of layers; layer `depth` is the final norm's output
+    classes: tuple[str, ...]
+    left_out: dict[str, int]  # classes with too few images to learn and test on, and how many they have
+    unlabelled: int  # images without a label, left out
+    train: int  # images that the classifiers learned from, the validation part included
+    test: int
+    test_fraction: float
+    seed: int
+    feature_bytes: int
+    seconds: float
+
+    @property
+    def best(self) -> Score:
+        """The layer that the validation part prefers, the lowest of equals: the test images have no say in it."""
+        return max(self.layers, key=lambda score: score.validation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {**asdict(self), "best_layer": self.best.layer}
+
+
+def probe(
+    model: ImageGPT,
+    dataset: TokenDataset,
+    *,
+    layers: Sequence[int] | None = None,
+    test_fraction: float = 0.2,
+    limit: int | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    amp: bool = False,
+) -> ProbeResult:
+    """Probes a model's layers on a labelled dataset.
+
+    layers: which; None: all, 0 to model.config.layers. test_fraction: the test images are those that training with
+    that val_fraction, or a larger one, never saw: `dataset.split("val", test_fraction)`. limit: at most so many images,
+    which `seed` draws, as it draws the validation part; nothing else is left to chance. batch: images side by side;
+    None: what fits. amp: features in bf16 autocast. Every feature is standardised by the training images. Progress is
+    shown on stderr. All features are held at once: images · layers · width · 4 bytes.
+
+    Raises InputError for a dataset without labels, with one class, with too few images or with tokens that do not fit
+    the model, and for options out of range.
+    """
+    began = time.monotonic()
+    layers = check_options(model.config.layers, layers, test_fraction, limit, batch)
+    load_sklearn()  # before any work
+    if dataset.size != model.config.size or dataset.colors != model.config.colors:
+        is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, model.config))
+        raise InputError(f"{dataset.path}: the images are {is_}, the model is made for {wants}; tokenise them for it")
+    indices, test, left_out, unlabelled = _choose(dataset, test_fraction, limit, seed)
+    labels = dataset.labels[indices]
+    fit = ~test & ~_draw_validation(labels, test, seed)
+    pooled = extract_features(model, dataset, indices, layers, batch, amp)
+    scores = []
+    with progress(len(layers) + 1, "classifiers", "fit") as bar:
+        for layer, features in zip((*layers, None), (*pooled, None), strict=True):
+            if features is None:  # made last and late: pixels can be far larger than a layer
+                features = np.asarray(dataset.palette.centers)[dataset.batch(indices).numpy()].reshape(len(indices), -1)
+            name = "raw pixels" if layer is None else f"layer {layer}"
+            scores.append(classify(name, features, labels, fit, test, layer))
+            bar.advance()
+    most_frequent = np.bincount(labels[~test]).argmax()
+    return ProbeResult(
+        layers=tuple(scores[:-1]),
+        pixels=scores[-1],
+        majority=score("majority class", int((labels[test] == most_frequent).sum()), int(test.sum())),
+        depth=model.config.layers,
+        classes=tuple(dataset.classes[label] for label in np.unique(labels)),
+        left_out=left_out,
+        unlabelled=unlabelled,
+        train=int((~test).sum()),
+        test=int(test.sum()),
+        test_fraction=test_fraction,
+        seed=seed,
+        feature_bytes=pooled.nbytes,
+        seconds=time.monotonic() - began,
+    )
+
+
+def check_options(
+    top: int,
+    layers: Sequence[int] | None = None,
+    test_fraction: float = 0.2,
+    limit: int | None = None,
+    batch: int | None = None,
+) -> list[int]:
+    """The layers to probe, ascending. Raises InputError for an option out of range; `top` is the model's last layer."""
+    chosen = list(range(top + 1)) if layers is None else sorted(set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] > top:
+        raise InputError(f"layers {', '.join(map(str, chosen)) or 'none'} were asked; this model has layers 0 to {top}")
+    if not 0 < test_fraction < 1:  # also catches NaN
+        raise InputError(f"test fraction is {test_fraction}; use a fraction between 0 and 1, such as 0.2")
+    for name, value in (("limit", limit), ("batch", batch)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; use at least 1")
+    return chosen
+
+
+def extract_features(
+    model: ImageGPT,
+    dataset: TokenDataset,
+    indices: np.ndarray,
+    layers: Sequence[int],
+    batch: int | None = None,
+    amp: bool = False,
+) -> np.ndarray:
+    """Pooled features of the images `indices`: float32 [len(layers), len(indices), width], all layers in one pass.
+
+    amp: matrix products in bf16 autocast. Raises InputError when the machine's memory cannot hold them.
+    """
+    config, device = model.config, model.wte.device
+    needed, there = len(layers) * len(indices) * config.width * 4, _memory()
+    if needed > there:
+        raise InputError(
+            f"the features of {len(indices):,} images at {len(layers)} layers take {needed / 1e9:.1f} GB and this "
+            f"machine has {there / 1e9:.1f} GB; take fewer with --limit or --layers"
+        )
+    pooled = np.empty((len(layers), len(indices), config.width), np.float32)
+    # About 16 numbers a pixel and channel live at once inside a block.
+    size = batch or max(1, min(256, BATCH_BYTES // (16 * 4 * config.tokens * config.width)))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    with torch.inference_mode(), autocast, progress(len(indices), "images", "features") as bar:
+        for start in range(0, len(indices), size):
+            tokens = dataset.batch(indices[start : start + size]).to(device)
+            if len(layers) == 1:
+                found = model.features(tokens, layers[0])[None]  # the blocks above need not run
+            else:
+                found = model.features(tokens)[list(layers)]
+            pooled[:, start : start + size] = found.float().cpu().numpy()
+            bar.advance(len(tokens))
+    if not np.isfinite(pooled).all():
+        raise InputError("the model's features are not finite: its weights are broken; use another checkpoint")
+    return pooled
+
+
+def figure_png(result: ProbeResult, title: str) -> bytes:
+    """Accuracy by layer with 95 % intervals and both baselines, as the bytes of a PNG. title: what of what."""
+    figure = Figure(figsize=(8.0, 5.0), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    blue, orange = COLOURS[:2]
+    pixels, majority, best = result.pixels, 100 * result.majority.accuracy, result.best
+    axes.axhspan(100 * pixels.low, 100 * pixels.high, color=orange, alpha=0.12, linewidth=0)
+    label = f"raw pixels: {100 * pixels.accuracy:.1f} %"
+    axes.axhline(100 * pixels.accuracy, color=orange, linestyle="--", linewidth=1.6, label=label)
+    numbers = [score.layer for score in result.layers]
+    accuracy, low, high = (
+        100 * np.array([getattr(score, field) for score in result.layers]) for field in ("accuracy", "low", "high")
+    )
+    errors = (accuracy - low, high - accuracy)
+    axes.errorbar(numbers, accuracy, errors, color=blue, marker="o", capsize=3, linewidth=1.6, label="layers")
+    label = f"layer {best.layer}, which validation prefers: {100 * best.accuracy:.1f} %"
+    axes.plot(best.layer, 100 * best.accuracy, "o", color=blue, markersize=12, fillstyle="none", label=label)
+    label, bottom, top = f"most frequent class: {majority:.1f} %", min(*low, 100 * pixels.low), max(high)
+    if bottom - majority < 3 * (top - bottom):
+        axes.axhline(majority, color="#888888", linestyle=":", linewidth=1.6, label=label)
+    else:  # drawn, it would press all else into a thin band
+        axes.plot([], [], color="#888888", linestyle=":", label=f"{label}, below the picture")
+    axes.set(title=title, xlabel=f"layer (0: embedding, {result.depth}: final norm)")
+    axes.set_ylabel(f"accuracy on {result.test:,} test images (%), 95 % intervals")
+    axes.set_xticks(numbers[:: math.ceil(len(numbers) / 16)])
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="best")
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
+
+
+def _choose(
+    dataset: TokenDataset, test_fraction: float, limit: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, int], int]:
+    """Which images [N], which of them are for the test (bool [N]), the classes left out, the unlabelled count."""
+    known = np.flatnonzero(dataset.labels >= 0)
+    if not len(known) or dataset.classes is None:
+        raise InputError(
+            f"{dataset.path}: no image has a label; put each class into a folder of its own, or labels into the .npz"
+        )
+    unlabelled = len(dataset) - len(known)
+    if limit is not None and limit < len(known):
+        known = np.sort(np.random.default_rng([seed, 0]).choice(known, limit, replace=False))
+    labels, test = dataset.labels[known], np.isin(known, dataset.split("val", test_fraction))
+    number = len(dataset.classes)
+    tested, learned = (np.bincount(labels[part], minlength=number) for part in (test, ~test))
+    # One image to test on, one to learn from and one to choose the strength by.
+    good = (tested >= 1) & (learned >= 2)
+    left_out = {
+        dataset.classes[k]: int(tested[k] + learned[k]) for k in range(number) if tested[k] + learned[k] and not good[k]
+    }
+    if good.sum() < 2:
+        present = int(((tested + learned) > 0).sum())
+        few = "only one class has images" if present < 2 else f"of {present} classes {good.sum()} have enough images"
+        raise InputError(
+            f"{dataset.path}: {few} among {len(known):,}; a probe needs two classes, each with at least 2 images to "
+            f"learn from and 1 to test on (test fraction {test_fraction}): give more images or another fraction"
+        )
+    used = good[labels]
+    return known[used], test[used], left_out, unlabelled
+
+
+def _draw_validation(labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
+    """bool [N]: a fifth of each class's training images, at least one, drawn by the seed."""
+    drawn, random = np.zeros(len(labels), bool), np.random.default_rng([seed, 1])
+    for label in np.unique(labels):
+        mine = np.flatnonzero((labels == label) & ~test)
+        drawn[random.choice(mine, max(1, round(VALIDATION * len(mine))), replace=False)] = True
+    return drawn
+
+
+def _memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -123,7 +123,7 @@ def tokenize(
 
 
 def open_tokens(
-    path: str | Path,
+    path: Source | str | Path,
     palette: Palette | str | Path | None = None,
     cache_dir: str | Path | None = None,
     *,
@@ -137,13 +137,14 @@ def open_tokens(
 ) -> TokenDataset:
     """Opens a token directory, or makes one at `cache_dir` from images first, and opens that.
 
-    palette: to tokenise with, or, of a token directory, the one that it must have. None: fits one with `colors`
-    colours to at most 10,000 images drawn by `seed`. size: (height, width); None: 32×32, or whatever a token directory
-    has. Tokens that lie at `cache_dir` already are used again when they were made from the same images in the same way,
-    with a line that says so. Raises InputError when they, or a token directory's size or palette, differ, saying how.
+    path: a token directory, a Source, or what open_source takes. palette: to tokenise with, or, of a token directory,
+    the one that it must have. None: fits one with `colors` colours to at most 10,000 images drawn by `seed`. size:
+    (height, width); None: 32×32, or whatever a token directory has. Tokens that lie at `cache_dir` already are used
+    again when they were made from the same images in the same way, with a line that says so. Raises InputError when
+    they, or a token directory's size or palette, differ, saying how.
     """
     palette = Palette.load(palette) if isinstance(palette, (str, Path)) else palette
-    if is_token_directory(path):
+    if not isinstance(path, Source) and is_token_directory(path):
         tokens = TokenDataset(path)
         _refuse_other(tokens, {} if size is None else {"size": list(size)}, palette, "give tokens that fit, or images")
         return tokens
@@ -151,7 +152,9 @@ def open_tokens(
     check_options(size, resize, background, on_error)
     source = as_source(path)
     if cache_dir is None:
-        raise InputError(f"{path}: is not a directory of tokens; write one with igpt-fast tokenize, or say cache_dir")
+        raise InputError(
+            f"{source.path}: is not a directory of tokens; write one with igpt-fast tokenize, or say cache_dir"
+        )
     fit = {"colors": colors, "seed": seed, "limit": FIT_LIMIT} if palette is None else None
     if is_token_directory(cache_dir):
         tokens = TokenDataset(cache_dir)

@@ -168,6 +168,7 @@ class ShardWriter:
         self._folder, self._count, self._size = folder, count, size
         self._row_bytes = 2 * size[0] * size[1]
         self._rows = rows or max(1, SHARD_BYTES // self._row_bytes)  # images a shard
+        self._offset = len(self._header(0))
         self._fit(count)
 
     def write(self, indices: np.ndarray, tokens: np.ndarray) -> None:
@@ -175,7 +176,7 @@ class ShardWriter:
         for shard in np.unique(indices // self._rows):
             with open(self._folder / shard_name(shard), "r+b") as file:
                 for place in np.flatnonzero(indices // self._rows == shard):
-                    file.seek(len(self._header(0)) + int(indices[place] % self._rows) * self._row_bytes)
+                    file.seek(self._offset + int(indices[place] % self._rows) * self._row_bytes)
                     file.write(np.ascontiguousarray(tokens[place], np.dtype("<u2")))
 
     def finish(self, kept: np.ndarray) -> list[int]:
@@ -197,7 +198,7 @@ class ShardWriter:
             path = self._folder / shard_name(number)
             with open(path, "r+b" if path.exists() else "xb") as file:
                 file.write(self._header(n))
-                length = len(self._header(n)) + n * self._row_bytes
+                length = self._offset + n * self._row_bytes
                 file.truncate(length)
                 if hasattr(os, "posix_fallocate"):  # a full disk is better met now than in an hour
                     os.posix_fallocate(file.fileno(), 0, length)

@@ -250,7 +250,7 @@ def test_open_tokens_makes_and_reuses_a_cache(folder, tmp_path, capsys):
     assert digests(cache) == before
     assert again.names == made.names
     assert capsys.readouterr().err == f"using the tokens at {cache} again: {COUNT} images, 4x6, 16 colours\n"
-    assert open_tokens(folder, made.palette, cache, size=SIZE).colors == 16  # by hand the same palette
+    assert open_tokens(open_source(folder), made.palette, cache, size=SIZE).colors == 16  # the same palette, given
     for change, reason in [
         ({"size": (8, 8)}, r"size is \[4, 6\], not \[8, 8\]"),
         ({"resize": "hf"}, "resize is paper, not hf"),

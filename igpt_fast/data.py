@@ -152,9 +152,7 @@ def open_tokens(
     check_options(size, resize, background, on_error)
     source = as_source(path)
     if cache_dir is None:
-        raise InputError(
-            f"{source.path}: is not a directory of tokens; write one with igpt-fast tokenize, or say cache_dir"
-        )
+        raise InputError(f"{source.path}: holds images, not tokens; run igpt-fast tokenize first, or say cache_dir")
     fit = {"colors": colors, "seed": seed, "limit": FIT_LIMIT} if palette is None else None
     if is_token_directory(cache_dir):
         tokens = TokenDataset(cache_dir)

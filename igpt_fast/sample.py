@@ -1,4 +1,4 @@
-"""Sampling: fill a key-value cache with what is known (prefill), then draw one pixel at a time (decode_one_token).
+"""Sampling: draw images pixel by pixel, from nothing or from the top of given ones.
 
 The same seed gives the same images whatever the batch. Each image draws from a random stream of its own, every op of a
 decoding step treats each row alone, and what is known is prefilled one image at a time, so no bit of an image depends
@@ -6,13 +6,13 @@ on its neighbours.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from igpt_fast import ops
+from igpt_fast.cached import Decoder, KVCache, check_order, decode_one_token, prefill
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
@@ -22,91 +22,6 @@ CACHE_BYTES = 1 << 30  # the default batch is what this much key-value cache hol
 LARGEST_BATCH = 64  # but no more images than this: beyond it a step's time grows with the batch anyway
 
 Progress = Callable[[int, int], None]  # (pixels drawn, pixels to draw in all)
-
-
-class KVCache:
-    """Keys and values of the slots 0..length-1: data [layers, batch, 2, heads, T, head_dim], k before v."""
-
-    def __init__(self, config: Config, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.layers, batch, 2, config.heads, config.tokens, config.head_dim)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
-        self.layers = [(layer[:, 0], layer[:, 1]) for layer in self.data]  # (k, v) of each, [batch, heads, T, head_dim]
-        self.length = 0
-
-    def fill(self, rows: slice, source: "KVCache") -> None:
-        """Give every image of `rows` the known slots of the one image in `source`."""
-        self.length = source.length
-        self.data[:, rows, ..., : self.length, :] = source.data[..., : self.length, :]
-
-
-class _Layer(NamedTuple):
-    ln_1: Tensor
-    qkv: tuple[Tensor, Tensor | None]
-    attn_proj: tuple[Tensor, Tensor | None]
-    ln_2: Tensor
-    fc: Tensor
-    fc_bias: Tensor | None
-    mlp_proj: tuple[Tensor, Tensor | None]
-
-
-class Decoder:
-    """An autoregressive model's weights as plain tensors: a look-up in a module costs as much as a small op.
-
-    The tensors are the model's own, no copies. Raises InputError for a BERT model, which defines no order to sample in.
-    """
-
-    def __init__(self, model: ImageGPT) -> None:
-        self.config = c = model.config
-        if c.objective != "ar":
-            raise InputError(
-                f"an objective={c.objective!r} model cannot be sampled from; train one with objective='ar'"
-            )
-        own = {name: p.detach() for name, p in model.named_parameters()}
-        self.wte, self.wpe, self.ln_f, self.wtet = own["wte"], own["wpe"], own["ln_f"], own["wtet"]
-        self.layers = []
-        for at in (f"blocks.{index}." for index in range(c.layers)):
-            qkv, attn_proj, fc, mlp_proj = (
-                (own[f"{at}{name}.weight"], own.get(f"{at}{name}.bias"))
-                for name in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
-            )
-            self.layers.append(_Layer(own[at + "ln_1"], qkv, attn_proj, own[at + "ln_2"], *fc, mlp_proj))
-
-
-@torch.inference_mode()
-def prefill(model: ImageGPT, pixels: Tensor) -> tuple[Tensor, KVCache]:
-    """Run K < T known pixels at once.   pixels int64 [N, K] → logits [N, colors] of pixel K, and the cache"""
-    slots = pixels.shape[1] + 1
-    if slots > model.config.tokens:
-        raise InputError(f"{slots - 1} pixels are known of {model.config.tokens}: there is none left to predict")
-    cache = KVCache(model.config, len(pixels), model.wte.dtype, model.wte.device)
-    h, delta = model.embed(pixels), None
-    for block, kept in zip(model.blocks, cache.data, strict=True):
-        h, delta = block(h, delta, kept)
-    x, _ = ops.rms_norm(delta[:, -1], model.ln_f, model.config.eps, residual=h[:, -1])
-    cache.length = slots
-    return ops.linear(x, model.wtet), cache
-
-
-@torch.inference_mode()
-def decode_one_token(decoder: Decoder, cache: KVCache, pixel: Tensor) -> Tensor:
-    """Put the newest pixel into the cache's next slot.   pixel int64 [N] → logits [N, colors] of the pixel after it"""
-    c, slot, n = decoder.config, cache.length, len(pixel)
-    if slot >= c.tokens:
-        raise InputError(f"the cache already holds all {c.tokens} slots of an image")
-    h, delta = decoder.wte[pixel] + decoder.wpe[slot], None
-    for w, (k, v), here in zip(decoder.layers, cache.layers, cache.data[..., slot, :].unbind(), strict=True):
-        if delta is None:
-            x = ops.rms_norm(h, w.ln_1, c.eps)
-        else:
-            x, h = ops.rms_norm(delta, w.ln_1, c.eps, residual=h)
-        qkv = ops.linear(x, *w.qkv).view(n, 3, c.heads, c.head_dim)
-        here.copy_(qkv[:, 1:])
-        mixed = ops.attention_decode(qkv[:, 0].unsqueeze(2), k, v, slot + 1)
-        x, h = ops.rms_norm(ops.linear(mixed.reshape(n, -1), *w.attn_proj), w.ln_2, c.eps, residual=h)
-        delta = ops.linear(ops.bias_quick_gelu(ops.linear(x, w.fc), w.fc_bias), *w.mlp_proj)
-    cache.length = slot + 1
-    x, _ = ops.rms_norm(delta, decoder.ln_f, c.eps, residual=h)
-    return ops.linear(x, decoder.wtet)
 
 
 def sample(
@@ -192,7 +107,8 @@ def _generate(
     progress: Progress | None,
 ) -> Tensor:
     """Images [len(rows), H, W]. A row is (index into known [M, K], image, completion); the last two name its stream."""
-    c, decoder, count = model.config, Decoder(model), known.shape[1]
+    c, count = model.config, known.shape[1]
+    check_order(c)
     out = known.new_empty(len(rows), c.tokens)
     out[:, :count] = known[[row[0] for row in rows]]
     total, prefix, start = len(rows) * (c.tokens - count), (-1, None, None), 0
@@ -210,6 +126,7 @@ def _generate(
                 same = slice(where[0], where[-1] + 1)
                 logits[same] = prefix[1]
                 cache.fill(same, prefix[2])
+            decoder = Decoder(model, cache)
             uniforms = torch.from_numpy(np.stack([_stream(seed, row[1:], c.tokens) for row in part], axis=1))
             images = out[start : start + size]
             for at, uniform in enumerate(uniforms.to(known.device).unbind()[count:], start=count):
@@ -220,7 +137,7 @@ def _generate(
                     if progress is not None:
                         progress(start * (c.tokens - count) + len(part) * (at + 1 - count), total)
                 if at + 1 < c.tokens:
-                    logits = decode_one_token(decoder, cache, token.clamp(min=0))
+                    logits = decode_one_token(decoder, token.clamp(min=0))
             start += len(part)
     return out.view(-1, *c.size)
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from igpt_fast import cached
+from igpt_fast.cached import Decoder, decode_one_token, prefill
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.ops.sampling import sample_tokens
-from igpt_fast.sample import Decoder, complete, decode_one_token, prefill, sample
+from igpt_fast.sample import complete, sample
 
 
 def make(dtype=torch.float32, seed=0, **fields) -> ImageGPT:
@@ -43,17 +45,17 @@ def test_cached_logits_equal_uncached_ones(dtype, bias, known):
     flat = tokens.flatten(1)
     plain = model(tokens).double()
     logits, cache = prefill(model, flat[:, :known])
-    cached, decoder = [logits], Decoder(model)
+    rows, decoder = [logits], Decoder(model, cache)
     for at in range(known, model.config.tokens - 1):
-        cached.append(decode_one_token(decoder, cache, flat[:, at]))
-    got = torch.stack(cached, dim=1).double()
+        rows.append(decode_one_token(decoder, flat[:, at]))
+    got = torch.stack(rows, dim=1).double()
     truth = model.double()(tokens)
-    # In float64 the uncached path is the truth itself and grants nothing: the ulps of a sum over all slots instead of 4.
+    # In float64 the uncached path is the truth itself and grants nothing: as many ulps as there are slots instead of 4.
     ulps = model.config.tokens if dtype == torch.float64 else 4
     limit = 2 * (plain - truth).abs().max() + ulps * torch.finfo(dtype).eps * truth.abs().max()
     assert (got - truth[:, known:]).abs().max() <= limit
     with pytest.raises(InputError, match="all 35 slots"):
-        decode_one_token(decoder, cache, flat[:, -1])
+        decode_one_token(decoder, flat[:, -1])
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 6}, {"top_p": 0.8}, {"temperature": 0.0}])
@@ -152,14 +154,22 @@ def test_progress_counts_pixels_up_to_the_last():
     assert seen[-1] == (4 * 17, 4 * 17)
 
 
-def test_weights_trained_after_a_decoder_was_made_are_seen():
+def test_a_decoder_reads_the_models_own_weights():
     model = make()
-    decoder = Decoder(model)
+    flat = pixels(model, 1).flatten(1)
+    _, cache = prefill(model, flat[:, :3])
+    decoder = Decoder(model, cache)
     with torch.no_grad():
         model.wtet.mul_(2)
-    _, cache = prefill(model, pixels(model, 1).flatten(1)[:, :3])
-    flat = pixels(model, 1).flatten(1)
-    torch.testing.assert_close(decode_one_token(decoder, cache, flat[:, 3]), model(flat)[:, 4])
+    torch.testing.assert_close(decode_one_token(decoder, flat[:, 3]), model(flat)[:, 4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_short_way_to_the_kernels_changes_no_bit(dtype, monkeypatch):
+    model = make(dtype, bias=True)
+    short = sample(model, n=3)
+    monkeypatch.setattr(cached, "backend_for", lambda *_: None)
+    assert torch.equal(sample(model, n=3), short)
 
 
 @pytest.mark.parametrize(("weight", "where"), [("wtet", r"\(0, 0\)"), ("wpe", r"\(1, 2\)")])

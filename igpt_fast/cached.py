@@ -65,7 +65,7 @@ class _Layer(NamedTuple):
 
 
 class Decoder:
-    """A model and a cache, ready to step: the model's own weights, not copies, as plain tensors, and a step's workspace.
+    """A model and a cache, ready to step: the model's own weights, no copies, as plain tensors, and a step's workspace.
 
     Raises InputError for a BERT model.
     """

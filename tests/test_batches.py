@@ -1,0 +1,47 @@
+"""What a step sees: every image once an epoch, in an order, mirrored and masked, that seed and step alone decide."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import write_tokens
+
+from igpt_fast.batches import Batches, images_of_step
+from igpt_fast.run import Options
+from igpt_fast.tokens import TokenDataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> TokenDataset:
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+@given(count=st.integers(1, 30), batch=st.integers(1, 40), seed=st.integers(0, 9))
+def test_every_epoch_holds_every_image_once_in_an_order_of_its_own(count, batch, seed):
+    indices = np.arange(100, 100 + count)
+    stream = np.concatenate([images_of_step(indices, batch, seed, step) for step in range(2 * count // batch + 1)])
+    for epoch in range(len(stream) // count):
+        assert np.array_equal(np.sort(stream[epoch * count : (epoch + 1) * count]), indices)
+    if count > 20 and len(stream) >= 2 * count:
+        assert not np.array_equal(stream[:count], stream[count : 2 * count])
+        assert not np.array_equal(stream[:count], indices)
+
+
+def test_steps_are_the_same_in_any_order_and_differ_between_seeds(dataset):
+    options = Options(batch=16, flip=True, seed=3)
+    forward, backward, other = (Batches(dataset, o, "bert") for o in (options, options, Options(batch=16, flip=True)))
+    wanted = [forward.of_step(step) for step in range(4)]
+    for step in (3, 1, 2, 0):
+        tokens, keep = backward.of_step(step)
+        assert torch.equal(tokens, wanted[step][0]) and torch.equal(keep, wanted[step][1])
+    assert not torch.equal(other.of_step(0)[0], wanted[0][0]) and not torch.equal(other.of_step(0)[1], wanted[0][1])
+    masked = 1 - torch.stack([keep for _, keep in wanted]).float().mean()
+    assert 0.1 < masked < 0.2 and wanted[0][1].shape == (16, 4, 6)
+
+
+def test_flips_mirror_about_half_of_the_images(dataset):
+    plain, flipped = (Batches(dataset, Options(batch=200, flip=flip), "ar").of_step(7)[0] for flip in (False, True))
+    mirrored = [not torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)]
+    assert 70 < sum(mirrored) < 130
+    assert all(torch.equal(b, a.flip(1) if m else a) for a, b, m in zip(plain, flipped, mirrored, strict=True))

@@ -1,0 +1,159 @@
+"""A run's options and records: what makes no sense, or would change a run midway, is refused by name."""
+
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import CONFIG, FAST, write_tokens
+
+from igpt_fast.checkpoint import load_checkpoint
+from igpt_fast.config import Config
+from igpt_fast.errors import InputError
+from igpt_fast.run import Options, check_run, locked, read_metrics, read_options
+from igpt_fast.tokens import TokenDataset
+from igpt_fast.train import train
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> TokenDataset:
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Two threads only slow down a model as small as this."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@given(steps=st.integers(2, 500), data=st.data())
+def test_the_learning_rate_warms_up_and_falls_to_zero(steps, data):
+    warmup = data.draw(st.integers(0, steps))
+    options = Options(steps=steps, warmup=warmup, lr=2.0)
+    rates = [options.rate(step, 32) for step in range(steps + 1)]
+    assert np.allclose(rates[:warmup], [2.0 * (step + 1) / max(1, warmup) for step in range(warmup)])
+    assert rates[warmup] == 2.0 if warmup < steps else rates[-1] == 2.0
+    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert warmup == steps or abs(rates[steps]) < 1e-12
+
+
+def test_the_standard_learning_rate_is_the_papers_and_less_for_noise_and_width():
+    assert Options(batch=128).peak_lr(512) == Options(batch=512).peak_lr(64) == 3e-3
+    assert Options(batch=32).peak_lr(512) == 1.5e-3 == Options(batch=128).peak_lr(1024)
+    assert Options(batch=1, lr=0.5).peak_lr(9999) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"steps": 0}, "--steps is 0"),
+        ({"batch": -1}, "--batch is -1"),
+        ({"batch": 6, "accumulate": 4}, "--accumulate is 4; use a divisor of the batch"),
+        ({"lr": 0.0}, "--lr is 0.0"),
+        ({"lr": math.nan}, "--lr is nan"),
+        ({"warmup": 2000}, "--warmup is 2000"),
+        ({"clip": -1.0}, "--clip is -1.0"),
+        ({"precision": "fp16"}, "--precision is fp16; use bf16 or fp32"),
+        ({"ema": 1.0}, "--ema is 1.0"),
+        ({"val_fraction": 1.0}, "--val-fraction is 1.0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"save_every": -5}, "--save-every is -5"),
+    ],
+)
+def test_options_that_make_no_sense(options, what):
+    with pytest.raises(InputError) as caught:
+        Options(**options)
+    assert what in str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_remedy_and_keeps_the_last_good_checkpoint(dataset, tmp_path):
+    with pytest.raises(InputError) as caught:
+        train(dataset, tmp_path, CONFIG, **{**FAST, "lr": 1e30, "warmup": 0, "save_every": 1})
+    message = str(caught.value)
+    assert re.search(r"at step \d+ \(learning rate \S+e\+(29|30), bf16\)", message), message
+    assert "--lr" in message and "step-0000000" in message and "--resume" in message
+    assert all(torch.isfinite(p).all() for p in load_checkpoint(tmp_path).model.parameters())
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path) if "loss" in row)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("layers", {"config": {"layers": 3}}),
+        ("width", {"config": {"width": 64, "mlp_width": 256}}),
+        ("objective", {"config": {"objective": "bert"}}),
+        ("seed", {"options": {"seed": 1}}),
+        ("batch", {"options": {"batch": 12}}),
+        ("flip", {"options": {"flip": True}}),
+        ("ema", {"options": {"ema": 0.5}}),
+        ("val_fraction", {"options": {"val_fraction": 0.2}}),
+        ("tokens", {"data": {"seed": 9}}),
+        ("images", {"data": {"count": 41}}),
+        ("palette", {"data": {"palette": True}}),
+        ("size", {"data": {"size": (6, 4)}, "config": {"size": (6, 4)}}),
+    ],
+)
+def test_resuming_with_something_else_names_it(dataset, tmp_path, field, change):
+    train(dataset, tmp_path / "run", CONFIG, **{**FAST, "steps": 1})
+    before = sorted((tmp_path / "run").rglob("*"))
+    other, data = dataset, dict(change.get("data", {}))
+    if data.pop("palette", False):
+        shutil.copytree(dataset.path, tmp_path / "tokens")
+        np.save(tmp_path / "tokens/palette.npy", dataset.palette.centers.numpy() * 0.5)
+        other = TokenDataset(tmp_path / "tokens")
+    elif data:
+        other = write_tokens(tmp_path / "other", **data)
+    config = Config.from_dict({**CONFIG.to_dict(), **change.get("config", {})})
+    with pytest.raises(InputError, match=f"--resume with another {field}: .* was trained with"):
+        train(other, tmp_path / "run", config, resume=True, **{**FAST, "steps": 2, **change.get("options", {})})
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_a_model_that_does_not_fit_the_data(dataset, tmp_path):
+    for fields in ({"colors": 32}, {"size": (6, 4)}):
+        with pytest.raises(InputError, match=f"the data have {next(iter(fields))}"):
+            train(dataset, tmp_path / "run", Config.from_dict({**CONFIG.to_dict(), **fields}), **FAST)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="needs a config"):
+        train(dataset, tmp_path / "run", **FAST)
+
+
+def test_runs_that_cannot_be_started_or_resumed(dataset, tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint to go on from"):
+        train(dataset, tmp_path, CONFIG, resume=True, **FAST)
+    train(dataset, tmp_path, CONFIG, **{**FAST, "steps": 1})
+    with pytest.raises(InputError, match="already holds step-00000001: add --resume"):
+        train(dataset, tmp_path, CONFIG, **FAST)
+    with locked(tmp_path), pytest.raises(InputError, match="another process is training"):
+        train(dataset, tmp_path, CONFIG, resume=True, **FAST)
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(InputError, match="cannot write into"):
+        check_run(tmp_path / "file/run", resume=False)
+    check_run(tmp_path / "a/b/c", resume=False)
+    assert not (tmp_path / "a").exists(), "asking leaves no trace"
+    with pytest.raises(InputError, match="device 'abacus' cannot be used here"):
+        train(dataset, tmp_path / "new", CONFIG, device="abacus", **FAST)
+    assert not (tmp_path / "new").exists()
+
+
+def test_damaged_records_are_named(dataset, tmp_path):
+    train(dataset, tmp_path, CONFIG, **{**FAST, "log_every": 1})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], "garbage", *lines[2:]]) + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2"):
+        train(dataset, tmp_path, CONFIG, resume=True, **{**FAST, "steps": 13})
+    for content in ("{", json.dumps({"config": {}})):
+        (tmp_path / "train.json").write_text(content)
+        with pytest.raises(InputError, match=r"train\.json is damaged"):
+            read_options(tmp_path)
+    (tmp_path / "train.json").unlink()
+    with pytest.raises(InputError, match=r"train\.json is missing"):
+        read_options(tmp_path)

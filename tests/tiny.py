@@ -1,0 +1,55 @@
+"""What the tests of training share: a tiny model, tokens that are easy to learn, and a way to break in midway."""
+
+import numpy as np
+import torch
+
+from igpt_fast import train as module
+from igpt_fast.checkpoint import load_checkpoint
+from igpt_fast.config import Config
+from igpt_fast.data import tokenize
+from igpt_fast.palette import Palette
+from igpt_fast.run import read_metrics
+from igpt_fast.tokens import TokenDataset
+
+CONFIG = Config(layers=2, width=32, heads=4, colors=16, size=(4, 6))
+FAST = {"steps": 12, "batch": 6, "lr": 3e-3, "log_every": 4, "val_every": 5, "sample_every": 0, "save_every": 6}
+TIMES = ("elapsed", "images_per_second")  # what may differ between two runs that take the same steps
+
+
+def write_tokens(folder, seed: int = 0, count: int = 40, size=(4, 6), colors: int = 16) -> TokenDataset:
+    """Images whose rows are ramps through a palette of greys: easy to learn, different from one another."""
+    levels = np.linspace(0, 255, colors).round().astype(np.uint8)
+    random = np.random.default_rng(seed)
+    ramps = random.integers(colors, size=(count, size[0], 1)) + np.arange(size[1])
+    pixels = np.repeat(levels[ramps % colors][..., None], 3, axis=-1)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "images.npy", pixels)
+    palette = Palette(torch.from_numpy(levels).float()[:, None].expand(-1, 3) / 127.5 - 1)
+    return tokenize(folder / "images.npy", palette, folder / "tokens", size, resize="none", workers=0)
+
+
+def rows(run) -> list[dict]:
+    """metrics.jsonl without the times, the order of the lines included."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(run)]
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    """Everything that a newest checkpoint holds in tensors."""
+    found = load_checkpoint(run)
+    return {**dict(found.model.named_parameters()), **found.optimizer_tensors()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def raise_at(monkeypatch, step: int, act) -> None:
+    """Calls `act` at the start of each part of the `step`-th step (counted from 1)."""
+    real = module._Training._loss
+
+    def loss(self, model, tokens, keep):
+        if torch.is_grad_enabled() and self.step == step - 1:
+            act()
+        return real(self, model, tokens, keep)
+
+    monkeypatch.setattr(module._Training, "_loss", loss)

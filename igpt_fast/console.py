@@ -144,7 +144,11 @@ def progress(total: int | None, unit: str = "images", description: str = "", sta
         yield bar
         say(bar.summary())
         return
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), *map(_plain, ("counts", "text")))
+    columns = (
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(),
+        *map(_plain, ("counts", "text")),
+    )
     # stdout is left alone: it belongs to --json.
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as live:
         bar = _Live(total, unit, description, start, live)

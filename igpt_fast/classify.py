@@ -58,7 +58,8 @@ def score(name: str, right: int, count: int, **rest: float | int | bool | None) 
     share, spread = right / count, Z95 * Z95 / count
     middle = (share + spread / 2) / (1 + spread)
     reach = Z95 * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return Score(name, share, max(0.0, middle - reach), min(1.0, middle + reach), **rest)
+    # In exact arithmetic both bounds keep to their side of the share, and within 0 to 1.
+    return Score(name, share, max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach)), **rest)
 
 
 def _right(

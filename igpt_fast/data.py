@@ -115,7 +115,8 @@ def tokenize(
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         for folder in made:
-            folder.rmdir()
+            if not any(folder.iterdir()):  # another process may have come to use it
+                folder.rmdir()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"{out}: the disk is full; make room, or choose a place on another") from error
         raise

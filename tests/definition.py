@@ -1,0 +1,48 @@
+"""The model written out from its definition in float64 numpy, sharing nothing with the package but the weights' names."""
+
+import math
+
+import numpy as np
+
+
+def transcript(model, tokens, keep=None):
+    """The forward pass from its definition in float64 numpy: logits [N, T, V] and features [layers + 1, N, d]."""
+    p = {name: value.detach().double().numpy() for name, value in model.state_dict().items()}
+    c, x = model.config, tokens.flatten(1).numpy()
+
+    def norm(h, g):
+        return g * h / np.sqrt((h**2).mean(-1, keepdims=True) + c.eps)
+
+    def linear(h, name):
+        return np.einsum("nti,oi->nto", h, p[name + ".weight"]) + p.get(name + ".bias", 0.0)
+
+    h = p["wte"][x]
+    if c.objective == "ar":
+        h = np.concatenate([np.broadcast_to(p["sos"], (len(x), 1, c.width)), h[:, :-1]], axis=1)
+    elif keep is not None:
+        h = h * keep.flatten(1).numpy()[..., None]
+    h = h + p["wpe"]
+    features = []
+    for layer in range(c.layers):
+        at = f"blocks.{layer}."
+        y = norm(h, p[at + "ln_1"])
+        features.append(y.mean(1))
+        q, k, v = linear(y, at + "attn.qkv").reshape(len(x), c.tokens, 3, c.heads, c.head_dim).transpose(2, 0, 1, 3, 4)
+        scores = np.einsum("nqhe,nkhe->nhqk", q, k) / math.sqrt(c.head_dim)
+        if c.objective == "ar":
+            scores = np.where(np.tril(np.ones((c.tokens, c.tokens), bool)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        mixed = np.einsum("nhqk,nkhe->nqhe", weights, v).reshape(h.shape)
+        h = h + linear(mixed, at + "attn.proj")
+        z = linear(norm(h, p[at + "ln_2"]), at + "mlp.fc")
+        h = h + linear(z / (1 + np.exp(-1.702 * z)), at + "mlp.proj")
+    h = norm(h, p["ln_f"])
+    return np.einsum("ntd,vd->ntv", h, p["wtet"]), np.stack([*features, h.mean(1)])
+
+
+def cross_entropy(logits, tokens):
+    """float64 [N, T]"""
+    high = logits.max(-1, keepdims=True)
+    lse = np.log(np.exp(logits - high).sum(-1)) + high[..., 0]
+    return lse - np.take_along_axis(logits, tokens.flatten(1).numpy()[..., None], -1)[..., 0]

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from igpt_fast.checkpoint import list_checkpoints
 from igpt_fast.config import Config
 from igpt_fast.console import number, say
@@ -165,6 +167,19 @@ def diverged(run: Path, what: str, options: Options, width: int, step: int) -> I
     back = f"go on from {saved[-1].name} with --resume and" if saved else "start again with"
     how = f"learning rate {options.rate(step - 1, width):.3g}, {options.precision}"
     return InputError(f"{what} ({how}): {back} a smaller --lr, a longer --warmup or --precision fp32")
+
+
+def circumstances(options: Options, device: torch.device) -> dict[str, Any]:
+    """What a resumed run may change, though its numbers then differ, be it by rounding only."""
+    free = {name: value for name, value in asdict(options).items() if name not in FIXED}
+    return {**free, "threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device.type}
+
+
+def say_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Says what is not as it was: from here on the numbers are not those of an uninterrupted run."""
+    changed = [f"{name} {saved.get(name)} → {now[name]}" for name in now if saved.get(name) != now[name]]
+    if changed:
+        say(f"changed since the checkpoint: {', '.join(changed)}")
 
 
 class Metrics:

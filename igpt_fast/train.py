@@ -1,7 +1,8 @@
 """Training: `train(dataset, run, config, …)`.
 
-A run that was stopped, or killed, and resumed from its last checkpoint takes the same steps as one that never was, on
-the CPU to the bit: what a step sees depends on its number alone (batches.py), a checkpoint holds all else it reads.
+A run that was stopped, or killed, and resumed from its last checkpoint takes the same steps as one that never was; to
+the bit on the CPU with as many threads. What a step sees depends on its number alone (batches.py), and a checkpoint
+holds all else that it reads.
 """
 
 import copy
@@ -20,6 +21,7 @@ from igpt_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, 
 from igpt_fast.config import Config
 from igpt_fast.console import Bar, progress, say
 from igpt_fast.data import TokenDataset
+from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import Stop, Stopped
 from igpt_fast.model import ImageGPT
@@ -30,11 +32,13 @@ from igpt_fast.run import (
     Metrics,
     Options,
     check_run,
+    circumstances,
     diverged,
     introduction,
     locked,
     refuse_differences,
     save_loss_curve,
+    say_differences,
     write_options,
 )
 from igpt_fast.sample import sample
@@ -94,18 +98,6 @@ def train(
         return _Training(batches, run, config, device, checkpoint, stop, dict(command or {})).go()
 
 
-def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto": the GPU when there is one, else the CPU; else what is named. InputError when this machine lacks it."""
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {str(device)!r} cannot be used here ({reason}): use cpu") from error
-    return torch.device(device)
-
-
 class _Training:
     """One run: the model, the optimizer, and the step that they have come to."""
 
@@ -127,6 +119,7 @@ class _Training:
         if checkpoint:
             self.step, state = checkpoint.step, checkpoint.state
             refuse_differences(run, state["fixed"], self.fixed)
+            say_differences(state["free"], circumstances(self.options, device))
             if self.step > self.options.steps:
                 what = f"--steps is {self.options.steps}, but {run} has come to step {self.step}"
                 raise InputError(f"{what}: give as many or more")
@@ -294,7 +287,8 @@ class _Training:
         tensors = state_tensors(self.optimizer, self.named)
         if self.options.ema:
             tensors |= {f"weights.{name}": parameter for name, parameter in self.named.items()}
-        state = {"fixed": self.fixed, "window": self.window, "elapsed": time.monotonic() - self.began}
+        state = {"fixed": self.fixed, "free": circumstances(self.options, self.device), "window": self.window}
+        state["elapsed"] = time.monotonic() - self.began
         self.metrics.sync()
         save_loss_curve(self.run, self.metrics.rows, self.config.colors)
         return save_checkpoint(self.run, self.step, self.average, self.palette, state, tensors, self.options.keep)

@@ -1,4 +1,4 @@
-"""Pictures: whole or absent, each image in its place, pixels enlarged and never smoothed; and progress as it is shown."""
+"""Pictures: whole or absent, each image in its place, pixels enlarged, never smoothed; and progress as it is shown."""
 
 import io
 import math

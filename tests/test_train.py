@@ -139,11 +139,13 @@ def test_lines_and_pictures_of_lost_steps_go_away(dataset, tmp_path, monkeypatch
     assert steps == list(range(1, 13))
 
 
-def test_a_finished_run_goes_on_with_more_steps(dataset, tmp_path):
+def test_a_finished_run_goes_on_with_more_steps(dataset, tmp_path, capsys):
     train(dataset, tmp_path, CONFIG, **FAST)
     again = train(dataset, tmp_path, resume=True, **FAST)
     assert again.step == 12
+    assert "changed" not in capsys.readouterr().err
     more = train(dataset, tmp_path, CONFIG, resume=True, **{**FAST, "steps": 16, "lr": 1e-3})
+    assert "changed since the checkpoint: steps 12 → 16, lr 0.003 → 0.001\n" in capsys.readouterr().err
     assert more.step == 16 and [p.name for p in list_checkpoints(tmp_path)] == ["step-00000012", "step-00000016"]
     with pytest.raises(InputError, match=r"--steps is 8, but .* has come to step 16"):
         train(dataset, tmp_path, CONFIG, resume=True, **{**FAST, "steps": 8})

@@ -12,11 +12,12 @@ from igpt_fast.cli.options import JsonOption, OnError, Resize, parse_size, print
 from igpt_fast.config import OBJECTIVES, PRESETS, Config
 from igpt_fast.console import duration, say
 from igpt_fast.data import open_tokens
+from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
 from igpt_fast.run import CURVE, METRICS, PRECISIONS, Options, check_run, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
-from igpt_fast.train import Result, pick_device
+from igpt_fast.train import Result
 from igpt_fast.train import train as train_model
 
 SMALL = {"layers": 4, "width": 128, "heads": 4}  # when nothing is said: two cores take about a second a step

@@ -1,4 +1,4 @@
-"""The model written out from its definition in float64 numpy, sharing nothing with the package but the weights' names."""
+"""The model written out from its definition in float64 numpy; it shares only the names of weights with the package."""
 
 import math
 

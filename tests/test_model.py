@@ -253,6 +253,22 @@ def test_attention_reads_what_the_linear_wrote(monkeypatch):
         assert qkv.data_ptr() == out.data_ptr()
 
 
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_torch_compile_sees_one_graph(objective):
+    model = tiny(objective=objective, width=32, heads=4, bias=True).float()
+    tokens, keep = pixels(model), None if objective == "ar" else torch.arange(48).view(4, 12) % 3 > 0
+    whole = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
+    grads = []
+    for loss in (model.loss, whole):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(tokens, keep)
+        value.backward()
+        grads.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
+    for eager, compiled in zip(*grads, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0.02, atol=0.02 * eager.abs().max().item())
+
+
 def test_tokens_that_do_not_fit_are_refused():
     model = tiny()
     tokens = pixels(model)

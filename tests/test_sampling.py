@@ -144,3 +144,11 @@ def test_shapes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(InputError, match="sample_tokens reads"):
             sample_tokens(logits, uniforms)
+
+
+@pytest.mark.parametrize("options", [(1.0, None, None), (0.0, 3, None), (0.8, 5, 0.9)])
+def test_torch_library_knows_the_op(options):
+    logits, uniforms = torch.randn(3, 7), torch.rand(3, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.igpt.sample_tokens.default, (logits, uniforms, *options))
+    compiled = torch.compile(lambda: sample_tokens(logits, uniforms, *options), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(), sample_tokens(logits, uniforms, *options))

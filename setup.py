@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: CUDACXX, then CUDA_HOME, then PATH, then the usual place, then the pip package nvidia-cuda-nvcc."""
+    """The CUDA compiler: CUDACXX, CUDA_HOME, PATH, the usual place, then the pip package nvidia-cuda-nvcc."""
     candidates = [os.environ.get("CUDACXX", "")]
     candidates += [os.path.join(os.environ[v], "bin", "nvcc") for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]

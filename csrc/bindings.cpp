@@ -1,7 +1,7 @@
 // The only file that knows Python: casters that read tensors by their attributes, then one line per op.
 //
-// No torch header and no libtorch: a tensor is its data_ptr, shape, strides, dtype and device, asked for by name. So one build
-// serves every torch version, and the package builds where torch is not installed.
+// No torch header and no libtorch: a tensor is its data_ptr, shape, strides, dtype and device, asked for by name. So
+// one build serves every torch version, and the package builds where torch is not installed.
 #include <pybind11/pybind11.h>
 
 #include "ops.h"
@@ -16,7 +16,8 @@ namespace {
 
 // Attribute names and dtype objects, looked up once.
 struct Names {
-  static constexpr const char* kDtypes[] = {"float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "uint8"};
+  static constexpr const char* kDtypes[] = {"float32", "float16", "bfloat16", "float64",
+                                            "int64",   "int32",   "int16",    "uint8"};
   PyObject *data_ptr, *shape, *stride, *dtype, *is_cuda, *get_device;
   PyObject* dtypes[8];
   Names() {
@@ -140,7 +141,9 @@ PYBIND11_MODULE(_C, m) {
   op(cls, has, "palette_assign", &igpt::Ops::palette_assign);
   op(cls, has, "kmeans_step", &igpt::Ops::kmeans_step);
   cls.def_property_readonly("name", [](const Backend& b) { return b.ops->name; });
-  cls.def("has", [has](const py::object& self, const py::str& name) { return has.contains(name) && has[name](self).cast<bool>(); });
+  cls.def("has", [has](const py::object& self, const py::str& name) {
+    return has.contains(name) && has[name](self).cast<bool>();
+  });
   cls.def_property_readonly_static("ops", [has](const py::object&) { return py::list(has.attr("keys")()); });
 
   m.def("backends", [] {  // best first
@@ -150,7 +153,8 @@ PYBIND11_MODULE(_C, m) {
     if (auto ops = igpt::cuda_ops()) out.append(Backend{ops});
     return out;
   });
-  m.def("cpu_why_not", &igpt::cpu_why_not, "Why this processor cannot run an instruction set's table; empty when it can.");
+  m.def("cpu_why_not", &igpt::cpu_why_not,
+        "Why this processor cannot run an instruction set's table; empty when it can.");
   m.def("cuda_why_not", &igpt::cuda_why_not, "Why there is no CUDA backend; empty when there is.");
   m.def("cuda_archs", &igpt::cuda_archs, "The CUDA architectures compiled in; empty without CUDA.");
 }

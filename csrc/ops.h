@@ -51,9 +51,9 @@ struct Stream {
 };
 
 // A sparse attention pattern, compiled: which 64 x 64 tiles exist and which bits of them are set.
-// Rows (queries) list their tiles by increasing column (key tile) for the forward pass, columns list theirs by increasing
-// row for the backward pass. A mask index of -1 is a full tile; else it names 64 words: bit k of bits[m][q] says whether
-// query q sees key k, bit q of bits_t[m][k] the same seen from the key.
+// Rows (queries) list their tiles by increasing column (key tile) for the forward pass, columns list theirs by
+// increasing row for the backward pass. A mask index of -1 is a full tile; else it names 64 words: bit k of bits[m][q]
+// says whether query q sees key k, bit q of bits_t[m][k] the same seen from the key.
 constexpr int kTile = 64;
 struct BlockMaskView {
   View row_start, row_tile, row_mask;  // i32 [tiles + 1], i32 [entries], i32 [entries]
@@ -65,7 +65,8 @@ struct BlockMaskView {
 struct Ops {
   const char* name = nullptr;
 
-  // norm: y = s * rstd * weight with s = x (+ residual), rstd = 1 / sqrt(mean(s^2) + eps)
+  // norm: y = s * rstd * weight with s = x (+ residual), rstd = 1 / sqrt(mean(s^2) + eps); dweight f32 [P, C], P groups
+  // of rows
   void (*rms_norm_fwd)(View y, View sum, View rstd, View x, View residual, View weight, float eps, Stream) = nullptr;
   void (*rms_norm_bwd)(View dx, View dresidual, View dweight, View dy, View dsum, View s, View weight, View rstd,
                        Stream) = nullptr;
@@ -88,10 +89,10 @@ struct Ops {
   void (*kmeans_step)(View sums, View counts, View inertia, View colors, View weights, View palette, Stream) = nullptr;
 };
 
-const Ops* cpu_ops(const std::string& isa);  // nullptr: this machine cannot run that instruction set
+const Ops* cpu_ops(const std::string& isa);       // nullptr: this machine cannot run that instruction set
 std::string cpu_why_not(const std::string& isa);  // "" when it can
-const Ops* cuda_ops();                       // nullptr: built without CUDA, or no device here
-std::string cuda_why_not();                  // "" when there is one
-std::string cuda_archs();                    // the architectures compiled in, "" without CUDA
+const Ops* cuda_ops();                            // nullptr: built without CUDA, or no device here
+std::string cuda_why_not();                       // "" when there is one
+std::string cuda_archs();                         // the architectures compiled in, "" without CUDA
 
 }  // namespace igpt

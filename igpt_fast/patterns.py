@@ -1,7 +1,7 @@
 """Sparse attention patterns: a predicate on two pixels, compiled into tiles that the kernels walk over.
 
-A predicate says whether the pixel that a query predicts may look at the pixel that a key holds. In the shifted, autoregressive
-sequence slot i predicts pixel i, slot j holds pixel j - 1, and slot 0 holds sos, which every query sees.
+A predicate says whether the pixel that a query predicts may look at the pixel that a key holds. In the shifted,
+autoregressive sequence slot i predicts pixel i, slot j holds pixel j - 1, and slot 0 holds sos, which every query sees.
 """
 
 from collections.abc import Callable
@@ -49,16 +49,21 @@ def neighborhood(side: int = 7) -> Predicate:
     return lambda q, k: ((q.row - k.row).abs() <= reach) & ((q.col - k.col).abs() <= reach)
 
 
-PATTERNS: dict[str, Callable[..., Predicate]] = {"row": row, "column": column, "local": local, "neighborhood": neighborhood}
+PATTERNS: dict[str, Callable[..., Predicate]] = {
+    "row": row,
+    "column": column,
+    "local": local,
+    "neighborhood": neighborhood,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class BlockMask:
     """A compiled pattern over `tokens` slots: which 64 × 64 tiles exist, and the bits of those that are not full.
 
-    Made by `BlockMask.compile` or `BlockMask.from_dense`. `tensors` is what the kernels read: CSR lists of tiles by rows
-    (row_start, row_tile, row_mask) and by columns (col_start, col_tile, col_mask), int32, a mask index of -1 meaning a full
-    tile; then bits and bits_t, int64 [masks, 64]: bit k of bits[m, q] and bit q of bits_t[m, k] say that q sees k.
+    Made by `BlockMask.compile` or `BlockMask.from_dense`. `tensors` is what the kernels read: CSR lists of tiles by
+    rows (row_start, row_tile, row_mask) and by columns (col_start, col_tile, col_mask), int32, a mask index of -1
+    meaning a full tile; then bits and bits_t, int64 [masks, 64]: bit k of bits[m, q] and bit q of bits_t[m, k] say that q sees k.
     """
 
     tokens: int
@@ -89,9 +94,11 @@ class BlockMask:
 
     @classmethod
     def from_dense(cls, seen: Tensor, causal: bool = False) -> "BlockMask":
-        """Compiles a bool matrix [T, T]: row q says which slots q sees. causal only records what the matrix already obeys."""
+        """Compiles a bool matrix [T, T]: row q says what q sees. causal: what the matrix already obeys."""
         if seen.ndim != 2 or seen.size(0) != seen.size(1) or seen.dtype != torch.bool:
-            raise InputError(f"BlockMask.from_dense: expected a square bool matrix, got {seen.dtype} {tuple(seen.shape)}")
+            raise InputError(
+                f"BlockMask.from_dense: expected a square bool matrix, got {seen.dtype} {tuple(seen.shape)}"
+            )
         if causal and seen.triu(1).any():
             raise InputError("BlockMask.from_dense: causal=True, but a row sees a later slot; pass causal=False")
         return cls._build(lambda queries: seen[queries], seen.size(0), causal)
@@ -166,7 +173,11 @@ def unpack(tensors: list[Tensor], tokens: int) -> Tensor:
     for i in range(tiles):
         for e in range(int(row_start[i]), int(row_start[i + 1])):
             j, m = int(row_tile[e]), int(row_mask[e])
-            tile = torch.ones(TILE, TILE, dtype=torch.bool) if m < 0 else ((bits[m].unsqueeze(1) >> torch.arange(TILE)) & 1).bool()
+            tile = (
+                torch.ones(TILE, TILE, dtype=torch.bool)
+                if m < 0
+                else ((bits[m].unsqueeze(1) >> torch.arange(TILE)) & 1).bool()
+            )
             seen[i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE] = tile
     return seen[:tokens, :tokens]
 

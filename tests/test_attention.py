@@ -30,7 +30,13 @@ def heads(B, H, T, D, seed=0):
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_dense(backend, dtype, tokens, causal):
-    check(lambda q, k, v: ops.attention(q, k, v, causal=causal), dense(causal=causal), heads(1, 2, tokens, 64), backend, dtype)
+    check(
+        lambda q, k, v: ops.attention(q, k, v, causal=causal),
+        dense(causal=causal),
+        heads(1, 2, tokens, 64),
+        backend,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("backend", backends("attention_bwd"))
@@ -111,7 +117,10 @@ def test_agrees_with_torch():
 @pytest.mark.parametrize("backend", backends("attention_decode"))
 @settings(max_examples=15)
 @given(
-    length=st.integers(1, 150), spare=st.integers(0, 20), head_dim=st.sampled_from([8, 40, 64, 96, 128]), dtype=st.sampled_from(DTYPES)
+    length=st.integers(1, 150),
+    spare=st.integers(0, 20),
+    head_dim=st.sampled_from([8, 40, 64, 96, 128]),
+    dtype=st.sampled_from(DTYPES),
 )
 def test_decode(backend, length, spare, head_dim, dtype):
     q, k, v = heads(2, 3, length + spare, head_dim, seed=length)
@@ -120,7 +129,9 @@ def test_decode(backend, length, spare, head_dim, dtype):
     def plain(q, k, v):
         return reference.attention.attention_decode(q, k, v, length)
 
-    check(lambda q, k, v: ops.attention_decode(q, k, v, length), plain, [q[:, :, :1], k, v], backend, dtype, grads=False)
+    check(
+        lambda q, k, v: ops.attention_decode(q, k, v, length), plain, [q[:, :, :1], k, v], backend, dtype, grads=False
+    )
 
 
 @pytest.mark.parametrize("backend", backends("attention_decode")[1:])

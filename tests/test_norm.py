@@ -19,7 +19,12 @@ def test_rms_norm(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("backend", backends("rms_norm_bwd"))
-@given(rows=st.integers(1, 300), cols=st.integers(1, 80), stream=st.sampled_from([F32, BF16]), x=st.sampled_from([F32, BF16]))
+@given(
+    rows=st.integers(1, 300),
+    cols=st.integers(1, 80),
+    stream=st.sampled_from([F32, BF16]),
+    x=st.sampled_from([F32, BF16]),
+)
 def test_fused_residual_of_mixed_dtypes(backend, rows, cols, stream, x):
     generator = torch.Generator().manual_seed(rows * 100 + cols)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731

@@ -27,7 +27,11 @@ def test_tables_hold_the_predicate(name, size, causal):
             if causal and slot == 0:
                 expected[q, slot] = True  # sos
             elif not causal or slot <= q:
-                near = abs(q - k) <= 128 if name == "local" else tests[name](q // width - k // width, q % width - k % width)
+                near = (
+                    abs(q - k) <= 128
+                    if name == "local"
+                    else tests[name](q // width - k // width, q % width - k % width)
+                )
                 expected[q, slot] = near
     assert torch.equal(mask.dense(), expected)
     assert torch.equal(unpack(list(mask.tensors), n), expected)

@@ -1,16 +1,12 @@
 // Assumptions become checks: one macro, one sentence, one exception type that Python sees as ValueError.
 #pragma once
-#include <stdexcept>
-#include <string>
-
 #include "../ops.h"
 
-#define IGPT_CHECK(condition, message)                                       \
-  do {                                                                       \
-    if (!(condition)) throw std::invalid_argument(std::string(message));     \
-  } while (0)
-
 namespace igpt {
+
+// Throws std::invalid_argument with a printf-style message. Lives in check.cpp: building a std::string here would leave
+// copies of the library's functions in code for one instruction set, and the linker keeps one copy for all.
+[[noreturn]] void refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 static inline bool same_shape(const View& a, const View& b) {
   if (a.ndim != b.ndim) return false;
@@ -19,6 +15,13 @@ static inline bool same_shape(const View& a, const View& b) {
   return true;
 }
 
-static inline bool is_float(DType t) { return t == DType::f32 || t == DType::bf16; }
+static inline bool is_float(DType t) {
+  return t == DType::f32 || t == DType::bf16;
+}
 
 }  // namespace igpt
+
+#define IGPT_CHECK(condition, ...)                 \
+  do {                                             \
+    if (!(condition)) ::igpt::refuse(__VA_ARGS__); \
+  } while (0)

@@ -1,7 +1,8 @@
 // bias_quick_gelu:  z = x (+ bias)    y = z sigmoid(1.702 z)
 //
 // x, y [..., C] of one dtype (f32, bf16)   bias [C] f32 or bf16, may be absent.   Bound by the bytes of x and y.
-// Backward:  sg = sigmoid(1.702 z)    dx = dy sg (1 + 1.702 z (1 - sg))    dbias = sum over rows of dx, per fixed chunk of rows.
+// Backward:  sg = sigmoid(1.702 z)    dx = dy sg (1 + 1.702 z (1 - sg))    dbias = sum over rows of dx, per fixed chunk
+// of rows.
 #include "../common/check.h"
 #include "../common/math.h"
 #include "parallel.h"
@@ -12,7 +13,9 @@ namespace IGPT_ISA {
 
 constexpr int64_t kRows = 32;
 
-static vf sigmoid(vf z) { return 1.f / (1.f + exp2(z * (-kQuickGelu * kLog2e))); }
+static vf sigmoid(vf z) {
+  return 1.f / (1.f + exp2(z * (-kQuickGelu * kLog2e)));
+}
 
 struct Gelu {
   vf z, dy;
@@ -62,8 +65,10 @@ static void bias_quick_gelu_fwd(View y, View x, View bias, Stream) {
   auto b = float_bias(bias, C);
   parallel_chunks(N, kRows, [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t n = begin; n < end; ++n) {
-      if (x.dtype == DType::f32) fwd_row(y.as<float>() + n * C, x.as<float>() + n * C, b.get(), C);
-      else fwd_row(y.as<bf16>() + n * C, x.as<bf16>() + n * C, b.get(), C);
+      if (x.dtype == DType::f32)
+        fwd_row(y.as<float>() + n * C, x.as<float>() + n * C, b.get(), C);
+      else
+        fwd_row(y.as<bf16>() + n * C, x.as<bf16>() + n * C, b.get(), C);
     }
   });
 }
@@ -71,7 +76,8 @@ static void bias_quick_gelu_fwd(View y, View x, View bias, Stream) {
 static void bias_quick_gelu_bwd(View dx, View dbias, View dy, View x, View bias, Stream) {
   check_gelu(dx, x, bias);
   check_gelu(dy, x, bias);
-  IGPT_CHECK(!dbias || (dbias.dtype == DType::f32 && dbias.numel() == x.cols()), "bias_quick_gelu_bwd: dbias must be float32 [C]");
+  IGPT_CHECK(!dbias || (dbias.dtype == DType::f32 && dbias.numel() == x.cols()),
+             "bias_quick_gelu_bwd: dbias must be float32 [C]");
   const int64_t C = x.cols(), N = x.rows(), Cp = padded(C), chunks = (N + kRows - 1) / kRows;
   auto b = float_bias(bias, C);
   auto partial = scratch<float>(dbias ? chunks * Cp : 0);  // [chunks, C]
@@ -79,8 +85,10 @@ static void bias_quick_gelu_bwd(View dx, View dbias, View dy, View x, View bias,
     float* db = dbias ? partial.get() + chunk * Cp : nullptr;
     if (db) std::memset(db, 0, size_t(Cp) * sizeof(float));
     for (int64_t n = begin; n < end; ++n) {
-      if (x.dtype == DType::f32) bwd_row(dx.as<float>() + n * C, db, dy.as<float>() + n * C, x.as<float>() + n * C, b.get(), C);
-      else bwd_row(dx.as<bf16>() + n * C, db, dy.as<bf16>() + n * C, x.as<bf16>() + n * C, b.get(), C);
+      if (x.dtype == DType::f32)
+        bwd_row(dx.as<float>() + n * C, db, dy.as<float>() + n * C, x.as<float>() + n * C, b.get(), C);
+      else
+        bwd_row(dx.as<bf16>() + n * C, db, dy.as<bf16>() + n * C, x.as<bf16>() + n * C, b.get(), C);
     }
   });
   if (!dbias) return;

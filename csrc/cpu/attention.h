@@ -1,11 +1,11 @@
 // What the attention kernels share: which tiles a pattern has, and how a tile of q, k, v becomes a matrix of units.
 #pragma once
-#include "../common/check.h"
-#include "../common/math.h"
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
+#include "../common/check.h"
+#include "../common/math.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -63,18 +63,24 @@ struct Tiles {
 
  private:
   static int at(const View& v, int64_t i) { return v.as<int32_t>()[i]; }
-  void check_lists(const View& start, const View& tile, const View& ids, int64_t rows, int64_t cols, int64_t masks) const {
-    IGPT_CHECK(start.numel() == rows + 1 && tile.numel() == ids.numel(), "attention: the mask's tile lists do not fit the sequence");
-    IGPT_CHECK(start.dtype == DType::i32 && tile.dtype == DType::i32 && ids.dtype == DType::i32, "attention: mask lists must be int32");
+  void check_lists(const View& start, const View& tile, const View& ids, int64_t rows, int64_t cols,
+                   int64_t masks) const {
+    IGPT_CHECK(start.numel() == rows + 1 && tile.numel() == ids.numel(),
+               "attention: the mask's tile lists do not fit the sequence");
+    IGPT_CHECK(start.dtype == DType::i32 && tile.dtype == DType::i32 && ids.dtype == DType::i32,
+               "attention: mask lists must be int32");
     IGPT_CHECK(at(start, 0) == 0 && at(start, rows) == tile.numel(), "attention: the mask's tile lists are broken");
-    for (int64_t i = 0; i < rows; ++i) IGPT_CHECK(at(start, i) <= at(start, i + 1), "attention: the mask's tile lists are broken");
+    for (int64_t i = 0; i < rows; ++i)
+      IGPT_CHECK(at(start, i) <= at(start, i + 1), "attention: the mask's tile lists are broken");
     for (int64_t e = 0; e < tile.numel(); ++e)
-      IGPT_CHECK(at(tile, e) >= 0 && at(tile, e) < cols && at(ids, e) < masks, "attention: the mask names a tile that does not exist");
+      IGPT_CHECK(at(tile, e) >= 0 && at(tile, e) < cols && at(ids, e) < masks,
+                 "attention: the mask names a tile that does not exist");
   }
   void check_mask() const {
     const int64_t masks = mask.bits.numel() / kTile;
-    IGPT_CHECK(mask.bits.dtype == DType::i64 && mask.bits_t.dtype == DType::i64 && mask.bits.numel() == mask.bits_t.numel(),
-               "attention: mask bits must be int64 words");
+    IGPT_CHECK(
+        mask.bits.dtype == DType::i64 && mask.bits_t.dtype == DType::i64 && mask.bits.numel() == mask.bits_t.numel(),
+        "attention: mask bits must be int64 words");
     check_lists(mask.row_start, mask.row_tile, mask.row_mask, nq, nk, masks);
     check_lists(mask.col_start, mask.col_tile, mask.col_mask, nk, nq, masks);
   }
@@ -90,7 +96,9 @@ struct Head {
   T* row(int64_t t) const { return data + t * stride; }
 };
 
-static inline int64_t head_units(int64_t D, int step) { return D / step; }
+static inline int64_t head_units(int64_t D, int step) {
+  return D / step;
+}
 
 // A operand: rows of a tile as they are, [kTile, D / step] units; rows behind the end are zero.
 template <class E, class T>
@@ -128,8 +136,9 @@ static void pack_tokens(typename E::Unit* b, const Head<T>& x, int64_t t, int64_
 }
 
 static inline void check_heads(const View& v, const View& q, const char* name) {
-  IGPT_CHECK(v.ndim == 4 && v.size[0] == q.size[0] && v.size[1] == q.size[1] && v.size[3] == q.size[3] && v.dtype == q.dtype,
-             std::string("attention: ") + name + " must be [B, H, T, D] with q's batch, heads, head dim and dtype");
+  IGPT_CHECK(
+      v.ndim == 4 && v.size[0] == q.size[0] && v.size[1] == q.size[1] && v.size[3] == q.size[3] && v.dtype == q.dtype,
+      "attention: %s must be [B, H, T, D] with q's batch, heads, head dim and dtype", name);
 }
 static inline void check_attention(const View& q, const View& k, const View& v) {
   IGPT_CHECK(is_float(q.dtype), "attention: float32 or bfloat16 only");
@@ -137,7 +146,8 @@ static inline void check_attention(const View& q, const View& k, const View& v) 
   check_heads(k, q, "k");
   check_heads(v, q, "v");
   IGPT_CHECK(k.size[2] == v.size[2], "attention: k and v differ in length");
-  IGPT_CHECK(q.size[3] % 8 == 0 && q.size[3] > 0 && q.size[3] <= 128, "attention: head dim must be a multiple of 8 up to 128");
+  IGPT_CHECK(q.size[3] % 8 == 0 && q.size[3] > 0 && q.size[3] <= 128,
+             "attention: head dim must be a multiple of 8 up to 128");
 }
 
 }  // namespace IGPT_ISA

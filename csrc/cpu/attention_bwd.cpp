@@ -1,10 +1,11 @@
 // attention_bwd:  dq, dk, dv of attention_fwd, from dout, q, k, v, o and lse
 //
-// With P = exp(scale q k^T - lse), delta = rowsum(dout o), dS = scale P (dout v^T - delta):  dv = P^T dout   dk = dS^T q   dq = dS k.
-// A task owns one head, so nothing is shared, nothing is added atomically, and the bits do not depend on the threads.
-// It packs q and dout once, then walks over key tiles j and, inside, over the query tiles i that see them, transposed
-// (keys down, queries across): so lse and delta are plain vectors, P^T and dS^T are row-major operands of dv and dk, and
-// dq^T = k^T dS^T accumulates in a float buffer of the head. Five products of 2 D flops a score: multiply-adds bound it.
+// With P = exp(scale q k^T - lse), delta = rowsum(dout o), dS = scale P (dout v^T - delta):  dv = P^T dout   dk = dS^T
+// q   dq = dS k. A task owns one head, so nothing is shared, nothing is added atomically, and the bits do not depend on
+// the threads. It packs q and dout once, then walks over key tiles j and, inside, over the query tiles i that see them,
+// transposed (keys down, queries across): so lse and delta are plain vectors, P^T and dS^T are row-major operands of dv
+// and dk, and dq^T = k^T dS^T accumulates in a float buffer of the head. Five products of 2 D flops a score:
+// multiply-adds bound it.
 #include "attention.h"
 
 namespace igpt {
@@ -20,15 +21,16 @@ struct BwdScratch {  // one thread's; n = query tiles, Ku = D / step, Tu = 64 / 
   BwdScratch(int64_t n, int64_t D, int64_t Dp)
       : qt(scratch<Unit>(n * kTile * D / E::kStep)), dot(scratch<Unit>(n * kTile * D / E::kStep)),
         qn(scratch<Unit>(n * kTile * Dp / E::kStep)), don(scratch<Unit>(n * kTile * Dp / E::kStep)),
-        k(scratch<Unit>(kTile * D / E::kStep)), v(scratch<Unit>(kTile * D / E::kStep)), kt(scratch<Unit>(Dp * kTile / E::kStep)),
-        p(scratch<Unit>(kTile * kTile / E::kStep)), ds(scratch<Unit>(kTile * kTile / E::kStep)),
-        ds_b(scratch<Unit>(kTile * kTile / E::kStep)), dq(scratch<float>(n * Dp * kTile)), dk(scratch<float>(kTile * Dp)),
-        dv(scratch<float>(kTile * Dp)), s(scratch<float>(kTile * kTile)), dp(scratch<float>(kTile * kTile)),
-        lse(scratch<float>(n * kTile)), delta(scratch<float>(n * kTile)) {}
+        k(scratch<Unit>(kTile * D / E::kStep)), v(scratch<Unit>(kTile * D / E::kStep)),
+        kt(scratch<Unit>(Dp * kTile / E::kStep)), p(scratch<Unit>(kTile * kTile / E::kStep)),
+        ds(scratch<Unit>(kTile * kTile / E::kStep)), ds_b(scratch<Unit>(kTile * kTile / E::kStep)),
+        dq(scratch<float>(n * Dp * kTile)), dk(scratch<float>(kTile * Dp)), dv(scratch<float>(kTile * Dp)),
+        s(scratch<float>(kTile * kTile)), dp(scratch<float>(kTile * kTile)), lse(scratch<float>(n * kTile)),
+        delta(scratch<float>(n * kTile)) {}
 };
 
-// delta of a tile's 64 queries, summed in the very order in which the product dP sums: where a softmax has one term, O is V to
-// the bit, dP - delta is then exactly zero, and so is dq.
+// delta of a tile's 64 queries, summed in the very order in which the product dP sums: where a softmax has one term, O
+// is V to the bit, dP - delta is then exactly zero, and so is dq.
 template <class E>
 static void row_sums(float* delta, const typename E::Unit* dot, const typename E::Unit* ot, int64_t Ku) {
   for (int64_t c = 0; c < kTile; c += kLanes) {
@@ -58,14 +60,15 @@ static void pack_columns(typename E::Unit* a, const Head<T>& x, int64_t t, int64
 
 // S^T, dP^T -> P^T and dS^T, for keys `key` and `key + 1` of the tile (a pair is what the B operand of dq^T stores).
 template <class E>
-static inline void gradient_rows(BwdScratch<E>& w, int64_t key, const float* lse, const float* delta, float scale, uint64_t bits0,
-                                 uint64_t bits1) {
+static inline void gradient_rows(BwdScratch<E>& w, int64_t key, const float* lse, const float* delta, float scale,
+                                 uint64_t bits0, uint64_t bits1) {
   const uint64_t bits[2] = {bits0, bits1};
   for (int64_t c = 0; c < kTile; c += kLanes) {
     vf ds[2];
     for (int e = 0; e < 2; ++e) {
       const int64_t at = (key + e) * kTile + c;
-      vf p = exp2((load(w.s.get() + at) * scale - load(lse + c)) * kLog2e);  // the difference first: its error is what counts
+      vf p = exp2((load(w.s.get() + at) * scale - load(lse + c)) *
+                  kLog2e);  // the difference first: its error is what counts
       if (bits[e] != ~0ull) p = keep(uint32_t(bits[e] >> c), p, vf{});
       ds[e] = p * (load(w.dp.get() + at) - load(delta + c)) * scale;
       E::store_a(w.p.get() + (key + e) * kTile / E::kStep, c, p);
@@ -76,8 +79,9 @@ static inline void gradient_rows(BwdScratch<E>& w, int64_t key, const float* lse
 }
 
 template <class E, class T>
-static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, const View& dv, const View& dout, const View& q,
-                 const View& k, const View& v, const View& o, const View& lse, const Tiles& tiles, float scale) {
+static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, const View& dv, const View& dout,
+                 const View& q, const View& k, const View& v, const View& o, const View& lse, const Tiles& tiles,
+                 float scale) {
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep;
   const Head<const T> hq(q, bh), hk(k, bh), hv(v, bh), ho(o, bh), hdo(dout, bh);
   for (int64_t i = 0; i < tiles.nq; ++i) {
@@ -105,7 +109,8 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
       gemm<E, false>(kTile, kTile, Ku, w.dp.get(), kTile, w.v.get(), Ku, w.dot.get() + i * kTile * Ku, kTile);
       for (int64_t r = 0; r < kTile; r += 2)
         gradient_rows<E>(w, r, w.lse.get() + i * kTile, w.delta.get() + i * kTile, scale,
-                         full ? ~0ull : tiles.col_bits(i, j, tile.mask, r), full ? ~0ull : tiles.col_bits(i, j, tile.mask, r + 1));
+                         full ? ~0ull : tiles.col_bits(i, j, tile.mask, r),
+                         full ? ~0ull : tiles.col_bits(i, j, tile.mask, r + 1));
       gemm<E, true>(kTile, Dp, Tu, w.dv.get(), Dp, w.p.get(), Tu, w.don.get() + i * Tu * Dp, Dp);
       gemm<E, true>(kTile, Dp, Tu, w.dk.get(), Dp, w.ds.get(), Tu, w.qn.get() + i * Tu * Dp, Dp);
       gemm<E, true>(Dp, kTile, Tu, w.dq.get() + i * Dp * kTile, kTile, w.kt.get(), Tu, w.ds_b.get(), kTile);
@@ -127,8 +132,8 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
 }
 
 template <class E, class T>
-static void backward(const View& dq, const View& dk, const View& dv, const View& dout, const View& q, const View& k, const View& v,
-                     const View& o, const View& lse, const Tiles& tiles, float scale) {
+static void backward(const View& dq, const View& dk, const View& dv, const View& dout, const View& q, const View& k,
+                     const View& v, const View& o, const View& lse, const Tiles& tiles, float scale) {
   const int64_t heads = q.size[0] * q.size[1], D = q.size[3];
   std::vector<BwdScratch<E>> workers;
   for (int64_t i = 0; i < std::min<int64_t>(heads, max_threads()); ++i) workers.emplace_back(tiles.nq, D, padded(D));
@@ -137,8 +142,8 @@ static void backward(const View& dq, const View& dk, const View& dv, const View&
   });
 }
 
-static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse, BlockMaskView mask,
-                          bool causal, float scale, Stream) {
+static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
+                          BlockMaskView mask, bool causal, float scale, Stream) {
   check_attention(q, k, v);
   for (const View* x : {&dq, &dk, &dv, &dout, &o}) check_heads(*x, q, "every gradient");
   IGPT_CHECK(same_shape(dq, q) && same_shape(dk, k) && same_shape(dv, v) && same_shape(dout, q) && same_shape(o, q),
@@ -152,7 +157,9 @@ static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, 
 #endif
 }
 
-void fill_attention_bwd(Ops& t) { t.attention_bwd = attention_bwd; }
+void fill_attention_bwd(Ops& t) {
+  t.attention_bwd = attention_bwd;
+}
 
 }  // namespace IGPT_ISA
 }  // namespace igpt

@@ -2,8 +2,9 @@
 //
 // q, k, v, o f32 or bf16 (any strides, D contiguous, D a multiple of 8 up to 128)   lse [B, H, Tq] f32.
 // k and v of a few heads are packed once; a task then owns 64 queries of one head and walks over its key tiles with the
-// online softmax: S = Q K^T, running maximum m and sum l, O = O exp2(m_old - m) + P V. Bound by multiply-adds: 4 D flops a score
-// against about 20 vector instructions a vector of scores. A query that sees no key gives o = 0 and lse = -1e30.
+// online softmax: S = Q K^T, running maximum m and sum l, O = O exp2(m_old - m) + P V. Bound by multiply-adds: 4 D
+// flops a score against about 20 vector instructions a vector of scores. A query that sees no key gives o = 0 and lse =
+// -1e30.
 #include "attention.h"
 
 namespace igpt {
@@ -12,11 +13,12 @@ namespace IGPT_ISA {
 template <class E>
 struct FwdScratch {  // one thread's tiles
   using Unit = typename E::Unit;
-  Scratch<Unit> q, p;        // [64, D / step]   [64, 64 / step]
+  Scratch<Unit> q, p;         // [64, D / step]   [64, 64 / step]
   Scratch<float> s, o, m, l;  // [64, 64]   [64, Dp]   [64]   [64]
   FwdScratch(int64_t D, int64_t Dp)
-      : q(scratch<Unit>(kTile * D / E::kStep)), p(scratch<Unit>(kTile * kTile / E::kStep)), s(scratch<float>(kTile * kTile)),
-        o(scratch<float>(kTile * Dp)), m(scratch<float>(kTile)), l(scratch<float>(kTile)) {}
+      : q(scratch<Unit>(kTile * D / E::kStep)), p(scratch<Unit>(kTile * kTile / E::kStep)),
+        s(scratch<float>(kTile * kTile)), o(scratch<float>(kTile * Dp)), m(scratch<float>(kTile)),
+        l(scratch<float>(kTile)) {}
 };
 
 constexpr int kVectors = kTile / kLanes;  // vectors in a row of a tile
@@ -80,7 +82,8 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
 }
 
 template <class E, class T>
-static void forward(const View& o, const View& lse, const View& q, const View& k, const View& v, const Tiles& tiles, float scale) {
+static void forward(const View& o, const View& lse, const View& q, const View& k, const View& v, const Tiles& tiles,
+                    float scale) {
   using Unit = typename E::Unit;
   const int64_t D = q.size[3], Dp = padded(D), heads = q.size[0] * q.size[1], threads = max_threads();
   const int64_t k_size = tiles.nk * kTile * (D / E::kStep), v_size = tiles.nk * (kTile / E::kStep) * Dp;
@@ -93,17 +96,21 @@ static void forward(const View& o, const View& lse, const View& q, const View& k
     const int64_t count = std::min(wave, heads - first);
     parallel_for(count * tiles.nk, [&](int64_t n, int) {
       const int64_t h = n / tiles.nk, j = n % tiles.nk;
-      pack_transposed<E>(kt.get() + h * k_size + j * kTile * (D / E::kStep), Head<const T>(k, first + h), j * kTile, tiles.Tk, D);
-      pack_tokens<E>(vp.get() + h * v_size + j * (kTile / E::kStep) * Dp, Head<const T>(v, first + h), j * kTile, tiles.Tk, D, Dp);
+      pack_transposed<E>(kt.get() + h * k_size + j * kTile * (D / E::kStep), Head<const T>(k, first + h), j * kTile,
+                         tiles.Tk, D);
+      pack_tokens<E>(vp.get() + h * v_size + j * (kTile / E::kStep) * Dp, Head<const T>(v, first + h), j * kTile,
+                     tiles.Tk, D, Dp);
     });
     parallel_for(count * tiles.nq, [&](int64_t n, int thread) {
       const int64_t h = n / tiles.nq, i = tiles.nq - 1 - n % tiles.nq;  // the longest rows of a head first
-      query_tile<E, T>(workers[size_t(thread)], o, lse, q, kt.get() + h * k_size, vp.get() + h * v_size, tiles, first + h, i, scale);
+      query_tile<E, T>(workers[size_t(thread)], o, lse, q, kt.get() + h * k_size, vp.get() + h * v_size, tiles,
+                       first + h, i, scale);
     });
   }
 }
 
-static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale, Stream) {
+static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
+                          Stream) {
   check_attention(q, k, v);
   check_heads(o, q, "o");
   IGPT_CHECK(o.size[2] == q.size[2] && lse.dtype == DType::f32 && lse.dense() && lse.numel() == q.numel() / q.size[3],
@@ -117,7 +124,9 @@ static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskVie
 #endif
 }
 
-void fill_attention_fwd(Ops& t) { t.attention_fwd = attention_fwd; }
+void fill_attention_fwd(Ops& t) {
+  t.attention_fwd = attention_fwd;
+}
 
 }  // namespace IGPT_ISA
 }  // namespace igpt

@@ -21,8 +21,8 @@ static void check_rows(const View& logits, const View& targets) {
   const int64_t V = logits.cols();
   for (int64_t n = 0; n < targets.numel(); ++n) {
     const int64_t t = targets.as<int64_t>()[n];
-    IGPT_CHECK(t >= 0 && t < V, "cross_entropy: target " + std::to_string(t) + " at row " + std::to_string(n) +
-                                    " is outside 0.." + std::to_string(V - 1));
+    IGPT_CHECK(t >= 0 && t < V, "cross_entropy: target %lld at row %lld is outside 0..%lld", (long long)(t),
+               (long long)(n), (long long)(V - 1));
   }
 }
 

@@ -1,7 +1,8 @@
 // Small matrix products on packed tiles, C [M, N] (+)= A [M, K] B [K, N], for the attention kernels.
 //
-// Everything is a matrix of 32-bit units: one float, or two neighbouring bf16 along K. A is row-major in units and broadcast,
-// B holds kLanes columns side by side and is loaded, C is float. So one loop serves both, and only dot() differs.
+// Everything is a matrix of 32-bit units: one float, or two neighbouring bf16 along K. A is row-major in units and
+// broadcast, B holds kLanes columns side by side and is loaded, C is float. So one loop serves both, and only dot()
+// differs.
 #pragma once
 #include <algorithm>
 
@@ -66,8 +67,8 @@ constexpr int kMr = 6, kNv = 2;  // 12 of 16
 #endif
 
 template <class E, int MR, int NV, bool kAccumulate>
-static inline void gemm_block(float* C, int64_t ldc, const typename E::Unit* A, int64_t lda, const typename E::Unit* B, int64_t ldb,
-                              int64_t K) {
+static inline void gemm_block(float* C, int64_t ldc, const typename E::Unit* A, int64_t lda, const typename E::Unit* B,
+                              int64_t ldb, int64_t K) {
   vf acc[MR][NV];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
@@ -92,28 +93,35 @@ static inline void gemm_strip(int64_t M, int64_t K, float* C, int64_t ldc, const
   float* c = C + m * ldc;
   const typename E::Unit* a = A + m * lda;
   switch (M - m) {
-    case 1: return gemm_block<E, 1, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
-    case 2: return gemm_block<E, 2, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
-    case 3: return gemm_block<E, 3, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
-    case 4: return gemm_block<E, 4, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
-    case 5: return gemm_block<E, 5, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
-    default: return;
+    case 1:
+      return gemm_block<E, 1, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
+    case 2:
+      return gemm_block<E, 2, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
+    case 3:
+      return gemm_block<E, 3, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
+    case 4:
+      return gemm_block<E, 4, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
+    case 5:
+      return gemm_block<E, 5, NV, kAccumulate>(c, ldc, a, lda, B, ldb, K);
+    default:
+      return;
   }
 }
 
 template <class E, bool kAccumulate>
-static inline void gemm_chunk(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, const typename E::Unit* A, int64_t lda,
-                              const typename E::Unit* B, int64_t ldb) {
+static inline void gemm_chunk(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, const typename E::Unit* A,
+                              int64_t lda, const typename E::Unit* B, int64_t ldb) {
   int64_t n = 0;
-  for (; n + kNv * kLanes <= N; n += kNv * kLanes) gemm_strip<E, kNv, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
+  for (; n + kNv * kLanes <= N; n += kNv * kLanes)
+    gemm_strip<E, kNv, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
 #if defined(__AVX512F__)
   for (; n + 2 * kLanes <= N; n += 2 * kLanes) gemm_strip<E, 2, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
 #endif
   for (; n < N; n += kLanes) gemm_strip<E, 1, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
 }
 
-// N is a multiple of kLanes; K counts units. Sums run over chunks of K that start from zero and are then added, so that the
-// rounding error grows with the chunk and the number of chunks, not with their product.
+// N is a multiple of kLanes; K counts units. Sums run over chunks of K that start from zero and are then added, so that
+// the rounding error grows with the chunk and the number of chunks, not with their product.
 template <class E, bool kAccumulate>
 static void gemm(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, const typename E::Unit* A, int64_t lda,
                  const typename E::Unit* B, int64_t ldb) {

@@ -1,9 +1,9 @@
 // linear:  y[n, m] = sum_k x[n, k] weight[m, k] (+ bias[m])        for the few rows n of a decoding step
 //
 // x [N, K]   weight [M, K]   bias [M]   y [N, M];   x, y, bias f32 or bf16, weight f32 or bf16.
-// The weights are read once, from memory: their bytes bound it (2 N flops a weight, N <= 16 or so). A big N belongs to a GEMM.
-// Every y[n, m] is summed in an order that K alone decides, so a row's bits do not depend on which rows stand beside it:
-// sampling an image alone or in a batch gives the same image.
+// The weights are read once, from memory: their bytes bound it (2 N flops a weight, N <= 16 or so). A big N belongs to
+// a GEMM. Every y[n, m] is summed in an order that K alone decides, so a row's bits do not depend on which rows stand
+// beside it: sampling an image alone or in a batch gives the same image.
 #include "../common/check.h"
 #include "parallel.h"
 #include "simd.h"
@@ -39,26 +39,36 @@ static void dots(float (&y)[kN][kM], const float* x, int64_t Kp, const W* w, int
 template <int N, class W>
 static void dots_m(int M, float (&y)[kN][kM], const float* x, int64_t Kp, const W* w, int64_t K) {
   switch (M) {
-    case 4: return dots<N, 4>(y, x, Kp, w, K);
-    case 3: return dots<N, 3>(y, x, Kp, w, K);
-    case 2: return dots<N, 2>(y, x, Kp, w, K);
-    default: return dots<N, 1>(y, x, Kp, w, K);
+    case 4:
+      return dots<N, 4>(y, x, Kp, w, K);
+    case 3:
+      return dots<N, 3>(y, x, Kp, w, K);
+    case 2:
+      return dots<N, 2>(y, x, Kp, w, K);
+    default:
+      return dots<N, 1>(y, x, Kp, w, K);
   }
 }
 
 template <class W>
 static void dots_nm(int N, int M, float (&y)[kN][kM], const float* x, int64_t Kp, const W* w, int64_t K) {
   switch (N) {
-    case 4: return dots_m<4>(M, y, x, Kp, w, K);
-    case 3: return dots_m<3>(M, y, x, Kp, w, K);
-    case 2: return dots_m<2>(M, y, x, Kp, w, K);
-    default: return dots_m<1>(M, y, x, Kp, w, K);
+    case 4:
+      return dots_m<4>(M, y, x, Kp, w, K);
+    case 3:
+      return dots_m<3>(M, y, x, Kp, w, K);
+    case 2:
+      return dots_m<2>(M, y, x, Kp, w, K);
+    default:
+      return dots_m<1>(M, y, x, Kp, w, K);
   }
 }
 
 static void put(const View& y, int64_t at, float value) {
-  if (y.dtype == DType::f32) y.as<float>()[at] = value;
-  else store_n(y.as<bf16>() + at, splat(value), 1);
+  if (y.dtype == DType::f32)
+    y.as<float>()[at] = value;
+  else
+    store_n(y.as<bf16>() + at, splat(value), 1);
 }
 
 template <class W>
@@ -88,11 +98,15 @@ static void linear_fwd(View y, View x, View weight, View bias, Stream) {
   for (int64_t n = 0; n < N; ++n) load_row(rows.get() + n * Kp, row_of(x, n), x.dtype, K);
   auto b = scratch<float>(bias ? M : 0);
   if (bias) load_row(b.get(), bias.data, bias.dtype, M);
-  if (weight.dtype == DType::f32) run<float>(y, rows.get(), N, Kp, weight, bias ? b.get() : nullptr);
-  else run<bf16>(y, rows.get(), N, Kp, weight, bias ? b.get() : nullptr);
+  if (weight.dtype == DType::f32)
+    run<float>(y, rows.get(), N, Kp, weight, bias ? b.get() : nullptr);
+  else
+    run<bf16>(y, rows.get(), N, Kp, weight, bias ? b.get() : nullptr);
 }
 
-void fill_linear(Ops& t) { t.linear_fwd = linear_fwd; }
+void fill_linear(Ops& t) {
+  t.linear_fwd = linear_fwd;
+}
 
 }  // namespace IGPT_ISA
 }  // namespace igpt

@@ -1,9 +1,10 @@
 // rms_norm:  s = x (+ residual)    rstd = 1 / sqrt(mean(s^2) + eps)    y = s rstd weight        over rows of C elements
 //
-// x [..., C]   residual, sum like x, maybe of another dtype   weight [C]   y [..., C]   rstd [...] f32.   dtypes: f32, bf16, mixed at will.
-// A row is converted to float once, stays in the L1 cache, and is written once: the bytes of x, residual, sum and y bound it.
-// Backward:  g = dy weight    dx = rstd (g - s rstd^2 mean(g s)) (+ dsum)    dweight = sum over rows of dy s rstd
-// dweight is summed per fixed chunk of rows, then over the chunks in order: the same bits for any number of threads.
+// x [..., C]   residual, sum like x, maybe of another dtype   weight [C]   y [..., C]   rstd [...] f32.   dtypes: f32,
+// bf16, mixed at will. A row is converted to float once, stays in the L1 cache, and is written once: the bytes of x,
+// residual, sum and y bound it. Backward:  g = dy weight    dx = rstd (g - s rstd^2 mean(g s)) (+ dsum)    dweight =
+// sum over rows of dy s rstd dweight is [P, C]: the rows are split into P equal groups, group p sums its own into row
+// p, and the caller adds the P rows. P is the caller's choice, so the bits do not depend on the number of threads.
 #include "../common/check.h"
 #include "parallel.h"
 #include "simd.h"
@@ -11,8 +12,7 @@
 namespace igpt {
 namespace IGPT_ISA {
 
-constexpr int64_t kRows = 16;        // rows a task: enough to hide the hand-out, few enough to balance
-constexpr int64_t kWeightRows = 128;  // rows whose dweight one task sums before it meets the other tasks'
+constexpr int64_t kRows = 16;  // rows a task: enough to hide the hand-out, few enough to balance
 
 static float sum_of_squares(const float* s, int64_t Cp) {
   vf acc[4] = {};
@@ -33,7 +33,8 @@ static void check_norm(const View& y, const View& x, const View& residual, const
   IGPT_CHECK(is_float(x.dtype) && is_float(weight.dtype) && is_float(y.dtype), "rms_norm: float32 or bfloat16 only");
   IGPT_CHECK(same_shape(x, y) && (!residual || same_shape(x, residual)), "rms_norm: x, residual and y differ in shape");
   IGPT_CHECK(weight.numel() == x.cols(), "rms_norm: weight must have one element a column");
-  IGPT_CHECK(x.dense() && y.dense() && weight.dense() && (!residual || residual.dense()), "rms_norm: dense tensors only");
+  IGPT_CHECK(x.dense() && y.dense() && weight.dense() && (!residual || residual.dense()),
+             "rms_norm: dense tensors only");
 }
 
 static void rms_norm_fwd(View y, View sum_out, View rstd, View x, View residual, View weight, float eps, Stream) {
@@ -66,24 +67,26 @@ static void rms_norm_fwd(View y, View sum_out, View rstd, View x, View residual,
   });
 }
 
-static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View dsum, View s_in, View weight, View rstd, Stream) {
+static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View dsum, View s_in, View weight, View rstd,
+                         Stream) {
   check_norm(dy, s_in, dsum, weight);
-  IGPT_CHECK(same_shape(dx, s_in) && dx.dense() && is_float(dx.dtype), "rms_norm_bwd: dx must be dense and shaped like x");
-  IGPT_CHECK(!dresidual || (same_shape(dresidual, s_in) && dresidual.dense()), "rms_norm_bwd: dresidual differs in shape");
-  IGPT_CHECK(dweight.dtype == DType::f32 && dweight.numel() == s_in.cols(), "rms_norm_bwd: dweight must be float32 [C]");
-  const int64_t C = s_in.cols(), N = s_in.rows(), Cp = padded(C), chunks = (N + kWeightRows - 1) / kWeightRows;
+  IGPT_CHECK(same_shape(dx, s_in) && dx.dense() && is_float(dx.dtype),
+             "rms_norm_bwd: dx must be dense and shaped like x");
+  IGPT_CHECK(!dresidual || (same_shape(dresidual, s_in) && dresidual.dense()),
+             "rms_norm_bwd: dresidual differs in shape");
+  IGPT_CHECK(dweight.dtype == DType::f32 && dweight.ndim == 2 && dweight.cols() == s_in.cols() && dweight.dense(),
+             "rms_norm_bwd: dweight must be float32 [P, C]");
+  const int64_t C = s_in.cols(), N = s_in.rows(), Cp = padded(C), groups = dweight.size[0];
   auto w = scratch<float>(Cp);
   std::memset(w.get(), 0, size_t(Cp) * sizeof(float));
   load_row(w.get(), weight.data, weight.dtype, C);
-  auto partial = scratch<float>(chunks * Cp);  // [chunks, C] dweight of each chunk of rows
-  const int64_t slots = std::max<int64_t>(1, std::min<int64_t>(max_threads(), chunks));
-  auto rows = scratch<float>(slots * 3 * Cp);
-  std::memset(rows.get(), 0, size_t(slots * 3 * Cp) * sizeof(float));
-  parallel_for(chunks, [&](int64_t chunk, int thread) {
-    float *s = rows.get() + thread * 3 * Cp, *g = s + Cp, *d = g + Cp;
-    float* dw = partial.get() + chunk * Cp;
+  const int64_t slots = std::max<int64_t>(1, std::min<int64_t>(max_threads(), groups));
+  auto rows = scratch<float>(slots * 4 * Cp);
+  std::memset(rows.get(), 0, size_t(slots * 4 * Cp) * sizeof(float));
+  parallel_for(groups, [&](int64_t group, int thread) {
+    float *s = rows.get() + thread * 4 * Cp, *g = s + Cp, *d = g + Cp, *dw = d + Cp;
     std::memset(dw, 0, size_t(Cp) * sizeof(float));
-    for (int64_t n = chunk * kWeightRows; n < N && n < (chunk + 1) * kWeightRows; ++n) {
+    for (int64_t n = group * N / groups; n < (group + 1) * N / groups; ++n) {
       load_row(s, row_of(s_in, n), s_in.dtype, C);
       load_row(g, row_of(dy, n), dy.dtype, C);
       const vf r = splat(rstd.as<float>()[n]);
@@ -104,11 +107,8 @@ static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View ds
       store_row(row_of(dx, n), g, dx.dtype, C);
       if (dresidual) store_row(row_of(dresidual, n), g, dresidual.dtype, C);
     }
+    std::memcpy(dweight.as<float>() + group * C, dw, size_t(C) * sizeof(float));
   });
-  float* dw = dweight.as<float>();
-  std::memset(dw, 0, size_t(C) * sizeof(float));
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t c = 0; c < C; ++c) dw[c] += partial[chunk * Cp + c];
 }
 
 void fill_norm(Ops& t) {

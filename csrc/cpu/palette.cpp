@@ -1,17 +1,17 @@
-// palette_assign:  token = argmin_j d_j, lowest j on ties    d = (dr*dr + dg*dg) + db*db    dr = x_r - c_r, likewise g, b
+// palette_assign:  token = argmin_j d_j, lowest j on ties    d = (dr*dr + dg*dg) + db*db    dr = x_r - c_r; g, b alike
 //                  x = u / 127.5 - 1 for uint8 pixels
-// kmeans_step:     over the colours whose token is j:  sums_j = sum w u    counts_j = sum w    inertia = sum_j w |x - c_j|^2
+// kmeans_step:     over the colours of token j:  sums_j = sum w u    counts_j = sum w    inertia = sum_j w |x - c_j|^2
 //
 // pixels [N, 3] u8 or f32   palette [K, 3] f32, K <= 4096   tokens [N] i64, i32 or i16
-// colors [N, 3] u8   weights [N] i64, >= 0, at most 2^45 in all   sums [K, 3] i64   counts [K] i64   inertia f64, one value
+// colors [N, 3] u8   weights [N] i64, >= 0, at most 2^45 in all   sums [K, 3] i64   counts [K] i64   inertia f64
 //
-// Every operation of d is rounded to float32 on its own, so that all instruction sets and the reference agree to the bit:
-// compile with -ffp-contract=off (checked at start). A d that is not a number counts as infinite.
+// Every operation of d is rounded to float32 on its own, so that all instruction sets and the reference agree to the
+// bit: compile with -ffp-contract=off (checked at start). A d that is not a number counts as infinite.
 //
-// Few pixels: every distance, one pixel a lane, 11 operations a distance; arithmetic bounds it. Many 8-bit pixels: the cube of
-// colours is cut into 32^3 cells of 8^3 colours, each with the list of centres that are nearest to any of its colours, exact
-// by construction: 2 to 5 distances a pixel, four at a time, one cache line a pixel; latency of that line bounds it.
-// The grid lives for one call. Sums are integers, and inertia is computed from them: threads cannot change a bit.
+// Few pixels: every distance, one pixel a lane, 11 operations a distance; arithmetic bounds it. Many 8-bit pixels: the
+// cube of colours is cut into 32^3 cells of 8^3 colours, each with the list of centres that are nearest to any of its
+// colours, exact by construction: 2 to 5 distances a pixel, four at a time, one cache line a pixel, whose latency
+// bounds it. The grid lives for one call. Sums are integers, and inertia follows from them: threads change no bit.
 #include <algorithm>
 #include <type_traits>
 
@@ -26,10 +26,10 @@ constexpr int kMaxColors = 4096;
 constexpr int64_t kMaxWeight = int64_t(1) << 45;  // weight * 3 * 255^2 must stay below 2^63
 constexpr int64_t kChunk = 4096;                  // pixels a task
 constexpr int64_t kBlock = 512;                   // pixels whose tokens wait in the L1 cache for what is done with them
-constexpr int kSide = 32, kCells = kSide * kSide * kSide, kCellLevels = 256 / kSide;  // cells
+constexpr int kSide = 32, kCells = kSide * kSide * kSide, kCellLevels = 256 / kSide;               // cells
 constexpr int kBoxSide = 8, kBoxes = kBoxSide * kBoxSide * kBoxSide, kBoxLevels = 256 / kBoxSide;  // boxes of 4^3 cells
-constexpr int kSpare = 512;        // quads a box may spend on cells with more than four candidates
-constexpr float kSlack = 1e-5f;    // relative; float32 distances err by less than 1e-6
+constexpr int kSpare = 512;         // quads a box may spend on cells with more than four candidates
+constexpr float kSlack = 1e-5f;     // relative; float32 distances err by less than 1e-6
 constexpr float kMaxCenter = 1e6f;  // no overflow in the grid's bounds up to here
 
 typedef float v4f __attribute__((vector_size(16)));
@@ -58,10 +58,11 @@ struct Candidates {
   float *r, *g, *b, *near;  // near: distance to the middle of the box at hand
   int32_t *index, *keep;
   int n;
-  static int64_t bytes(int64_t K) { return 6 * 4 * padded(K); }
+  static int64_t floats(int64_t K) { return 6 * padded(K); }
   static Candidates at(float* p, int64_t K) {
     const int64_t S = padded(K);
-    return {p, p + S, p + 2 * S, p + 3 * S, reinterpret_cast<int32_t*>(p + 4 * S), reinterpret_cast<int32_t*>(p + 5 * S), 0};
+    int32_t* q = reinterpret_cast<int32_t*>(p + 4 * S);
+    return {p, p + S, p + 2 * S, p + 3 * S, q, q + S, 0};
   }
 };
 
@@ -77,16 +78,21 @@ struct Box {
   }
 };
 
-static inline vf absolute(vf v) { return v < 0 ? -v : v; }
+static inline vf absolute(vf v) {
+  return v < 0 ? -v : v;
+}
 static inline vi load_i(const int32_t* p) {
   vi v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-static inline void store_i(int32_t* p, vi v) { std::memcpy(p, &v, sizeof v); }
+static inline void store_i(int32_t* p, vi v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
-// Clears keep[j] where centre i is nearer than j throughout the box. d_j - d_i is linear in x: its least value is the one in the
-// middle minus 2 sum_a half_a |c_j - c_i|_a. What float32 may make of it, here and for the pixels, is less than the slack.
+// Clears keep[j] where centre i is nearer than j throughout the box. d_j - d_i is linear in x: its least value is the
+// one in the middle minus 2 sum_a half_a |c_j - c_i|_a. What float32 may make of it, here and for the pixels, is less
+// than the slack.
 static void outdo(const Candidates& c, int i, const Box& box) {
   const vf r = splat(c.r[i]), g = splat(c.g[i]), b = splat(c.b[i]), near = splat(c.near[i]);
   const float* h = box.half;
@@ -100,8 +106,9 @@ static void outdo(const Candidates& c, int i, const Box& box) {
   }
 }
 
-// to = those of `from` that may be nearest to some colour of the box, in the same order. Rivals: the centre nearest to the
-// middle, then, where it pays, every survivor. A rival that is itself outdone still counts: being outdone is transitive.
+// to = those of `from` that may be nearest to some colour of the box, in the same order. Rivals: the centre nearest to
+// the middle, then, where it pays, every survivor. A rival that is itself outdone still counts: being outdone is
+// transitive.
 static void prune(Candidates& to, const Candidates& from, const Box& box, bool every_rival) {
   const vf mr = splat(box.middle[0]), mg = splat(box.middle[1]), mb = splat(box.middle[2]);
   for (int j = 0; j < from.n; j += kLanes) {
@@ -114,7 +121,8 @@ static void prune(Candidates& to, const Candidates& from, const Box& box, bool e
   const auto compact = [](Candidates& dst, const Candidates& src) {
     int n = 0;
     for (int j = 0; j < src.n; ++j) {
-      dst.r[n] = src.r[j], dst.g[n] = src.g[j], dst.b[n] = src.b[j], dst.near[n] = src.near[j], dst.index[n] = src.index[j];
+      dst.r[n] = src.r[j], dst.g[n] = src.g[j], dst.b[n] = src.b[j], dst.near[n] = src.near[j],
+      dst.index[n] = src.index[j];
       n += src.keep[j] & 1;
     }
     dst.n = n;
@@ -138,13 +146,13 @@ static Grid build_grid(const Candidates& palette, const float* levels) {
   const int K = palette.n, whole = kBoxes * kSpare, quads = (K + 3) / 4;
   Grid grid{scratch<Quad>(kCells), scratch<Quad>(whole + quads)};
   for (int q = 0; q < quads; ++q) fill_quad(grid.others[whole + q], palette, 4 * q);
-  const int64_t stride = 3 * Candidates::bytes(K) / 4;
-  auto room = scratch<float>(std::min<int64_t>(max_threads(), kBoxes) * stride);
+  const int64_t size = Candidates::floats(K);
+  auto room = scratch<float>(max_threads() * 3 * size);
   parallel_for(kBoxes, [&](int64_t box, int thread) {
-    float* mine = room.get() + thread * stride;
-    const int64_t step = Candidates::bytes(K) / 4;
-    Candidates all = palette, in_box = Candidates::at(mine, K), in_cell = Candidates::at(mine + step, K);
-    all.near = mine + 2 * step, all.keep = reinterpret_cast<int32_t*>(all.near + padded(K));
+    float* mine = room.get() + thread * 3 * size;
+    Candidates in_box = Candidates::at(mine, K), in_cell = Candidates::at(mine + size, K);
+    Candidates all = palette, own = Candidates::at(mine + 2 * size, K);
+    all.near = own.near, all.keep = own.keep;  // the rest is shared by all threads
     const int r0 = int(box) / 64 * kBoxLevels, g0 = int(box) / 8 % 8 * kBoxLevels, b0 = int(box) % 8 * kBoxLevels;
     prune(in_box, all, Box(levels, {r0, g0, b0}, kBoxLevels), false);
     int next = int(box) * kSpare;
@@ -196,19 +204,20 @@ static void nearest_in_grid(uint16_t* tokens, const uint8_t* pixels, int64_t n, 
   }
 }
 
-static inline float level(uint8_t u, const float* levels) { return levels[u]; }
-static inline float level(float x, const float*) { return x; }
-
 // tokens[i], i < n, by every distance; lanes are pixels, two vectors of them at once.
 template <class T>
-static void nearest_of_all(uint16_t* tokens, const T* pixels, int64_t n, const float* palette, int K, const float* levels) {
+static void nearest_of_all(uint16_t* tokens, const T* pixels, int64_t n, const float* palette, int K,
+                           const float* levels) {
   constexpr int kStep = 2 * kLanes;
   for (int64_t i = 0; i < n; i += kStep) {
     float x[3][kStep] = {};
     int32_t index[kStep];
     const int count = int(std::min<int64_t>(kStep, n - i));
     for (int p = 0; p < count; ++p)
-      for (int a = 0; a < 3; ++a) x[a][p] = level(pixels[3 * (i + p) + a], levels);
+      for (int a = 0; a < 3; ++a) {
+        const T value = pixels[3 * (i + p) + a];
+        x[a][p] = std::is_same<T, uint8_t>::value ? levels[uint8_t(value)] : float(value);
+      }
     vf best[2] = {splat(__builtin_inff()), splat(__builtin_inff())};
     vi at[2] = {};
     for (int j = 0; j < K; ++j)
@@ -224,9 +233,12 @@ static void nearest_of_all(uint16_t* tokens, const T* pixels, int64_t n, const f
   }
 }
 
-// Whether N pixels repay the grid: what it spares a pixel grows with K - 20, what it costs is constant + K. The coefficients
-// count distances of the plain loop, whose vectors of 8 and of 16 lanes are equally quick, and three times as quick as 4.
-static bool grid_pays(int64_t N, int64_t K) { return N * (K - 20) > (kLanes == 4 ? 1 : 3) * (2500000 + 15000 * K); }
+// Whether N pixels repay the grid: what it spares a pixel grows with K - 20, what it costs is constant + K. The
+// coefficients count distances of the plain loop, whose vectors of 8 and of 16 lanes are equally quick, and three times
+// as quick as 4.
+static bool grid_pays(int64_t N, int64_t K) {
+  return N * (K - 20) > (kLanes == 4 ? 1 : 3) * (2500000 + 15000 * K);
+}
 
 // consume(tokens, begin, end, thread) once for every block of pixels; blocks of a chunk in order, chunks in any.
 template <class T, class F>
@@ -237,7 +249,7 @@ static void for_each_block(const T* pixels, int64_t N, const View& palette, F&& 
   for (int u = 0; u < 256; ++u) levels[u] = float(u) / 127.5f - 1.f;
   Grid grid;
   if (std::is_same<T, uint8_t>::value && grid_pays(N, K)) {
-    auto room = scratch<float>(Candidates::bytes(K) / 4);
+    auto room = scratch<float>(Candidates::floats(K));
     Candidates all = Candidates::at(room.get(), K);
     bool small = true;
     for (int j = 0; j < K; ++j) {
@@ -252,14 +264,11 @@ static void for_each_block(const T* pixels, int64_t N, const View& palette, F&& 
     const int64_t stop = std::min(N, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < stop; begin += kBlock) {
       const int64_t end = std::min(stop, begin + kBlock);
-      if constexpr (std::is_same<T, uint8_t>::value) {
-        if (grid.cells) {
-          nearest_in_grid(tokens, pixels + 3 * begin, end - begin, grid, levels);
-          consume(tokens, begin, end, thread);
-          continue;
-        }
-      }
-      nearest_of_all(tokens, pixels + 3 * begin, end - begin, c, K, levels);
+      const T* block = pixels + 3 * begin;
+      if (grid.cells)  // then T is uint8_t
+        nearest_in_grid(tokens, reinterpret_cast<const uint8_t*>(block), end - begin, grid, levels);
+      else
+        nearest_of_all(tokens, block, end - begin, c, K, levels);
       consume(tokens, begin, end, thread);
     }
   });
@@ -272,25 +281,23 @@ static void check_colors(const View& pixels, const View& palette) {
              "palette: centres must be dense float32 [K, 3] with 1 <= K <= 4096");
 }
 
-template <class Token, class T>
-static void assign(const View& tokens, const View& pixels, const View& palette) {
-  Token* out = tokens.as<Token>();
-  for_each_block(pixels.as<T>(), pixels.rows(), palette, [&](const uint16_t* block, int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) out[i] = Token(block[i - begin]);
-  });
-}
-
 static void palette_assign(View tokens, View pixels, View palette, Stream) {
   check_colors(pixels, palette);
-  IGPT_CHECK(tokens.dense() && tokens.numel() == pixels.rows(), "palette_assign: tokens must be dense, one for each pixel");
-  const bool bytes = pixels.dtype == DType::u8;
-  IGPT_CHECK(bytes || pixels.dtype == DType::f32, "palette_assign: pixels must be uint8 or float32");
-  switch (tokens.dtype) {
-    case DType::i64: return bytes ? assign<int64_t, uint8_t>(tokens, pixels, palette) : assign<int64_t, float>(tokens, pixels, palette);
-    case DType::i32: return bytes ? assign<int32_t, uint8_t>(tokens, pixels, palette) : assign<int32_t, float>(tokens, pixels, palette);
-    case DType::i16: return bytes ? assign<int16_t, uint8_t>(tokens, pixels, palette) : assign<int16_t, float>(tokens, pixels, palette);
-    default: throw std::invalid_argument("palette_assign: tokens must be int64, int32 or int16");
-  }
+  IGPT_CHECK(tokens.dense() && tokens.numel() == pixels.rows(), "palette_assign: tokens must be dense, one a pixel");
+  const auto run = [&](const auto* in, auto* out) {
+    for_each_block(in, pixels.rows(), palette, [&](const uint16_t* block, int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) out[i] = block[i - begin];
+    });
+  };
+  const auto write = [&](auto* out) {
+    if (pixels.dtype == DType::u8) return run(pixels.as<uint8_t>(), out);
+    if (pixels.dtype == DType::f32) return run(pixels.as<float>(), out);
+    refuse("palette_assign: pixels must be uint8 or float32");
+  };
+  if (tokens.dtype == DType::i64) return write(tokens.as<int64_t>());
+  if (tokens.dtype == DType::i32) return write(tokens.as<int32_t>());
+  if (tokens.dtype == DType::i16) return write(tokens.as<int16_t>());
+  refuse("palette_assign: tokens must be int64, int32 or int16");
 }
 
 // What one thread has seen of one centre's colours: sums of w u by channel, of w, and of w |u|^2.
@@ -298,8 +305,8 @@ struct Moments {
   int64_t u[3], w, uu;
 };
 
-// sum of w |x - c|^2 over a centre's colours, from their moments: the scatter about their mean, exact in integers but for the
-// last division, plus their weight times the squared distance from that mean to the centre. Both terms in levels, 0..255.
+// sum of w |x - c|^2 over a centre's colours, from their moments: the scatter about their mean, in integers but for the
+// last division, plus their weight times the squared distance from that mean to the centre. In levels, 0..255.
 static double inertia_of(const Moments& m, const float* center) {
   if (m.w == 0) return 0;
   __int128 scatter = __int128(m.w) * m.uu;
@@ -314,13 +321,15 @@ static double inertia_of(const Moments& m, const float* center) {
 
 static void kmeans_step(View sums, View counts, View inertia, View colors, View weights, View palette, Stream) {
   check_colors(colors, palette);
-  const int64_t N = colors.rows(), K = palette.size[0];
+  const int64_t N = colors.rows(), K = palette.size[0], threads = max_threads();
   IGPT_CHECK(colors.dtype == DType::u8, "kmeans_step: colors must be uint8");
-  IGPT_CHECK(weights.dtype == DType::i64 && weights.dense() && weights.numel() == N, "kmeans_step: weights must be int64 [N]");
-  IGPT_CHECK(sums.dtype == DType::i64 && sums.dense() && sums.numel() == 3 * K, "kmeans_step: sums must be int64 [K, 3]");
-  IGPT_CHECK(counts.dtype == DType::i64 && counts.dense() && counts.numel() == K, "kmeans_step: counts must be int64 [K]");
+  IGPT_CHECK(weights.dtype == DType::i64 && weights.dense() && weights.numel() == N,
+             "kmeans_step: weights must be int64 [N]");
+  IGPT_CHECK(sums.dtype == DType::i64 && sums.dense() && sums.numel() == 3 * K,
+             "kmeans_step: sums must be int64 [K, 3]");
+  IGPT_CHECK(counts.dtype == DType::i64 && counts.dense() && counts.numel() == K,
+             "kmeans_step: counts must be int64 [K]");
   IGPT_CHECK(inertia.dtype == DType::f64 && inertia.numel() == 1, "kmeans_step: inertia must be one float64");
-  const int64_t threads = max_threads();
   auto moments = scratch<Moments>(threads * K);
   auto totals = scratch<int64_t>(threads * 8);  // a cache line each
   std::memset(moments.get(), 0, size_t(threads * K) * sizeof(Moments));

@@ -10,7 +10,9 @@
 namespace igpt {
 namespace IGPT_ISA {
 
-static inline int max_threads() { return omp_get_max_threads(); }
+static inline int max_threads() {
+  return omp_get_max_threads();
+}
 
 // body(i, thread) for i in [0, n), handed out one at a time in increasing order. Allocate before, not inside:
 // an exception must not cross the parallel region.
@@ -25,8 +27,8 @@ static inline void parallel_for(int64_t n, F&& body) {
   for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
 }
 
-// body(begin, end, chunk) over [0, n) in chunks of `grain`: the chunks depend on n and grain alone, never on the number of
-// threads, so that partial sums kept per chunk add up to the same bits everywhere.
+// body(begin, end, chunk) over [0, n) in chunks of `grain`: the chunks depend on n and grain alone, never on the number
+// of threads, so that partial sums kept per chunk add up to the same bits everywhere.
 template <class F>
 static inline void parallel_chunks(int64_t n, int64_t grain, F&& body) {
   const int64_t chunks = (n + grain - 1) / grain;

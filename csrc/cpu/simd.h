@@ -33,13 +33,17 @@ struct bf16 {
   uint16_t bits;
 };
 
-static inline vf splat(float x) { return x - vf{}; }
+static inline vf splat(float x) {
+  return x - vf{};
+}
 static inline vf load(const float* p) {
   vf v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+static inline void store(float* p, vf v) {
+  std::memcpy(p, &v, sizeof v);
+}
 static inline vf load(const bf16* p) {
   vh h;
   std::memcpy(&h, p, sizeof h);
@@ -68,7 +72,9 @@ static inline void store(bf16* p, vf v) {
   const vh h = to_bf16(v);
   std::memcpy(p, &h, sizeof h);
 }
-static inline float to_float(float x) { return x; }
+static inline float to_float(float x) {
+  return x;
+}
 static inline float to_float(bf16 x) {
   const uint32_t u = uint32_t(x.bits) << 16;
   float f;
@@ -90,31 +96,52 @@ static inline void store_n(T* p, vf v, int64_t n) {
   std::memcpy(p, full, size_t(n) * sizeof(T));
 }
 
-static inline vf max(vf a, vf b) { return a > b ? a : b; }
-static inline vf min(vf a, vf b) { return a < b ? a : b; }
+static inline vf max(vf a, vf b) {
+  return a > b ? a : b;
+}
+static inline vf min(vf a, vf b) {
+  return a < b ? a : b;
+}
+
+// Lane i of the result is lane (i + by) mod kLanes.
+template <int by>
+static inline vf rotate(vf v) {
+  vi from;
+  for (int i = 0; i < kLanes; ++i) from[i] = (i + by) % kLanes;
+#if defined(__clang__)
+  vf out;
+  for (int i = 0; i < kLanes; ++i) out[i] = v[from[i]];
+  return out;
+#else
+  return __builtin_shuffle(v, from);
+#endif
+}
 
 // Halves are folded until one lane is left: the order of the additions is fixed.
+template <int width = kLanes / 2>
 static inline float sum(vf v) {
-  float t[kLanes];
-  store(t, v);
-  for (int w = kLanes / 2; w; w /= 2)
-    for (int i = 0; i < w; ++i) t[i] += t[i + w];
-  return t[0];
+  v += rotate<width>(v);
+  if constexpr (width == 1)
+    return v[0];
+  else
+    return sum<width / 2>(v);
 }
+template <int width = kLanes / 2>
 static inline float max(vf v) {
-  float t[kLanes];
-  store(t, v);
-  for (int w = kLanes / 2; w; w /= 2)
-    for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
-  return t[0];
+  v = max(v, rotate<width>(v));
+  if constexpr (width == 1)
+    return v[0];
+  else
+    return max<width / 2>(v);
 }
 
-// 2^x to about 1 ulp; exactly 0 below 2^-126 (so -inf gives 0), inf above 2^127. x = n + f, |f| <= 1/2: the sum with
-// 1.5 * 2^23 leaves n in the low mantissa bits; 2^f is a degree-6 polynomial of least relative error (2e-9) with p(0) = 1;
-// n goes to the exponent.
+// 2^x to about 1 ulp; exactly 0 below 2^-126 (so -inf gives 0), inf from 2^128 on, NaN for NaN. x = n + f, |f| <= 1/2:
+// the sum with 1.5 * 2^23 leaves n in the low mantissa bits; 2^f is a degree-6 polynomial of least relative error
+// (2e-9) with p(0) = 1; n goes to the exponent.
 static inline vf exp2(vf x) {
   const vf magic = splat(12582912.f);
-  const vf in = min(max(x, splat(-126.f)), splat(128.f));
+  const vf low = x < splat(-126.f) ? splat(-126.f) : x;  // so ordered, both comparisons let NaN through
+  const vf in = low > splat(128.f) ? splat(128.f) : low;
   const vf shifted = in + magic;
   const vf f = in - (shifted - magic);
   vf p = splat(1.53533620e-4f);
@@ -130,8 +157,7 @@ static inline vf exp2(vf x) {
   bits += n << 23;
   vf y;
   std::memcpy(&y, &bits, sizeof y);
-  y = x < splat(-126.f) ? vf{} : y;
-  return x == x ? y : x;
+  return x < splat(-126.f) ? vf{} : y;
 }
 
 // Lane i of the result is `v` where bit i is set, else `otherwise`.
@@ -164,19 +190,27 @@ static inline void store_row(void* dst, const float* src, DType dtype, int64_t n
 }
 static inline int64_t bytes_of(DType t) {
   switch (t) {
-    case DType::u8: return 1;
+    case DType::u8:
+      return 1;
     case DType::f16:
     case DType::bf16:
-    case DType::i16: return 2;
+    case DType::i16:
+      return 2;
     case DType::f32:
-    case DType::i32: return 4;
+    case DType::i32:
+      return 4;
     case DType::f64:
-    case DType::i64: return 8;
+    case DType::i64:
+      return 8;
   }
   return 0;
 }
-static inline char* row_of(const View& v, int64_t row) { return v.as<char>() + row * v.cols() * bytes_of(v.dtype); }
-static inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+static inline char* row_of(const View& v, int64_t row) {
+  return v.as<char>() + row * v.cols() * bytes_of(v.dtype);
+}
+static inline int64_t padded(int64_t n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
 
 }  // namespace IGPT_ISA
 }  // namespace igpt

@@ -3,8 +3,14 @@
 
 namespace igpt {
 
-const Ops* cuda_ops() { return nullptr; }
-std::string cuda_why_not() { return "igpt_fast was built without nvcc; install a CUDA toolkit and reinstall"; }
-std::string cuda_archs() { return ""; }
+const Ops* cuda_ops() {
+  return nullptr;
+}
+std::string cuda_why_not() {
+  return "igpt_fast was built without nvcc; install a CUDA toolkit and reinstall";
+}
+std::string cuda_archs() {
+  return "";
+}
 
 }  // namespace igpt

@@ -1,4 +1,4 @@
-"""The command line: `igpt-fast COMMAND`. One module per group of commands; this file wires them and turns errors into one line."""
+"""The command line: `igpt-fast COMMAND`. One module per group; this file wires them."""
 
 import os
 import sys
@@ -38,7 +38,7 @@ for _group in (data, train, sample, probe, info):
 
 
 def main() -> None:
-    """Entry point of `igpt-fast`. Bad input ends in one `error:` line and exit code 2; IGPT_DEBUG=1 shows the traceback."""
+    """Entry point of `igpt-fast`. Bad input: one `error:` line, exit code 2. IGPT_DEBUG=1: the traceback."""
     try:
         app()
     except (InputError, OSError) as error:

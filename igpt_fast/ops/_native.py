@@ -32,12 +32,14 @@ _poison = os.environ.get("IGPT_POISON") == "1"
 _said: set[str] = set()
 
 if _wanted not in ("auto", "reference", *BACKENDS):
-    raise ValueError(f"IGPT_BACKEND={_wanted} is not here; choose auto, reference or one of {', '.join(BACKENDS) or 'none'}")
+    raise ValueError(
+        f"IGPT_BACKEND={_wanted} is not here; choose auto, reference or one of {', '.join(BACKENDS) or 'none'}"
+    )
 
 
 @contextlib.contextmanager
 def use_backend(name: str, poison: bool = False) -> Iterator[None]:
-    """Within the block, `name` serves every op: 'auto', 'reference', or a backend's name (which then serves or raises)."""
+    """Within the block `name` serves every op: 'auto', 'reference', or a backend's name (it then serves or raises)."""
     global _wanted, _poison
     if name not in ("auto", "reference", *BACKENDS):
         raise ValueError(f"no backend named {name}; there are {', '.join(BACKENDS) or 'none'}")
@@ -101,7 +103,7 @@ def stream_of(t: Tensor) -> int:
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for an output, on `like`'s device; poisoned when asked for, so that a kernel cannot leave a hole unseen."""
+    """Memory for an output, on `like`'s device; poisoned on request, so that no kernel leaves a hole unseen."""
     out = torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
     if _poison:
         out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
@@ -116,15 +118,3 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def rows(t: Tensor) -> Tensor:
     """`t` with a contiguous last dimension, copied only when it has none."""
     return t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
-
-
-def reference_grads(fn, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of the reference `fn(*inputs)`, by autograd: what a compiled graph uses where no kernel serves."""
-    leaves = [t.detach().requires_grad_() if t is not None else None for t in inputs]
-    with torch.enable_grad():
-        out = fn(*leaves)
-    outs = [out] if isinstance(out, Tensor) else list(out)
-    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
-    wanted = [t for t in leaves if t is not None]
-    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
-    return [next(found) if t is not None else None for t in leaves]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, reference_grads, stream_of
+from igpt_fast.ops._native import backend_for, empty, needs_grad, stream_of
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -14,7 +14,9 @@ def bias_quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises InputError when the bias does not fit. Source: the activation of Image GPT.
     """
     if bias is not None and bias.shape != x.shape[-1:]:
-        raise InputError(f"bias_quick_gelu: bias {tuple(bias.shape)} does not fit x {tuple(x.shape)}; give one a column")
+        raise InputError(
+            f"bias_quick_gelu: bias {tuple(bias.shape)} does not fit x {tuple(x.shape)}; give one a column"
+        )
     if torch.compiler.is_compiling():
         return torch.ops.igpt.bias_quick_gelu(x, bias)
     native = _native(x, bias)
@@ -72,7 +74,7 @@ def _(x, bias):
 def _bias_quick_gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     native = _native(x, bias)
     if native is None:
-        dx, db = reference_grads(reference.activation.bias_quick_gelu, (x, bias), (dy,))
+        dx, db = reference.activation.bias_quick_gelu_backward(dy, x, bias)
     else:
         dx, db = _backward(native, dy, x, bias)
     return dx, x.new_empty(0) if db is None else db

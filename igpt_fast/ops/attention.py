@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, reference_grads, rows, stream_of
+from igpt_fast.ops._native import backend_for, empty, needs_grad, rows, stream_of
 from igpt_fast.patterns import BlockMask, unpack
 
 
@@ -14,9 +14,9 @@ def attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, as torch's scaled_dot_product_attention with is_causal=causal.
 
-    q [B, H, Tq, D]   k, v [B, H, Tk, D], any strides   mask: a compiled pattern, which then decides alone and must have been
-    compiled with the same `causal`   scale: 1/sqrt(D) when None
-    → [B, H, Tq, D] in q's dtype, laid out as [B, Tq, H, D] in memory, so that transpose(1, 2).flatten(2) copies nothing.
+    q [B, H, Tq, D]   k, v [B, H, Tk, D], any strides   scale: 1/sqrt(D) when None
+    mask: a compiled pattern, which then decides alone and must have been compiled with the same `causal`
+    → [B, H, Tq, D] in q's dtype, laid out as [B, Tq, H, D], so that transpose(1, 2).flatten(2) copies nothing.
     Raises InputError for shapes that do not fit. Source: Image GPT; masked rows that see nothing give zeros.
     """
     _check(q, k, v, mask, causal)
@@ -33,7 +33,9 @@ def attention(
     return _forward(native, q, k, v, tables, causal, scale)[0]
 
 
-def attention_packed(qkv: Tensor, mask: BlockMask | None = None, causal: bool = True, scale: float | None = None) -> Tensor:
+def attention_packed(
+    qkv: Tensor, mask: BlockMask | None = None, causal: bool = True, scale: float | None = None
+) -> Tensor:
     """attention() on one fused buffer: the gradient comes back as one fused buffer too, nothing is stacked or copied.
 
     qkv [B, T, 3, H, D]: what the fused projection gives, viewed   → [B, T, H, D], contiguous. Errors as attention().
@@ -53,8 +55,8 @@ def attention_packed(qkv: Tensor, mask: BlockMask | None = None, causal: bool = 
 def attention_decode(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float | None = None) -> Tensor:
     """One query a head over the first `length` rows of a cache; no gradient.
 
-    q [B, H, 1, D]   k, v [B, H, Tmax, D], any strides   → [B, H, 1, D]. Raises InputError for shapes that do not fit, or a length
-    outside 1..Tmax.
+    q [B, H, 1, D]   k, v [B, H, Tmax, D], any strides   → [B, H, 1, D]
+    Raises InputError for shapes that do not fit, or a length outside 1..Tmax.
     """
     _check(q, k, v, None, False)
     if q.size(2) != 1 or not 1 <= length <= k.size(2):
@@ -70,10 +72,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise InputError(f"attention: expected q [B, H, Tq, D] and k, v [B, H, Tk, D], got {shapes}")
     if (causal or mask is not None) and q.size(2) != k.size(2):
-        raise InputError(f"attention: causal or masked attention needs as many keys ({k.size(2)}) as queries ({q.size(2)})")
+        raise InputError(
+            f"attention: causal or masked attention needs as many keys ({k.size(2)}) as queries ({q.size(2)})"
+        )
     if mask is not None and (mask.tokens != q.size(2) or mask.causal != causal):
         kind = f"{mask.tokens} tokens, causal={mask.causal}"
-        raise InputError(f"attention: the mask was compiled for {kind}, the call has {q.size(2)} tokens, causal={causal}")
+        raise InputError(
+            f"attention: the mask was compiled for {kind}, the call has {q.size(2)} tokens, causal={causal}"
+        )
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor, op: str):
@@ -179,15 +185,22 @@ def _(q, k, v, mask, causal, scale):
 
 @torch.library.custom_op("igpt::attention_backward", mutates_args=())
 def _attention_backward_op(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: list[Tensor], causal: bool, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: list[Tensor],
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native = _native(q, k, v, "attention_bwd")
     grads = _grads_like(q, k)
     if native is not None:
         _backward(native, grads, dout, q, k, v, o, lse, tuple(mask) or None, causal, scale)
         return grads
-    seen = _seen(mask, q)
-    found = reference_grads(lambda *x: reference.attention.attention(*x, seen, causal, scale)[0], (q, k, v), (dout,))
+    found = reference.attention.attention_backward(dout, q, k, v, _seen(mask, q), causal, scale)
     return tuple(g.copy_(f) for g, f in zip(grads, found, strict=True))
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, reference_grads, stream_of
+from igpt_fast.ops._native import backend_for, empty, needs_grad, stream_of
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -81,8 +81,7 @@ def _cross_entropy_backward_op(dloss: Tensor, logits: Tensor, targets: Tensor, l
     native = backend_for("cross_entropy_bwd", (logits,))
     if native is not None:
         return _backward(native, dloss, logits, targets, lse)
-    loss = reference.cross_entropy.cross_entropy
-    return reference_grads(lambda x: loss(x, targets, "none"), (logits,), (dloss,))[0]
+    return reference.cross_entropy.cross_entropy_backward(dloss, logits, targets)
 
 
 @_cross_entropy_backward_op.register_fake

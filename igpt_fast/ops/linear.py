@@ -15,11 +15,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     gradient: use torch.nn.functional.linear to train. Raises InputError when shapes do not fit or a gradient is wanted.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.size(1) != weight.size(1):
-        raise InputError(f"linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; expected [M, K] and [N, K]")
+        raise InputError(
+            f"linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; expected [M, K] and [N, K]"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
     if needs_grad(x, weight, bias):
-        raise InputError("linear: this op has no gradient; call it under torch.no_grad or use torch.nn.functional.linear")
+        raise InputError(
+            "linear: this op has no gradient; call it under torch.no_grad or use torch.nn.functional.linear"
+        )
     return torch.ops.igpt.linear(x, weight, bias) if torch.compiler.is_compiling() else _linear(x, weight, bias)
 
 

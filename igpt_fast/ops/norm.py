@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, reference_grads, stream_of
+from igpt_fast.ops._native import backend_for, empty, needs_grad, stream_of
 
 
 def rms_norm(
@@ -18,7 +18,9 @@ def rms_norm(
     Raises InputError when the shapes do not fit. Source: SPEC of Image GPT, no mean, no bias, eps inside the root.
     """
     if weight.shape != x.shape[-1:]:
-        raise InputError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; give one weight a column")
+        raise InputError(
+            f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; give one weight a column"
+        )
     if residual is not None and residual.shape != x.shape:
         raise InputError(f"rms_norm: residual {tuple(residual.shape)} is not shaped like x {tuple(x.shape)}")
     dtype = dtype or x.dtype
@@ -53,12 +55,13 @@ def _forward(native, x, weight, residual, eps, dtype):
 
 def _backward(native, dy, ds, s, weight, rstd, x_dtype, has_residual):
     """→ dx, dweight, dresidual. One tensor serves both inputs of the sum when their dtypes agree."""
-    dx, dweight = empty(s.shape, s, x_dtype), empty(weight.shape, s, torch.float32)
+    groups = max(1, min(256, s.numel() // max(1, s.size(-1)) // 32))  # of rows; each sums its own part of dweight
+    dx, dweight = empty(s.shape, s, x_dtype), empty((groups, s.size(-1)), s, torch.float32)
     apart = has_residual and s.dtype is not x_dtype
     dresidual = empty(s.shape, s) if apart else None
     ds = None if ds is None else ds.contiguous()
     native.rms_norm_bwd(dx, dresidual, dweight, dy.contiguous(), ds, s, weight.contiguous(), rstd, stream_of(s))
-    return dx, dweight.to(weight.dtype), (dresidual if apart else dx) if has_residual else None
+    return dx, dweight.sum(0).to(weight.dtype), (dresidual if apart else dx) if has_residual else None
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -90,7 +93,7 @@ def _rms_norm_op(
         return y, x.new_empty(0) if s is None else s, rstd
     out = reference.norm.rms_norm(x, weight, eps, residual, dtype)
     y, s = (out, x.new_empty(0)) if residual is None else out
-    return y, s, x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return y, s, torch.rsqrt((x if residual is None else s).float().square().mean(-1) + eps)
 
 
 @_rms_norm_op.register_fake
@@ -107,8 +110,7 @@ def _rms_norm_backward_op(
     native = backend_for("rms_norm_bwd", (dy, s, weight))
     if native is not None:
         return _backward(native, dy, ds, s, weight, rstd, x_dtype, False)[:2]
-    dx, dw = reference_grads(lambda a, w: reference.norm.rms_norm(a, w, eps, dtype=dy.dtype), (s, weight), (dy,))
-    return (dx if ds is None else dx + ds).to(x_dtype), dw
+    return reference.norm.rms_norm_backward(dy, ds, s, weight, eps, x_dtype)
 
 
 @_rms_norm_backward_op.register_fake

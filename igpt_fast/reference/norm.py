@@ -17,3 +17,15 @@ def rms_norm(
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = (wide * rstd * weight).to(dtype or x.dtype)
     return y if residual is None else (y, s)
+
+
+def rms_norm_backward(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rms_norm: dx (which is the residual's too) in `dtype`, dweight. ds is the gradient of s itself."""
+    wide = torch.promote_types(s.dtype, torch.float32)
+    x, g = s.to(wide), dy.to(wide) * weight
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    dx = rstd * (g - x * rstd.square() * (g * x).mean(-1, keepdim=True))
+    dweight = (dy.to(wide) * x * rstd).flatten(0, -2).sum(0)
+    return (dx if ds is None else dx + ds).to(dtype), dweight.to(weight.dtype)

@@ -1,0 +1,37 @@
+// The CUDA backend's Ops, and whether this machine can run it.
+#include <cuda_runtime.h>
+
+#include "../ops.h"
+
+namespace igpt {
+namespace cuda {
+
+void fill_norm(Ops&);
+
+static const Ops& table() {
+  static const Ops t = [] {
+    Ops ops;
+    ops.name = "cuda";
+    fill_norm(ops);
+    return ops;
+  }();
+  return t;
+}
+
+}  // namespace cuda
+
+std::string cuda_why_not() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess) return std::string("no usable GPU: ") + cudaGetErrorString(error);
+  return devices ? "" : "no GPU on this machine";
+}
+
+const Ops* cuda_ops() {
+  return cuda_why_not().empty() ? &cuda::table() : nullptr;
+}
+std::string cuda_archs() {
+  return IGPT_CUDA_ARCHS;
+}
+
+}  // namespace igpt

@@ -1,0 +1,91 @@
+"""`igpt-fast info`: what is installed, what this machine offers, and which backend serves each op."""
+
+import os
+import platform
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from igpt_fast import __version__
+from igpt_fast.cli.options import JsonOption, print_json
+from igpt_fast.ops import _native
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command()(info)
+
+
+def info(as_json: JsonOption = False) -> None:
+    """Show versions, the backends of this machine, and what serves each op, with the reason when it is not native.
+
+    Example: igpt-fast info
+    """
+    facts = gather()
+    if as_json:
+        print_json(**facts)
+        return
+    console = Console()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name in (
+        "igpt_fast",
+        "torch",
+        "python",
+        "processor",
+        "threads",
+        "cpu backend",
+        "better cpu backends",
+        "gpu",
+        "cuda backend",
+    ):
+        table.add_row(name, str(facts[name]))
+    console.print(table)
+    console.print()
+    ops = Table("op", "on the CPU", "on the GPU", box=None, padding=(0, 2, 0, 0))
+    for op, (cpu, gpu) in facts["ops"].items():
+        ops.add_row(op, cpu, gpu)
+    console.print(ops)
+
+
+def gather() -> dict:
+    """What `info` shows, as plain values."""
+    cpu = next((n for n in _native.BACKENDS if n != "cuda"), None)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    if _native.WHY_NO_EXTENSION:
+        better, cuda = _native.WHY_NO_EXTENSION, _native.WHY_NO_EXTENSION
+        names: list[str] = []
+    else:
+        above = _native.CPU_TABLES[: _native.CPU_TABLES.index(cpu)]
+        better = "; ".join(f"{isa}: {_native._C.cpu_why_not(isa)}" for isa in above) or "none, this is the best"
+        archs = _native._C.cuda_archs()
+        cuda = _native._C.cuda_why_not() or "ready"
+        cuda += f" (built for {archs})" if archs else ""
+        names = list(_native._C.Backend.ops)
+    return {
+        "igpt_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cpu backend": cpu or "plain torch",
+        "better cpu backends": better,
+        "gpu": gpu,
+        "cuda backend": cuda,
+        "ops": {op: (_served(cpu, op), _served("cuda", op)) for op in names},
+    }
+
+
+def _served(backend: str | None, op: str) -> str:
+    reason = _native.why_not(backend, op) if backend in _native.BACKENDS else f"plain torch: no {backend} backend here"
+    return backend if reason is None else reason if reason.startswith("plain") else f"plain torch: {reason}"
+
+
+def _processor() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

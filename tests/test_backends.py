@@ -1,0 +1,141 @@
+"""What all ops share: registration with torch, the choice of a backend and its reasons, bits that no thread changes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from igpt_fast import Config, ImageGPT, ops
+from igpt_fast.ops import _native
+from igpt_fast.ops._native import BACKENDS, use_backend
+from igpt_fast.patterns import compiled
+
+
+def floats(*shape, grad=True):
+    return torch.randn(*shape).requires_grad_(grad)
+
+
+def calls():
+    q, k, v = (floats(1, 2, 70, 16) for _ in range(3))
+    mask = list(compiled("row", (7, 10)).tensors)
+    bits = torch.zeros(5, 3, dtype=torch.uint8), torch.rand(4, 3)
+    return {
+        "rms_norm": [
+            (floats(3, 8), floats(8), None, 1e-5, torch.float32),
+            (floats(3, 8), floats(8), floats(3, 8), 1e-5, torch.float32),
+        ],
+        "bias_quick_gelu": [(floats(3, 8), None), (floats(3, 8), floats(8))],
+        "cross_entropy": [(floats(5, 7), torch.arange(5))],
+        "attention": [(q, k, v, [], True, 0.25), (q, k, v, mask, True, 0.25)],
+        "attention_decode": [
+            (floats(1, 2, 1, 16, grad=False), floats(1, 2, 9, 16, grad=False), floats(1, 2, 9, 16, grad=False), 7, 0.25)
+        ],
+        "linear": [(floats(2, 8, grad=False), floats(4, 8, grad=False), None)],
+        "palette_assign": [(*bits, torch.int64)],
+        "kmeans_step": [(bits[0], torch.ones(5, dtype=torch.int64), bits[1])],
+    }
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", calls())
+def test_opcheck(name, backend):
+    with use_backend(backend):
+        for args in calls()[name]:
+            opcheck(getattr(torch.ops.igpt, name).default, args)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_model_compiles_without_graph_breaks(backend):
+    model = ImageGPT(Config(layers=2, width=32, heads=2, colors=16, size=(4, 4), bias=True))
+    tokens = torch.randint(16, (2, 16))
+    torch.nn.init.normal_(model.wtet)
+    with use_backend(backend):
+        expected = model.loss(tokens)
+        wanted = torch.autograd.grad(expected, list(model.parameters()))
+        loss = torch.compile(model.loss, backend="aot_eager", fullgraph=True)(tokens)
+        got = torch.autograd.grad(loss, list(model.parameters()))
+    assert torch.allclose(loss, expected, atol=1e-6)
+    for w, g in zip(wanted, got, strict=True):
+        assert torch.allclose(g, w, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", [n for n in BACKENDS if n != "cuda"])
+def test_threads_do_not_change_a_bit(backend):
+    model = ImageGPT(Config(layers=1, width=48, heads=3, colors=20, size=(10, 13), bias=True))
+    torch.nn.init.normal_(model.wtet)
+    qkv = torch.randn(3, 130, 3, 3, 16, requires_grad=True)
+    x, bias, weight = (
+        torch.randn(260, 48, requires_grad=True),
+        torch.randn(48, requires_grad=True),
+        torch.ones(48, requires_grad=True),
+    )
+    targets = torch.arange(260) % 48
+
+    def everything():
+        a = ops.attention_packed(qkv)
+        b = ops.bias_quick_gelu(ops.rms_norm(x, weight), bias)
+        loss = (a * a).sum() + ops.cross_entropy(b, targets)
+        return [a, b, *torch.autograd.grad(loss, (qkv, x, bias, weight))]
+
+    before = torch.get_num_threads()
+    try:
+        with use_backend(backend):
+            torch.set_num_threads(1)
+            one = everything()
+            torch.set_num_threads(3)
+            three = everything()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def test_best_table_of_this_processor_is_used():
+    cpu = [n for n in _native.CPU_TABLES if not _native._C.cpu_why_not(n)]
+    assert [n for n in BACKENDS if n != "cuda"] == cpu and cpu[-1] == "baseline"
+    with use_backend("auto"):
+        assert _native.backend_for("rms_norm_fwd", (torch.ones(1),)).name == cpu[0]
+
+
+def test_a_missing_extension_leaves_the_reference_and_a_reason():
+    code = (
+        "import sys; sys.modules['igpt_fast._C'] = None\n"
+        "import torch, igpt_fast\n"
+        "print(igpt_fast.ops.bias_quick_gelu(torch.ones(2)).tolist())"
+    )
+    done = python(code)
+    assert done.returncode == 0 and "not built" in done.stderr and done.stdout.startswith("[0.84"), done.stderr
+
+
+def test_strict_raises_what_would_be_logged():
+    code = "import torch, igpt_fast\nigpt_fast.ops.bias_quick_gelu(torch.ones(2, dtype=torch.float64))"
+    assert python(code).returncode == 0
+    done = python(code, IGPT_STRICT="1")
+    assert done.returncode != 0 and "float64" in done.stderr
+
+
+def test_named_backend_serves_or_raises():
+    assert python("import igpt_fast", IGPT_BACKEND="abacus").returncode != 0
+    name = next(iter(BACKENDS))
+    with use_backend(name), pytest.raises(RuntimeError, match="float64"):
+        ops.bias_quick_gelu(torch.ones(2, dtype=torch.float64))
+
+
+def test_poison_fills_outputs():
+    with use_backend("auto", poison=True):
+        assert _native.empty((3,), torch.ones(1)).isnan().all()
+        assert _native.empty((3,), torch.ones(1), torch.int16).eq(-(2**15)).all()
+
+
+def test_info_names_every_op():
+    done = subprocess.run([sys.executable, "-m", "igpt_fast.cli", "info", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["cpu backend"] == next(iter(BACKENDS)) and set(facts["ops"]) == set(_native._C.Backend.ops)

@@ -1,0 +1,140 @@
+"""The rules of the layout: arrows point down, files stay short, PTX and symbols stay in their rooms."""
+
+import ast
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "igpt_fast"
+
+# Lower layers first. A module imports from its own layer's neighbours below, never from above.
+LAYERS = [
+    {"errors", "_C", "__version__"},
+    {"config", "console", "pictures", "patterns", "reference", "interrupt", "optimizer", "device"},
+    {"ops"},
+    {"palette", "kmeans", "model", "images", "decode", "arrays", "sources", "pixels", "tokens"},
+    {"data", "weights", "checkpoint"},
+    {"cached", "sample", "classify", "run", "batches"},
+    {"train", "probe"},
+    {"demo", "demo_page", "demo_style"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms of igpt_fast that a file imports: the first name below the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "igpt_fast":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("igpt_fast."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("igpt_fast.")}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_point_down(path):
+    own = room(path)
+    assert own in LEVEL, f"{own} has no layer: give it one in tests/test_layout.py"
+    for name in imported(path) - {own}:
+        assert name in LEVEL, f"{path.name} imports {name}, which has no layer"
+        assert LEVEL[name] <= LEVEL[own], f"{path.name} imports {name}, which stands above it"
+
+
+def test_no_cycles():
+    graph = {}
+    for path in modules():
+        graph.setdefault(room(path), set()).update(imported(path) - {room(path)})
+    seen: dict[str, int] = {}
+
+    def visit(name, trail):
+        assert seen.get(name) != 1, f"import cycle: {' → '.join([*trail, name])}"
+        if name not in seen:
+            seen[name] = 1
+            for below in graph.get(name, ()):
+                visit(below, [*trail, name])
+            seen[name] = 2
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_our_modules_are_imported_at_the_top():
+    for path in modules():
+        tree = ast.parse(path.read_text())
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                for node in ast.walk(function):
+                    assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("igpt_fast")), (
+                        f"{path.name}:{node.lineno} imports one of our modules inside a function"
+                    )
+
+
+def sources(*patterns: str) -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True)
+    names = listed.stdout.split() if listed.returncode == 0 else []
+    return [ROOT / n for n in names] or [
+        p for pattern in patterns for p in ROOT.rglob(pattern) if ".venv" not in p.parts
+    ]
+
+
+def test_files_are_short():
+    limits = {300: sources("*.py"), 400: sources("*.cpp", "*.h", "*.cu", "*.cuh")}
+    long = {
+        str(p.relative_to(ROOT)): n
+        for limit, ps in limits.items()
+        for p in ps
+        if (n := len(p.read_text().split("\n")) - 1) > limit
+    }
+    assert not long, f"too long, split by stem: {long}"
+
+
+def test_devices_do_not_see_each_other():
+    for device, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        for path in (ROOT / "csrc" / device).iterdir():
+            assert f"{other}/" not in path.read_text().split("namespace igpt")[0], f"{path} includes from {other}"
+
+
+def test_inline_ptx_stays_in_one_file():
+    for path in (ROOT / "csrc" / "cuda").iterdir():
+        assert path.name == "ptx.cuh" or not re.search(r"\basm\b", path.read_text()), f"inline PTX in {path.name}"
+
+
+def test_no_paths_of_a_machine_and_no_unfinished_marks():
+    marks = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X|HA" r"CK)\b|Not" r"ImplementedError")
+    for path in sources("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "*.md", "Makefile"):
+        assert not marks.search(path.read_text()), f"unfinished mark in {path}"
+
+
+@pytest.mark.skipif(
+    not list((ROOT / "build").glob("*/CMakeFiles/cpu_avx*")), reason="needs the objects of a build in the tree"
+)
+def test_symbols_stay_in_their_instruction_set():
+    """A function that the linker could merge across instruction sets would hand AVX-512 code to an older processor."""
+    assert shutil.which("nm"), "nm (binutils) is needed to read the objects"
+    loose = set()
+    for isa in ("avx2", "avx512", "avx512_bf16"):
+        for obj in (ROOT / "build").glob(f"*/CMakeFiles/cpu_{isa}.dir/**/*.o"):
+            listed = subprocess.run(
+                ["nm", "-C", "--defined-only", str(obj)], capture_output=True, text=True, check=True
+            )
+            for line in listed.stdout.splitlines():
+                kind, name = line.split(maxsplit=2)[1:]
+                if kind in "WVuTDB" and f"igpt::{isa}::" not in name and "DW.ref" not in name:
+                    loose.add(f"{obj.name}: {name}")
+    assert not loose, "shared symbols in code for one instruction set:\n" + "\n".join(sorted(loose))

@@ -111,35 +111,43 @@ def _generate(
     check_order(c)
     out = known.new_empty(len(rows), c.tokens)
     out[:, :count] = known[[row[0] for row in rows]]
-    total, prefix, start = len(rows) * (c.tokens - count), (-1, None, None), 0
-    size = batch or default_batch(model)
+    left, size, prefixes = c.tokens - count, batch or default_batch(model), {}
     # A caller's autocast would reach prefill's linears but not the decoding ops: all runs in the model's own dtype.
     with torch.inference_mode(), torch.autocast(known.device.type, enabled=False):
-        while total and start < len(rows):
-            part = rows[start : start + size]
-            cache = KVCache(c, len(part), model.wte.dtype, known.device)
-            logits = model.wtet.new_empty(len(part), c.colors)
-            for index in dict.fromkeys(row[0] for row in part):
-                if prefix[0] != index:  # an image whose completions fill several batches is prefilled once
-                    prefix = (index, *prefill(model, known[index : index + 1]))
-                where = [at for at, row in enumerate(part) if row[0] == index]  # neighbours: rows come grouped by image
-                same = slice(where[0], where[-1] + 1)
-                logits[same] = prefix[1]
-                cache.fill(same, prefix[2])
-            decoder = Decoder(model, cache)
+        for start in range(0, len(rows) if left else 0, size):
+            part, images = rows[start : start + size], out[start : start + size]
+            logits, decoder = _start(model, known, [row[0] for row in part], prefixes)
             uniforms = torch.from_numpy(np.stack([_stream(seed, row[1:], c.tokens) for row in part], axis=1))
-            images = out[start : start + size]
             for at, uniform in enumerate(uniforms.to(known.device).unbind()[count:], start=count):
                 token = ops.sample_tokens(logits, uniform, *options)
                 images[:, at] = token
                 if (at + 1) % c.size[1] == 0 or at + 1 == c.tokens:  # once a line, because looking waits for the device
-                    _refuse_garbage(images[:, count : at + 1], count, c.size[1])
+                    _refuse_garbage(images[:, count : at + 1], start, count, c.size[1])
                     if progress is not None:
-                        progress(start * (c.tokens - count) + len(part) * (at + 1 - count), total)
+                        progress(start * left + len(part) * (at + 1 - count), len(rows) * left)
                 if at + 1 < c.tokens:
                     logits = decode_one_token(decoder, token.clamp(min=0))
-            start += len(part)
     return out.view(-1, *c.size)
+
+
+def _start(
+    model: ImageGPT, known: Tensor, which: list[int], prefixes: dict[int, tuple[Tensor, KVCache]]
+) -> tuple[Tensor, Decoder]:
+    """The logits of the first pixel to draw, and a decoder, for the rows known[which]; equal rows stand side by side.
+
+    Each is prefilled once and alone. `prefixes` carries the last one over to the next batch, which may go on with it.
+    """
+    cache = KVCache(model.config, len(which), model.wte.dtype, known.device)
+    logits = model.wtet.new_empty(len(which), model.config.colors)
+    for index in dict.fromkeys(which):
+        if index not in prefixes:
+            prefixes.clear()
+            prefixes[index] = prefill(model, known[index : index + 1])
+        first = which.index(index)
+        same = slice(first, first + which.count(index))
+        logits[same], prefix = prefixes[index]
+        cache.fill(same, prefix)
+    return logits, Decoder(model, cache)
 
 
 def default_batch(model: ImageGPT) -> int:
@@ -151,19 +159,21 @@ def default_batch(model: ImageGPT) -> int:
 def _stream(seed: int, stream: tuple[int, int], count: int) -> np.ndarray:
     """float64 [count] in [0, 1): the uniforms of one image's pixels, fixed by the seed and the stream's two numbers."""
     key = np.array([seed, stream[0]], dtype=np.uint64)
-    counter = np.array(
-        [0, 0, stream[1], 0], dtype=np.uint64
-    )  # it counts in the lowest word: starts 2**128 apart never meet
+    # Philox counts in the lowest word, so streams that start 2**128 apart never meet.
+    counter = np.array([0, 0, stream[1], 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(count)
 
 
-def _refuse_garbage(drawn: Tensor, first: int, width: int) -> None:
-    """InputError when a token is -1, which is how sample_tokens says that the logits were not finite."""
+def _refuse_garbage(drawn: Tensor, start: int, first: int, width: int) -> None:
+    """InputError when a token is -1, which is how sample_tokens says that the logits were not finite.
+
+    drawn [N, K]: the tokens of the images start.. and of the pixels first.., of a grid `width` pixels wide
+    """
     if not (drawn < 0).any():
         return
-    image, at = (drawn < 0).nonzero()[0].tolist()
+    at, image = (drawn < 0).t().nonzero()[0].tolist()
     row, column = divmod(first + at, width)
     raise InputError(
-        f"the model's logits for pixel ({row}, {column}) of image {image} of the batch are not finite; "
-        "its weights are broken (training diverged?) or overflow in this dtype: use another checkpoint or float32"
+        f"the model's logits for pixel ({row}, {column}) of image {start + image} are not finite: its weights are broken "
+        "(training diverged?) or overflow in this dtype; use an earlier checkpoint, or float32"
     )

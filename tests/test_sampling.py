@@ -108,6 +108,8 @@ def test_the_last_uniform_gives_the_last_possible_token():
     logits = torch.tensor([[0.0, 1.0, -math.inf, -2000.0, -math.inf]])
     assert sample_tokens(logits, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 1
     assert sample_tokens(logits, torch.tensor([0.0], dtype=torch.float64)).item() == 0
+    # 1 is outside the range, but no uniform may ever lead past the last possible token.
+    assert sample_tokens(logits, torch.tensor([1.0], dtype=torch.float64)).item() == 1
 
 
 @pytest.mark.parametrize("bad", [[0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])

@@ -174,6 +174,6 @@ def _refuse_garbage(drawn: Tensor, start: int, first: int, width: int) -> None:
     at, image = (drawn < 0).t().nonzero()[0].tolist()
     row, column = divmod(first + at, width)
     raise InputError(
-        f"the model's logits for pixel ({row}, {column}) of image {start + image} are not finite: its weights are broken "
-        "(training diverged?) or overflow in this dtype; use an earlier checkpoint, or float32"
+        f"the logits of pixel ({row}, {column}) of image {start + image} are not finite; the weights are broken "
+        "(did training diverge?) or overflow in this dtype: use another checkpoint or float32"
     )

@@ -169,6 +169,13 @@ def diverged(run: Path, what: str, options: Options, width: int, step: int) -> I
     return InputError(f"{what} ({how}): {back} a smaller --lr, a longer --warmup or --precision fp32")
 
 
+def broken_off(run: Path, error: OSError) -> InputError:
+    """The error of a run that the file system has ended, with what is left of it."""
+    saved = list_checkpoints(run)
+    left = f"{saved[-1]} is intact: mend that, then go on with --resume" if saved else "mend that, then start again"
+    return InputError(f"{error.strerror or error}: {error.filename or run}; {left}")
+
+
 def circumstances(options: Options, device: torch.device) -> dict[str, Any]:
     """What a resumed run may change, though its numbers then differ, be it by rounding only."""
     free = {name: value for name, value in asdict(options).items() if name not in FIXED}

@@ -31,6 +31,7 @@ from igpt_fast.run import (
     FIXED,
     Metrics,
     Options,
+    broken_off,
     check_run,
     circumstances,
     diverged,
@@ -93,9 +94,12 @@ def train(
         if has != wants:
             raise InputError(f"the data have {name} {has}, the model {wants}: give them the same {name}")
     batches = Batches(dataset, chosen, config.objective)
-    run.mkdir(parents=True, exist_ok=True)
-    with locked(run), Stop() as stop:
-        return _Training(batches, run, config, device, checkpoint, stop, dict(command or {})).go()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with locked(run), Stop() as stop:
+            return _Training(batches, run, config, device, checkpoint, stop, dict(command or {})).go()
+    except OSError as error:  # a disk that is full, or gone
+        raise broken_off(run, error) from error
 
 
 class _Training:
@@ -119,10 +123,11 @@ class _Training:
         if checkpoint:
             self.step, state = checkpoint.step, checkpoint.state
             refuse_differences(run, state["fixed"], self.fixed)
-            say_differences(state["free"], circumstances(self.options, device))
             if self.step > self.options.steps:
                 what = f"--steps is {self.options.steps}, but {run} has come to step {self.step}"
                 raise InputError(f"{what}: give as many or more")
+            say(f"going on from {checkpoint.path}")
+            say_differences(state["free"], circumstances(self.options, device))
         self.window: list[Any] = [
             tuple(pair) for pair in state["window"]
         ]  # (loss, norm) of the steps since the last row

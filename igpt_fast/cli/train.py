@@ -15,7 +15,7 @@ from igpt_fast.data import open_tokens
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
-from igpt_fast.run import CURVE, METRICS, PRECISIONS, Options, check_run, read_options
+from igpt_fast.run import CURVE, FIXED, METRICS, PRECISIONS, Options, check_run, read_options, refuse_differences
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import Result
 from igpt_fast.train import train as train_model
@@ -165,17 +165,20 @@ def train(
     options = {field.name: given.get(field.name, known[field.name]) for field in fields(Options)}
     Options(**options)  # finds mistakes before the images are read
     _refuse_idle(given, data)
+    if size:
+        given["size"] = list(parse_size(size))
     if preset:
         given = PRESETS[preset.value] | given
+        given["size"] = list(given["size"])
+    images = {**IMAGES, **saved["command"].get("images", {})}
+    if resume:
+        _refuse_changes(out, saved, images, given)
     shape = {**SMALL, **saved["config"]}
     shape |= {name: given[name] for name in ("layers", "width", "heads", "objective") if name in given}
-    if "width" in given and given["width"] != saved["config"].get("width"):
-        shape.pop("mlp_width", None)
     Config.from_dict(shape)
-    images = {**IMAGES, **saved["command"].get("images", {})}
     images |= {name: str(given[name]) if name == "palette" else given[name] for name in IMAGES if name in given}
-    if given.get("size") and not isinstance(given["size"], str):  # a preset's, which tokens need not have
-        images["size"] = None if is_token_directory(data) else "x".join(map(str, given["size"]))
+    if not size and is_token_directory(data):
+        images["size"] = None  # a preset's, which tokens need not have
     dataset = _open(data, out, images, options["seed"], workers, given.get("palette"))
     config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
     again = f"igpt-fast train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
@@ -184,6 +187,20 @@ def train(
     _report(result, dataset, str(data), options["sample_every"])
     if as_json:
         _print(result, options["sample_every"])
+
+
+def _refuse_changes(out: Path, saved: dict[str, Any], images: dict[str, Any], given: dict[str, Any]) -> None:
+    """InputError for an option that would change a resumed run's model or data, before any image is read.
+
+    Only a part can be seen so early: train compares everything with the checkpoint itself.
+    """
+    config = {
+        name: value for name, value in saved["config"].items() if name != "colors"
+    }  # it may be less than asked for
+    fixed = {name: saved["options"].get(name) for name in FIXED}
+    images = {name: value for name, value in images.items() if name not in ("size", "palette")}
+    for was in (config, fixed, images):
+        refuse_differences(out, was, {**was, **{name: given[name] for name in was if name in given}})
 
 
 def _refuse_idle(given: dict[str, Any], data: Path) -> None:
@@ -201,7 +218,7 @@ def _open(
     data: Path, out: Path, images: dict[str, Any], seed: int, workers: int | None, palette: Path | None
 ) -> TokenDataset:
     """DATA as tokens, made in RUN/tokens first when it holds images."""
-    options = {**images, "size": parse_size(images["size"]) if images["size"] else None}
+    options = {**images, "size": images["size"] and tuple(images["size"])}
     if images["palette"] and palette is None and is_token_directory(out / "tokens"):
         options["palette"] = Palette.load(out / "tokens")  # a resumed run's own: the file it came from may be gone
     return open_tokens(data, cache_dir=out / "tokens", workers=workers, seed=seed, **options)

@@ -9,7 +9,7 @@ import numpy as np
 from igpt_fast.errors import InputError
 
 # Inverse strengths of the L2 penalty that are tried; the best on the validation part is used, the smallest of equals.
-STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 ITERATIONS = 1000  # of L-BFGS at most; a fit that would need more is marked
 Z95 = 1.959964  # a normal variable lies within so many standard deviations 95 % of the time
 

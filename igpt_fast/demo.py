@@ -35,10 +35,10 @@ from igpt_fast.sample import complete, sample
 from igpt_fast.train import train
 
 COLORS = 16  # the scans have 17 shades
-MODEL = {"layers": 4, "width": 128, "heads": 4}
-BATCH, LEARNING_RATE, VALIDATIONS = 64, 2e-3, 20
+MODEL = {"layers": 8, "width": 64, "heads": 4}
+BATCH, LEARNING_RATE, VALIDATIONS = 32, 2e-3, 18
 # What two ordinary cores are taken to do. Steps are counted, not time, so that a seed gives the same page twice.
-STEPS_PER_SECOND = 10
+STEPS_PER_SECOND = 15
 HELD_OUT = 0.2  # by name: validated, completed and tested on, never learned from
 SAMPLES, COMPLETIONS, KEEP = 40, 6, 0.5
 MARK = "demo.json"  # tells a directory that a demo wrote, and may replace, from any other

@@ -103,7 +103,7 @@ def _opening(f: Findings) -> str:
         (_percent(best.accuracy), rival),
         (f"{f.copies} of {len(f.samples)}", "drawn digits are copies of a scan it learned from"),
     )
-    cells = "".join(f"<li><b>{figure}</b><span>{text}</span></li>" for figure, text in tiles)
+    cells = "".join(f"<li><b>{figure}</b> <span>{text}</span></li>" for figure, text in tiles)
     return f"""<header>
 <p class="kicker">igpt-fast demo</p>
 <h1>Digits that nobody wrote</h1>

@@ -119,7 +119,7 @@ def demo(
     result = run_demo(out, seconds=seconds, seed=seed)
     say(f"wrote {result.page}: open it in a browser")
     if as_json:
-        print_json(page=str(result.page), **result.to_dict())
+        print_json(page=str(result.page), **result.numbers)
 
 
 def show(result: ProbeResult) -> None:

@@ -8,8 +8,10 @@ import numpy as np
 
 from igpt_fast.errors import InputError
 
-# Inverse strengths of the L2 penalty that are tried; the best on the validation part is used, the smallest of equals.
+# Inverse strengths of the L2 penalty that are tried; the best in validation is used, the smallest of equals.
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+FOLDS = 5  # parts of the images to learn from; validation answers for a part by a classifier of the others
+FEW = 1000  # up to so many images every part is answered for; above, where one part says enough, only the first
 ITERATIONS = 1000  # of L-BFGS at most; a fit that would need more is marked
 Z95 = 1.959964  # a normal variable lies within so many standard deviations 95 % of the time
 
@@ -24,7 +26,7 @@ class Score:
     high: float
     layer: int | None = None
     strength: float | None = None  # C, the inverse strength of the penalty
-    validation: float | None = None  # accuracy on the validation part with that strength
+    validation: float | None = None  # accuracy in validation with that strength, among the images to learn from
     converged: bool = True  # False: L-BFGS stopped at ITERATIONS
 
 
@@ -38,18 +40,32 @@ def load_sklearn() -> tuple[type, type]:
     return LogisticRegression, StandardScaler
 
 
-def classify(
-    name: str, features: np.ndarray, labels: np.ndarray, fit: np.ndarray, test: np.ndarray, layer: int | None = None
-) -> Score:
-    """Chooses the strength on what is in neither `fit` nor `test`, learns again from all but `test`, and tests.
+def draw_folds(labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
+    """The part, 0 to FOLDS - 1, of every image to learn from, and -1 for the test: int64 [N].
 
-    features: float32 [N, D]. labels: int64 [N]. fit, test: bool [N]. Raises InputError when scikit-learn is missing.
+    labels: int64 [N]. test: bool [N]. Each class is dealt out evenly, in an order drawn by the seed.
     """
-    validation = ~test & ~fit
-    found = [_right(features, labels, fit, validation, strength)[0] for strength in STRENGTHS]
+    folds, random = np.full(len(labels), -1), np.random.default_rng([seed, 1])
+    for label in np.unique(labels):
+        mine = random.permutation(np.flatnonzero((labels == label) & ~test))
+        folds[mine] = np.arange(len(mine)) % FOLDS
+    return folds
+
+
+def classify(name: str, features: np.ndarray, labels: np.ndarray, folds: np.ndarray, layer: int | None = None) -> Score:
+    """Chooses the strength by validation among the images to learn from, learns from all of them, and tests.
+
+    features: float32 [N, D], standardised here by what is learned from. labels: int64 [N], at least two of every class
+    to learn from. folds: as draw_folds gives them. Raises InputError when scikit-learn is missing.
+    """
+    test = folds < 0
+    answered = range(FOLDS if (~test).sum() <= FEW else 1)
+    parts = [(~test & (folds != fold), folds == fold) for fold in answered if (folds == fold).any()]
+    found = [sum(_right(features, labels, *part, strength)[0] for part in parts) for strength in STRENGTHS]
     best = int(np.argmax(found))
     right, converged = _right(features, labels, ~test, test, STRENGTHS[best])
-    chosen = {"strength": STRENGTHS[best], "validation": found[best] / int(validation.sum()), "converged": converged}
+    validation = found[best] / sum(int(ask.sum()) for _, ask in parts)
+    chosen = {"strength": STRENGTHS[best], "validation": validation, "converged": converged}
     return score(name, right, int(test.sum()), layer=layer, **chosen)
 
 

@@ -41,6 +41,7 @@ BATCH, LEARNING_RATE, VALIDATIONS = 32, 2e-3, 18
 STEPS_PER_SECOND = 15
 HELD_OUT = 0.2  # by name: validated, completed and tested on, never learned from
 SAMPLES, COMPLETIONS, KEEP = 40, 6, 0.5
+FEW = 10  # labels of each digit for one of the two probes
 MARK = "demo.json"  # tells a directory that a demo wrote, and may replace, from any other
 
 
@@ -102,6 +103,7 @@ def demo(out: str | Path = "demo", seconds: float = 60.0, seed: int = 0, steps: 
     with _stage(stages, "completing"), progress(total, "pixels", "completing") as bar:
         completed = complete(model, dataset.batch(shown), KEEP, COMPLETIONS, seed=seed, progress=bar.to).cpu()
     with _stage(stages, "probing"):
+        few = probe(model, dataset, test_fraction=HELD_OUT, per_class=FEW, seed=seed)
         probed = probe(model, dataset, test_fraction=HELD_OUT, seed=seed)
     frequencies = position_loss(dataset)
     findings = Findings(
@@ -121,8 +123,9 @@ def demo(out: str | Path = "demo", seconds: float = 60.0, seed: int = 0, steps: 
         originals=pixels[shown],
         completions=palette.decode(completed).numpy(),
         probe=probed,
+        few=few,
         loss_png=_loss_png(result.rows, config.colors, frequencies),
-        probe_png=figure_png(probed, "Which digit is it? A linear classifier on each layer's features"),
+        probe_png=figure_png(few, f"Which digit is it? Told after {FEW} examples of each"),
         stages=stages,
         machine=machine(model.wte.device),
     )

@@ -1,6 +1,5 @@
 """The demo's page: one HTML file with its pictures inside, that asks no server for anything."""
 
-import base64
 import html
 import math
 from dataclasses import dataclass
@@ -8,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from igpt_fast.classify import Score
 from igpt_fast.config import Config
-from igpt_fast.demo_style import STYLE
-from igpt_fast.pictures import to_png_bytes
+from igpt_fast.demo_style import STYLE, figure, grid, img, section
 from igpt_fast.probe import ProbeResult
 
 
@@ -43,7 +42,8 @@ class Findings:
     real_distance: float  # from a held-out scan to the nearest of those, median
     originals: np.ndarray  # [digits, H, W, 3]
     completions: np.ndarray  # [digits, n, H, W, 3]
-    probe: ProbeResult
+    probe: ProbeResult  # with every label
+    few: ProbeResult  # with few labels of each digit
     loss_png: bytes
     probe_png: bytes
     stages: list[Stage]
@@ -68,7 +68,12 @@ class Findings:
         )
         names += ("copies", "sample_distance", "real_distance", "machine")
         stages = {stage.name: round(stage.seconds, 3) for stage in self.stages}
-        rest = {"config": self.config.to_dict(), "probe": self.probe.to_dict(), "seconds": stages}
+        rest = {
+            "config": self.config.to_dict(),
+            "probe": self.probe.to_dict(),
+            "few": self.few.to_dict(),
+            "seconds": stages,
+        }
         return {name: getattr(self, name) for name in names} | rest
 
 
@@ -94,27 +99,26 @@ def render(f: Findings) -> str:
 
 
 def _opening(f: Findings) -> str:
-    best, pixels, training = f.probe.best, f.probe.pixels, f.seconds("training")
-    chance, choice = math.log(f.config.colors), math.exp(f.val_loss)
-    rival = f"of held-out digits told apart from layer {best.layer}; raw pixels: {_percent(pixels.accuracy)}"
+    best, training, chance = f.few.best, f.seconds("training"), math.log(f.config.colors)
     tiles = (
         (f"{training:.0f} s", f"of training, {f.seconds():.0f} s in all"),
         (f"{f.val_loss:.3f}", f"nats per pixel on scans it never saw; chance is {chance:.3f}"),
-        (_percent(best.accuracy), rival),
         (f"{f.copies} of {len(f.samples)}", "drawn digits are copies of a scan it learned from"),
+        (_percent(best.accuracy), f"of held-out scans named after {f.few.per_class} examples of each digit"),
     )
-    cells = "".join(f"<li><b>{figure}</b> <span>{text}</span></li>" for figure, text in tiles)
+    cells = "".join(f"<li><b>{amount}</b> <span>{text}</span></li>" for amount, text in tiles)
     return f"""<header>
 <p class="kicker">igpt-fast demo</p>
 <h1>Digits that nobody wrote</h1>
-{_grid(f.samples[:8], "a digit that the model drew", "strip")}
+{grid(f.samples[:8], "a digit that the model drew", "strip")}
 <p class="lead">These eight were drawn by a network of {f.parameters:,} weights. It looked at {f.learned_from:,} small
 scans of handwritten digits for {_duration(training)} and learned one thing only: to guess the next pixel from the ones
 before it, row by row. Nobody told it what a digit is, or that there are ten.</p>
 <p>From that alone it can <a href="#samples">draw digits from nothing</a> and <a href="#completions">finish a digit of
 which it sees the upper half</a>. Where a blind guess has {f.config.colors} shades to choose from, it is as unsure as
-between {choice:.1f}. And it <a href="#probe">learned something about digits</a> on the way: a linear classifier that
-reads one of its layers names {_percent(best.accuracy)} of the held-out scans. {_verdict(f.probe)}</p>
+between {math.exp(f.val_loss):.1f}. And on the way it <a href="#probe">worked out something about digits</a>. Shown only
+{_number(f.few.per_class)} labelled examples of each, a linear classifier that reads the network's layers names held-out
+digits: {_climb(f.few)}. {_rival(f.few)}</p>
 <ul class="tiles">{cells}</ul>
 </header>
 """
@@ -123,7 +127,7 @@ reads one of its layers names {_percent(best.accuracy)} of the held-out scans. {
 def _loss(f: Findings) -> str:
     chance = math.log(f.config.colors)
     gap = "; the gap is what it has begun to learn by heart" if f.loss < 0.97 * f.val_loss else ""
-    return _section(
+    return section(
         "loss",
         "Learning to guess the next pixel",
         f"""<p>The loss says how surprised the model is by each true pixel, in nats: 0 would be certainty, and a blind
@@ -131,14 +135,14 @@ guess among {f.config.colors} shades costs ln {f.config.colors} = {chance:.3f}. 
 picture has each shade, and nothing else, costs {f.position_loss:.3f}. After {f.steps:,} steps of {f.batch} scans the
 model is at <b>{f.val_loss:.3f}</b> on {f.held_out} scans that it never learned from, and at {f.loss:.3f} on those that
 it did{gap}.</p>
-{_figure(f.loss_png, "Loss over training steps, on scans learned from and on held-out scans, with two baselines")}""",
+{figure(f.loss_png, "Loss over training steps, on scans learned from and on held-out scans, with two baselines")}""",
     )
 
 
 def _samples(f: Findings) -> str:
-    drawn, real = _grid(f.samples, "a digit that the model drew", "eight"), _grid(f.real, "a real scan", "eight")
+    drawn, real = grid(f.samples, "a digit that the model drew", "eight"), grid(f.real, "a real scan", "eight")
     equal = "equals" if f.copies == 1 else "equal"
-    return _section(
+    return section(
         "samples",
         "Drawn from nothing",
         f"""<p>The model starts with an empty picture and draws pixel after pixel, each by the chances that it sees at
@@ -155,46 +159,54 @@ def _completions(f: Findings) -> str:
     n, half = f.completions.shape[1], f.config.size[0] // 2
     rows = ""
     for digit, (original, completed) in enumerate(zip(f.originals, f.completions, strict=True)):
-        given = f'<span class="half">{_img(original[:half], "its upper half")}</span>'
-        cells = (_img(original, f"a real {digit}"), given, *(_img(image, "a completion") for image in completed))
+        given = f'<span class="half">{img(original[:half], "its upper half")}</span>'
+        cells = (img(original, f"a real {digit}"), given, "", *(img(image, "a completion") for image in completed))
         rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
-    return _section(
+    return section(
         "completions",
         "Finished from the upper half",
         f"""<p>One held-out scan of each digit. The model is given the upper half and draws the lower one,
 {_number(n)} times. Many upper halves fit more than one digit, and then a good model does not insist on one.</p>
-<table class="grid"><thead><tr><th>scan</th><th>given</th><th colspan="{n}">what the model made of it</th></tr></thead>
+<table class="grid"><thead>
+<tr><th>scan</th><th>given</th><th class="gap"></th><th colspan="{n}">what the model made of it</th></tr></thead>
 <tbody>{rows}</tbody></table>""",
     )
 
 
 def _probe(f: Findings) -> str:
-    p, rows = f.probe, ""
-    for score in (*p.layers, p.pixels, p.majority):
-        interval = f"{100 * score.low:.1f} – {_percent(score.high)}"
-        cells = (html.escape(score.name), _percent(score.accuracy), interval)
-        rows += f"<tr{_BEST if score is p.best else ''}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
-    return _section(
+    few, full, rows = f.few, f.probe, ""
+    first = (*few.layers, few.pixels, few.majority)
+    for a, b in zip(first, (*full.layers, full.pixels, full.majority), strict=True):
+        cells = (
+            html.escape(a.name),
+            *(_accuracy(score, score is result.best) for score, result in ((a, few), (b, full))),
+        )
+        rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
+    return section(
         "probe",
         "What it knows without having been told",
         f"""<p>Training never saw a label. To ask what the layers hold all the same, each layer's activity is averaged
-over the picture and given to the simplest of classifiers, a logistic regression. It learns from {p.train:,} labelled
-scans and is tested on {p.test} that neither it nor the model has seen. Layer 0 is the embedding of single pixels,
-before any of them has met another; layer {p.depth} is the last. <b>{_verdict(p)}</b></p>
-{_figure(f.probe_png, "Accuracy of a linear classifier by layer, with raw pixels and the most frequent class")}
-<table><thead><tr><th>classifier on</th><th>accuracy</th><th>95 % interval</th></tr></thead>
-<tbody>{rows}</tbody></table>
-<p class="note">In bold, the layer that a validation part of the training scans prefers: the test scans had no say in
-it. Raw pixels are a strong rival here: the scans are centred and of one size, so that a pixel means the same in every
-scan, whereas an average over the picture knows of places only what the network wrote into it. On larger, freer images
-the order turns: linear probes of the paper's largest model at 32×32 reach 96.3 % on CIFAR-10.</p>""",
+over the picture and given to the simplest of classifiers, a logistic regression. It is shown {few.train:,} labelled
+scans, {_number(few.per_class)} of each digit, and tested on {few.test} that neither it nor the model has seen. Layer 0
+is the embedding of single pixels, before any of them has met another; layer {few.depth} is the last. Of the held-out
+scans it names <b>{_climb(few)}</b>. {_rival(few)}</p>
+{figure(f.probe_png, "Accuracy of a linear classifier by layer, with raw pixels and the most frequent class")}
+<p>With all {full.train:,} labels it is {_climb(full)}. {_rival(full)}</p>
+<table><thead>
+<tr><th>classifier on</th><th>{few.per_class} labels of each digit</th><th>all {full.train:,} labels</th></tr>
+</thead><tbody>{rows}</tbody></table>
+<p class="note">With 95 % intervals, for the choice of test scans. In bold, the layer that validation among the labelled
+scans prefers: the test scans had no say in it. Raw pixels are a strong rival here: the scans are centred and of one
+size, so that a pixel means the same in every scan, whereas an average over the picture knows of places only what the
+network wrote into it. On larger, freer images the order turns: linear probes of the paper's largest model at 32×32
+reach 96.3 % on CIFAR-10.</p>""",
     )
 
 
 def _timings(f: Findings) -> str:
     rows = "".join(f"<tr><td>{stage.name}</td><td>{stage.seconds:.1f} s</td></tr>\n" for stage in f.stages)
     total = f"<tr{_BEST}><td>together</td><td>{f.seconds():.1f} s</td></tr>"
-    return _section("timings", "What took how long", f"<table><tbody>{rows}{total}</tbody></table>")
+    return section("timings", "What took how long", f"<table><tbody>{rows}{total}</tbody></table>")
 
 
 def _machine(f: Findings) -> str:
@@ -202,11 +214,11 @@ def _machine(f: Findings) -> str:
     shape = f"{c.layers} layers, width {c.width}, {c.heads} heads, {c.size[0]}×{c.size[1]} pixels of {c.colors} colours"
     facts = {**f.machine, "model": f"{shape}, {f.parameters:,} weights", "seed": str(f.seed)}
     rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>\n" for name, value in facts.items())
-    return _section("machine", "On what", f"<dl>{rows}</dl>")
+    return section("machine", "On what", f"<dl>{rows}</dl>")
 
 
 def _yours(f: Findings) -> str:
-    return _section(
+    return section(
         "yours",
         "Now with your own images",
         f"""<p>A folder, a .zip or a .tar of images will do. Class folders give the labels, which only the last command
@@ -220,44 +232,28 @@ C. Kaynak, UCI Machine Learning Repository, 1998), as it comes with scikit-learn
 _BEST = ' class="best"'
 
 
-def _verdict(p: ProbeResult) -> str:
+def _climb(p: ProbeResult) -> str:
+    """The layer that validation prefers, and where the layers start from."""
+    best, first = p.best, p.layers[0]
+    start = f", up from {_percent(first.accuracy)} at layer {first.layer}" if best.low > first.high else ""
+    return f"{_percent(best.accuracy)} from layer {best.layer}{start}"
+
+
+def _rival(p: ProbeResult) -> str:
     """Layers against pixels in one sentence that says no more than the intervals allow."""
-    best, pixels, first = p.best, p.pixels, p.layers[0]
-    numbers = (
-        f"Layer {best.layer} names {_percent(best.accuracy)} of them right, raw pixels {_percent(pixels.accuracy)}"
-    )
+    best, pixels = p.best, p.pixels
     if best.low > pixels.high:
-        rest = "the network's own features are clearly the better ones"
+        verdict = "the network's own features are clearly the better ones"
     elif best.high < pixels.low:
-        rest = "here the pixels themselves are clearly the better features"
+        verdict = "on scans as tidy as these, the pixels themselves are clearly the better features"
     else:
-        rest = f"with {p.test} scans to test on that is too close to call"
-    climb = (
-        f"; where it starts from, at layer {first.layer}, it is {_percent(first.accuracy)}" if first is not best else ""
-    )
-    return f"{numbers}: {rest}{climb}."
+        verdict = f"with {p.test} scans to test on, too close to call"
+    return f"Raw pixels, classified in the same way, give {_percent(pixels.accuracy)}: {verdict}."
 
 
-def _section(name: str, title: str, body: str) -> str:
-    return f'<section id="{name}">\n<h2>{title}</h2>\n{body}\n</section>\n'
-
-
-def _uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _img(image: np.ndarray, alt: str) -> str:
-    """One small image, a pixel a pixel: the browser enlarges it without smoothing."""
-    height, width = image.shape[:2]
-    return f'<img class="pixels" width="{width}" height="{height}" alt="{alt}" src="{_uri(to_png_bytes(image))}">'
-
-
-def _grid(images: np.ndarray, alt: str, kind: str) -> str:
-    return f'<div class="{kind}">{"".join(_img(image, alt) for image in images)}</div>'
-
-
-def _figure(png: bytes, alt: str) -> str:
-    return f'<img class="figure" alt="{alt}" src="{_uri(png)}">'
+def _accuracy(score: Score, bold: bool) -> str:
+    share = f"<b>{_percent(score.accuracy)}</b>" if bold else _percent(score.accuracy)
+    return f'{share} <span class="interval">{100 * score.low:.1f} – {100 * score.high:.1f}</span>'
 
 
 def _percent(share: float) -> str:

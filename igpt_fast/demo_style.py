@@ -1,4 +1,10 @@
-"""The look of the demo's page: no font, script or picture from elsewhere, light and dark, narrow and wide."""
+"""The look of the demo's page, light and dark, narrow and wide, and its building blocks: all of it our own."""
+
+import base64
+
+import numpy as np
+
+from igpt_fast.pictures import to_png_bytes
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --ink: #1d1c1a; --soft: #67635b; --rule: #dcd8cf; --tile: #f1eee7;
@@ -42,7 +48,8 @@ td { border-top: 1px solid var(--rule); padding: .3rem .75rem .3rem 0; }
 .grid { table-layout: fixed; }
 .grid th { white-space: nowrap; }
 .grid td { border: 0; padding: .2rem; }
-.grid td:nth-child(3), .grid th:nth-child(3) { padding-left: .9rem; }
+.grid .gap { width: .8rem; }
+.interval { color: var(--soft); font-size: .85rem; white-space: nowrap; margin-left: .35rem; }
 .half { display: block; aspect-ratio: 1; border-radius: 2px; box-shadow: 0 0 0 1px var(--rule);
   background: repeating-linear-gradient(45deg, var(--tile) 0 4px, transparent 4px 8px); }
 .half .pixels { box-shadow: none; border-radius: 2px 2px 0 0; }
@@ -54,3 +61,28 @@ pre { background: var(--tile); border-radius: .5rem; padding: 1rem; overflow-x: 
 @media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .6rem; }
   .grid td { padding: .12rem; } }
 """
+
+
+def section(name: str, title: str, body: str) -> str:
+    """A part of the page with the id `name`; `body` is HTML."""
+    return f'<section id="{name}">\n<h2>{title}</h2>\n{body}\n</section>\n'
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def img(image: np.ndarray, alt: str) -> str:
+    """One small image, uint8 [H, W, 3], a pixel a pixel: the browser enlarges it without smoothing."""
+    height, width = image.shape[:2]
+    return f'<img class="pixels" width="{width}" height="{height}" alt="{alt}" src="{_data_uri(to_png_bytes(image))}">'
+
+
+def grid(images: np.ndarray, alt: str, kind: str) -> str:
+    """Small images, uint8 [N, H, W, 3], in rows of eight; kind is "strip" or "eight"."""
+    return f'<div class="{kind}">{"".join(img(image, alt) for image in images)}</div>'
+
+
+def figure(png: bytes, alt: str) -> str:
+    """A picture as wide as the text. In the dark its colours are turned, so that white paper becomes the page."""
+    return f'<img class="figure" alt="{alt}" src="{_data_uri(png)}">'

@@ -18,14 +18,13 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from igpt_fast.classify import Score, classify, load_sklearn, score
+from igpt_fast.classify import Score, classify, draw_folds, load_sklearn, score
 from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.pictures import COLOURS
 
-VALIDATION = 0.2  # of each class's training images, kept back to choose the strength
 BATCH_BYTES = 256 << 20  # of activations at once, by the estimate in extract_features
 
 
@@ -40,16 +39,17 @@ class ProbeResult:
     classes: tuple[str, ...]
     left_out: dict[str, int]  # classes with too few images to learn and test on, and how many they have
     unlabelled: int  # images without a label, left out
-    train: int  # images that the classifiers learned from, the validation part included
+    train: int  # images that the classifiers learned from
     test: int
     test_fraction: float
+    per_class: int | None  # labels of each class at most; None: all that there are
     seed: int
     feature_bytes: int
     seconds: float
 
     @property
     def best(self) -> Score:
-        """The layer that the validation part prefers, the lowest of equals: the test images have no say in it."""
+        """The layer that validation prefers, the lowest of equals: the test images have no say in it."""
         return max(self.layers, key=lambda score: score.validation)
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +64,7 @@ def probe(
     layers: Sequence[int] | None = None,
     test_fraction: float = 0.2,
     limit: int | None = None,
+    per_class: int | None = None,
     seed: int = 0,
     batch: int | None = None,
     amp: bool = False,
@@ -71,23 +72,23 @@ def probe(
     """Probes a model's layers on a labelled dataset.
 
     layers: which; None: all, 0 to model.config.layers. test_fraction: the test images are those that training with
-    that val_fraction, or a larger one, never saw: `dataset.split("val", test_fraction)`. limit: at most so many images,
-    which `seed` draws, as it draws the validation part; nothing else is left to chance. batch: images side by side;
-    None: what fits. amp: features in bf16 autocast. Every feature is standardised by the training images. Progress is
-    shown on stderr. All features are held at once: images · layers · width · 4 bytes.
+    that val_fraction, or a larger one, never saw: `dataset.split("val", test_fraction)`. limit: at most so many images.
+    per_class: learn from so few of each class, to see what little teaching is worth. `seed` draws both, and the parts
+    of the validation; nothing else is left to chance. batch: images side by side; None: what fits. amp: features in
+    bf16 autocast. Progress is shown on stderr. All features are held at once: images · layers · width · 4 bytes.
 
     Raises InputError for a dataset without labels, with one class, with too few images or with tokens that do not fit
     the model, and for options out of range.
     """
     began = time.monotonic()
-    layers = check_options(model.config.layers, layers, test_fraction, limit, batch)
+    layers = check_options(model.config.layers, layers, test_fraction, limit, per_class, batch)
     load_sklearn()  # before any work
     if dataset.size != model.config.size or dataset.colors != model.config.colors:
         is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, model.config))
         raise InputError(f"{dataset.path}: the images are {is_}, the model is made for {wants}; tokenise them for it")
-    indices, test, left_out, unlabelled = _choose(dataset, test_fraction, limit, seed)
+    indices, test, left_out, unlabelled = _choose(dataset, test_fraction, limit, per_class, seed)
     labels = dataset.labels[indices]
-    fit = ~test & ~_draw_validation(labels, test, seed)
+    folds = draw_folds(labels, test, seed)
     pooled = extract_features(model, dataset, indices, layers, batch, amp)
     scores = []
     with progress(len(layers) + 1, "classifiers", "fit") as bar:
@@ -95,7 +96,7 @@ def probe(
             if features is None:  # made last and late: pixels can be far larger than a layer
                 features = np.asarray(dataset.palette.centers)[dataset.batch(indices).numpy()].reshape(len(indices), -1)
             name = "raw pixels" if layer is None else f"layer {layer}"
-            scores.append(classify(name, features, labels, fit, test, layer))
+            scores.append(classify(name, features, labels, folds, layer))
             bar.advance()
     most_frequent = np.bincount(labels[~test]).argmax()
     return ProbeResult(
@@ -109,6 +110,7 @@ def probe(
         train=int((~test).sum()),
         test=int(test.sum()),
         test_fraction=test_fraction,
+        per_class=per_class,
         seed=seed,
         feature_bytes=pooled.nbytes,
         seconds=time.monotonic() - began,
@@ -120,6 +122,7 @@ def check_options(
     layers: Sequence[int] | None = None,
     test_fraction: float = 0.2,
     limit: int | None = None,
+    per_class: int | None = None,
     batch: int | None = None,
 ) -> list[int]:
     """The layers to probe, ascending. Raises InputError for an option out of range; `top` is the model's last layer."""
@@ -128,9 +131,9 @@ def check_options(
         raise InputError(f"layers {', '.join(map(str, chosen)) or 'none'} were asked; this model has layers 0 to {top}")
     if not 0 < test_fraction < 1:  # also catches NaN
         raise InputError(f"test fraction is {test_fraction}; use a fraction between 0 and 1, such as 0.2")
-    for name, value in (("limit", limit), ("batch", batch)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; use at least 1")
+    for name, value, least in (("limit", limit, 1), ("per class", per_class, 2), ("batch", batch, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}; use at least {least}")
     return chosen
 
 
@@ -206,7 +209,7 @@ def figure_png(result: ProbeResult, title: str) -> bytes:
 
 
 def _choose(
-    dataset: TokenDataset, test_fraction: float, limit: int | None, seed: int
+    dataset: TokenDataset, test_fraction: float, limit: int | None, per_class: int | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int], int]:
     """Which images [N], which of them are for the test (bool [N]), the classes left out, the unlabelled count."""
     known = np.flatnonzero(dataset.labels >= 0)
@@ -233,16 +236,11 @@ def _choose(
             f"learn from and 1 to test on (test fraction {test_fraction}): give more images or another fraction"
         )
     used = good[labels]
+    if per_class is not None:
+        random = np.random.default_rng([seed, 2])
+        for label in np.flatnonzero(good):
+            used[random.permutation(np.flatnonzero((labels == label) & ~test))[per_class:]] = False
     return known[used], test[used], left_out, unlabelled
-
-
-def _draw_validation(labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
-    """bool [N]: a fifth of each class's training images, at least one, drawn by the seed."""
-    drawn, random = np.zeros(len(labels), bool), np.random.default_rng([seed, 1])
-    for label in np.unique(labels):
-        mine = np.flatnonzero((labels == label) & ~test)
-        drawn[random.choice(mine, max(1, round(VALIDATION * len(mine))), replace=False)] = True
-    return drawn
 
 
 def _memory() -> int:

@@ -19,7 +19,7 @@ from igpt_fast.checkpoint import load_checkpoint
 from igpt_fast.classify import score
 from igpt_fast.cli import probe as commands
 from igpt_fast.demo import demo, load_digits, position_loss
-from igpt_fast.demo_page import COMMANDS, Findings, _verdict, render
+from igpt_fast.demo_page import COMMANDS, Findings, _climb, _rival, render
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
 from igpt_fast.probe import ProbeResult
@@ -129,9 +129,13 @@ def test_the_numbers_on_the_page_are_those_of_the_run(made, page):
     numbers = json.loads((made.page.parent / "demo.json").read_text())
     assert numbers == json.loads(json.dumps(made.numbers)) and numbers["complete"]
     assert f"{numbers['val_loss']:.3f} nats per pixel on scans it never saw" in page.text
-    best = next(row for row in numbers["probe"]["layers"] if row["layer"] == numbers["probe"]["best_layer"])
-    assert f"{100 * best['accuracy']:.1f} % of held-out digits told apart" in page.text
-    assert f"raw pixels {100 * numbers['probe']['pixels']['accuracy']:.1f} %" in page.text
+    for name in ("few", "probe"):
+        rows = numbers[name]["layers"]
+        best = next(row for row in rows if row["layer"] == numbers[name]["best_layer"])
+        assert f"{100 * best['accuracy']:.1f} % from layer {best['layer']}" in page.text
+        assert f"give {100 * numbers[name]['pixels']['accuracy']:.1f} %" in page.text
+        assert all(f"{100 * row['accuracy']:.1f} % {100 * row['low']:.1f} –" in page.text for row in rows)
+    assert (numbers["few"]["train"], numbers["probe"]["train"]) == (100, 1425)
     assert numbers["probe"]["test"] == numbers["held_out"] == 372 and numbers["learned_from"] == 1425
     assert list(numbers["seconds"]) == ["palette and tokens", "training", "sampling", "completing", "probing"]
     rows = [json.loads(line) for line in (made.page.parent / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -154,8 +158,10 @@ def test_a_seed_gives_the_same_demo_and_an_old_one_is_replaced(small, made, tmp_
 
 
 def timeless(numbers: dict) -> dict:
-    rest = {key: value for key, value in numbers.items() if key not in ("seconds", "probe")}
-    return rest | {"probe": {key: value for key, value in numbers["probe"].items() if key != "seconds"}}
+    """Without any "seconds", at any depth."""
+    return {
+        key: timeless(value) if isinstance(value, dict) else value for key, value in numbers.items() if key != "seconds"
+    }
 
 
 def test_the_digits_are_ink_on_paper():
@@ -231,6 +237,7 @@ def findings(made, **changes) -> Findings:
         train=400,
         test=100,
         test_fraction=0.2,
+        per_class=10,
         seed=0,
         feature_bytes=1,
         seconds=1.0,
@@ -239,20 +246,29 @@ def findings(made, **changes) -> Findings:
     names += ("copies", "sample_distance", "real_distance", "machine")
     stages = [module.Stage(name, 1.0) for name in numbers["seconds"]]
     pictures = {"samples": blank, "real": blank, "originals": blank, "completions": blank[:, None]}
-    rest = {"config": model.config, "probe": probed, "stages": stages, "loss_png": b"", "probe_png": b"", **pictures}
+    rest = {
+        "config": model.config,
+        "probe": probed,
+        "few": probed,
+        "stages": stages,
+        "loss_png": b"",
+        "probe_png": b"",
+        **pictures,
+    }
     return dataclasses.replace(Findings(**{name: numbers[name] for name in names}, **rest), **changes)
 
 
 def test_the_verdict_says_no_more_than_the_intervals_allow(made):
     result = findings(made).probe
     for right, words in (
-        (82, "too close to call"),
-        (99, "the pixels themselves are"),
-        (20, "features are clearly the better"),
+        (82, "give 82.0 %: with 100 scans to test on, too close to call."),
+        (99, "99.0 %: on scans as tidy as these, the pixels themselves are clearly the better features."),
+        (20, "20.0 %: the network's own features are clearly the better ones."),
     ):
-        assert words in _verdict(dataclasses.replace(result, pixels=score("raw pixels", right, 100)))
-    assert "Layer 1 names 80.0 % of them right, raw pixels 82.0 %" in _verdict(result)
-    assert "at layer 0, it is 30.0 %" in _verdict(result)
+        assert words in _rival(dataclasses.replace(result, pixels=score("raw pixels", right, 100)))
+    assert _climb(result) == "80.0 % from layer 1, up from 30.0 % at layer 0"
+    near = score("layer 0", 75, 100, layer=0, validation=0.3)
+    assert _climb(dataclasses.replace(result, layers=(near, result.layers[1]))) == "80.0 % from layer 1"
 
 
 def test_the_words_follow_the_numbers(made):

@@ -15,7 +15,7 @@ from igpt_fast import classify as classifier
 from igpt_fast import cli
 from igpt_fast import probe as module
 from igpt_fast.checkpoint import save_checkpoint
-from igpt_fast.classify import classify, score
+from igpt_fast.classify import classify, draw_folds, score
 from igpt_fast.cli.probe import parse_layers
 from igpt_fast.config import Config
 from igpt_fast.data import tokenize
@@ -37,7 +37,7 @@ def write_tokens(folder, labels, seed: int = 0, name: str = "images"):
     labels, random = np.asarray(labels), np.random.default_rng(seed)
     shape = (len(labels), *SIZE)
     liked = 4 + random.choice([-1, 1], shape) * (1 + np.maximum(labels, 0) % 4)[:, None, None]
-    greys = np.where(random.random(shape) < 0.5, liked, random.integers(0, COLORS, shape))
+    greys = np.where(random.random(shape) < 0.35, liked, random.integers(0, COLORS, shape))
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / f"{name}.npz", images=np.repeat(GREYS[greys][..., None], 3, axis=-1), labels=labels)
     return tokenize(folder / f"{name}.npz", PALETTE, folder / name, SIZE, resize="none", workers=0)
@@ -45,7 +45,7 @@ def write_tokens(folder, labels, seed: int = 0, name: str = "images"):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("probe"), np.arange(180) * 7 % 3)
+    return write_tokens(tmp_path_factory.mktemp("probe"), np.arange(240) * 7 % 3)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_counts_are_of_the_split_that_training_uses(result, dataset):
     assert result.test == len(dataset.split("val", 0.2))
     assert result.train == len(dataset.split("train", 0.2))
     assert result.majority.accuracy == pytest.approx(majority(dataset))
-    assert result.feature_bytes == 180 * 3 * 24 * 4
+    assert result.feature_bytes == 240 * 3 * 24 * 4
     assert result.classes == ("0", "1", "2") and not result.left_out and not result.unlabelled
 
 
@@ -99,9 +99,32 @@ def test_the_accuracy_is_scikit_learns_own(result, model, dataset):
 def test_the_same_seed_gives_the_same_result_and_the_seed_decides_the_validation_part(result, model, dataset):
     again = probe(model, dataset, seed=0)
     assert timeless(again) == timeless(result)
-    parts = [module._draw_validation(dataset.labels, np.zeros(180, bool), seed) for seed in (0, 0, 1)]
-    assert (parts[0] == parts[1]).all() and (parts[0] != parts[2]).any()
-    assert np.bincount(dataset.labels[parts[0]]).tolist() == [12, 12, 12]  # a fifth of each class
+    other = probe(model, dataset, seed=1)
+    assert [found.validation for found in other.layers] != [found.validation for found in result.layers]
+
+
+@given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 9))
+def test_every_class_is_dealt_out_evenly(count, classes, seed):
+    labels, test = np.arange(count * classes) % classes, np.arange(count * classes) < classes
+    folds = draw_folds(labels, test, seed)
+    assert (folds[test] == -1).all()
+    for label in range(classes):
+        sizes = np.bincount(folds[(labels == label) & ~test], minlength=5)
+        assert sizes.sum() == count - 1 and sizes.max() - sizes.min() <= 1
+
+
+def test_few_images_are_all_validated_on_and_many_in_part(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        classifier, "_right", lambda x, y, fit, ask, c: (asked.append((fit.sum(), ask.sum())) or int(c == 0.1), True)
+    )
+    folds = np.array([-1] * 10 + [0, 1, 2, 3, 4] * 8)
+    found = classify("x", np.zeros((50, 1)), np.arange(50) % 2, folds)
+    assert asked == [(32, 8)] * 30 + [(40, 10)] and found.strength == 0.1 and found.validation == 5 / 40
+    asked.clear()
+    monkeypatch.setattr(classifier, "FEW", 39)
+    assert classify("x", np.zeros((50, 1)), np.arange(50) % 2, folds).validation == 1 / 8
+    assert asked == [(32, 8)] * 6 + [(40, 10)]
 
 
 def test_neither_batch_nor_other_layers_change_a_layer(result, model, dataset):
@@ -129,14 +152,23 @@ def test_limit_draws_by_the_seed(model, dataset):
     assert {**timeless(few[0]), "seed": 0} != {**timeless(few[2]), "seed": 0}
 
 
+def test_so_few_labels_of_each_class_and_the_same_test(model, dataset, result):
+    few = [probe(model, dataset, layers=[0], per_class=3, seed=seed) for seed in (4, 4, 5)]
+    assert few[0].train == 9 and few[0].test == result.test and few[0].per_class == 3
+    assert timeless(few[0]) == timeless(few[1]) and few[0].layers != few[2].layers
+    assert few[0].layers[0].accuracy < result.layers[0].accuracy
+    assert probe(model, dataset, layers=[0], per_class=1000).layers[0] == result.layers[0]
+
+
 def test_the_test_images_have_no_say_in_the_penalty():
     random = np.random.default_rng(0)
     labels = np.arange(90) % 3
     features = (np.eye(3)[labels] + random.normal(size=(90, 3))).astype(np.float32)
-    fit, test = np.arange(90) < 50, np.arange(90) >= 70
-    found = classify("x", features, labels, fit, test)
+    test = np.arange(90) >= 70
+    folds = draw_folds(labels, test, 0)
+    found = classify("x", features, labels, folds)
     features[test], labels[test] = -features[test], 0
-    other = classify("x", features, labels, fit, test)
+    other = classify("x", features, labels, folds)
     assert (found.strength, found.validation) == (other.strength, other.validation)
     assert found.accuracy != other.accuracy and found.converged
 
@@ -191,6 +223,7 @@ def test_the_figure_is_a_picture(result):
         ({"test_fraction": float("nan")}, "test fraction is nan"),
         ({"test_fraction": 1.0}, "test fraction is 1.0"),
         ({"limit": 0}, "limit is 0"),
+        ({"per_class": 1}, "per class is 1; use at least 2"),
         ({"batch": 0}, "batch is 0"),
         ({"limit": 4}, "a probe needs two classes"),
     ],

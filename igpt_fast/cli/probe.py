@@ -58,6 +58,10 @@ def probe(
         int | None,
         typer.Option("--limit", min=1, metavar="N", show_default="all", help="At most N images, drawn by --seed."),
     ] = None,
+    per_class: Annotated[
+        int | None,
+        typer.Option("--per-class", min=2, metavar="N", show_default="all", help="Learn from N images of each class."),
+    ] = None,
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, metavar="B", show_default="by memory", help="Images side by side.")
     ] = None,
@@ -83,13 +87,10 @@ def probe(
     checkpoint = load_checkpoint(run, pick_device(device))
     depth = checkpoint.model.config.layers
     chosen = parse_layers(layers, depth)
-    check_options(depth, chosen, test_fraction, limit, batch)
+    check_options(depth, chosen, test_fraction, limit, per_class, batch)
     with _tokens(checkpoint, data) as dataset:
-        count = min(int((dataset.labels >= 0).sum()), limit or len(dataset))
-        gigabytes = count * len(chosen) * checkpoint.model.config.width * 4 / 1e9
-        say(f"features of {count:,} images at {len(chosen)} layers, {gigabytes:.3g} GB")
-        options = {"layers": chosen, "test_fraction": test_fraction, "limit": limit, "seed": seed, "batch": batch}
-        result = probe_model(checkpoint.model, dataset, **options, amp=bf16)
+        options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
+        result = probe_model(checkpoint.model, dataset, layers=chosen, **options, amp=bf16)
     write_atomically(out, figure_png(result, f"Linear probe: step {checkpoint.step} of {run} on {data.name}"))
     show(result)
     say(f"wrote {out}")
@@ -134,6 +135,7 @@ def show(result: ProbeResult) -> None:
         column.justify = "right"
     Console(stderr=True).print(table)
     say(f"{result.train:,} images to learn from, {result.test:,} to test on, {len(result.classes)} classes")
+    say(f"{result.feature_bytes / 1e6:,.1f} MB of features, {result.seconds:.1f} s")
     say(f"* the layer that validation prefers ({100 * result.best.validation:.1f} % there)")
     if result.unlabelled:
         say(f"left out {result.unlabelled:,} images without a label")

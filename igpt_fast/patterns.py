@@ -63,7 +63,8 @@ class BlockMask:
 
     Made by `BlockMask.compile` or `BlockMask.from_dense`. `tensors` is what the kernels read: CSR lists of tiles by
     rows (row_start, row_tile, row_mask) and by columns (col_start, col_tile, col_mask), int32, a mask index of -1
-    meaning a full tile; then bits and bits_t, int64 [masks, 64]: bit k of bits[m, q] and bit q of bits_t[m, k] say that q sees k.
+    meaning a full tile; then bits and bits_t, int64 [masks, 64]: bit k of bits[m, q] and bit q of bits_t[m, k] say that
+    q sees k.
     """
 
     tokens: int

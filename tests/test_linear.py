@@ -28,13 +28,13 @@ def test_linear(backend, n, k, m, bias, x, w):
     check(ops.linear, reference.linear.linear, args, backend, grads=False)
 
 
-@pytest.mark.parametrize("backend", backends("linear_fwd")[1:])
+@pytest.mark.parametrize("backend", backends("linear_fwd"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_know_their_batch(backend, dtype):
-    x, w = torch.randn(11, 200).to(dtype), torch.randn(37, 200).to(dtype)
+    x, w = torch.randn(5, 256).to(dtype), torch.randn(768, 256).to(dtype)
     with use_backend(backend):
         whole = ops.linear(x, w)
-        assert all(torch.equal(ops.linear(x[i : i + 1], w)[0], whole[i]) for i in range(11))
+        assert all(torch.equal(ops.linear(x[i : i + 1], w)[0], whole[i]) for i in range(5))
 
 
 def test_bad_arguments():

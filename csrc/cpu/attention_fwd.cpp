@@ -34,7 +34,7 @@ static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float sc
     if (bits != ~0ull) v[i] = keep(uint32_t(bits >> (i * kLanes)), v[i], splat(-INFINITY));
     top = max(top, v[i]);
   }
-  const float before = w.m[r], m = std::fmax(before, max(top));
+  const float here = max(top), before = w.m[r], m = here > before ? here : before;
   vf total = {};
   typename E::Unit* p = w.p.get() + r * kTile / E::kStep;
   for (int i = 0; i < kVectors; ++i) {
@@ -46,7 +46,7 @@ static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float sc
     w.l[r] += sum(total);
     return;
   }
-  const float fade = std::exp2(before - m);
+  const float fade = exp2(splat(before - m))[0];
   w.m[r] = m;
   w.l[r] = w.l[r] * fade + sum(total);
   float* o = w.o.get() + r * Dp;

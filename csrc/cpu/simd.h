@@ -126,6 +126,35 @@ static inline float sum(vf v) {
   else
     return sum<width / 2>(v);
 }
+// Both folded to half: in each block of 2 width lanes, first a's two halves added, then b's.
+template <int width>
+static inline vf fold(vf a, vf b) {
+  vi low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    const bool first = i / width % 2 == 0;
+    low[i] = first ? i : kLanes + i - width;
+    high[i] = first ? i + width : kLanes + i;
+  }
+#if defined(__clang__)
+  vf x, y;
+  for (int i = 0; i < kLanes; ++i) {
+    x[i] = low[i] < kLanes ? a[low[i]] : b[low[i] - kLanes];
+    y[i] = high[i] < kLanes ? a[high[i]] : b[high[i] - kLanes];
+  }
+  return x + y;
+#else
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#endif
+}
+// Lane j of the result is sum(v[j]), to the bit, for a third of the work. v is used up.
+template <int width = kLanes / 2>
+static inline vf sums(vf* v) {
+  for (int j = 0; j < width; ++j) v[j] = fold<width>(v[j], v[j + width]);
+  if constexpr (width == 1)
+    return v[0];
+  else
+    return sums<width / 2>(v);
+}
 template <int width = kLanes / 2>
 static inline float max(vf v) {
   v = max(v, rotate<width>(v));

@@ -1,0 +1,21 @@
+#!/bin/sh
+# Registers, shared memory and spills of every CUDA kernel, by nvcc -Xptxas -v; fails on a spill or local memory.
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+for arch in 80 90a; do
+  for file in "$root"/csrc/cuda/*.cu; do
+    nvcc -std=c++20 -O3 -arch="sm_$arch" -DIGPT_CUDA_ARCHS='""' -Xptxas -v -c "$file" -o "$out/object.o" 2>> "$out/log"
+  done
+done
+awk '/Compiling entry function/ { split($0, part, "\047"); kernel = part[2]; arch = part[4] }
+     /bytes stack frame/ { stack = $1; stores = $5; loads = $9 }
+     /Used .* registers/ {
+       match($0, /Used [0-9]+/); registers = substr($0, RSTART + 5, RLENGTH - 5)
+       smem = match($0, /[0-9]+ bytes smem/) ? substr($0, RSTART, RLENGTH) : "0 bytes smem"
+       printf "%-8s %4s registers  %-16s stack %s, spills %s/%s  %s\n", arch, registers, smem, stack, stores, loads, kernel
+       if (stack + stores + loads > 0) bad = 1
+     }
+     END { exit bad }' "$out/log" | { command -v c++filt > /dev/null && c++filt || cat; }
+awk '/bytes stack frame/ && ($1 + $5 + $9 > 0) { bad = 1 } END { exit bad }' "$out/log" || { echo "error: a kernel spills or uses local memory" >&2; exit 1; }

@@ -1,28 +1,22 @@
 """The demo: a page that stands alone, with the pictures and numbers of the run, written where it may be."""
 
 import base64
-import dataclasses
 import io
 import json
-import shlex
 import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 
 from igpt_fast import cli
 from igpt_fast import demo as module
 from igpt_fast.checkpoint import load_checkpoint
-from igpt_fast.classify import score
 from igpt_fast.cli import probe as commands
 from igpt_fast.demo import demo, load_digits, position_loss
-from igpt_fast.demo_page import COMMANDS, Findings, _climb, _rival, render
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
-from igpt_fast.probe import ProbeResult
 from igpt_fast.tokens import TokenDataset
 
 SECTIONS = ["loss", "samples", "completions", "probe", "timings", "machine", "yours"]
@@ -219,77 +213,6 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"pip install igpt-fast\[probe\]"):
         demo(tmp_path / "demo", steps=1)
     assert not (tmp_path / "demo").exists()
-
-
-def findings(made, **changes) -> Findings:
-    """Findings with the numbers of a demo and pictures of nothing."""
-    numbers = made.numbers
-    model = load_checkpoint(made.page.parent / "run").model
-    blank = np.zeros((10, 8, 8, 3), np.uint8)
-    probed = ProbeResult(
-        layers=(score("layer 0", 30, 100, layer=0, validation=0.3), score("layer 1", 80, 100, layer=1, validation=0.8)),
-        pixels=score("raw pixels", 82, 100),
-        majority=score("majority class", 10, 100),
-        depth=1,
-        classes=("0", "1"),
-        left_out={},
-        unlabelled=0,
-        train=400,
-        test=100,
-        test_fraction=0.2,
-        per_class=10,
-        seed=0,
-        feature_bytes=1,
-        seconds=1.0,
-    )
-    names = ("parameters", "steps", "batch", "seed", "learned_from", "held_out", "loss", "val_loss", "position_loss")
-    names += ("copies", "sample_distance", "real_distance", "machine")
-    stages = [module.Stage(name, 1.0) for name in numbers["seconds"]]
-    pictures = {"samples": blank, "real": blank, "originals": blank, "completions": blank[:, None]}
-    rest = {
-        "config": model.config,
-        "probe": probed,
-        "few": probed,
-        "stages": stages,
-        "loss_png": b"",
-        "probe_png": b"",
-        **pictures,
-    }
-    return dataclasses.replace(Findings(**{name: numbers[name] for name in names}, **rest), **changes)
-
-
-def test_the_verdict_says_no_more_than_the_intervals_allow(made):
-    result = findings(made).probe
-    for right, words in (
-        (82, "give 82.0 %: with 100 scans to test on, too close to call."),
-        (99, "99.0 %: on scans as tidy as these, the pixels themselves are clearly the better features."),
-        (20, "20.0 %: the network's own features are clearly the better ones."),
-    ):
-        assert words in _rival(dataclasses.replace(result, pixels=score("raw pixels", right, 100)))
-    assert _climb(result) == "80.0 % from layer 1, up from 30.0 % at layer 0"
-    near = score("layer 0", 75, 100, layer=0, validation=0.3)
-    assert _climb(dataclasses.replace(result, layers=(near, result.layers[1]))) == "80.0 % from layer 1"
-
-
-def test_the_words_follow_the_numbers(made):
-    plain, other = (
-        Page(render(findings(made, **changes))).text for changes in ({}, {"copies": 1, "loss": 0.1, "val_loss": 1.0})
-    )
-    assert "None of the 10 equal a scan" in plain and "learn by heart" not in plain
-    assert "One of the 10 equals a scan" in other and "learn by heart" in other
-
-
-def test_machine_words_are_escaped(made):
-    text = render(findings(made, machine={"processor": "<b>&", "system": "x"}))
-    assert "&lt;b&gt;&amp;" in text
-
-
-def test_the_commands_at_the_end_are_commands():
-    known = typer.main.get_command(cli.app).commands
-    for line in COMMANDS.splitlines():
-        program, name, *words = shlex.split(line)
-        assert program == "igpt-fast"
-        known[name].make_context(name, words)
 
 
 def test_the_command_line(monkeypatch, capsys, made, tmp_path):

@@ -7,40 +7,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from labelled import COLORS, SIZE, write_tokens
 from PIL import Image
 
 from igpt_fast import classify as classifier
-from igpt_fast import cli
 from igpt_fast import probe as module
-from igpt_fast.checkpoint import save_checkpoint
-from igpt_fast.classify import classify, draw_folds, score
-from igpt_fast.cli.probe import parse_layers
 from igpt_fast.config import Config
-from igpt_fast.data import tokenize
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
-from igpt_fast.palette import Palette
 from igpt_fast.probe import extract_features, figure_png, probe
-
-SIZE, COLORS = (4, 5), 9
-GREYS = np.linspace(0, 255, COLORS).round().astype(np.uint8)
-PALETTE = Palette(torch.from_numpy(GREYS).float()[:, None].expand(-1, 3) / 127.5 - 1)
-
-
-def write_tokens(folder, labels, seed: int = 0, name: str = "images"):
-    """One image per label (negative: none). Class c likes greys that lie c + 1 from the middle one, on either side.
-
-    So the mean of every pixel is the same in all classes: no linear classifier of pixels can know them apart.
-    """
-    labels, random = np.asarray(labels), np.random.default_rng(seed)
-    shape = (len(labels), *SIZE)
-    liked = 4 + random.choice([-1, 1], shape) * (1 + np.maximum(labels, 0) % 4)[:, None, None]
-    greys = np.where(random.random(shape) < 0.35, liked, random.integers(0, COLORS, shape))
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / f"{name}.npz", images=np.repeat(GREYS[greys][..., None], 3, axis=-1), labels=labels)
-    return tokenize(folder / f"{name}.npz", PALETTE, folder / name, SIZE, resize="none", workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -103,30 +78,6 @@ def test_the_same_seed_gives_the_same_result_and_the_seed_decides_the_validation
     assert [found.validation for found in other.layers] != [found.validation for found in result.layers]
 
 
-@given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 9))
-def test_every_class_is_dealt_out_evenly(count, classes, seed):
-    labels, test = np.arange(count * classes) % classes, np.arange(count * classes) < classes
-    folds = draw_folds(labels, test, seed)
-    assert (folds[test] == -1).all()
-    for label in range(classes):
-        sizes = np.bincount(folds[(labels == label) & ~test], minlength=5)
-        assert sizes.sum() == count - 1 and sizes.max() - sizes.min() <= 1
-
-
-def test_few_images_are_all_validated_on_and_many_in_part(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        classifier, "_right", lambda x, y, fit, ask, c: (asked.append((fit.sum(), ask.sum())) or int(c == 0.1), True)
-    )
-    folds = np.array([-1] * 10 + [0, 1, 2, 3, 4] * 8)
-    found = classify("x", np.zeros((50, 1)), np.arange(50) % 2, folds)
-    assert asked == [(32, 8)] * 30 + [(40, 10)] and found.strength == 0.1 and found.validation == 5 / 40
-    asked.clear()
-    monkeypatch.setattr(classifier, "FEW", 39)
-    assert classify("x", np.zeros((50, 1)), np.arange(50) % 2, folds).validation == 1 / 8
-    assert asked == [(32, 8)] * 6 + [(40, 10)]
-
-
 def test_neither_batch_nor_other_layers_change_a_layer(result, model, dataset):
     indices = np.array([5, 0, 170, 5])
     whole = extract_features(model, dataset, indices, [0, 1, 2])
@@ -160,35 +111,9 @@ def test_so_few_labels_of_each_class_and_the_same_test(model, dataset, result):
     assert probe(model, dataset, layers=[0], per_class=1000).layers[0] == result.layers[0]
 
 
-def test_the_test_images_have_no_say_in_the_penalty():
-    random = np.random.default_rng(0)
-    labels = np.arange(90) % 3
-    features = (np.eye(3)[labels] + random.normal(size=(90, 3))).astype(np.float32)
-    test = np.arange(90) >= 70
-    folds = draw_folds(labels, test, 0)
-    found = classify("x", features, labels, folds)
-    features[test], labels[test] = -features[test], 0
-    other = classify("x", features, labels, folds)
-    assert (found.strength, found.validation) == (other.strength, other.validation)
-    assert found.accuracy != other.accuracy and found.converged
-
-
 def test_an_unfinished_fit_is_marked(monkeypatch, model, dataset):
     monkeypatch.setattr(classifier, "ITERATIONS", 1)
     assert not probe(model, dataset, layers=[0]).layers[0].converged
-
-
-def test_wilsons_interval():
-    found = score("x", 8, 10)
-    assert (found.low, found.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
-
-
-@given(st.integers(1, 500), st.data())
-def test_the_interval_holds_the_accuracy_and_narrows(count, data):
-    right = data.draw(st.integers(0, count))
-    found, more = score("x", right, count), score("x", 4 * right, 4 * count)
-    assert 0 <= found.low <= found.accuracy <= found.high <= 1
-    assert more.high - more.low < found.high - found.low
 
 
 def test_the_best_layer_is_validations_choice(result):
@@ -267,85 +192,3 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch, model, dataset):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(InputError, match=r"pip install igpt-fast\[probe\]"):
         probe(model, dataset)
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"), [("all", [0, 1, 2, 3]), ("3,5", [3, 5]), (" 2-4, 0", [2, 3, 4, 0]), ("7", [7])]
-)
-def test_layers_are_read(text, layers):
-    assert parse_layers(text, 3) == layers
-
-
-@pytest.mark.parametrize("text", ["", "3,", "-1", "a", "1-2-3", "1.5"])
-def test_layers_that_mean_nothing(text):
-    with pytest.raises(InputError, match="is not understood; give all, or layers from 0 to 3"):
-        parse_layers(text, 3)
-
-
-@pytest.fixture
-def igpt(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["igpt-fast", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def run(tmp_path, model):
-    save_checkpoint(tmp_path / "run", 3, model, PALETTE)
-    return tmp_path / "run"
-
-
-def test_the_command_prints_one_object_and_writes_the_figure(igpt, run, dataset, result, tmp_path):
-    out = tmp_path / "figures" / "probe.png"
-    code, printed, said = igpt("probe", run, dataset.path, "--out", out, "--json")
-    assert code == 0 and Image.open(out).size == (960, 600)
-    found = json.loads(printed)
-    assert found["step"] == 3 and found["figure"] == str(out)
-    wanted = json.loads(json.dumps(timeless(result)))
-    assert {key: found[key] for key in wanted} == wanted
-    assert "raw pixels" in said and "majority class" in said and f"layer {result.best.layer} *" in said
-
-
-def test_images_are_tokenised_for_the_probe_and_leave_nothing(igpt, run, dataset, result, tmp_path, monkeypatch):
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    (run / "train.json").write_text(
-        json.dumps({"config": {}, "options": {}, "data": {}, "command": {"images": {"resize": "none"}}})
-    )
-    images = dataset.path.with_suffix(".npz")
-    code, printed, _ = igpt("probe", run, images, "--layers", "1", "--json", "-o", tmp_path / "p.png")
-    assert code == 0 and not list(scratch.iterdir())
-    assert json.loads(printed)["layers"][0]["accuracy"] == result.layers[1].accuracy
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--layers", "9"), "layers 9 were asked; this model has layers 0 to 2"),
-        (("--layers", "x"), "--layers 'x' is not understood"),
-        (("--test-fraction", "2"), "test fraction is 2.0"),
-        (("--out", "probe.txt"), "a name ending in .png"),
-        (("--device", "nonsense"), "device 'nonsense' cannot be used here"),
-    ],
-)
-def test_the_command_refuses_in_one_line(igpt, run, dataset, tmp_path, monkeypatch, words, message):
-    monkeypatch.chdir(tmp_path)
-    code, printed, said = igpt("probe", run, dataset.path, *words)
-    assert code == 2 and not printed
-    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
-    assert not list(tmp_path.glob("*.png"))
-
-
-def test_without_a_palette_only_tokens_can_be_probed(igpt, model, dataset, tmp_path):
-    save_checkpoint(tmp_path / "bare", 1, model)
-    code, _, said = igpt("probe", tmp_path / "bare", dataset.path.with_suffix(".npz"), "-o", tmp_path / "p.png")
-    assert code == 2 and "has no palette to read images with" in said
-    assert igpt("probe", tmp_path / "bare", dataset.path, "--layers", "0", "-o", tmp_path / "p.png")[0] == 0

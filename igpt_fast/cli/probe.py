@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from igpt_fast.batches import fingerprint
 from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.classify import Score, load_sklearn
-from igpt_fast.cli.options import DataArgument, JsonOption, SeedOption, print_json
+from igpt_fast.cli.options import JsonOption, SeedOption, print_json
 from igpt_fast.console import say
 from igpt_fast.data import open_tokens
 from igpt_fast.demo import demo as run_demo
@@ -43,7 +45,14 @@ def probe(
             metavar="RUN", help="The --out of a training run, or one of its checkpoints.", show_default=False
         ),
     ],
-    data: DataArgument,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="Images with labels (class folders, also in a .zip or .tar, or an .npz), or tokens of them.",
+            show_default=False,
+        ),
+    ],
     layers: Annotated[str, typer.Option("--layers", metavar="L", help="all, or some as 3,5 or 2-6.")] = "all",
     test_fraction: Annotated[
         float,
@@ -78,7 +87,7 @@ def probe(
     """Measure how well a logistic regression on each layer's features tells the classes of DATA apart.
 
     DATA needs labels: class folders, or an .npz with labels. Images are read as the run read its own. Beside the layers
-    stand the same classifier on raw pixels, and the share of the most frequent class. Needs igpt-fast[probe].
+    stand the same classifier on raw pixels, and the share of the most frequent class. Needs scikit-learn.
 
     Example: igpt-fast probe run/ photos/ --out probe.png
     """
@@ -91,11 +100,15 @@ def probe(
     with _tokens(checkpoint, data) as dataset:
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
         result = probe_model(checkpoint.model, dataset, layers=chosen, **options, amp=bf16)
+        seen = _seen(checkpoint, dataset, test_fraction)
     write_atomically(out, figure_png(result, f"Linear probe: step {checkpoint.step} of {run} on {data.name}"))
     show(result)
+    if seen:
+        say(f"the model itself had learned from {seen:,} of the images held out here, without their labels")
     say(f"wrote {out}")
     if as_json:
-        print_json(figure=str(out), checkpoint=str(checkpoint.path), step=checkpoint.step, **result.to_dict())
+        facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen_unlabelled": seen}
+        print_json(figure=str(out), **facts, **result.to_dict())
 
 
 def demo(
@@ -113,7 +126,7 @@ def demo(
 ) -> None:
     """Train, sample, complete and probe on 1,797 scans of handwritten digits, and write a page about it.
 
-    The scans come with scikit-learn, so this needs no data and no network, only igpt-fast[probe].
+    The scans come with scikit-learn, so this needs no data and no network.
 
     Example: igpt-fast demo --out demo
     """
@@ -183,6 +196,18 @@ def _tokens(checkpoint: Checkpoint, data: Path) -> Iterator[TokenDataset]:
         return
     with tempfile.TemporaryDirectory(prefix="igpt-fast-") as folder:
         yield open_tokens(source, palette, Path(folder) / "tokens", size=size, **options)
+
+
+def _seen(checkpoint: Checkpoint, dataset: TokenDataset, test_fraction: float) -> int | None:
+    """How many images of the test share the model was trained on; None when that was, as far as known, other data."""
+    run = checkpoint.path.parent.parent
+    if not (run / OPTIONS).is_file():
+        return None
+    saved = read_options(run)
+    if saved["data"] != fingerprint(dataset):
+        return None
+    held_out = dataset.split("val", saved["options"]["val_fraction"])
+    return len(np.setdiff1d(dataset.split("val", test_fraction), held_out))
 
 
 def _check_place(out: Path) -> None:

@@ -1,0 +1,134 @@
+"""`igpt-fast probe`: one object on stdout, the figure where it was asked for, nothing else left, one-line refusals."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from labelled import COLORS, PALETTE, SIZE, write_tokens
+from PIL import Image
+
+from igpt_fast import cli
+from igpt_fast.batches import fingerprint
+from igpt_fast.checkpoint import save_checkpoint
+from igpt_fast.cli.probe import parse_layers
+from igpt_fast.config import Config
+from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
+from igpt_fast.probe import probe
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("probe"), np.arange(240) * 7 % 3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return ImageGPT(Config(layers=2, width=24, heads=3, colors=COLORS, size=SIZE))
+
+
+@pytest.fixture(scope="module")
+def result(model, dataset):
+    return probe(model, dataset)
+
+
+def timeless(result) -> dict:
+    return {key: value for key, value in result.to_dict().items() if key != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("all", [0, 1, 2, 3]), ("3,5", [3, 5]), (" 2-4, 0", [2, 3, 4, 0]), ("7", [7])]
+)
+def test_layers_are_read(text, layers):
+    assert parse_layers(text, 3) == layers
+
+
+@pytest.mark.parametrize("text", ["", "3,", "-1", "a", "1-2-3", "1.5"])
+def test_layers_that_mean_nothing(text):
+    with pytest.raises(InputError, match="is not understood; give all, or layers from 0 to 3"):
+        parse_layers(text, 3)
+
+
+@pytest.fixture
+def igpt(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["igpt-fast", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    save_checkpoint(tmp_path / "run", 3, model, PALETTE)
+    return tmp_path / "run"
+
+
+def test_the_command_prints_one_object_and_writes_the_figure(igpt, run, dataset, result, tmp_path):
+    out = tmp_path / "figures" / "probe.png"
+    code, printed, said = igpt("probe", run, dataset.path, "--out", out, "--json")
+    assert code == 0 and Image.open(out).size == (960, 600)
+    found = json.loads(printed)
+    assert found["step"] == 3 and found["figure"] == str(out)
+    wanted = json.loads(json.dumps(timeless(result)))
+    assert {key: found[key] for key in wanted} == wanted
+    assert "raw pixels" in said and "majority class" in said and f"layer {result.best.layer} *" in said
+
+
+def test_images_are_tokenised_for_the_probe_and_leave_nothing(igpt, run, dataset, result, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    (run / "train.json").write_text(
+        json.dumps({"config": {}, "options": {}, "data": {}, "command": {"images": {"resize": "none"}}})
+    )
+    images = dataset.path.with_suffix(".npz")
+    code, printed, _ = igpt("probe", run, images, "--layers", "1", "--json", "-o", tmp_path / "p.png")
+    assert code == 0 and not list(scratch.iterdir())
+    assert json.loads(printed)["layers"][0]["accuracy"] == result.layers[1].accuracy
+
+
+def test_what_the_model_had_seen_is_said(igpt, run, dataset, tmp_path):
+    out = ("--layers", "0", "--per-class", "4", "--json", "-o", tmp_path / "p.png")
+    assert json.loads(igpt("probe", run, dataset.path, *out)[1])["seen_unlabelled"] is None
+    saved = {"config": {}, "options": {"val_fraction": 0.1}, "data": fingerprint(dataset), "command": {}}
+    (run / "train.json").write_text(json.dumps(saved))
+    wanted = len(dataset.split("val", 0.2)) - len(dataset.split("val", 0.1))
+    _, printed, said = igpt("probe", run, dataset.path, *out)
+    assert json.loads(printed)["seen_unlabelled"] == wanted > 0 and json.loads(printed)["train"] == 12
+    assert f"the model itself had learned from {wanted} of the images held out here, without their labels" in said
+    _, printed, said = igpt("probe", run, dataset.path, *out, "--test-fraction", "0.1")
+    assert json.loads(printed)["seen_unlabelled"] == 0 and "had learned" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--layers", "9"), "layers 9 were asked; this model has layers 0 to 2"),
+        (("--layers", "x"), "--layers 'x' is not understood"),
+        (("--test-fraction", "2"), "test fraction is 2.0"),
+        (("--out", "probe.txt"), "a name ending in .png"),
+        (("--device", "nonsense"), "device 'nonsense' cannot be used here"),
+    ],
+)
+def test_the_command_refuses_in_one_line(igpt, run, dataset, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, printed, said = igpt("probe", run, dataset.path, *words)
+    assert code == 2 and not printed
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_without_a_palette_only_tokens_can_be_probed(igpt, model, dataset, tmp_path):
+    save_checkpoint(tmp_path / "bare", 1, model)
+    code, _, said = igpt("probe", tmp_path / "bare", dataset.path.with_suffix(".npz"), "-o", tmp_path / "p.png")
+    assert code == 2 and "has no palette to read images with" in said
+    assert igpt("probe", tmp_path / "bare", dataset.path, "--layers", "0", "-o", tmp_path / "p.png")[0] == 0

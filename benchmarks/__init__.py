@@ -1,0 +1,1 @@
+"""Measurements of every op, of training, sampling and palettes, beside what a user would otherwise reach for."""

@@ -1,0 +1,189 @@
+"""Attention: forward, backward, both on one fused buffer, sparse patterns, and one decoding step.
+
+FLOP are those of the pairs that are seen: half of the square for causal attention, 2.5 times that backward.
+"""
+
+import pytest
+import torch
+
+from benchmarks import peers
+from benchmarks.harness import Case, Close, dtype_name, float64, gradients64, served_by
+from igpt_fast import ops, patterns
+from igpt_fast.reference.attention import attention as reference
+
+SDPA = peers.SDPA
+
+# batch, heads, head dim: a small model's batch of 4, and one image of the published S, M and L.
+SIZES = pytest.mark.parametrize(
+    ("batch", "heads", "head_dim", "dtype"),
+    [
+        (4, 4, 64, torch.float32),
+        (4, 4, 64, torch.bfloat16),
+        (1, 8, 64, torch.bfloat16),
+        (1, 8, 128, torch.bfloat16),
+        (1, 16, 96, torch.bfloat16),
+    ],
+    ids=dtype_name,
+)
+GRID = (32, 32)
+
+
+def side(quick):
+    return 8 if quick else GRID[0]
+
+
+def qkv_of(batch, tokens, heads, head_dim, dtype, device):
+    """The fused buffer [B, T, 3, H, D] that a model's projection writes."""
+    return torch.randn(batch, tokens, 3, heads, head_dim, device=device).to(dtype)
+
+
+def views(qkv):
+    """q, k, v [B, H, T, D] where they lie in the fused buffer: how our model calls attention."""
+    return [t.transpose(1, 2) for t in qkv.unbind(2)]
+
+
+def copies(qkv):
+    """q, k, v [B, H, T, D], contiguous: SDPA's best layout."""
+    return [t.contiguous() for t in views(qkv)]
+
+
+def causal(q, k, v):
+    return SDPA(q, k, v, is_causal=True)
+
+
+def truth(q, k, v):
+    return reference(q, k, v)[0]
+
+
+def pairs(tokens):
+    return tokens * (tokens + 1) / 2
+
+
+def case(op, field, qkv, ours, others, judge, flop, **more):
+    batch, tokens, _, heads, head_dim = qkv.shape
+    return Case(
+        op=op,
+        shape=f"{batch} × {heads} heads × {tokens} × {head_dim}",
+        dtype=dtype_name(qkv.dtype),
+        device=qkv.device.type,
+        backend=served_by(field, qkv.detach()),
+        ours=ours,
+        peers=others,
+        judge=judge,
+        work={"GFLOP/s": batch * heads * head_dim * flop},
+        **more,
+    )
+
+
+@SIZES
+@torch.no_grad()
+def test_forward(compare, device, quick, batch, heads, head_dim, dtype):
+    qkv = qkv_of(batch, side(quick) ** 2, heads, head_dim, dtype, device)
+    ours, args = peers.call(ops.attention, *views(qkv)), copies(qkv)
+    others = {"torch SDPA": peers.call(causal, *args)}
+    flop = 4 * pairs(qkv.shape[1])
+    judge = Close(float64(truth, *args), dtype)
+    compare(case("attention, causal", "attention_fwd", qkv, ours, others, judge, flop))
+
+
+@SIZES
+def test_backward(compare, device, quick, batch, heads, head_dim, dtype):
+    qkv = qkv_of(batch, side(quick) ** 2, heads, head_dim, dtype, device)
+    mine, args = ([t.requires_grad_() for t in found] for found in (views(qkv), copies(qkv)))
+    dout = torch.randn_like(args[0])
+    ours = peers.backward(peers.call(ops.attention, *mine), mine, dout)
+    others = {"torch SDPA": peers.backward(peers.call(causal, *args), args, dout)}
+    flop = 10 * pairs(qkv.shape[1])
+    judge = Close(gradients64(truth, args, [dout]), dtype)
+    compare(case("attention, causal, backward", "attention_bwd", qkv, ours, others, judge, flop))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_fused_buffer(compare, device, quick, dtype):
+    """What a training step does: from the projection's output to its gradient, through one buffer."""
+    qkv = qkv_of(4, side(quick) ** 2, 4, 64, dtype, device).requires_grad_()
+    dout = torch.randn(*qkv.shape[:2], 4, 64, device=device).to(dtype)
+
+    def packed():
+        return torch.autograd.grad(ops.attention_packed(qkv), qkv, dout)
+
+    def theirs(fn=causal):
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return torch.autograd.grad(fn(q, k, v).transpose(1, 2), qkv, dout)
+
+    grads = gradients64(lambda x: truth(*x.permute(2, 0, 3, 1, 4)).transpose(1, 2), [qkv], [dout])
+    name, flop = "attention on fused qkv, forward and backward", 14 * pairs(qkv.shape[1])
+    others = {"torch SDPA": theirs}
+    compare(case(name, "attention_bwd", qkv, packed, others, Close(grads, dtype), flop))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("pattern", patterns.PATTERNS)
+def test_pattern(compare, device, quick, pattern, backward):
+    """Against SDPA with the same mask, which computes every pair, and against plain causal attention."""
+    grid = (side(quick), side(quick))
+    mask = patterns.compiled(pattern, grid)
+    seen = mask.dense().to(device)
+    qkv = qkv_of(4, len(seen), 4, 64, torch.bfloat16, device)
+    added = torch.zeros(seen.shape, dtype=qkv.dtype, device=device).masked_fill(~seen, float("-inf"))
+    mine, args = views(qkv), copies(qkv)
+    sides = {
+        "ours": lambda q, k, v: ops.attention(q, k, v, mask),
+        "torch SDPA, boolean mask": lambda q, k, v: SDPA(q, k, v, attn_mask=seen),
+        "torch SDPA, mask to add": lambda q, k, v: SDPA(q, k, v, attn_mask=added),
+    }
+
+    def masked(q, k, v):
+        return reference(q, k, v, seen)[0]
+
+    if backward:
+        mine, args = ([t.requires_grad_() for t in found] for found in (mine, args))
+        dout = torch.randn_like(args[0])
+        judge = Close(gradients64(masked, args, [dout]), qkv.dtype)
+        others = {n: peers.backward(peers.call(f, *args), args, dout) for n, f in sides.items() if n != "ours"}
+        ours = peers.backward(peers.call(sides["ours"], *mine), mine, dout)
+    else:
+        judge = Close(float64(masked, *args), qkv.dtype)
+        others = {n: peers.call(f, *args) for n, f in sides.items() if n != "ours"}
+        ours = peers.call(sides["ours"], *mine)
+    name = f"attention, {pattern} pattern" + ", backward" * backward
+    field = "attention_bwd" if backward else "attention_fwd"
+    flop, note = (10 if backward else 4) * float(seen.sum()), f"{mask.density():.0%} of the causal tiles"
+    compare(case(name, field, qkv, ours, others, judge, flop, seconds=2.0, note=note))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "dtype"),
+    [
+        (4, 4, 512, torch.float32),
+        (4, 4, 512, torch.bfloat16),
+        (1, 8, 1024, torch.float32),
+        (16, 8, 1024, torch.bfloat16),
+    ],
+    ids=dtype_name,
+)
+@torch.no_grad()
+def test_decode(compare, device, quick, batch, heads, length, dtype):
+    length, head_dim = (48, 64) if quick else (length, 64)
+    cache = torch.randn(2, batch, heads, 64 if quick else 1024, head_dim, device=device).to(dtype)
+    q = torch.randn(batch, heads, 1, head_dim, device=device).to(dtype)
+    k, v = cache
+    used = cache[:, :, :, :length]
+
+    def exact(q, k, v):
+        return reference(q, k, v, causal=False)[0]
+
+    compare(
+        Case(
+            op="attention, one decoding step",
+            shape=f"{batch} × {heads} heads × {length} of {cache.shape[3]} × {head_dim}",
+            dtype=dtype_name(dtype),
+            device=device,
+            backend=served_by("attention_decode", q),
+            ours=lambda: ops.attention_decode(q, k, v, length),
+            peers={"torch SDPA on the cache's slice": peers.call(SDPA, q, *used)},
+            judge=Close(float64(exact, q, *used), dtype),
+            work={"GB/s": used.numel() * used.element_size(), "GFLOP/s": 4 * batch * heads * length * head_dim},
+            seconds=2.0,
+        )
+    )

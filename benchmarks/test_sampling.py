@@ -1,0 +1,118 @@
+"""Sampling: drawing tokens from logits, one cached step in the middle of an image, and whole images."""
+
+import pytest
+import torch
+
+import igpt_fast as igpt
+from benchmarks import peer_models, peers
+from benchmarks.harness import Case, Close, Goal, Score, served_by
+from benchmarks.training import BATCH, describe, small_model, tokens_for
+from igpt_fast import ops
+from igpt_fast.cached import Decoder, decode_one_token, prefill
+
+
+def inverse_cdf(logits, uniforms, top_k):
+    """What sample_tokens must give: in float64, the first token whose cumulative share exceeds the uniform."""
+    p = logits.double().softmax(-1)
+    if top_k:
+        p *= p >= p.topk(top_k).values[:, -1:]
+    cdf = p.cumsum(-1)
+    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
+
+
+@pytest.mark.parametrize("top_k", [None, 100], ids=["plain", "top-k"])
+@torch.no_grad()
+def test_sample_tokens(compare, device, top_k):
+    logits = torch.randn(BATCH, 512, device=device)
+    uniforms = torch.rand(BATCH, dtype=torch.float64, device=device)
+    assert torch.equal(ops.sample_tokens(logits, uniforms, top_k=top_k), inverse_cdf(logits, uniforms, top_k))
+    may_come = logits.topk(top_k or 512).indices
+
+    def wrong(tokens):
+        """Peers draw numbers of their own: what can be held against them are tokens that must not come."""
+        return 1 - float((tokens[:, None] == may_come).any(1).double().mean())
+
+    compare(
+        Case(
+            op="sample_tokens" + f", top_k = {top_k}" * bool(top_k),
+            shape=f"{BATCH} × 512",
+            dtype="float32",
+            device=device,
+            backend="reference",
+            ours=lambda: ops.sample_tokens(logits, uniforms, top_k=top_k),
+            peers={"softmax + torch.multinomial": peers.call(peer_models.draw, logits, top_k)},
+            judge=Score(wrong, 0.0, 0.0),
+            work={"tokens/s": BATCH},
+            seconds=1.0,
+        )
+    )
+
+
+@torch.inference_mode()
+def test_step(compare, device, quick):
+    """In the middle of the image, so that its time is a whole image's average, as attention grows with the position."""
+    model = small_model(quick, device).eval()
+    half = model.config.tokens // 2
+    tokens = tokens_for(model.config, device)
+    known, pixel = tokens[:, : half - 1], tokens[:, half - 1]
+    uniforms = torch.rand(BATCH, dtype=torch.float64, device=device)
+    _, cache = prefill(model, known)
+    decoder = Decoder(model, cache)
+
+    def ours():
+        cache.length = half  # the same step again
+        logits = decode_one_token(decoder, pixel)
+        ops.sample_tokens(logits, uniforms)
+        return logits
+
+    plain = peer_models.PlainGPT(model.config, model.state_dict())
+    exact = peer_models.PlainGPT(model.config, model.state_dict()).double()
+    slots = peer_models.shifted(tokens[:, : half + 1], model.config.colors)
+    compare(
+        Case(
+            op="sampling, one cached step",
+            shape=f"{describe(model.config)}, pixel {half}",
+            dtype="float32",
+            device=device,
+            backend=served_by("attention_decode", pixel.float()),
+            ours=ours,
+            peers={
+                "torch SDPA and a cache": peer_models.plain_step(plain, known, pixel),
+                "HF ImageGPT and its cache": peer_models.hf_step(peer_models.hf_model(model), known, pixel),
+            },
+            judge=Close([exact(slots)[:, -1]], torch.float32),
+            work={"steps/s": 1},
+        )
+    )
+
+
+def test_images(compare, device, quick):
+    """From nothing to whole images, all steps of all positions: what a user waits for."""
+    model = small_model(quick, device).eval()
+    config = model.config
+
+    def wrong(tokens):
+        fine = tokens.numel() == BATCH * config.tokens and 0 <= tokens.min() <= tokens.max() < config.colors
+        return 0.0 if fine and tokens.flatten().unique().numel() > 1 else 1.0
+
+    plain, hf = peer_models.PlainGPT(config, model.state_dict()), peer_models.hf_model(model)
+    generate = "HF generate, use_cache=True"
+    goal = Goal("cached sampling at batch 4 against HF generate", lambda e: e["peers"][generate].get("ratio"), 4.0)
+    compare(
+        Case(
+            op="sampling, whole images",
+            shape=f"{describe(config)}, {config.tokens} steps",
+            dtype="float32",
+            device=device,
+            backend=served_by("attention_decode", torch.empty(0, device=device)),
+            ours=lambda: igpt.sample(model, n=BATCH, batch=BATCH),
+            peers={
+                "torch SDPA and a cache": peer_models.plain_images(plain, BATCH),
+                generate: peer_models.generate(hf, BATCH, config.tokens),
+            },
+            judge=Score(wrong, 0.0, 0.0),
+            work={"images/s": BATCH, "steps/s": config.tokens},
+            goals=[goal] if device == "cpu" else [],
+            rounds=(3, 3),
+        )
+    )

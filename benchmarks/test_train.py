@@ -1,0 +1,84 @@
+"""The training step: how long it takes, and how much memory."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import training
+from benchmarks.harness import Case, Close, Goal, best_of, served_by
+from benchmarks.training import BATCH, COMPILED, HF, OURS, PLAIN
+
+
+def test_step(compare, device, quick):
+    model = training.small_model(quick, device)
+    tokens = training.tokens_for(model.config, device)
+
+    def against(peer):
+        return lambda entry: entry["peers"][peer].get("ratio")
+
+    compare(
+        Case(
+            op="training step",
+            shape=training.describe(model.config),
+            dtype="bfloat16 autocast",
+            device=device,
+            backend=served_by("attention_bwd", torch.empty(0, dtype=torch.bfloat16, device=device)),
+            ours=training.step(OURS, model, tokens),
+            peers={side: training.step(side, model, tokens, quick) for side in (PLAIN, COMPILED, HF)},
+            judge=Close(training.truth(model, tokens), torch.bfloat16),
+            work={"images/s": BATCH, "GFLOP/s": training.flop(model.config)},
+            goals=[
+                Goal("training step against HF ImageGPT", against(HF), 3.0),
+                Goal("training step against plain torch with SDPA", against(PLAIN), 1.3),
+            ] if device == "cpu" else [],
+            rounds=(5, 9),
+            seconds=45.0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory(record, benchmark, quick):
+    """Each side in a process of its own, which ends with it: nothing that another side left behind is counted."""
+
+    def peak(side):
+        # Not ru_maxrss: a child starts with its parent's.
+        command = [sys.executable, "-m", "benchmarks.training", side, *(["--quick"] if quick else [])]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    benchmark.group = "training step, peak memory"
+    ours = benchmark.pedantic(peak, args=(OURS,), rounds=1)
+    with ThreadPoolExecutor(2 if quick else 1) as pool:  # side by side only where nobody looks at the figures
+        found = dict(zip((HF, PLAIN), pool.map(peak, (HF, PLAIN)), strict=True))
+    reports = {}
+    for side, report in found.items():
+        if "missing" not in report:
+            report = {"peak_memory_mb": report["peak_mb"], "increase_mb": report["increase_mb"], "right": True}
+            report["ratio"] = report["peak_memory_mb"] / ours["peak_mb"]
+            report["increase_ratio"] = report["increase_mb"] / ours["increase_mb"]
+        reports[side] = report
+    entry = {
+        "op": "training step, peak memory of the process",
+        "shape": training.describe(training.small_model(quick).config),
+        "dtype": "bfloat16 autocast",
+        "device": "cpu",
+        "note": f"above the built model {ours['increase_mb']:.0f} MB",
+        "peak_memory_mb": ours["peak_mb"],
+        "increase_mb": ours["increase_mb"],
+        "full_size": not quick,
+        "peers": reports,
+        **best_of(reports),
+    }
+    goals = [
+        Goal("peak memory of HF's training step against ours", lambda e: e["peers"][HF].get("ratio"), 2.0),
+        Goal("the same, above the built model", lambda e: e["peers"][HF].get("increase_ratio"), 2.0),
+    ]
+    entry["goals"] = [goal.verdict(entry, not quick) for goal in goals]
+    record(entry)

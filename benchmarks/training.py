@@ -1,0 +1,143 @@
+"""One training step of each side, for test_train.py, and its peak memory in a process of its own.
+
+    python -m benchmarks.training SIDE [--quick]
+
+builds that side, takes two steps, and prints JSON: the process's peak, and how much that is above what it held with the
+model built, in 10^6 bytes.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import igpt_fast as igpt
+from benchmarks import peer_models, peers
+from benchmarks.harness import Call, Missing
+from benchmarks.measure import resident_mb
+from igpt_fast.optimizer import BETAS, adam
+
+BATCH = 4
+OURS, HF, PLAIN, COMPILED = "igpt-fast", "HF ImageGPT, eager", "torch SDPA", "torch SDPA, torch.compile"
+
+
+def small_model(quick: bool, device: str = "cpu") -> igpt.ImageGPT:
+    """8 layers, d = 256, 4 heads, 32×32, 512 colours. Its output table is not zero, as a fresh model's would be."""
+    tiny = {"layers": 2, "width": 64, "heads": 2, "colors": 64, "size": (8, 8)}
+    config = igpt.Config(
+        **({"layers": 8, "width": 256, "heads": 4, "colors": 512, "size": (32, 32)} | (tiny if quick else {}))
+    )
+    torch.manual_seed(0)
+    model = igpt.ImageGPT(config)
+    nn.init.normal_(model.wtet, std=0.05)
+    return model.to(device)
+
+
+def describe(config: igpt.Config) -> str:
+    """The sizes in a line."""
+    height, width = config.size
+    return f"{config.layers} layers, d = {config.width}, {config.heads} heads, {height} × {width}, batch {BATCH}"
+
+
+def tokens_for(config: igpt.Config, device: str = "cpu") -> Tensor:
+    """Random tokens int64 [BATCH, T]."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(config.colors, (BATCH, config.tokens), generator=generator).to(device)
+
+
+def flop(config: igpt.Config) -> float:
+    """FLOP of one step as they are counted for models: three times the forward pass, causal attention by half."""
+    c = config
+    tokens = BATCH * c.tokens
+    linears = 2 * tokens * (c.layers * (4 * c.width**2 + 2 * c.width * c.mlp_width) + c.colors * c.width)
+    return 3 * (linears + 2 * tokens * c.tokens * c.width * c.layers)
+
+
+def step(side: str, model: igpt.ImageGPT, tokens: Tensor, quick: bool = False) -> Call | Missing:
+    """A step of one side, its weights taken from `model`: bf16 autocast, fused Adam → loss, and three gradients.
+
+    The learning rate is 0: every step does all its work, from the same weights.
+    """
+    if side == OURS:
+        named = dict(model.named_parameters())
+        return _step(model.loss, adam(named), tokens, lambda: _grads(named, "wtet", "wte", "blocks.0.attn.qkv.weight"))
+    if side == HF:
+        hf = peer_models.hf_model(model)
+        if isinstance(hf, Missing):
+            return hf
+        hf.train()
+        named = dict(hf.named_parameters())
+
+        def grads() -> list[Tensor]:
+            names = "lm_head.weight", "transformer.wte.weight", "transformer.h.0.attn.c_attn.weight"
+            wtet, wte, qkv = _grads(named, *names)
+            return [wtet, wte[:-1], qkv.t()]
+
+        return _step(lambda x: peer_models.hf_loss(hf, x), _adam(hf), tokens, grads)
+    plain = peer_models.PlainGPT(model.config, model.state_dict())
+    loss = plain.loss
+    if side == COMPILED:
+        loss = peers.compiled(plain.loss, quick)
+        if isinstance(loss, Missing):
+            return loss
+    named = dict(plain.p.items())
+    return _step(loss, _adam(plain), tokens, lambda: _grads(named, "wtet", "wte", "blocks_0_attn_qkv_weight"))
+
+
+def truth(model: igpt.ImageGPT, tokens: Tensor) -> list[Tensor]:
+    """The loss and the same three gradients in float64."""
+    plain = peer_models.PlainGPT(model.config, model.state_dict()).double()
+    loss = plain.loss(tokens)
+    loss.backward()
+    return [loss.detach(), *_grads(dict(plain.p.items()), "wtet", "wte", "blocks_0_attn_qkv_weight")]
+
+
+def _step(
+    loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, tokens: Tensor, grads: Callable
+) -> Call:
+    def run() -> list[Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            loss = loss_of(tokens)
+        loss.backward()
+        optimizer.step()
+        return [loss.detach(), *grads()]
+
+    return run
+
+
+def _adam(model: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=0.0, betas=BETAS, fused=True)
+
+
+def _grads(named: dict[str, Tensor], *names: str) -> list[Tensor]:
+    return [named[name].grad for name in names]
+
+
+def main() -> None:
+    side, quick = sys.argv[1], "--quick" in sys.argv[2:]
+    model = small_model(quick)
+    tokens = tokens_for(model.config)
+    run = step(side, model, tokens)
+    if isinstance(run, Missing):
+        print(json.dumps({"missing": run.reason}))
+        return
+    if side != OURS:
+        del model
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # from here on VmHWM is the most that the steps need, not what an import needed for a moment
+    built = resident_mb("VmRSS")
+    for _ in range(2):
+        run()
+    peak = resident_mb("VmHWM")
+    print(json.dumps({"peak_mb": peak, "increase_mb": peak - built}))
+
+
+if __name__ == "__main__":
+    main()

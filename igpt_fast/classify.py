@@ -9,7 +9,7 @@ import numpy as np
 from igpt_fast.errors import InputError
 
 # Inverse strengths of the L2 penalty that are tried; the best in validation is used, the smallest of equals.
-STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 FOLDS = 5  # parts of the images to learn from; validation answers for a part by a classifier of the others
 FEW = 1000  # up to so many images every part is answered for; above, where one part says enough, only the first
 ITERATIONS = 1000  # of L-BFGS at most; a fit that would need more is marked

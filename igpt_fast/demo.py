@@ -159,7 +159,7 @@ def machine(device: torch.device) -> dict[str, str]:
     versions |= {name: version(name) for name in ("torch", "numpy", "scikit-learn")}
     backend = backend_for("rms_norm_fwd", [torch.empty(1, device=device)])
     return {
-        "processor": f"{_processor()}, {cores} cores, {torch.get_num_threads()} threads used",
+        "processor": f"{_processor()}; cores: {cores}, threads used: {torch.get_num_threads()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "kernels": backend.name if backend else "plain torch",
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",

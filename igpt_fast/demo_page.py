@@ -196,10 +196,11 @@ scans it names <b>{_climb(few)}</b>. {_rival(few)}</p>
 <tr><th>classifier on</th><th>{few.per_class} labels of each digit</th><th>all {full.train:,} labels</th></tr>
 </thead><tbody>{rows}</tbody></table>
 <p class="note">With 95 % intervals, for the choice of test scans. In bold, the layer that validation among the labelled
-scans prefers: the test scans had no say in it. Raw pixels are a strong rival here: the scans are centred and of one
-size, so that a pixel means the same in every scan, whereas an average over the picture knows of places only what the
-network wrote into it. On larger, freer images the order turns: linear probes of the paper's largest model at 32×32
-reach 96.3 % on CIFAR-10.</p>""",
+scans prefers: the test scans had no say in it. With many labels a classifier can dig single pixels back out of an
+average, at layer 0 too; with few, only what lies on the surface counts, and that is what the layers differ in. Raw
+pixels are a strong rival here: the scans are centred and of one size, so that a pixel means the same in every scan,
+whereas an average over the picture knows of places only what the network wrote into it. On larger, freer images the
+order turns: linear probes of the paper's largest model at 32×32 reach 96.3 % on CIFAR-10.</p>""",
     )
 
 

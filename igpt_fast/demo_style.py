@@ -10,8 +10,7 @@ STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --ink: #1d1c1a; --soft: #67635b; --rule: #dcd8cf; --tile: #f1eee7;
   --link: #1f5fbf; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16171a; --ink: #e9e7e2; --soft: #a09c93; --rule: #34363b;
-  --tile: #202227; --link: #8ab4f8; } .figure { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; }
-  .pixels { opacity: .93; } }
+  --tile: #202227; --link: #8ab4f8; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.6;
   font: 1.0625rem/1.6 Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, serif; }
@@ -40,7 +39,7 @@ a { color: var(--link); }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem; margin-bottom: 1rem; }
 figure { margin: 0; }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .5rem; }
-.figure { display: block; width: 100%; height: auto; margin: 1.25rem 0; border-radius: .25rem; }
+.figure { display: block; width: 100%; height: auto; margin: 1.25rem 0; mix-blend-mode: multiply; }
 table { border-collapse: collapse; width: 100%; margin: 0 0 1rem; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-size: .8rem; font-weight: 500; text-align: left; padding: .3rem .75rem .3rem 0; }
 td { border-top: 1px solid var(--rule); padding: .3rem .75rem .3rem 0; }
@@ -58,8 +57,10 @@ dt { color: var(--soft); font-size: .85rem; padding-top: .1rem; }
 dd { margin: 0; }
 pre { background: var(--tile); border-radius: .5rem; padding: 1rem; overflow-x: auto; font-size: .85rem;
   line-height: 1.6; }
+@media (prefers-color-scheme: dark) { .figure { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; }
+  .pixels { opacity: .93; } }
 @media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .6rem; }
-  .grid td { padding: .12rem; } }
+  .grid td { padding: .12rem; } .interval { display: block; margin: 0; } }
 """
 
 

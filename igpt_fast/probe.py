@@ -202,7 +202,7 @@ def figure_png(result: ProbeResult, title: str) -> bytes:
     axes.set_xticks(numbers[:: math.ceil(len(numbers) / 16)])
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="best")
+    axes.legend(framealpha=0.85, edgecolor="none", loc="best")
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()

@@ -26,11 +26,11 @@ def test_few_images_are_all_validated_on_and_many_in_part(monkeypatch):
     )
     folds = np.array([-1] * 10 + [0, 1, 2, 3, 4] * 8)
     found = classify("x", np.zeros((50, 1)), np.arange(50) % 2, folds)
-    assert asked == [(32, 8)] * 30 + [(40, 10)] and found.strength == 0.1 and found.validation == 5 / 40
+    assert asked == [(32, 8)] * 5 * len(classifier.STRENGTHS) + [(40, 10)] and found.strength == 0.1 and found.validation == 5 / 40
     asked.clear()
     monkeypatch.setattr(classifier, "FEW", 39)
     assert classify("x", np.zeros((50, 1)), np.arange(50) % 2, folds).validation == 1 / 8
-    assert asked == [(32, 8)] * 6 + [(40, 10)]
+    assert asked == [(32, 8)] * len(classifier.STRENGTHS) + [(40, 10)]
 
 
 def test_the_test_images_have_no_say_in_the_penalty():

@@ -101,7 +101,9 @@ def probe(
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
         result = probe_model(checkpoint.model, dataset, layers=chosen, **options, amp=bf16)
         seen = _seen(checkpoint, dataset, test_fraction)
-    write_atomically(out, figure_png(result, f"Linear probe: step {checkpoint.step} of {run} on {data.name}"))
+    write_atomically(
+        out, figure_png(result, f"Linear probe of {run.name or run}, step {checkpoint.step}, on {data.name}")
+    )
     show(result)
     if seen:
         say(f"the model itself had learned from {seen:,} of the images held out here, without their labels")

@@ -150,9 +150,8 @@ def _exchange(colors: np.ndarray, weights: np.ndarray, centers: Tensor) -> Tenso
     tokens = tokens.numpy()
     count = np.bincount(tokens, weights, k)
     scatter = np.stack([np.bincount(tokens, weights * offset[:, axis] ** 2, k) for axis in range(3)], 1)
-    apart = sum((centers[:, None, axis] - centers[None, :, axis]).square() for axis in range(3)).fill_diagonal_(
-        math.inf
-    )
+    apart = sum((centers[:, None, axis] - centers[None, :, axis]).square() for axis in range(3))
+    apart.fill_diagonal_(math.inf)
     distance, neighbour = (t.numpy() for t in apart.min(1))
     cost, gain = count * distance, scatter.max(1)
     result, free = centers.numpy().copy(), np.ones(k, bool)

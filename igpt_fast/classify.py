@@ -12,6 +12,7 @@ from igpt_fast.errors import InputError
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 FOLDS = 5  # parts of the images to learn from; validation answers for a part by a classifier of the others
 FEW = 1000  # up to so many images every part is answered for; above, where one part says enough, only the first
+SMALL = 10_000_000  # multiplications of a step of L-BFGS below which one thread is used: waiting for others costs more
 ITERATIONS = 1000  # of L-BFGS at most; a fit that would need more is marked
 Z95 = 1.959964  # a normal variable lies within so many standard deviations 95 % of the time
 
@@ -30,14 +31,18 @@ class Score:
     converged: bool = True  # False: L-BFGS stopped at ITERATIONS
 
 
-def load_sklearn() -> tuple[type, type]:
-    """scikit-learn's LogisticRegression and StandardScaler. InputError, naming the extra, when it is missing."""
+def load_sklearn() -> tuple[type, type, type]:
+    """scikit-learn's LogisticRegression and StandardScaler, and threadpool_limits, which comes with it.
+
+    Raises InputError, naming the extra, when it is missing.
+    """
     try:
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
+        from threadpoolctl import threadpool_limits
     except ModuleNotFoundError as error:
         raise InputError("scikit-learn is not installed; run: pip install igpt-fast[probe]") from error
-    return LogisticRegression, StandardScaler
+    return LogisticRegression, StandardScaler, threadpool_limits
 
 
 def draw_folds(labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
@@ -58,6 +63,12 @@ def classify(name: str, features: np.ndarray, labels: np.ndarray, folds: np.ndar
     features: float32 [N, D], standardised here by what is learned from. labels: int64 [N], at least two of every class
     to learn from. folds: as draw_folds gives them. Raises InputError when scikit-learn is missing.
     """
+    small = features.size * len(np.unique(labels)) < SMALL
+    with load_sklearn()[2](1 if small else None):
+        return _classify(name, features, labels, folds, layer)
+
+
+def _classify(name: str, features: np.ndarray, labels: np.ndarray, folds: np.ndarray, layer: int | None) -> Score:
     test = folds < 0
     answered = range(FOLDS if (~test).sum() <= FEW else 1)
     parts = [(~test & (folds != fold), folds == fold) for fold in answered if (folds == fold).any()]
@@ -82,7 +93,7 @@ def _right(
     features: np.ndarray, labels: np.ndarray, fit: np.ndarray, ask: np.ndarray, strength: float
 ) -> tuple[int, bool]:
     """Right answers among `ask` of a classifier that learned from `fit`, and whether L-BFGS converged."""
-    regression, scaler = load_sklearn()
+    regression, scaler, _ = load_sklearn()
     scale = scaler().fit(features[fit])
     classifier = regression(C=strength, max_iter=ITERATIONS)
     with warnings.catch_warnings():

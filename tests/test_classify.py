@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
 
 from igpt_fast import classify as classifier
 from igpt_fast.classify import classify, draw_folds, score
@@ -26,7 +27,8 @@ def test_few_images_are_all_validated_on_and_many_in_part(monkeypatch):
     )
     folds = np.array([-1] * 10 + [0, 1, 2, 3, 4] * 8)
     found = classify("x", np.zeros((50, 1)), np.arange(50) % 2, folds)
-    assert asked == [(32, 8)] * 5 * len(classifier.STRENGTHS) + [(40, 10)] and found.strength == 0.1 and found.validation == 5 / 40
+    assert asked == [(32, 8)] * 5 * len(classifier.STRENGTHS) + [(40, 10)]
+    assert found.strength == 0.1 and found.validation == 5 / 40
     asked.clear()
     monkeypatch.setattr(classifier, "FEW", 39)
     assert classify("x", np.zeros((50, 1)), np.arange(50) % 2, folds).validation == 1 / 8
@@ -57,3 +59,18 @@ def test_the_interval_holds_the_accuracy_and_narrows(count, data):
     found, more = score("x", right, count), score("x", 4 * right, 4 * count)
     assert 0 <= found.low <= found.accuracy <= found.high <= 1
     assert more.high - more.low < found.high - found.low
+
+
+def test_small_problems_keep_to_one_thread_and_give_the_others_back(monkeypatch):
+    def threads():
+        return {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
+
+    seen = []
+    monkeypatch.setattr(classifier, "_right", lambda *_: (seen.append(threads()) or 1, True))
+    before = threads()
+    for small in (True, False):
+        monkeypatch.setattr(classifier, "SMALL", 10**9 if small else 0)
+        classify("x", np.zeros((50, 1)), np.arange(50) % 2, np.arange(50) % 6 - 1)
+        assert all(found == (dict.fromkeys(before, 1) if small else before) for found in seen) and seen
+        seen.clear()
+    assert threads() == before

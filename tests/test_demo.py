@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from igpt_fast import cli
@@ -156,6 +157,24 @@ def timeless(numbers: dict) -> dict:
     return {
         key: timeless(value) if isinstance(value, dict) else value for key, value in numbers.items() if key != "seconds"
     }
+
+
+def test_one_thread_works_and_the_callers_own_come_back(monkeypatch, tmp_path):
+    seen, before = [], torch.get_num_threads()
+
+    def stop(*_):
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_run", stop)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo(tmp_path / "demo", steps=1)
+        assert seen == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert not json.loads((tmp_path / "demo" / "demo.json").read_text())["complete"]
 
 
 def test_the_digits_are_ink_on_paper():

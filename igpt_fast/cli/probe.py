@@ -120,7 +120,7 @@ def demo(
         typer.Option(
             "--seconds",
             metavar="S",
-            help="Train for about S seconds of two ordinary cores: a number of steps, the same on every machine.",
+            help="Train for about S seconds of an ordinary core: a number of steps, the same on every machine.",
         ),
     ] = 60.0,
     seed: SeedOption = 0,

@@ -10,6 +10,8 @@ CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 demo: $(VENV)/installed
 	$(BIN)/igpt-fast demo --out demo
 
+# Threads that wait asleep: on a busy machine spinning ones cost more than they give.
+test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/installed
 	$(BIN)/pytest tests
 	$(BIN)/pytest benchmarks --benchmark-only --quick

@@ -116,7 +116,11 @@ def write(entries: dict[str, dict[str, Any]], quick: bool, whole: bool) -> Path:
     name = (
         "quick"
         if quick
-        else re.sub(r"[^a-z0-9]+", "-", f"{here['gpu'] or here['cpu']} {here['threads']} threads".lower())
+        else re.sub(
+            r"[^a-z0-9]+",
+            "-",
+            f"{here['gpu'] or here['cpu']} {here['threads']} thread{'s' * (here['threads'] > 1)}".lower(),
+        )
     )
     path = RESULTS / f"{name.strip('-')}.json"
     old = json.loads(path.read_text()) if path.exists() and not whole else {"entries": {}, "runs": {}}

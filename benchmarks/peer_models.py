@@ -60,8 +60,11 @@ def shifted(tokens: Tensor, colors: int) -> Tensor:
     return torch.cat((torch.full_like(tokens[:, :1], colors), tokens[:, :-1]), 1)
 
 
-def hf_model(model: ImageGPT) -> Any:
-    """transformers' ImageGPT with our model's weights; its attention is eager, it has no other. Or Missing."""
+def hf_model(model: ImageGPT, dropout: float = 0.0) -> Any:
+    """transformers' ImageGPT with our model's weights; its attention is eager, it has no other. Or Missing.
+
+    dropout: 0.1 everywhere unless a user asks for none, as Image GPT itself was trained.
+    """
     transformers = optional("transformers")
     if isinstance(transformers, Missing):
         return transformers
@@ -69,7 +72,7 @@ def hf_model(model: ImageGPT) -> Any:
     c = model.config
     config = transformers.ImageGPTConfig(
         vocab_size=c.colors + 1, n_positions=c.tokens, n_embd=c.width, n_layer=c.layers, n_head=c.heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager",
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, attn_implementation="eager",
         bos_token_id=c.colors, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     hf = transformers.ImageGPTForCausalImageModeling(config)

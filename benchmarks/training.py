@@ -22,7 +22,9 @@ from benchmarks.measure import resident_mb
 from igpt_fast.optimizer import BETAS, adam
 
 BATCH = 4
-OURS, HF, PLAIN, COMPILED = "igpt-fast", "HF ImageGPT, eager", "torch SDPA", "torch SDPA, torch.compile"
+OURS, PLAIN, COMPILED = "igpt-fast", "torch SDPA", "torch SDPA, torch.compile"
+HF = "HF ImageGPT, eager"  # in the same precision, and without dropout as Image GPT was trained
+HF_AS_IT_COMES = "HF ImageGPT, eager, float32 and dropout 0.1"  # its defaults
 
 
 def small_model(quick: bool, device: str = "cpu") -> igpt.ImageGPT:
@@ -60,13 +62,13 @@ def flop(config: igpt.Config) -> float:
 def step(side: str, model: igpt.ImageGPT, tokens: Tensor, quick: bool = False) -> Call | Missing:
     """A step of one side, its weights taken from `model`: bf16 autocast, fused Adam → loss, and three gradients.
 
-    The learning rate is 0: every step does all its work, from the same weights.
+    HF_AS_IT_COMES is float32 throughout. The learning rate is 0: steps do all their work, always from the same weights.
     """
     if side == OURS:
         named = dict(model.named_parameters())
         return _step(model.loss, adam(named), tokens, lambda: _grads(named, "wtet", "wte", "blocks.0.attn.qkv.weight"))
-    if side == HF:
-        hf = peer_models.hf_model(model)
+    if side in (HF, HF_AS_IT_COMES):
+        hf = peer_models.hf_model(model, dropout=0.0 if side == HF else 0.1)
         if isinstance(hf, Missing):
             return hf
         hf.train()
@@ -77,7 +79,7 @@ def step(side: str, model: igpt.ImageGPT, tokens: Tensor, quick: bool = False) -
             wtet, wte, qkv = _grads(named, *names)
             return [wtet, wte[:-1], qkv.t()]
 
-        return _step(lambda x: peer_models.hf_loss(hf, x), _adam(hf), tokens, grads)
+        return _step(lambda x: peer_models.hf_loss(hf, x), _adam(hf), tokens, grads, autocast=side == HF)
     plain = peer_models.PlainGPT(model.config, model.state_dict())
     loss = plain.loss
     if side == COMPILED:
@@ -97,11 +99,15 @@ def truth(model: igpt.ImageGPT, tokens: Tensor) -> list[Tensor]:
 
 
 def _step(
-    loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, tokens: Tensor, grads: Callable
+    loss_of: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    grads: Callable,
+    autocast: bool = True,
 ) -> Call:
     def run() -> list[Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(tokens.device.type, torch.bfloat16):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
             loss = loss_of(tokens)
         loss.backward()
         optimizer.step()

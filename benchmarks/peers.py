@@ -109,8 +109,9 @@ def hf_processor(images: np.ndarray, centers: Tensor) -> Call | Missing:
     if isinstance(module, Missing):
         return module
     processor = module.ImageGPTImageProcessorPil(clusters=centers.numpy(), do_resize=False)
-    batch = list(images)
-    return lambda: np.stack(processor(batch)["input_ids"]).reshape(-1)
+    # Eight images at a time: it holds several float64 matrices of [pixels, colours].
+    batches = [list(images[start : start + 8]) for start in range(0, len(images), 8)]
+    return lambda: np.concatenate([np.stack(processor(batch)["input_ids"]) for batch in batches]).reshape(-1)
 
 
 def fit(pixels: np.ndarray, colors: int, seed: int = 0) -> Peers:

@@ -1,0 +1,175 @@
+"""The README's table, from benchmarks/results/*.json.
+
+python -m benchmarks.report                      # prints it
+python -m benchmarks.report --write README.md    # puts it between the file's two benchmarks: markers
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+# What leads the table; all other ops follow in the order of their names.
+FIRST = (
+    "training step",
+    "training step, peak memory of the process",
+    "sampling, whole images",
+    "palette encode",
+    "palette fit",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints or writes the table; 2 when there is nothing to report or no place to write it to."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description="The README's table of benchmarks."
+    )
+    parser.add_argument(
+        "results", nargs="*", type=Path, help="result files (all of benchmarks/results, but quick.json)"
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace what stands between the markers in FILE")
+    options = parser.parse_args(argv)
+    found = [load(path) for path in options.results or sorted(RESULTS.glob("*.json"))]
+    sections = [section(data) for data in found if data and (options.results or not data["quick"])]
+    if not sections:
+        return _fail("there are no results yet; make some with `pytest benchmarks/ --benchmark-only`")
+    text = "\n\n".join(sections)
+    if options.write is None:
+        print(text)
+        return 0
+    old = options.write.read_text(encoding="utf-8")
+    before, begin, rest = old.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        return _fail(f"{options.write} lacks {BEGIN} or, after it, {END}: put both where the table shall stand")
+    partial = options.write.with_name(options.write.name + ".partial")
+    partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    os.replace(partial, options.write)
+    return 0
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """The results in a file, or None when it holds something else."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return data if isinstance(data, dict) and {"machine", "runs", "entries"} <= data.keys() else None
+
+
+def section(data: Mapping[str, Any]) -> str:
+    """One machine: what it is, its goals, its comparisons, and who did not take part."""
+    entries = sorted(data["entries"].values(), key=_rank)
+    parts = [heading(data, entries)]
+    if rows := [_goal(goal) for entry in entries for goal in entry["goals"]]:
+        parts.append(table(("goal", "asked", "measured", ""), rows))
+    rows = [_row(entry) for entry in entries if entry.get("seconds") or entry.get("peak_memory_mb")]
+    head = ("", "sizes", "igpt-fast", "rate", "best peer", "ratio", "peak memory", "its")
+    parts.append(table(head, rows))
+    legend = (
+        "Ratio: the best peer's median time over ours (for memory, its peak over ours), in interleaved rounds of one "
+        "process; above 1 ours is better. Peak memory: what a call needs beyond what was there before it, results "
+        "included; of a process, all of it. Every peer, with quartiles and errors, is in `benchmarks/results/`."
+    )
+    parts.append(legend)
+    if absent := sorted({line for entry in entries for line in _absent(entry)}):
+        parts.append("Did not take part: " + "; ".join(absent) + ".")
+    return "\n\n".join(parts)
+
+
+def heading(data: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> str:
+    """Machine, versions and commits in a few lines."""
+    machine, runs = data["machine"], data["runs"]
+    newest = runs[max(runs)]
+    where = f"{machine['gpu']}, {machine['cpu']}" if machine["gpu"] else machine["cpu"]
+    memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] else ""
+    lines = [f"**{where}, {machine['cores']} cores{memory}**, {machine['threads']} threads, {machine['system']}; "]
+    versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items() if version[:3] != "not")
+    lines.append(f"backends {', '.join(machine['backends'])}; {versions}. ")
+    used = sorted({entry["run"] for entry in entries})
+    lines.append("Measured: " + "; ".join(f"{runs[r]['date'][:10]} at commit {_commit(runs[r])}" for r in used) + ".")
+    quick = "**A quick run: tiny sizes, two rounds. These figures mean nothing.**\n\n" if data["quick"] else ""
+    return quick + "".join(lines)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; figures stand to the right."""
+    head = list(head)
+    lines = [head, ["---" if i < 2 else "---:" for i in range(len(head))], *map(list, rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def duration(seconds: float) -> str:
+    """Three digits in the unit that suits."""
+    unit, factor = next((u, f) for u, f in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if seconds * f >= 1 or u == "µs")
+    return f"{figure(seconds * factor)} {unit}"
+
+
+def figure(value: float) -> str:
+    """Three significant digits without an exponent."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - len(str(int(abs(value)))) + 1) if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"
+
+
+def _rank(entry: Mapping[str, Any]) -> tuple[int, str, str]:
+    place = next(
+        (i for i, op in enumerate(FIRST) if entry["op"] == op or entry["op"].startswith(op + ", ph")), len(FIRST)
+    )
+    return place, entry["op"], ""  # sorting is stable: cases of an op stay in the order in which they were measured
+
+
+def _goal(goal: Mapping[str, Any]) -> list[str]:
+    value = "not measured" if goal["measured"] is None else f"{figure(goal['measured'])} {goal['unit']}"
+    verdict = {True: "met", False: "**not met**", None: "not judged"}[goal["met"]]
+    return [goal["what"], f"{goal['sense']} {goal['goal']:g} {goal['unit']}", value, verdict]
+
+
+def _row(entry: Mapping[str, Any]) -> list[str]:
+    best = entry["peers"].get(entry["best_peer"], {})
+    sizes = ", ".join(part for part in (entry["shape"], entry["dtype"], entry["note"]) if part)
+    if entry["device"] != "cpu":
+        sizes += f", {entry['device']}"
+    if entry.get("backend") == "reference":
+        sizes += ", in plain torch"
+    return [
+        entry["op"],
+        sizes,
+        duration(entry["seconds"]) if entry.get("seconds") else "",
+        "; ".join(f"{figure(value)} {unit}" for unit, value in entry.get("rates", {}).items()),
+        entry["best_peer"] or "none",
+        f"{figure(entry['ratio'])} ×" if entry["ratio"] else "",
+        _memory(entry),
+        _memory(best),
+    ]
+
+
+def _memory(report: Mapping[str, Any]) -> str:
+    peak = report.get("peak_memory_mb")
+    return "" if peak is None else f"{peak:,.1f} MB"
+
+
+def _absent(entry: Mapping[str, Any]) -> Iterable[str]:
+    for name, report in entry["peers"].items():
+        if "missing" in report:
+            yield f"{name} ({report['missing']})"
+        elif not report.get("right"):
+            yield f"{name} in {entry['op']} (timed, but its result differs, error {report['error']:.2g})"
+
+
+def _commit(run: Mapping[str, Any]) -> str:
+    name, _, rest = run["commit"].partition(" ")
+    return f"`{name[:9]}`" + (f" {rest}" if rest else "")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

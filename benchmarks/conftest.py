@@ -28,6 +28,8 @@ PACKAGES = (
     "torch", "numpy", "scipy", "scikit-learn", "faiss-cpu", "transformers", "pytest-benchmark",
 )  # fmt: skip
 ENTRIES = pytest.StashKey[dict[str, dict[str, Any]]]()
+RUN = pytest.StashKey[dict[str, Any]]()
+WRITTEN = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ENTRIES] = {}
+    config.stash[ENTRIES], config.stash[RUN] = {}, run()  # now, not at the end: the sources may change meanwhile
     if config.getoption("benchmark_only"):  # the project's settings turn timing off, for the sake of the test suite
         config.option.benchmark_enable = True
         config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "rounds", "iterations"]
@@ -54,7 +56,9 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def quick(request: pytest.FixtureRequest) -> bool:
-    return request.config.getoption("--quick")
+    """Whether sizes are tiny: when asked for, and when pytest-benchmark is off, so that only correctness is checked."""
+    options = request.config.option
+    return options.quick or (options.benchmark_disable and not options.benchmark_enable)
 
 
 @pytest.fixture(autouse=True)
@@ -90,10 +94,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         options = config.option
         whole = not (options.keyword or options.markexpr or options.deselect or session.testsfailed)
         whole = whole and [Path(arg).resolve() for arg in config.args] == [RESULTS.parent]
-        config.stash[WRITTEN] = write(entries, config.getoption("--quick"), whole)
-
-
-WRITTEN = pytest.StashKey[Path]()
+        config.stash[WRITTEN] = write(entries, config.stash[RUN], config.getoption("--quick"), whole)
 
 
 @pytest.hookimpl(trylast=True)
@@ -110,7 +111,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"results: {config.stash[WRITTEN]}")
 
 
-def write(entries: dict[str, dict[str, Any]], quick: bool, whole: bool) -> Path:
+def write(entries: dict[str, dict[str, Any]], this: dict[str, Any], quick: bool, whole: bool) -> Path:
     """Puts the entries into this machine's file, in place of older ones; after a whole run they are all there is."""
     here = machine()
     name = (
@@ -124,7 +125,6 @@ def write(entries: dict[str, dict[str, Any]], quick: bool, whole: bool) -> Path:
     )
     path = RESULTS / f"{name.strip('-')}.json"
     old = json.loads(path.read_text()) if path.exists() and not whole else {"entries": {}, "runs": {}}
-    this = run()
     number = f"{this['date']} {this['commit'][:9]}"
     merged = old["entries"] | {name: {**entry, "run": number} for name, entry in entries.items()}
     used = {entry["run"] for entry in merged.values()}

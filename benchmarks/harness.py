@@ -7,7 +7,6 @@ runs. Nobody is timed before its result was held against float64 (or, where resu
 ones); a peer whose result is wrong is reported as wrong and is nobody's rival.
 """
 
-import gc
 import math
 import statistics
 import time
@@ -194,7 +193,6 @@ def compare(case: Case, benchmark: Any, quick: bool) -> dict[str, Any]:
         **_timing(times["ours"]),
     }
     if case.memory:
-        gc.collect()
         entry["peak_memory_mb"] = peak_memory_mb(case.ours, case.device)
         for name in sides.keys() - {"ours"}:
             reports[name]["peak_memory_mb"] = peak_memory_mb(sides[name], case.device)

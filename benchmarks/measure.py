@@ -1,5 +1,6 @@
 """How long a call takes, and how much memory it needs, on the CPU or a GPU."""
 
+import contextlib
 import ctypes
 import time
 from collections.abc import Callable
@@ -44,14 +45,24 @@ def peak_memory_mb(run: Call, device: str) -> float | None:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide the call's need
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        before = resident_mb("VmRSS")
+        before = restart_high_water()
         run()
         return max(0.0, resident_mb("VmHWM") - before)
-    except (OSError, AttributeError):
+    except OSError:
         return None
+
+
+def restart_high_water() -> float:
+    """Sets this process's high-water mark (VmHWM) back to what it holds now, and returns that, in 10^6 bytes.
+
+    Memory that was freed is given back first: kept by the allocator, it would hide what the next call needs. OSError
+    where the kernel offers no such mark.
+    """
+    with contextlib.suppress(AttributeError):  # an allocator that has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return resident_mb("VmRSS")
 
 
 def resident_mb(field_name: str) -> float:

@@ -66,9 +66,15 @@ def section(data: Mapping[str, Any]) -> str:
     parts = [heading(data, entries)]
     if rows := [_goal(goal) for entry in entries for goal in entry["goals"]]:
         parts.append(table(("goal", "asked", "measured", ""), rows))
-    rows = [_row(entry) for entry in entries if entry.get("seconds") or entry.get("peak_memory_mb")]
-    head = ("", "sizes", "igpt-fast", "rate", "best peer", "ratio", "peak memory", "its")
-    parts.append(table(head, rows))
+    timed = [entry for entry in entries if entry.get("seconds") or entry.get("peak_memory_mb")]
+    head = ("", "sizes", "igpt-fast", "rate", "best peer", "ratio", "peak memory", "the peer's")
+    leading = [_row(entry) for entry in timed if _rank(entry)[0] < len(FIRST)]
+    if leading:
+        parts.append(table(head, leading))
+    if others := [_row(entry) for entry in timed if _rank(entry)[0] == len(FIRST)]:
+        parts.append(
+            f"<details><summary>Op by op ({len(others)} comparisons)</summary>\n\n{table(head, others)}\n\n</details>"
+        )
     legend = (
         "Ratio: the best peer's median time over ours (for memory, its peak over ours), in interleaved rounds of one "
         "process; above 1 ours is better. Peak memory: what a call needs beyond what was there before it, results "
@@ -116,11 +122,11 @@ def figure(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _rank(entry: Mapping[str, Any]) -> tuple[int, str, str]:
+def _rank(entry: Mapping[str, Any]) -> tuple[int, str]:
     place = next(
         (i for i, op in enumerate(FIRST) if entry["op"] == op or entry["op"].startswith(op + ", ph")), len(FIRST)
     )
-    return place, entry["op"], ""  # sorting is stable: cases of an op stay in the order in which they were measured
+    return place, entry["op"]  # sorting is stable: cases of an op stay in the order in which they were measured
 
 
 def _goal(goal: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,6 @@ builds that side, takes two steps, and prints JSON: the process's peak, and how 
 model built, in 10^6 bytes.
 """
 
-import ctypes
 import gc
 import json
 import sys
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 import igpt_fast as igpt
 from benchmarks import peer_models, peers
 from benchmarks.harness import Call, Missing
-from benchmarks.measure import resident_mb
+from benchmarks.measure import resident_mb, restart_high_water
 from igpt_fast.optimizer import BETAS, adam
 
 BATCH = 4
@@ -135,10 +134,7 @@ def main() -> None:
     if side != OURS:
         del model
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # from here on VmHWM is the most that the steps need, not what an import needed for a moment
-    built = resident_mb("VmRSS")
+    built = restart_high_water()  # what an import needed for a moment is not the steps'
     for _ in range(2):
         run()
     peak = resident_mb("VmHWM")

@@ -1,11 +1,13 @@
 """Sampling: drawing tokens from logits, one cached step in the middle of an image, and whole images."""
 
+import copy
+
 import pytest
 import torch
 
 import igpt_fast as igpt
 from benchmarks import peer_models, peers
-from benchmarks.harness import Case, Close, Goal, Score, served_by
+from benchmarks.harness import Case, Close, Goal, Score, dtype_name, served_by
 from benchmarks.training import BATCH, describe, small_model, tokens_for
 from igpt_fast import ops
 from igpt_fast.cached import Decoder, decode_one_token, prefill
@@ -48,10 +50,14 @@ def test_sample_tokens(compare, device, top_k):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @torch.inference_mode()
-def test_step(compare, device, quick):
-    """In the middle of the image, so that its time is a whole image's average, as attention grows with the position."""
-    model = small_model(quick, device).eval()
+def test_step(compare, device, quick, dtype):
+    """In the middle of the image, so that its time is a whole image's average, as attention grows with the position.
+
+    Everybody's weights and cache are of the same dtype.
+    """
+    model = small_model(quick, device).eval().to(dtype)
     half = model.config.tokens // 2
     tokens = tokens_for(model.config, device)
     known, pixel = tokens[:, : half - 1], tokens[:, half - 1]
@@ -72,22 +78,26 @@ def test_step(compare, device, quick):
         Case(
             op="sampling, one cached step",
             shape=f"{describe(model.config)}, pixel {half}",
-            dtype="float32",
+            dtype=dtype_name(dtype),
             device=device,
-            backend=served_by("attention_decode", pixel.float()),
+            backend=served_by("attention_decode", pixel.to(dtype)),
             ours=ours,
             peers={
                 "torch SDPA and a cache": peer_models.plain_step(plain, known, pixel),
                 "HF ImageGPT and its cache": peer_models.hf_step(peer_models.hf_model(model), known, pixel),
             },
-            judge=Close([exact(slots)[:, -1]], torch.float32),
+            judge=Close([exact(slots)[:, -1]], dtype),
             work={"steps/s": 1},
         )
     )
 
 
-def test_images(compare, device, quick):
-    """From nothing to whole images, all steps of all positions: what a user waits for."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images(compare, device, quick, dtype):
+    """From nothing to whole images, all steps of all positions: what a user waits for.
+
+    dtype: of our weights and cache. The peers stay in float32, on a CPU the faster one for them (see test_step).
+    """
     model = small_model(quick, device).eval()
     config = model.config
 
@@ -96,16 +106,19 @@ def test_images(compare, device, quick):
         return 0.0 if fine and tokens.flatten().unique().numel() > 1 else 1.0
 
     plain, hf = peer_models.PlainGPT(config, model.state_dict()), peer_models.hf_model(model)
+    mine = copy.deepcopy(model).to(getattr(torch, dtype))
     generate = "HF generate, use_cache=True"
-    goal = Goal("cached sampling at batch 4 against HF generate", lambda e: e["peers"][generate].get("ratio"), 4.0)
+    goal = Goal(
+        f"cached sampling in {dtype} at batch 4 against HF generate", lambda e: e["peers"][generate].get("ratio"), 4.0
+    )
     compare(
         Case(
             op="sampling, whole images",
             shape=f"{describe(config)}, {config.tokens} steps",
-            dtype="float32",
+            dtype=dtype,
             device=device,
-            backend=served_by("attention_decode", torch.empty(0, device=device)),
-            ours=lambda: igpt.sample(model, n=BATCH, batch=BATCH),
+            backend=served_by("attention_decode", torch.empty(0, device=device, dtype=getattr(torch, dtype))),
+            ours=lambda: igpt.sample(mine, n=BATCH, batch=BATCH),
             peers={
                 "torch SDPA and a cache": peer_models.plain_images(plain, BATCH),
                 generate: peer_models.generate(hf, BATCH, config.tokens),

@@ -34,6 +34,9 @@ WRITTEN = pytest.StashKey[Path]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="tiny sizes, two rounds: does every benchmark work?")
+    parser.addoption(
+        "--results", type=Path, metavar="FILE", help="where results go (benchmarks/results/<machine>.json)"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -94,7 +97,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         options = config.option
         whole = not (options.keyword or options.markexpr or options.deselect or session.testsfailed)
         whole = whole and [Path(arg).resolve() for arg in config.args] == [RESULTS.parent]
-        config.stash[WRITTEN] = write(entries, config.stash[RUN], config.getoption("--quick"), whole)
+        path = config.getoption("--results") or place(config.getoption("--quick"))
+        config.stash[WRITTEN] = write(path, entries, config.stash[RUN], config.getoption("--quick"), whole)
 
 
 @pytest.hookimpl(trylast=True)
@@ -111,26 +115,23 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"results: {config.stash[WRITTEN]}")
 
 
-def write(entries: dict[str, dict[str, Any]], this: dict[str, Any], quick: bool, whole: bool) -> Path:
-    """Puts the entries into this machine's file, in place of older ones; after a whole run they are all there is."""
+def place(quick: bool) -> Path:
+    """This machine's file, or that of quick runs."""
     here = machine()
-    name = (
-        "quick"
-        if quick
-        else re.sub(
-            r"[^a-z0-9]+",
-            "-",
-            f"{here['gpu'] or here['cpu']} {here['threads']} thread{'s' * (here['threads'] > 1)}".lower(),
-        )
-    )
-    path = RESULTS / f"{name.strip('-')}.json"
+    threads = f"{here['threads']} thread{'s' * (here['threads'] > 1)}"
+    name = "quick" if quick else re.sub(r"[^a-z0-9]+", "-", f"{here['gpu'] or here['cpu']} {threads}".lower())
+    return RESULTS / f"{name.strip('-')}.json"
+
+
+def write(path: Path, entries: dict[str, dict[str, Any]], this: dict[str, Any], quick: bool, whole: bool) -> Path:
+    """Puts the entries into a file of results, in place of older ones; after a whole run they are all there is."""
     old = json.loads(path.read_text()) if path.exists() and not whole else {"entries": {}, "runs": {}}
     number = f"{this['date']} {this['commit'][:9]}"
     merged = old["entries"] | {name: {**entry, "run": number} for name, entry in entries.items()}
     used = {entry["run"] for entry in merged.values()}
     runs = {key: value for key, value in {**old["runs"], number: this}.items() if key in used}
-    data = {"quick": quick, "machine": here, "runs": runs, "entries": merged}
-    RESULTS.mkdir(exist_ok=True)
+    data = {"quick": quick, "machine": machine(), "runs": runs, "entries": merged}
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     os.replace(partial, path)

@@ -96,7 +96,7 @@ def heading(data: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> st
     versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items() if version[:3] != "not")
     lines.append(f"backends {', '.join(machine['backends'])}; {versions}. ")
     used = sorted({entry["run"] for entry in entries})
-    lines.append("Measured: " + "; ".join(f"{runs[r]['date'][:10]} at commit {_commit(runs[r])}" for r in used) + ".")
+    lines.append("Measured: " + "; ".join(_run(runs[r], machine["cores"]) for r in used) + ".")
     quick = "**A quick run: tiny sizes, two rounds. These figures mean nothing.**\n\n" if data["quick"] else ""
     return quick + "".join(lines)
 
@@ -167,9 +167,10 @@ def _absent(entry: Mapping[str, Any]) -> Iterable[str]:
             yield f"{name} in {entry['op']} (timed, but its result differs, error {report['error']:.2g})"
 
 
-def _commit(run: Mapping[str, Any]) -> str:
+def _run(run: Mapping[str, Any], cores: int) -> str:
     name, _, rest = run["commit"].partition(" ")
-    return f"`{name[:9]}`" + (f" {rest}" if rest else "")
+    busy = f", on a machine that was busy (load {run['load']:g})" if run["load"] > cores / 4 else ""
+    return f"{run['date'][:10]} at commit `{name[:9]}`" + (f" {rest}" if rest else "") + busy
 
 
 def _fail(message: str) -> int:

@@ -45,6 +45,7 @@ def test_encode(compare, device, quick, kind):
             work={"Mpixel/s": batch.numel() / 3},
             goals=[goal] if device == "cpu" and kind == "photographs" else [],
             seconds=15.0,
+            rounds=(3, 60),
             pause=0.02,
         )
     )

@@ -126,7 +126,7 @@ def test_images(compare, device, quick, dtype):
             judge=Score(wrong, 0.0, 0.0),
             work={"images/s": BATCH, "steps/s": config.tokens},
             goals=[goal] if device == "cpu" else [],
-            rounds=(3, 3),
+            rounds=(2, 2),  # each of a thousand steps
             memory=False,  # the cached step tells what a step needs; running all of this once more would tell no more
         )
     )

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test lint format build bench bench-quick sanitize spills clean
+.PHONY: demo test lint format build bench sanitize spills clean
 
 demo: $(VENV)/installed
 	$(BIN)/igpt-fast demo --out demo

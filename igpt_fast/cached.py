@@ -15,6 +15,7 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.ops._native import backend_for, stream_of
+from igpt_fast.ops.attention import refused_head_dim
 
 Linear = tuple[Tensor, Tensor | None]  # weight, bias
 
@@ -137,12 +138,11 @@ def check_order(config: Config) -> None:
 
 def _kernels(d: Decoder) -> tuple[Callable, Callable, Callable, Callable]:
     """norm, linear, attend, gelu, which write into their first argument: a backend's own where one serves all."""
-    eps, scale, stream, head_dim = d.config.eps, d.config.head_dim**-0.5, stream_of(d.x), d.config.head_dim
-    refusal = None if head_dim % 8 == 0 and head_dim <= 128 else f"head dim {head_dim} is not a multiple of 8 up to 128"
+    eps, scale, stream = d.config.eps, d.config.head_dim**-0.5, stream_of(d.x)
     natives = (
         backend_for("rms_norm_fwd", (d.x, d.ln_f)),
         backend_for("linear_fwd", (d.x, d.wtet)),
-        backend_for("attention_decode", (d.q,), refusal),
+        backend_for("attention_decode", (d.q,), refused_head_dim(d.config.head_dim)),
         backend_for("bias_quick_gelu_fwd", (d.z,)),
     )
     if None in natives:

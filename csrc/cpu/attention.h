@@ -96,10 +96,6 @@ struct Head {
   T* row(int64_t t) const { return data + t * stride; }
 };
 
-static inline int64_t head_units(int64_t D, int step) {
-  return D / step;
-}
-
 // A operand: rows of a tile as they are, [kTile, D / step] units; rows behind the end are zero.
 template <class E, class T>
 static void pack_rows(typename E::Unit* a, const Head<T>& x, int64_t t, int64_t T_end, int64_t D) {

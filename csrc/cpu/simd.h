@@ -99,9 +99,6 @@ static inline void store_n(T* p, vf v, int64_t n) {
 static inline vf max(vf a, vf b) {
   return a > b ? a : b;
 }
-static inline vf min(vf a, vf b) {
-  return a < b ? a : b;
-}
 
 // Lane i of the result is lane (i + by) mod kLanes.
 template <int by>

@@ -14,7 +14,7 @@
 namespace igpt {
 namespace cuda {
 
-// V neighbouring elements as floats. The dtype is the same for the whole launch, so the branch never diverges.
+// V neighbouring elements as floats.
 template <int V>
 struct Floats {
   float v[V];
@@ -42,6 +42,7 @@ __device__ inline void store_as(void* p, int64_t i, const Floats<V>& x) {
   *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(p) + i) = raw;
 }
 
+// The dtype is the same for the whole launch, so the branch never diverges.
 template <int V>
 __device__ inline Floats<V> load(const void* p, DType t, int64_t i) {
   if (t == DType::f32) return load_as<float, V>(p, i);

@@ -82,10 +82,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
         )
 
 
+def refused_head_dim(head_dim: int) -> str | None:
+    """Why the native attention kernels do not serve a head dim; None when they do."""
+    return None if head_dim in range(8, 129, 8) else f"head dim {head_dim} is not a multiple of 8 up to 128"
+
+
 def _native(q: Tensor, k: Tensor, v: Tensor, op: str):
-    head_dim = q.size(-1)
-    bad = head_dim % 8 or not 0 < head_dim <= 128
-    refusal = f"head dim {head_dim} is not a multiple of 8 up to 128" if bad else None
+    refusal = refused_head_dim(q.size(-1))
     if q.dtype is not k.dtype or q.dtype is not v.dtype:
         refusal = "q, k and v differ in dtype"
     return backend_for(op, (q, k, v), refusal)

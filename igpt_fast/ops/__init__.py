@@ -3,6 +3,7 @@
 from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import attention, attention_decode, attention_packed
 from igpt_fast.ops.cross_entropy import cross_entropy
+from igpt_fast.ops.decode_step import decode_step
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.norm import rms_norm
 from igpt_fast.ops.palette import kmeans_step, palette_assign
@@ -14,6 +15,7 @@ __all__ = [
     "attention_packed",
     "bias_quick_gelu",
     "cross_entropy",
+    "decode_step",
     "kmeans_step",
     "linear",
     "palette_assign",

@@ -119,7 +119,7 @@ def place(quick: bool) -> Path:
     """This machine's file, or that of quick runs."""
     here = machine()
     threads = f"{here['threads']} thread{'s' * (here['threads'] > 1)}"
-    name = "quick" if quick else re.sub(r"[^a-z0-9]+", "-", f"{here['gpu'] or here['cpu']} {threads}".lower())
+    name = "quick" if quick else re.sub(r"[^a-z0-9]+", "-", f"{where} {threads}".lower())
     return RESULTS / f"{name.strip('-')}.json"
 
 

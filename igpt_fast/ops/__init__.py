@@ -7,6 +7,7 @@ from igpt_fast.ops.decode_step import decode_step
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.norm import rms_norm
 from igpt_fast.ops.palette import kmeans_step, palette_assign
+from igpt_fast.ops.projection import projection
 from igpt_fast.ops.sampling import sample_tokens
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "kmeans_step",
     "linear",
     "palette_assign",
+    "projection",
     "rms_norm",
     "sample_tokens",
 ]

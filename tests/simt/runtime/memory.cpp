@@ -1,0 +1,310 @@
+// Shared memory (poisoned, ending at a guard page), guarded global memory, and the report of a wild access.
+#include <signal.h>
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <unordered_map>
+
+#include "runtime.h"
+#include "simt_ptx.h"
+
+namespace simt {
+
+constexpr unsigned char kPoison = 0xff;  // NaN as float, half and bfloat16, -1 as an integer
+
+void poison(void* p, size_t bytes) {
+  std::memset(p, kPoison, bytes);
+}
+
+static unsigned char* map(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<unsigned char*>(p);
+}
+
+static uint32_t round_up(uint32_t n, uint32_t to) {
+  return (n + to - 1) / to * to;
+}
+
+static std::mutex g_mutex;
+static std::unordered_map<const void*, size_t>& allowances() {
+  static std::unordered_map<const void*, size_t> map;
+  return map;
+}
+
+void allow_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  allowances()[kernel] = bytes;
+}
+
+size_t shared_limit(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  const auto found = allowances().find(kernel);
+  return found == allowances().end() ? kDefaultShared : std::max<size_t>(found->second, kDefaultShared);
+}
+
+void make_shared(Block* b, const Launch& launch) {
+  Shared& s = b->shared;
+#if defined(SIMT_TSAN)
+  if (s.base) munmap(s.base, kWindow);  // a new mapping has no history: blocks do not race through reused memory
+  s.base = nullptr;
+  s.statics.clear();
+  s.static_end = kStaticBegin;
+#endif
+  if (!s.base) {
+    s.base = map(kWindow);
+    mprotect(s.base + kDynamicEnd, kPage, PROT_NONE);
+  }
+  if (!s.async) s.async = map(kWindow);
+  s.dynamic_bytes = uint32_t(launch.shared);
+  s.dynamic = kDynamicEnd;
+  s.dynamic_used = false;
+  s.static_bytes = 0;
+  for (StaticArray& a : s.statics) a.used = false;
+  const uint32_t from = kDynamicEnd - round_up(s.dynamic_bytes, 1024);
+  poison(s.base + from, kDynamicEnd - from);
+  poison(s.async + from, kDynamicEnd - from);
+}
+
+Block::~Block() {
+  for (unsigned char* view : {shared.base, shared.async})
+    if (view) munmap(view, kWindow);
+}
+
+void* dynamic_shared(size_t align) {
+  const Quiet quiet;
+  Block* b = current()->block;
+  Shared& s = b->shared;
+  const uint32_t at = kDynamicEnd - round_up(s.dynamic_bytes, uint32_t(align));
+  if (s.dynamic_used && s.dynamic != at) fail("DYN_SMEM and DYN_SMEM_1024 in one kernel");
+  s.dynamic_used = true;
+  s.dynamic = at;
+  return s.base + at;
+}
+
+void* static_shared(const void* key, const char* name, size_t bytes, size_t align) {
+  const Quiet quiet;
+  Shared& s = current()->block->shared;
+  StaticArray* found = nullptr;
+  for (StaticArray& a : s.statics)
+    if (a.key == key) found = &a;
+  if (!found) {
+    const uint32_t size = round_up(uint32_t(bytes), uint32_t(std::max<size_t>(align, 16)));
+    const uint32_t end = round_up(s.static_end + size, kPage);
+    if (end + kPage > kWindow) fail("STATIC_SMEM %s: no room left in the bench's window", name);
+    mprotect(s.base + end, kPage, PROT_NONE);
+    s.static_end = end + kPage;
+    s.statics.push_back({key, name, end - size, uint32_t(bytes), false});
+    found = &s.statics.back();
+  }
+  if (!found->used) {
+    found->used = true;
+    s.static_bytes += uint32_t(bytes);
+    const size_t limit = std::max<size_t>(kDefaultShared, shared_limit(cluster()->launch->kernel));
+    if (s.static_bytes > kDefaultShared || s.static_bytes + s.dynamic_bytes > limit)
+      fail("shared memory: %u bytes of static arrays and %u dynamic ones exceed the limit of %zu", s.static_bytes,
+           s.dynamic_bytes, limit);
+    const uint32_t end = round_up(found->offset + found->bytes, kPage);
+    poison(s.base + found->offset, end - found->offset);
+    poison(s.async + found->offset, end - found->offset);
+  }
+  return s.base + found->offset;
+}
+
+static void check_end(Block* b, uint32_t end, uint32_t guard, const char* name) {
+  for (uint32_t i = end; i < guard; ++i)
+    if (b->shared.base[i] != kPoison)
+      fail("shared memory: block (%u,%u,%u) wrote %u bytes past the end of %s", b->index.x, b->index.y, b->index.z,
+           i - end, name);
+}
+
+void check_slack(Block* b) {
+  Shared& s = b->shared;
+  if (s.dynamic_used) check_end(b, s.dynamic + s.dynamic_bytes, kDynamicEnd, "dynamic shared memory");
+  for (const StaticArray& a : s.statics)
+    if (a.used) check_end(b, a.offset + a.bytes, round_up(a.offset + a.bytes, kPage), a.name);
+}
+
+// ---- shared addresses: bits 0-19 an offset in a window, above them 1 + the rank of a block of the cluster, or 0
+
+uint32_t shared_address(const void* p) {
+  const Shared& s = current()->block->shared;
+  const auto offset = static_cast<const unsigned char*>(p) - s.base;
+  if (offset < 0 || offset >= ptrdiff_t(kWindow)) fail("smem_u32: %p is no address of this block's shared memory", p);
+  return uint32_t(offset);
+}
+
+Block* block_at(uint32_t address) {
+  Cluster* c = cluster();
+  const uint32_t who = address / kWindow;
+  if (who == 0) return current()->block;
+  if (who > c->blocks.size())
+    fail("shared address %08x names no block of this cluster of %zu", address, c->blocks.size());
+  Block* b = c->blocks[who - 1].get();
+  if (b->alive == 0) fail("shared memory of block %u of the cluster, which has exited", who - 1);
+  return b;
+}
+
+static uint32_t checked_offset(const Block* b, uint32_t address, uint32_t bytes, uint32_t align, const char* what) {
+  const Shared& s = b->shared;
+  const uint32_t at = address % kWindow;
+  if (at % align) fail("%s: shared address %u is not aligned to %u bytes", what, at, align);
+  if (at >= s.dynamic && at + bytes <= s.dynamic + s.dynamic_bytes) return at;
+  for (const StaticArray& a : s.statics)
+    if (a.used && at >= a.offset && at + bytes <= a.offset + a.bytes) return at;
+  fail("%s: [%d, %d) lies outside the %u bytes of dynamic shared memory", what, int(at) - int(s.dynamic),
+       int(at) - int(s.dynamic) + int(bytes), s.dynamic_bytes);
+}
+
+unsigned char* shared_at(uint32_t address, uint32_t bytes, uint32_t align, const char* what) {
+  Block* b = block_at(address);
+  return b->shared.base + checked_offset(b, address, bytes, align, what);
+}
+
+unsigned char* async_at(uint32_t address, uint32_t bytes, uint32_t align, const char* what) {
+  Block* b = block_at(address);
+  return b->shared.async + checked_offset(b, address, bytes, align, what);
+}
+
+void publish(Block* b) {
+  Shared& s = b->shared;
+  if (s.dynamic_used) std::memcpy(s.async + s.dynamic, s.base + s.dynamic, s.dynamic_bytes);
+  for (const StaticArray& a : s.statics)
+    if (a.used) std::memcpy(s.async + a.offset, s.base + a.offset, a.bytes);
+}
+
+// ---- global memory that ends at a guard page
+
+namespace {
+struct Guarded {
+  size_t bytes, slack, mapped;
+  unsigned char* mapping;
+};
+}  // namespace
+static std::map<uintptr_t, Guarded>& guarded() {
+  static std::map<uintptr_t, Guarded> map;
+  return map;
+}
+
+void* guarded_alloc(size_t bytes, size_t offset) {
+  const size_t body = (bytes + 16 + kPage - 1) / kPage * kPage, total = body + 2 * kPage;
+  unsigned char* mapping = map(total);
+  mprotect(mapping, kPage, PROT_NONE);
+  mprotect(mapping + kPage + body, kPage, PROT_NONE);
+  poison(mapping + kPage, body);
+  const uintptr_t end = uintptr_t(mapping) + kPage + body;
+  uintptr_t at = (end - bytes) / 16 * 16 + offset % 16;
+  if (at + bytes > end) at -= 16;
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  guarded()[at] = {bytes, end - at - bytes, total, mapping};
+  return reinterpret_cast<void*>(at);
+}
+
+void guarded_free(void* p) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  const auto found = guarded().find(uintptr_t(p));
+  if (found == guarded().end()) throw std::logic_error("guarded_free of memory that guarded_alloc did not give");
+  const Guarded g = found->second;
+  const auto* end = static_cast<unsigned char*>(p) + g.bytes;
+  size_t dirty = 0;
+  for (size_t i = 0; i < g.slack; ++i) dirty += end[i] != kPoison;
+  guarded().erase(found);
+  munmap(g.mapping, g.mapped);
+  if (dirty) throw Error("a kernel wrote past the end of a buffer of " + std::to_string(g.bytes) + " bytes");
+}
+
+static std::string whose(uintptr_t at) {
+  char text[200];
+  for (auto& b : cluster()->blocks) {
+    const Shared& s = b->shared;
+    const auto from = at - uintptr_t(s.base);
+    if (from >= kWindow) continue;
+    if (from < kStaticBegin) {
+      std::snprintf(text, sizeof text, "byte %d of %u bytes of dynamic shared memory", int(from) - int(s.dynamic),
+                    s.dynamic_bytes);
+      return text;
+    }
+    for (const StaticArray& a : s.statics)
+      if (from >= a.offset && from < round_up(a.offset + a.bytes, kPage) + kPage) {
+        std::snprintf(text, sizeof text, "byte %d of the %u bytes of %s", int(from) - int(a.offset), a.bytes, a.name);
+        return text;
+      }
+  }
+  for (auto& [start, g] : guarded())
+    if (at >= uintptr_t(g.mapping) && at < uintptr_t(g.mapping) + g.mapped) {
+      std::snprintf(text, sizeof text, "byte %td of a buffer of %zu bytes", ptrdiff_t(at - start), g.bytes);
+      return text;
+    }
+  std::snprintf(text, sizeof text, "address %#zx, which is no memory of this launch", size_t(at));
+  return text;
+}
+
+static struct sigaction g_before[2];
+
+// Runs on a stack of its own, because the fault may be an overflow of the fiber's.
+static void on_fault(int number, siginfo_t* info, void*) {
+  if (!self) {  // not a kernel's: whoever was here before us takes it
+    sigaction(number, &g_before[number == SIGBUS], nullptr);
+    return;
+  }
+  Fiber* f = current();
+  const auto at = uintptr_t(info->si_addr);
+  if (at - uintptr_t(f->stack) < kPage) fail("stack overflow");
+  fail("wild access: %s", whose(at).c_str());
+}
+
+void catch_wild_accesses() {
+  static const bool once = [] {
+    struct sigaction action{};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &g_before[0]);
+    sigaction(SIGBUS, &action, &g_before[1]);
+    return true;
+  }();
+  (void)once;
+  static thread_local unsigned char* const stack = [] {
+    unsigned char* p = map(64 << 10);  // for the life of the process: the thread may fault again
+    stack_t alternate{};
+    alternate.ss_sp = p;
+    alternate.ss_size = 64 << 10;
+    sigaltstack(&alternate, nullptr);
+    return p;
+  }();
+  (void)stack;
+}
+
+// ---- shared memory of the cluster's other blocks
+
+uint32_t map_to_rank(uint32_t address, uint32_t rank) {
+  if (rank >= cluster()->blocks.size()) fail("mapa: rank %u in a cluster of %zu", rank, cluster()->blocks.size());
+  return address % kWindow + (rank + 1) * kWindow;
+}
+
+void cluster_load(uint32_t address, void* to, uint32_t bytes) {
+  const unsigned char* from = shared_at(address, bytes, bytes, "ld.shared::cluster");
+  note_read(from, bytes);
+  const Quiet quiet;
+  std::memcpy(to, from, bytes);
+}
+
+void cluster_store(uint32_t address, const void* from, uint32_t bytes) {
+  unsigned char* to = shared_at(address, bytes, bytes, "st.shared::cluster");
+  note_write(to, bytes);
+  const Quiet quiet;
+  std::memcpy(to, from, bytes);
+}
+
+uint32_t cluster_rank() {
+  return current()->block->rank;
+}
+uint32_t cluster_size() {
+  return uint32_t(cluster()->blocks.size());
+}
+
+}  // namespace simt

@@ -51,18 +51,18 @@ void allow_shared(Kernel* kernel, size_t bytes) {
     kernel<<<(blocks), (threads), (shared), ::igpt::cuda::stream_of(stream)>>>(__VA_ARGS__); \
     ::igpt::cuda::check_cuda(cudaGetLastError(), #kernel);                                   \
   } while (0)
-#define LAUNCH_CLUSTER(kernel, blocks, threads, cluster, shared, stream, ...)                      \
-  do {                                                                                             \
-    const dim3 igpt_cluster(cluster);                                                              \
-    cudaLaunchAttribute igpt_attribute{};                                                          \
-    igpt_attribute.id = cudaLaunchAttributeClusterDimension;                                       \
-    igpt_attribute.val.clusterDim.x = igpt_cluster.x;                                              \
-    igpt_attribute.val.clusterDim.y = igpt_cluster.y;                                              \
-    igpt_attribute.val.clusterDim.z = igpt_cluster.z;                                              \
-    cudaLaunchConfig_t igpt_config{};                                                              \
-    igpt_config.gridDim = dim3(blocks), igpt_config.blockDim = dim3(threads);                      \
-    igpt_config.dynamicSmemBytes = (shared), igpt_config.stream = ::igpt::cuda::stream_of(stream); \
-    igpt_config.attrs = &igpt_attribute, igpt_config.numAttrs = 1;                                 \
-    ::igpt::cuda::check_cuda(cudaLaunchKernelEx(&igpt_config, kernel, __VA_ARGS__), #kernel);      \
+#define LAUNCH_CLUSTER(kernel, blocks, threads, cluster, shared, on, ...)                      \
+  do {                                                                                         \
+    const dim3 igpt_cluster(cluster);                                                          \
+    cudaLaunchAttribute igpt_attribute{};                                                      \
+    igpt_attribute.id = cudaLaunchAttributeClusterDimension;                                   \
+    igpt_attribute.val.clusterDim.x = igpt_cluster.x;                                          \
+    igpt_attribute.val.clusterDim.y = igpt_cluster.y;                                          \
+    igpt_attribute.val.clusterDim.z = igpt_cluster.z;                                          \
+    cudaLaunchConfig_t igpt_config{};                                                          \
+    igpt_config.gridDim = dim3(blocks), igpt_config.blockDim = dim3(threads);                  \
+    igpt_config.dynamicSmemBytes = (shared), igpt_config.stream = ::igpt::cuda::stream_of(on); \
+    igpt_config.attrs = &igpt_attribute, igpt_config.numAttrs = 1;                             \
+    ::igpt::cuda::check_cuda(cudaLaunchKernelEx(&igpt_config, kernel, __VA_ARGS__), #kernel);  \
   } while (0)
 #endif

@@ -33,7 +33,7 @@ __global__ void votes_kernel(const int* x, unsigned* out) {
   out[t] = __ballot_sync(kAll, v > 3);
   out[64 + t] = __any_sync(kAll, v == 5) + 2 * __all_sync(kAll, v < 8);
   out[128 + t] = __match_any_sync(kAll, v);
-  out[192 + t] = __match_all_sync(kAll, v / 8, &same) + same;
+  out[192 + t] = __match_all_sync(kAll, v / 8, &same) ^ unsigned(same);
   out[256 + t] = __reduce_add_sync(kAll, v - 4);
   out[320 + t] = __reduce_min_sync(kAll, v - 4);
   out[384 + t] = __reduce_max_sync(kAll, unsigned(v));

@@ -40,6 +40,7 @@ static void shape(Cluster* c, Launch* launch) {
     c->blocks.back()->cluster = c;
   }
   c->blocks.resize(launch->blocks_per_cluster);
+  forget_statics(c);
   const uint32_t warps = (launch->threads + 31) / 32;
   c->warps.resize(warps * launch->blocks_per_cluster);
   const dim3 d = launch->block;
@@ -112,7 +113,7 @@ static void check(const Launch& l) {
   }
   if (l.threads == 0 || l.threads > 1024) refuse("blocks of " + std::to_string(l.threads) + " threads");
   if (l.blocks_per_cluster > 8) refuse("clusters of " + std::to_string(l.blocks_per_cluster) + " blocks");
-  const size_t limit = shared_limit(l.kernel);
+  const size_t limit = shared_limit(l.kernel, false);
   if (l.shared > limit)
     refuse(std::to_string(l.shared) + " bytes of shared memory; allowed are " + std::to_string(limit) +
            " (allow_shared raises it up to " + std::to_string(kMaxShared) + ")");

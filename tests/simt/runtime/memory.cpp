@@ -42,10 +42,26 @@ void allow_shared(const void* kernel, size_t bytes) {
   allowances()[kernel] = bytes;
 }
 
-size_t shared_limit(const void* kernel) {
+size_t shared_limit(const void* kernel, bool all) {
   const std::lock_guard<std::mutex> lock(g_mutex);
   const auto found = allowances().find(kernel);
-  return found == allowances().end() ? kDefaultShared : std::max<size_t>(found->second, kDefaultShared);
+  if (found == allowances().end()) return kDefaultShared;
+  return all ? kMaxShared : std::max<size_t>(found->second, kDefaultShared);
+}
+
+static void prepare(Block* b, const StaticArray& a) {  // poisoned up to its guard page
+  const uint32_t end = round_up(a.offset + a.bytes, kPage);
+  mprotect(b->shared.base + end, kPage, PROT_NONE);
+  poison(b->shared.base + a.offset, end - a.offset);
+  poison(b->shared.async + a.offset, end - a.offset);
+}
+
+void forget_statics(Cluster* c) {
+  for (auto& b : c->blocks)
+    if (b->shared.base) mprotect(b->shared.base + kStaticBegin, kWindow - kStaticBegin, PROT_READ | PROT_WRITE);
+  c->statics.clear();
+  c->static_end = kStaticBegin;
+  c->static_bytes = 0;
 }
 
 void make_shared(Block* b, const Launch& launch) {
@@ -53,8 +69,6 @@ void make_shared(Block* b, const Launch& launch) {
 #if defined(SIMT_TSAN)
   if (s.base) munmap(s.base, kWindow);  // a new mapping has no history: blocks do not race through reused memory
   s.base = nullptr;
-  s.statics.clear();
-  s.static_end = kStaticBegin;
 #endif
   if (!s.base) {
     s.base = map(kWindow);
@@ -64,11 +78,10 @@ void make_shared(Block* b, const Launch& launch) {
   s.dynamic_bytes = uint32_t(launch.shared);
   s.dynamic = kDynamicEnd;
   s.dynamic_used = false;
-  s.static_bytes = 0;
-  for (StaticArray& a : s.statics) a.used = false;
   const uint32_t from = kDynamicEnd - round_up(s.dynamic_bytes, 1024);
   poison(s.base + from, kDynamicEnd - from);
   poison(s.async + from, kDynamicEnd - from);
+  for (const StaticArray& a : b->cluster->statics) prepare(b, a);
 }
 
 Block::~Block() {
@@ -89,31 +102,22 @@ void* dynamic_shared(size_t align) {
 
 void* static_shared(const void* key, const char* name, size_t bytes, size_t align) {
   const Quiet quiet;
-  Shared& s = current()->block->shared;
-  StaticArray* found = nullptr;
-  for (StaticArray& a : s.statics)
-    if (a.key == key) found = &a;
-  if (!found) {
-    const uint32_t size = round_up(uint32_t(bytes), uint32_t(std::max<size_t>(align, 16)));
-    const uint32_t end = round_up(s.static_end + size, kPage);
-    if (end + kPage > kWindow) fail("STATIC_SMEM %s: no room left in the bench's window", name);
-    mprotect(s.base + end, kPage, PROT_NONE);
-    s.static_end = end + kPage;
-    s.statics.push_back({key, name, end - size, uint32_t(bytes), false});
-    found = &s.statics.back();
-  }
-  if (!found->used) {
-    found->used = true;
-    s.static_bytes += uint32_t(bytes);
-    const size_t limit = std::max<size_t>(kDefaultShared, shared_limit(cluster()->launch->kernel));
-    if (s.static_bytes > kDefaultShared || s.static_bytes + s.dynamic_bytes > limit)
-      fail("shared memory: %u bytes of static arrays and %u dynamic ones exceed the limit of %zu", s.static_bytes,
-           s.dynamic_bytes, limit);
-    const uint32_t end = round_up(found->offset + found->bytes, kPage);
-    poison(s.base + found->offset, end - found->offset);
-    poison(s.async + found->offset, end - found->offset);
-  }
-  return s.base + found->offset;
+  Cluster* c = cluster();
+  unsigned char* base = current()->block->shared.base;
+  for (const StaticArray& a : c->statics)
+    if (a.key == key) return base + a.offset;
+  const uint32_t size = round_up(uint32_t(bytes), uint32_t(std::max<size_t>(align, 16)));
+  const uint32_t end = round_up(c->static_end + size, kPage);
+  if (end + kPage > kWindow) fail("STATIC_SMEM %s: no room left in the bench's window", name);
+  c->static_end = end + kPage;
+  c->static_bytes += uint32_t(bytes);
+  const size_t limit = shared_limit(c->launch->kernel, true);
+  if (c->static_bytes > kDefaultShared || c->static_bytes + c->launch->shared > limit)
+    fail("shared memory: %u bytes of static arrays and %zu dynamic ones exceed the limit of %zu", c->static_bytes,
+         c->launch->shared, limit);
+  c->statics.push_back({key, name, end - size, uint32_t(bytes)});
+  for (auto& b : c->blocks) prepare(b.get(), c->statics.back());
+  return base + c->statics.back().offset;
 }
 
 static void check_end(Block* b, uint32_t end, uint32_t guard, const char* name) {
@@ -126,8 +130,8 @@ static void check_end(Block* b, uint32_t end, uint32_t guard, const char* name) 
 void check_slack(Block* b) {
   Shared& s = b->shared;
   if (s.dynamic_used) check_end(b, s.dynamic + s.dynamic_bytes, kDynamicEnd, "dynamic shared memory");
-  for (const StaticArray& a : s.statics)
-    if (a.used) check_end(b, a.offset + a.bytes, round_up(a.offset + a.bytes, kPage), a.name);
+  for (const StaticArray& a : b->cluster->statics)
+    check_end(b, a.offset + a.bytes, round_up(a.offset + a.bytes, kPage), a.name);
 }
 
 // ---- shared addresses: bits 0-19 an offset in a window, above them 1 + the rank of a block of the cluster, or 0
@@ -155,8 +159,8 @@ static uint32_t checked_offset(const Block* b, uint32_t address, uint32_t bytes,
   const uint32_t at = address % kWindow;
   if (at % align) fail("%s: shared address %u is not aligned to %u bytes", what, at, align);
   if (at >= s.dynamic && at + bytes <= s.dynamic + s.dynamic_bytes) return at;
-  for (const StaticArray& a : s.statics)
-    if (a.used && at >= a.offset && at + bytes <= a.offset + a.bytes) return at;
+  for (const StaticArray& a : b->cluster->statics)
+    if (at >= a.offset && at + bytes <= a.offset + a.bytes) return at;
   fail("%s: [%d, %d) lies outside the %u bytes of dynamic shared memory", what, int(at) - int(s.dynamic),
        int(at) - int(s.dynamic) + int(bytes), s.dynamic_bytes);
 }
@@ -174,8 +178,7 @@ unsigned char* async_at(uint32_t address, uint32_t bytes, uint32_t align, const 
 void publish(Block* b) {
   Shared& s = b->shared;
   if (s.dynamic_used) std::memcpy(s.async + s.dynamic, s.base + s.dynamic, s.dynamic_bytes);
-  for (const StaticArray& a : s.statics)
-    if (a.used) std::memcpy(s.async + a.offset, s.base + a.offset, a.bytes);
+  for (const StaticArray& a : b->cluster->statics) std::memcpy(s.async + a.offset, s.base + a.offset, a.bytes);
 }
 
 // ---- global memory that ends at a guard page
@@ -229,7 +232,7 @@ static std::string whose(uintptr_t at) {
                     s.dynamic_bytes);
       return text;
     }
-    for (const StaticArray& a : s.statics)
+    for (const StaticArray& a : b->cluster->statics)
       if (from >= a.offset && from < round_up(a.offset + a.bytes, kPage) + kPage) {
         std::snprintf(text, sizeof text, "byte %d of the %u bytes of %s", int(from) - int(a.offset), a.bytes, a.name);
         return text;

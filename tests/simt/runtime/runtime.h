@@ -101,19 +101,16 @@ struct Barrier {
 // addresses of matrix descriptors end too; static arrays follow, each ending at a guard page of its own.
 constexpr uint32_t kWindow = 1 << 20, kDynamicEnd = 256 << 10, kPage = 4096;
 constexpr uint32_t kStaticBegin = kDynamicEnd + kPage, kMaxShared = 227 << 10, kDefaultShared = 48 << 10;
-struct StaticArray {
-  const void* key;
-  const char* name;
-  uint32_t offset, bytes;
-  bool used;  // by this block
-};
 struct Shared {
   unsigned char* base = nullptr;   // as ordinary loads and stores see it
   unsigned char* async = nullptr;  // as the async proxy sees it: what was fenced, and what it wrote itself
   uint32_t dynamic = kDynamicEnd, dynamic_bytes = 0;
   bool dynamic_used = false;
-  std::vector<StaticArray> statics;
-  uint32_t static_end = kStaticBegin, static_bytes = 0;
+};
+struct StaticArray {  // at the same place in every block of a cluster
+  const void* key;
+  const char* name;
+  uint32_t offset, bytes;
 };
 
 struct Block : BlockIds {
@@ -143,6 +140,8 @@ struct Cluster {
   Launch* launch = nullptr;
   std::vector<std::unique_ptr<Block>> blocks;
   std::deque<Warp> warps;
+  std::vector<StaticArray> statics;  // of this launch, in the order in which they were met
+  uint32_t static_end = kStaticBegin, static_bytes = 0;
   uint32_t warp = 0, lane = 31;  // that ran last
   uint32_t alive = 0, phase = 0, arrived = 0;
   char sync = 0;
@@ -192,14 +191,15 @@ void release(Meeting* m);
 void leave_barriers(Fiber* f);  // of an exiting thread
 
 // memory.cpp
+void forget_statics(Cluster* c);                   // of another launch
 void make_shared(Block* b, const Launch& launch);  // before each block: mapped, poisoned
 void check_slack(Block* b);                        // after it: nobody wrote past an end
 unsigned char* shared_at(uint32_t address, uint32_t bytes, uint32_t align, const char* what);
 unsigned char* async_at(uint32_t address, uint32_t bytes, uint32_t align, const char* what);
 uint32_t shared_address(const void* p);
-Block* block_at(uint32_t address);  // of the cluster; a plain shared address is the caller's own
-void publish(Block* b);             // what ordinary stores wrote becomes visible to the async proxy
-size_t shared_limit(const void* kernel);
+Block* block_at(uint32_t address);                  // of the cluster; a plain shared address is the caller's own
+void publish(Block* b);                             // what ordinary stores wrote becomes visible to the async proxy
+size_t shared_limit(const void* kernel, bool all);  // of its dynamic memory, or of that and static arrays together
 void catch_wild_accesses();
 void poison(void* p, size_t bytes);
 void* guarded_alloc(size_t bytes, size_t offset);  // ends at a guard page; address = offset modulo 16

@@ -2,6 +2,7 @@
 // under several schedules, which must agree to the bit. `drive race` plants a race that the thread sanitizer must see.
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -11,6 +12,8 @@
 
 extern "C" void test_tile(const simt_test::Arguments&);
 extern "C" void test_stages(const simt_test::Arguments&);
+extern "C" void test_product(const simt_test::Arguments&);
+extern "C" void test_ring(const simt_test::Arguments&);
 
 namespace {
 
@@ -54,15 +57,22 @@ Bits norm(int64_t rows, int64_t cols) {
   return out;
 }
 
-// A test kernel with one input and one output of n floats and the given fault (0: none).
-Bits kernel(void (*launcher)(const simt_test::Arguments&), int64_t n, int fault) {
+// A test kernel on float buffers of the given sizes, filled with random bits of small bfloat16 numbers (as floats they
+// are numbers too), of which the last is its output.
+Bits kernel(void (*launcher)(const simt_test::Arguments&), const std::vector<int64_t>& sizes,
+            const std::vector<int64_t>& numbers) {
   std::mt19937 random(2);
-  Tensor in(0, n, &random), out(0, n);
-  void* buffers[] = {in.view.data, out.view.data};
-  const int64_t numbers[] = {n, fault};
-  launcher({buffers, numbers});
+  std::vector<std::unique_ptr<Tensor>> tensors;
+  std::vector<void*> buffers;
+  for (int64_t n : sizes) {
+    tensors.push_back(std::make_unique<Tensor>(0, n));
+    auto* halves = tensors.back()->view.as<uint16_t>();
+    for (int64_t i = 0; i < 2 * n; ++i) halves[i] = uint16_t(0x3f00 + random() % 256);
+    buffers.push_back(tensors.back()->view.data);
+  }
+  launcher({buffers.data(), numbers.data()});
   Bits bits;
-  bits.add(out);
+  bits.add(*tensors.back());
   return bits;
 }
 
@@ -92,13 +102,15 @@ int main(int argc, char** argv) {
   const bool race = argc > 1 && std::strcmp(argv[1], "race") == 0;
   try {
     if (race) {
-      kernel(test_tile, 256, 1);  // no __syncthreads between the writers and the readers of shared memory
+      kernel(test_tile, {256, 256}, {256, 1});  // no __syncthreads between the writers and the readers of shared memory
       return 0;
     }
     bool good = agrees("rms_norm [3, 64]", [] { return norm(3, 64); });
     good = agrees("rms_norm [2, 33]", [] { return norm(2, 33); }) && good;
-    good = agrees("tile", [] { return kernel(test_tile, 256, 0); }) && good;
-    good = agrees("stages", [] { return kernel(test_stages, 1000, 0); }) && good;
+    good = agrees("tile", [] { return kernel(test_tile, {512, 512}, {512, 0}); }) && good;
+    good = agrees("stages", [] { return kernel(test_stages, {1500, 1500}, {1500, 0}); }) && good;
+    good = agrees("product", [] { return kernel(test_product, {64 * 132, 64 * 132, 4096}, {264, 0}); }) && good;
+    good = agrees("ring", [] { return kernel(test_ring, {512, 512}, {8, 4, 0}); }) && good;
     return good ? 0 : 1;
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());

@@ -115,6 +115,7 @@ void fail(const char* format, ...) {
 
 // The next fiber, landing asynchronous work while nobody can run; null when all threads are done.
 static Fiber* next(Cluster* c) {
+  const Quiet quiet;
   for (;;) {
     if (Fiber* f = pick(c)) return f;
     if (c->alive == 0 && !c->pending.empty())

@@ -10,11 +10,11 @@ export PATH="$bin:$PATH"
 mkdir -p "$tree"
 cp -r "$root/igpt_fast" "$tree/"
 rm -f "$tree"/igpt_fast/_C*.so
+pybind11=$(python -c 'import pybind11; print(pybind11.get_cmake_dir())')
 cmake -S "$root" -B "$root/build/sanitize" -G Ninja -DIGPT_CUDA=OFF -DIGPT_SANITIZE=address,undefined \
-  -DPython_EXECUTABLE="$bin/python" -Dpybind11_DIR="$(python -c 'import pybind11; print(pybind11.get_cmake_dir())')" \
+  -DPython_EXECUTABLE="$bin/python" -Dpybind11_DIR="$pybind11" \
   -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$tree/igpt_fast" > /dev/null
 cmake --build "$root/build/sanitize" --target _C
-pybind11=$(python -c 'import pybind11; print(pybind11.get_cmake_dir())')
 bench() {  # bench DIRECTORY SANITIZERS TARGETS...: builds targets of the bench
   directory=$1 sanitizers=$2
   shift 2
@@ -26,9 +26,11 @@ bench "$root/build/sanitize/simt" address,undefined _simt kernels drive
 "$root/build/sanitize/simt/drive"
 # Leaks are not looked for: the interpreter's own would drown ours, and kernels own no memory past a call.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
-  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH="$tree" IGPT_SIMT_DIR="$root/build/sanitize/simt" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH="$tree" \
+  IGPT_SIMT_DIR="$root/build/sanitize/simt" \
   python -m pytest -p no:cacheprovider "$root"/tests/test_norm.py "$root"/tests/test_activation.py "$root"/tests/test_cross_entropy.py \
-  "$root"/tests/test_linear.py "$root"/tests/test_attention.py "$root"/tests/test_palette_ops.py "$root"/tests/simt/test_layouts.py "$root"/tests/simt/test_layouts_sm90.py
+  "$root"/tests/test_linear.py "$root"/tests/test_attention.py "$root"/tests/test_palette_ops.py \
+  "$root"/tests/simt/test_layouts.py "$root"/tests/simt/test_layouts_sm90.py
 
 # Every CUDA thread is a fiber that the thread sanitizer knows, and only what orders CUDA threads orders fibers. The
 # second run has a race planted: a check that cannot fail is none. No address randomisation: the sanitizer's memory map

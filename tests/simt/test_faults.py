@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from simt import bench
 from simt.test_layouts import sixteen
@@ -140,3 +141,13 @@ def test_a_deadlock_says_who_waits_where():
 
 def test_a_launch_after_a_failed_one_is_right():
     assert ending(product, 10, bench.IN_ORDER) and ending(product, 0, bench.IN_ORDER) == ""
+
+
+def test_ops_and_test_kernels_catch_their_own_faults():
+    """Both are copies of the bench in one process, and take turns at the signals of a wild access."""
+    [backend] = bench.module().backends()
+    x, y, short = (torch.ones(9, 64) for _ in range(3))
+    for _ in range(2):
+        assert "wild access" in ending(tile, 3, bench.IN_ORDER)
+        with pytest.raises(RuntimeError, match="wild access"):
+            backend.rms_norm_bwd(x, None, torch.ones(1, 64), y, None, short, torch.ones(64), torch.ones(1), 0)

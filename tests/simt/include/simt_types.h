@@ -92,9 +92,8 @@ inline float fma_odd(float a, float b, float c) {
   struct name {                                                                \
     uint16_t bits;                                                             \
     name() = default;                                                          \
-    name(float f) : bits(simt::to(f)) {}                                       \
-    name(double f) : bits(simt::to(float(f))) {}                               \
-    name(int i) : bits(simt::to(float(i))) {}                                  \
+    template <class T, class = std::enable_if_t<std::is_arithmetic_v<T>>>      \
+    name(T x) : bits(simt::to(float(x))) {}                                    \
     operator float() const { return simt::from(bits); }                        \
     name& operator+=(name o) { return *this = name(float(*this) + float(o)); } \
     name& operator-=(name o) { return *this = name(float(*this) - float(o)); } \

@@ -139,9 +139,10 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, dim3 cl
   std::atomic<bool> stop{false};
   std::string error;
   std::mutex error_mutex;
+  const CatchWildAccesses catching;
   auto work = [&] {
     happens_before(&l.start);  // what made this OS thread and its thread-local memory precedes its fibers
-    catch_wild_accesses();
+    const SignalStack signal_stack;
     std::unique_ptr<Cluster> c;
     {
       const Quiet quiet;

@@ -255,31 +255,39 @@ static void on_fault(int number, siginfo_t* info, void*) {
     sigaction(number, &g_before[number == SIGBUS], nullptr);
     return;
   }
-  Fiber* f = current();
   const auto at = uintptr_t(info->si_addr);
-  if (at - uintptr_t(f->stack) < kPage) fail("stack overflow");
+  if (at - uintptr_t(current()->stack) < kPage) fail("stack overflow");
   fail("wild access: %s", whose(at).c_str());
 }
 
-void catch_wild_accesses() {
-  static const bool once = [] {
-    struct sigaction action{};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    sigaction(SIGSEGV, &action, &g_before[0]);
-    sigaction(SIGBUS, &action, &g_before[1]);
-    return true;
-  }();
-  (void)once;
-  static thread_local unsigned char* const stack = [] {
-    unsigned char* p = map(64 << 10);  // for the life of the process: the thread may fault again
-    stack_t alternate{};
-    alternate.ss_sp = p;
-    alternate.ss_size = 64 << 10;
-    sigaltstack(&alternate, nullptr);
-    return p;
-  }();
-  (void)stack;
+// For the life of a launch only: the process has other owners of these signals, among them another copy of the bench.
+static int g_catching = 0;
+CatchWildAccesses::CatchWildAccesses() {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  if (g_catching++) return;
+  struct sigaction action{};
+  action.sa_sigaction = on_fault;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+  sigaction(SIGSEGV, &action, &g_before[0]);
+  sigaction(SIGBUS, &action, &g_before[1]);
+}
+CatchWildAccesses::~CatchWildAccesses() {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  if (--g_catching) return;
+  sigaction(SIGSEGV, &g_before[0], nullptr);
+  sigaction(SIGBUS, &g_before[1], nullptr);
+}
+
+// The stack of on_fault, for as long as this OS thread runs kernels.
+SignalStack::SignalStack() : memory_(map(kBytes)) {
+  stack_t mine{};
+  mine.ss_sp = memory_;
+  mine.ss_size = kBytes;
+  sigaltstack(&mine, &before_);
+}
+SignalStack::~SignalStack() {
+  sigaltstack(&before_, nullptr);
+  munmap(memory_, kBytes);
 }
 
 // ---- shared memory of the cluster's other blocks

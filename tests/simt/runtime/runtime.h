@@ -9,6 +9,8 @@
 //   async.cpp      cp.async    mbarrier.cpp   mbarriers    tma.cpp   bulk copies and tensor maps
 //   tensor_core.cpp   ldmatrix, mma.sync      wgmma.cpp    wgmma
 #pragma once
+#include <signal.h>
+
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -200,7 +202,21 @@ uint32_t shared_address(const void* p);
 Block* block_at(uint32_t address);                  // of the cluster; a plain shared address is the caller's own
 void publish(Block* b);                             // what ordinary stores wrote becomes visible to the async proxy
 size_t shared_limit(const void* kernel, bool all);  // of its dynamic memory, or of that and static arrays together
-void catch_wild_accesses();
+class CatchWildAccesses {                           // turns faults of kernels into errors within its life
+ public:
+  CatchWildAccesses();
+  ~CatchWildAccesses();
+};
+class SignalStack {
+ public:
+  SignalStack();
+  ~SignalStack();
+
+ private:
+  static constexpr size_t kBytes = 64 << 10;
+  unsigned char* memory_;
+  stack_t before_{};
+};
 void poison(void* p, size_t bytes);
 void* guarded_alloc(size_t bytes, size_t offset);  // ends at a guard page; address = offset modulo 16
 void guarded_free(void* p);                        // throws when something was written just past the end

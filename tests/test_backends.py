@@ -128,6 +128,32 @@ def test_named_backend_serves_or_raises():
         ops.bias_quick_gelu(torch.ones(2, dtype=torch.float64))
 
 
+class Abacus:
+    """A backend that registers from outside."""
+
+    def has(self, op):
+        return op == "bias_quick_gelu_fwd"
+
+    def bias_quick_gelu_fwd(self, y, x, bias, stream):
+        y.fill_(7)
+
+
+def test_a_registered_backend_serves_by_name_only(monkeypatch):
+    for name in ("BACKENDS", "_SERVES"):
+        monkeypatch.setattr(_native, name, dict(getattr(_native, name)))
+    _native.register_backend("abacus", Abacus(), device="cpu", dtypes=[torch.float64])
+    x = torch.ones(2, dtype=torch.float64)
+    with use_backend("abacus"):
+        assert ops.bias_quick_gelu(x).tolist() == [7, 7]
+        with pytest.raises(RuntimeError, match="abacus has no rms_norm_fwd"):
+            ops.rms_norm(x, x)
+        with pytest.raises(RuntimeError, match="float32"):
+            ops.bias_quick_gelu(x.float())
+    assert ops.bias_quick_gelu(x).tolist() != [7, 7]
+    with pytest.raises(ValueError, match="already"):
+        _native.register_backend("abacus", Abacus(), device="cpu")
+
+
 def test_poison_fills_outputs():
     with use_backend("auto", poison=True):
         assert _native.empty((3,), torch.ones(1)).isnan().all()

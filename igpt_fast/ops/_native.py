@@ -27,7 +27,7 @@ except ImportError as error:  # a source tree that was never built runs on the r
 CPU_TABLES = ("avx512_bf16", "avx512", "avx2", "baseline")
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 # Of each backend: the device of the tensors that it serves, and their float dtypes.
-_SERVES = {name: (device, _DTYPES[device]) for name in BACKENDS for device in ["cuda" if name == "cuda" else "cpu"]}
+_SERVES = {name: (d := "cuda" if name == "cuda" else "cpu", _DTYPES[d]) for name in BACKENDS}
 _AUTOMATIC = tuple(BACKENDS)  # what 'auto' chooses from, best first
 _wanted = os.environ.get("IGPT_BACKEND", "auto")
 _strict = os.environ.get("IGPT_STRICT") == "1"

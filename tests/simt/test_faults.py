@@ -82,6 +82,8 @@ FAULTS = [
     (tile, 8, "writes past a static array", "past the end of sum"),
     (tile, 9, "no __syncthreads before another warp's sum is read", WRONG),
     (lanes, 1, "no __syncwarp", WRONG),
+    (lanes, 2, "a vector read at an odd address", "misaligned access"),
+    (lanes, 3, "an index past a local array", "past the end of an array"),
     (stages, 1, "cp.async wait leaves the group in flight that is read", WRONG),
     (stages, 2, "no __syncthreads after the wait: other threads' copies", WRONG),
     (stages, 3, "forgets to commit", "cp.async in flight"),

@@ -62,7 +62,11 @@ def test_every_wrapper_has_its_twin():
         declared |= set(re.findall(r"^IGPT_LDMATRIX\((\w+),", text, re.MULTILINE))
     shared = {"cluster_sync", "matrix_descriptor"}  # plain arithmetic and compositions, one text for both
     twin = (bench.HERE / "include" / "simt_ptx.h").read_text().split("namespace ptx {")[1]
-    assert set(re.findall(name, twin, re.MULTILINE)) - {"is_bf16"} == declared - shared
+    twins = set(re.findall(name, twin, re.MULTILINE)) - {"is_bf16"}
+    assert twins == declared - shared
+    kernels = "".join(code(path) for path in KERNELS.glob("*.cu"))
+    unused = {n for n in declared if not re.search(rf"ptx::{n}\b", kernels)}
+    assert not unused, f"no test kernel calls {unused}"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the test kernels are not compiled for a GPU")

@@ -310,6 +310,15 @@ inline float rsqrt(float a) {
 inline float __saturatef(float a) {
   return a > 0.f ? (a < 1.f ? a : 1.f) : 0.f;
 }
+inline float __int2float_rn(int i) {
+  return float(i);
+}
+inline float __uint2float_rn(unsigned i) {
+  return float(i);
+}
+inline unsigned __float2uint_rn(float f) {
+  return unsigned(std::nearbyint(f));
+}
 inline int __float2int_rn(float f) {
   return int(std::nearbyint(f));
 }

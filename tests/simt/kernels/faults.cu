@@ -29,7 +29,7 @@ __global__ void tile_kernel(const float* in, float* out, int n) {
       for (int offset = 16; offset; offset /= 2)
         if (MUT != 7 || t < 16) x += __shfl_xor_sync(0xffffffffu, x, offset);
       if (t == 0) sum[0] += x;
-      if (MUT == 8 && t == 1) sum[1] = x;
+      if (MUT == 8 && t == 1) (&sum[0])[1] = x;
     }
     if (MUT != 9) __syncthreads();
     out[row + t] = s[kRow - 1 - t] + sum[0];
@@ -45,7 +45,10 @@ __global__ void lanes_kernel(const float* in, float* out, int n) {
   for (int i = 0; i < n; i += 32) {
     s[t] = in[i + t];
     if (MUT != 1) __syncwarp();
-    out[i + t] = s[31 - t];
+    float mine[2] = {s[31 - t], 0.f};
+    if (MUT == 2 && t % 4 == 0) mine[0] = reinterpret_cast<const float4*>(&s[28 - t] + (i ? 1 : 0))->w;
+    if (MUT == 3) mine[n / 64] = 0.f;  // n is 128
+    out[i + t] = mine[0];
     __syncwarp();
   }
 }

@@ -29,6 +29,7 @@ __global__ void tile_kernel(const __grid_constant__ CUtensorMap map, uint16_t* o
       else
         ptx::tma_store(&map, dst, at.x, at.y, at.z, at.w);
       ptx::bulk_commit();
+      ptx::bulk_wait_read<0>();
       ptx::bulk_wait<0>();
     }
   } else {
@@ -140,7 +141,8 @@ __global__ void ring_kernel(const float* in, float* out) {
     ptx::mbar_fence_init();
     ptx::mbar_arrive_expect_tx(loaded, bytes);
     ptx::bulk_load(ptx::smem_u32(s), in + row, bytes, loaded);
-    ptx::mbar_arrive_expect_tx(received, bytes);
+    ptx::mbar_expect_tx(received, bytes);
+    ptx::mbar_arrive(received);
   }
   if (MUT == 1)
     __syncthreads();

@@ -247,14 +247,17 @@ static std::string whose(uintptr_t at) {
   return text;
 }
 
-static struct sigaction g_before[2];
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};  // the last two: traps that the compiler planted
+static struct sigaction g_before[4];
 
 // Runs on a stack of its own, because the fault may be an overflow of the fiber's.
 static void on_fault(int number, siginfo_t* info, void*) {
   if (!self) {  // not a kernel's: whoever was here before us takes it
-    sigaction(number, &g_before[number == SIGBUS], nullptr);
+    for (int i = 0; i < 4; ++i)
+      if (kSignals[i] == number) sigaction(number, &g_before[i], nullptr);
     return;
   }
+  if (number == SIGILL || number == SIGTRAP) fail("misaligned access, or an index past the end of an array");
   const auto at = uintptr_t(info->si_addr);
   if (at - uintptr_t(current()->stack) < kPage) fail("stack overflow");
   fail("wild access: %s", whose(at).c_str());
@@ -268,14 +271,12 @@ CatchWildAccesses::CatchWildAccesses() {
   struct sigaction action{};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-  sigaction(SIGSEGV, &action, &g_before[0]);
-  sigaction(SIGBUS, &action, &g_before[1]);
+  for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &action, &g_before[i]);
 }
 CatchWildAccesses::~CatchWildAccesses() {
   const std::lock_guard<std::mutex> lock(g_mutex);
   if (--g_catching) return;
-  sigaction(SIGSEGV, &g_before[0], nullptr);
-  sigaction(SIGBUS, &g_before[1], nullptr);
+  for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &g_before[i], nullptr);
 }
 
 // The stack of on_fault, for as long as this OS thread runs kernels.

@@ -17,12 +17,11 @@ def test_rms_norm(backend, dtype, shape):
     check(ops.rms_norm, reference.norm.rms_norm, [torch.randn(shape), torch.randn(shape[-1])], backend, dtype)
 
 
+# Three columns at least: in narrower rows dx is a small difference of large terms, and torch's own error is luck.
 @pytest.mark.parametrize("backend", backends("rms_norm_bwd"))
 @given(
     rows=st.integers(1, 300),
-    cols=st.integers(
-        3, 80
-    ),  # in rows of one or two, dx is a small difference of large terms: torch's own error is luck
+    cols=st.integers(3, 80),
     stream=st.sampled_from([F32, BF16]),
     x=st.sampled_from([F32, BF16]),
 )

@@ -119,7 +119,9 @@ def place(quick: bool) -> Path:
     """This machine's file, or that of quick runs."""
     here = machine()
     threads = f"{here['threads']} thread{'s' * (here['threads'] > 1)}"
-    name = "quick" if quick else re.sub(r"[^a-z0-9]+", "-", f"{here['gpu'] or here['cpu']} {threads}".lower())
+    # Virtual machines name all their processors alike, so the kernels' table stands for the kind.
+    where = here["gpu"] or f"{here['cpu']} {here['backends'][0]}"
+    name = "quick" if quick else re.sub(r"[^a-z0-9]+", "-", f"{where} {threads}".lower())
     return RESULTS / f"{name.strip('-')}.json"
 
 

@@ -40,7 +40,7 @@ def test_sample_tokens(compare, device, top_k):
             shape=f"{BATCH} × 512",
             dtype="float32",
             device=device,
-            backend="reference",
+            backend=served_by("sample_tokens", logits),
             ours=lambda: ops.sample_tokens(logits, uniforms, top_k=top_k),
             peers={"softmax + torch.multinomial": peers.call(peer_models.draw, logits, top_k)},
             judge=Score(wrong, 0.0, 0.0),
@@ -80,7 +80,7 @@ def test_step(compare, device, quick, dtype):
             shape=f"{describe(model.config)}, pixel {half}",
             dtype=dtype_name(dtype),
             device=device,
-            backend=served_by("attention_decode", pixel.to(dtype)),
+            backend=served_by("decode_step", pixel.to(dtype)),
             ours=ours,
             peers={
                 "torch SDPA and a cache": peer_models.plain_step(plain, known, pixel),
@@ -117,7 +117,7 @@ def test_images(compare, device, quick, dtype):
             shape=f"{describe(config)}, {config.tokens} steps",
             dtype=dtype,
             device=device,
-            backend=served_by("attention_decode", torch.empty(0, device=device, dtype=getattr(torch, dtype))),
+            backend=served_by("decode_step", torch.empty(0, device=device, dtype=getattr(torch, dtype))),
             ours=lambda: igpt.sample(mine, n=BATCH, batch=BATCH),
             peers={
                 "torch SDPA and a cache": peer_models.plain_images(plain, BATCH),

@@ -1,6 +1,6 @@
 """One training step of each side, for test_train.py, and its peak memory in a process of its own.
 
-    python -m benchmarks.training SIDE [--quick]
+    python -m benchmarks.training SIDE PRECISION [--quick]
 
 builds that side, takes two steps, and prints JSON: the process's peak, and how much that is above what it held with the
 model built, in 10^6 bytes.
@@ -18,12 +18,14 @@ import igpt_fast as igpt
 from benchmarks import peer_models, peers
 from benchmarks.harness import Call, Missing
 from benchmarks.measure import resident_mb, restart_high_water
+from igpt_fast.ops.projection import bf16_is_slow
 from igpt_fast.optimizer import BETAS, adam
 
 BATCH = 4
 OURS, PLAIN, COMPILED = "igpt-fast", "torch SDPA", "torch SDPA, torch.compile"
-HF = "HF ImageGPT, eager"  # in the same precision, and without dropout as Image GPT was trained
-HF_AS_IT_COMES = "HF ImageGPT, eager, float32 and dropout 0.1"  # its defaults
+HF = "HF ImageGPT, eager"  # without dropout, as Image GPT was trained
+HF_AS_IT_COMES = "HF ImageGPT, eager, dropout 0.1"  # as its configuration has it
+BF16, FLOAT32 = "bfloat16 autocast", "float32"
 
 
 def small_model(quick: bool, device: str = "cpu") -> igpt.ImageGPT:
@@ -58,14 +60,21 @@ def flop(config: igpt.Config) -> float:
     return 3 * (linears + 2 * tokens * c.tokens * c.width * c.layers)
 
 
-def step(side: str, model: igpt.ImageGPT, tokens: Tensor, quick: bool = False) -> Call | Missing:
-    """A step of one side, its weights taken from `model`: bf16 autocast, fused Adam → loss, and three gradients.
+def peers_precision(precision: str, device: str) -> str:
+    """What precision serves a peer best: bf16 products that torch does a hundred times slower help nobody."""
+    return FLOAT32 if device == "cpu" and bf16_is_slow() else precision
 
-    HF_AS_IT_COMES is float32 throughout. The learning rate is 0: steps do all their work, always from the same weights.
+
+def step(side: str, model: igpt.ImageGPT, tokens: Tensor, precision: str, quick: bool = False) -> Call | Missing:
+    """A step of one side, its weights taken from `model`: fused Adam → loss, and three gradients.
+
+    The learning rate is 0: steps do all their work, always from the same weights.
     """
+    autocast = precision == BF16
     if side == OURS:
         named = dict(model.named_parameters())
-        return _step(model.loss, adam(named), tokens, lambda: _grads(named, "wtet", "wte", "blocks.0.attn.qkv.weight"))
+        grads = lambda: _grads(named, "wtet", "wte", "blocks.0.attn.qkv.weight")  # noqa: E731
+        return _step(model.loss, adam(named), tokens, grads, autocast)
     if side in (HF, HF_AS_IT_COMES):
         hf = peer_models.hf_model(model, dropout=0.0 if side == HF else 0.1)
         if isinstance(hf, Missing):
@@ -73,12 +82,12 @@ def step(side: str, model: igpt.ImageGPT, tokens: Tensor, quick: bool = False) -
         hf.train()
         named = dict(hf.named_parameters())
 
-        def grads() -> list[Tensor]:
+        def hf_grads() -> list[Tensor]:
             names = "lm_head.weight", "transformer.wte.weight", "transformer.h.0.attn.c_attn.weight"
             wtet, wte, qkv = _grads(named, *names)
             return [wtet, wte[:-1], qkv.t()]
 
-        return _step(lambda x: peer_models.hf_loss(hf, x), _adam(hf), tokens, grads, autocast=side == HF)
+        return _step(lambda x: peer_models.hf_loss(hf, x), _adam(hf), tokens, hf_grads, autocast)
     plain = peer_models.PlainGPT(model.config, model.state_dict())
     loss = plain.loss
     if side == COMPILED:
@@ -86,7 +95,7 @@ def step(side: str, model: igpt.ImageGPT, tokens: Tensor, quick: bool = False) -
         if isinstance(loss, Missing):
             return loss
     named = dict(plain.p.items())
-    return _step(loss, _adam(plain), tokens, lambda: _grads(named, "wtet", "wte", "blocks_0_attn_qkv_weight"))
+    return _step(loss, _adam(plain), tokens, lambda: _grads(named, "wtet", "wte", "blocks_0_attn_qkv_weight"), autocast)
 
 
 def truth(model: igpt.ImageGPT, tokens: Tensor) -> list[Tensor]:
@@ -102,7 +111,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     tokens: Tensor,
     grads: Callable,
-    autocast: bool = True,
+    autocast: bool,
 ) -> Call:
     def run() -> list[Tensor]:
         optimizer.zero_grad(set_to_none=True)
@@ -124,10 +133,10 @@ def _grads(named: dict[str, Tensor], *names: str) -> list[Tensor]:
 
 
 def main() -> None:
-    side, quick = sys.argv[1], "--quick" in sys.argv[2:]
+    side, precision, quick = sys.argv[1], sys.argv[2], "--quick" in sys.argv[3:]
     model = small_model(quick)
     tokens = tokens_for(model.config)
-    run = step(side, model, tokens)
+    run = step(side, model, tokens, precision)
     if isinstance(run, Missing):
         print(json.dumps({"missing": run.reason}))
         return

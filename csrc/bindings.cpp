@@ -4,11 +4,15 @@
 // one build serves every torch version, and the package builds where torch is not installed.
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "ops.h"
 
 namespace py = pybind11;
 using igpt::BlockMaskView;
 using igpt::DType;
+using igpt::LayersView;
+using igpt::LayerView;
 using igpt::Stream;
 using igpt::View;
 
@@ -66,6 +70,30 @@ View view_of(PyObject* o) {
   return v;
 }
 
+// The weights of a model's blocks, read once. It keeps the tensors that it points into.
+class Layers {
+ public:
+  explicit Layers(py::list layers) : owners_(layers) {
+    constexpr size_t kFields = sizeof(LayerView) / sizeof(View);
+    for (const py::handle layer : layers) {
+      const auto fields = py::cast<py::tuple>(layer);
+      if (fields.size() != kFields) throw py::value_error("expected the fields of LayerView for each layer");
+      LayerView view;
+      View* const views[] = {&view.ln_1, &view.qkv, &view.qkv_bias, &view.attn_proj, &view.attn_proj_bias,
+                             &view.ln_2, &view.fc,  &view.fc_bias,  &view.mlp_proj,  &view.mlp_proj_bias};
+      static_assert(sizeof views / sizeof *views == kFields);
+      for (size_t i = 0; i < kFields; ++i)
+        if (!fields[i].is_none()) *views[i] = view_of(py::object(fields[i]).ptr());
+      views_.push_back(view);
+    }
+  }
+  LayersView view() const { return {views_.data(), int64_t(views_.size())}; }
+
+ private:
+  py::list owners_;
+  std::vector<LayerView> views_;
+};
+
 }  // namespace
 
 namespace pybind11::detail {
@@ -88,6 +116,16 @@ struct type_caster<BlockMaskView> {  // None, or the eight tensors of a BlockMas
     View* fields[] = {&value.row_start, &value.row_tile, &value.row_mask, &value.col_start,
                       &value.col_tile,  &value.col_mask, &value.bits,     &value.bits_t};
     for (int i = 0; i < 8; ++i) *fields[i] = view_of(PyTuple_GET_ITEM(h.ptr(), i));
+    return true;
+  }
+};
+
+template <>
+struct type_caster<LayersView> {
+  PYBIND11_TYPE_CASTER(LayersView, const_name("Layers"));
+  bool load(handle h, bool) {
+    if (!py::isinstance<Layers>(h)) return false;
+    value = py::cast<const Layers&>(h).view();
     return true;
   }
 };
@@ -130,6 +168,7 @@ void op(py::class_<Backend>& cls, py::dict& has, const char* name, void (*igpt::
 #endif
 PYBIND11_MODULE(IGPT_MODULE, m) {
   m.doc() = "The compiled backends of igpt_fast. Import torch first: both share one OpenMP runtime.";
+  py::class_<Layers>(m, "Layers", py::module_local()).def(py::init<py::list>());
   py::class_<Backend> cls(m, "Backend", py::module_local());
   py::dict has;
   op(cls, has, "rms_norm_fwd", &igpt::Ops::rms_norm_fwd);
@@ -142,6 +181,8 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
   op(cls, has, "attention_bwd", &igpt::Ops::attention_bwd);
   op(cls, has, "attention_decode", &igpt::Ops::attention_decode);
   op(cls, has, "linear_fwd", &igpt::Ops::linear_fwd);
+  op(cls, has, "decode_step", &igpt::Ops::decode_step);
+  op(cls, has, "sample_tokens", &igpt::Ops::sample_tokens);
   op(cls, has, "palette_assign", &igpt::Ops::palette_assign);
   op(cls, has, "kmeans_step", &igpt::Ops::kmeans_step);
   cls.def_property_readonly("name", [](const Backend& b) { return b.ops->name; });

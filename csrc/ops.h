@@ -62,6 +62,16 @@ struct BlockMaskView {
   IGPT_INLINE explicit operator bool() const { return static_cast<bool>(row_start); }
 };
 
+// The weights of a model's blocks, for the ops that run all of them: [d] norms, [3 d, d] qkv with q before k before v,
+// [d, d], [m, d] and [d, m] linears, their biases or nothing. Somebody else owns the list.
+struct LayerView {
+  View ln_1, qkv, qkv_bias, attn_proj, attn_proj_bias, ln_2, fc, fc_bias, mlp_proj, mlp_proj_bias;
+};
+struct LayersView {
+  const LayerView* layer = nullptr;
+  int64_t count = 0;
+};
+
 struct Ops {
   const char* name = nullptr;
 
@@ -84,6 +94,14 @@ struct Ops {
   void (*attention_decode)(View o, View q, View k, View v, int64_t length, float scale, Stream) = nullptr;
   // linear: y = x weight^T (+ bias) for the few rows of a decoding step; a row's bits do not depend on its neighbours
   void (*linear_fwd)(View y, View x, View weight, View bias, Stream) = nullptr;
+  // decode_step: one pixel more through all layers; logits [B, V], cache [L, B * 2 * H, T, D] with k before v, which
+  // receives its slot, pixels i64 [B], wte [V, d], wpe [T, d], ln_f [d], wtet [V, d]
+  void (*decode_step)(View logits, View cache, View pixels, View wte, View wpe, LayersView layers, View ln_f, View wtet,
+                      int64_t slot, float eps, Stream) = nullptr;
+  // sampling: the token at which the distribution function of softmax(logits / temperature), cut to top_k (0: all) and
+  // top_p (1: all), exceeds the uniform; -1 where the logits are not finite
+  void (*sample_tokens)(View tokens, View logits, View uniforms, double temperature, int64_t top_k, double top_p,
+                        Stream) = nullptr;
   // palette: nearest colour, lowest index on ties; one Lloyd step over weighted 8-bit colours
   void (*palette_assign)(View tokens, View pixels, View palette, Stream) = nullptr;
   void (*kmeans_step)(View sums, View counts, View inertia, View colors, View weights, View palette, Stream) = nullptr;

@@ -47,7 +47,7 @@ class ImageGPT(nn.Module):
         keep (BERT only): bool, shaped as the tokens, True = visible; None = all visible. Raises InputError for tokens
         of a wrong shape or dtype, and, on the CPU, outside the palette (on a GPU that check would wait for the device).
         """
-        return F.linear(self.hidden(tokens, keep), self.wtet)
+        return ops.projection(self.hidden(tokens, keep), self.wtet)
 
     def loss(self, tokens: Tensor, keep: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Nats per pixel, a scalar.   tokens [N, H, W] or [N, T]
@@ -70,7 +70,7 @@ class ImageGPT(nn.Module):
         """Class logits [N, classes]: the mean of the final norm's output, times wclf. InputError without a head."""
         if not self.config.classes:
             raise InputError("this model has no classifier head; build it with Config(classes=...)")
-        return F.linear(self.hidden(tokens).mean(1), self.wclf)
+        return ops.projection(self.hidden(tokens).mean(1), self.wclf)
 
     def features(self, tokens: Tensor, layer: int | None = None) -> Tensor:
         """The paper's probe features: means over positions, float32.   tokens [N, H, W] or [N, T]
@@ -187,7 +187,7 @@ class MLP(nn.Module):
         self.proj = Linear(config.mlp_width, config.width, config.bias, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(ops.bias_quick_gelu(F.linear(x, self.fc.weight), self.fc.bias))
+        return self.proj(ops.bias_quick_gelu(ops.projection(x, self.fc.weight), self.fc.bias))
 
 
 class Linear(nn.Linear):
@@ -201,6 +201,9 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.projection(x, self.weight, self.bias)
 
 
 def _table(*shape: int, std: float) -> nn.Parameter:

@@ -19,6 +19,17 @@ def floats(*shape, grad=True):
     return torch.randn(*shape).requires_grad_(grad)
 
 
+def step_call():
+    d, biases = 16, (None, floats(4 * 16, grad=False))
+    layers = []
+    for fc_bias in biases:
+        layers += [floats(d, grad=False), floats(3 * d, d, grad=False), None, floats(d, d, grad=False), None]
+        layers += [floats(d, grad=False), floats(4 * d, d, grad=False), fc_bias, floats(d, 4 * d, grad=False), None]
+    tables = [floats(rows, d, grad=False) for rows in (7, 9, 7)]
+    cache = floats(2, 3, 2, 2, 9, 8, grad=False)
+    return (cache, torch.arange(3), tables[0], tables[1], layers, floats(d, grad=False), tables[2], 5, 1e-5)
+
+
 def calls():
     q, k, v = (floats(1, 2, 70, 16) for _ in range(3))
     mask = list(compiled("row", (7, 10)).tensors)
@@ -33,6 +44,11 @@ def calls():
         "attention": [(q, k, v, [], True, 0.25), (q, k, v, mask, True, 0.25)],
         "attention_decode": [
             (floats(1, 2, 1, 16, grad=False), floats(1, 2, 9, 16, grad=False), floats(1, 2, 9, 16, grad=False), 7, 0.25)
+        ],
+        "decode_step": [step_call()],
+        "sample_tokens": [
+            (floats(3, 8, grad=False), torch.rand(3, dtype=torch.float64), 1.0, 4, 0.9),
+            (floats(3, 8, grad=False), torch.rand(3, dtype=torch.float64), 0.0, None, None),
         ],
         "linear": [(floats(2, 8, grad=False), floats(4, 8, grad=False), None)],
         "palette_assign": [(*bits, torch.int64)],

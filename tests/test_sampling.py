@@ -5,14 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from check import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_fast.errors import InputError
+from igpt_fast.ops._native import use_backend
 from igpt_fast.ops.sampling import sample_tokens
 
 # Few distinct values, so that ties are common.
 LOGITS = st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0, -math.inf]), min_size=1, max_size=9)
+
+
+@pytest.fixture(params=["auto", "reference"], scope="module", autouse=True)
+def _every_test_on(request):
+    with use_backend(request.param):
+        yield
 
 
 def brute(logits, uniform, temperature=1.0, top_k=None, top_p=None):
@@ -76,6 +84,21 @@ def test_draws_the_distribution(dtype, options):
     assert not drawn[~live].any()
     chi2 = ((drawn - expected)[live] ** 2 / expected[live]).sum()
     assert chi2 < len(order) + 5 * math.sqrt(2 * len(order))  # five sigma, and the seeds are fixed
+
+
+@pytest.mark.parametrize("backend", backends("sample_tokens"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0}, {"temperature": 0.5, "top_k": 100}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.5}]
+)
+def test_every_backend_draws_the_same(backend, dtype, options):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(301, 513, generator=generator).mul(3).to(dtype)  # in bf16 there are ties
+    uniforms = torch.rand(301, generator=generator, dtype=torch.float64)
+    with use_backend("reference"):
+        want = sample_tokens(logits, uniforms, **options)
+    with use_backend(backend, poison=True):
+        assert torch.equal(sample_tokens(logits, uniforms, **options), want)
 
 
 def test_each_row_stands_alone():

@@ -3,23 +3,19 @@
 // x, y [..., C] of one dtype (f32, bf16)   bias [C] f32 or bf16, may be absent.   Bound by the bytes of x and y.
 // Backward:  sg = sigmoid(1.702 z)    dx = dy sg (1 + 1.702 z (1 - sg))    dbias = sum over rows of dx, per fixed chunk
 // of rows.
+#include "activation.h"
+
 #include "../common/check.h"
-#include "../common/math.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace igpt {
 namespace IGPT_ISA {
 
 constexpr int64_t kRows = 32;
 
-static vf sigmoid(vf z) {
-  return 1.f / (1.f + exp2(z * (-kQuickGelu * kLog2e)));
-}
-
 struct Gelu {
   vf z, dy;
-  vf forward() const { return z * sigmoid(z); }
+  vf forward() const { return quick_gelu(z); }
   vf backward() const {
     const vf s = sigmoid(z);
     return dy * s * (1.f + kQuickGelu * z * (1.f - s));

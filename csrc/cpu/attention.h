@@ -91,6 +91,7 @@ template <class T>
 struct Head {
   T* data;
   int64_t stride;  // between rows
+  Head(T* first, int64_t between) : data(first), stride(between) {}
   Head(const View& v, int64_t bh)
       : data(v.as<T>() + bh / v.size[1] * v.stride[0] + bh % v.size[1] * v.stride[1]), stride(v.stride[2]) {}
   T* row(int64_t t) const { return data + t * stride; }

@@ -29,6 +29,31 @@ static float sum_of_squares(const float* s, int64_t Cp) {
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
+// A row of floats throughout: nothing is converted, so it is read and written where it lies. The tail is one short
+// vector.
+static float plain_row(float* y, float* total, const float* x, const float* r, const float* w, int64_t C, float eps) {
+  const float* s = r ? total : x;
+  vf acc[4];
+  clear(acc);
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= C; c += 4 * kLanes)
+    for (int i = 0; i < 4; ++i) {
+      vf t = load(x + c + i * kLanes);
+      if (r) store(total + c + i * kLanes, t += load(r + c + i * kLanes));
+      acc[i] += t * t;
+    }
+  for (; c < C; c += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, C - c);
+    vf t = load_n(x + c, n);
+    if (r) store_n(total + c, t += load_n(r + c, n), n);
+    acc[0] += t * t;
+  }
+  const float scale = 1.f / std::sqrt(sum((acc[0] + acc[1]) + (acc[2] + acc[3])) / float(C) + eps);
+  for (c = 0; c + kLanes <= C; c += kLanes) store(y + c, load(s + c) * scale * load(w + c));
+  if (c < C) store_n(y + c, load_n(s + c, C - c) * scale * load_n(w + c, C - c), C - c);
+  return scale;
+}
+
 static void check_norm(const View& y, const View& x, const View& residual, const View& weight) {
   IGPT_CHECK(is_float(x.dtype) && is_float(weight.dtype) && is_float(y.dtype), "rms_norm: float32 or bfloat16 only");
   IGPT_CHECK(same_shape(x, y) && (!residual || same_shape(x, residual)), "rms_norm: x, residual and y differ in shape");
@@ -42,10 +67,18 @@ static void rms_norm_fwd(View y, View sum_out, View rstd, View x, View residual,
   IGPT_CHECK(!residual == !sum_out, "rms_norm: sum is written exactly when a residual is given");
   const int64_t C = x.cols(), N = x.rows(), Cp = padded(C), chunks = (N + kRows - 1) / kRows;
   auto w = scratch<float>(Cp);
+  std::memset(w.get(), 0, size_t(Cp) * sizeof(float));
   load_row(w.get(), weight.data, weight.dtype, C);
   const int64_t slots = std::max<int64_t>(1, std::min<int64_t>(max_threads(), chunks));
   auto rows = scratch<float>(slots * 2 * Cp);
+  const bool plain = x.dtype == DType::f32 && y.dtype == DType::f32 &&
+                     (!residual || (residual.dtype == DType::f32 && sum_out.dtype == DType::f32));
   parallel_for(chunks, [&](int64_t chunk, int thread) {
+    for (int64_t n = chunk * kRows; plain && n < N && n < (chunk + 1) * kRows; ++n)
+      rstd.as<float>()[n] =
+          plain_row(y.as<float>() + n * C, sum_out.as<float>() + (residual ? n * C : 0), x.as<float>() + n * C,
+                    residual ? residual.as<float>() + n * C : nullptr, w.get(), C, eps);
+    if (plain) return;
     float *s = rows.get() + thread * 2 * Cp, *r = s + Cp;
     for (int64_t n = chunk * kRows; n < N && n < (chunk + 1) * kRows; ++n) {
       load_row(s, row_of(x, n), x.dtype, C);

@@ -1,16 +1,16 @@
 // Vectors of floats in the width of the instruction set that this file is compiled for.
 //
 // The arithmetic uses the compiler's own vector types, so that one text serves SSE2, AVX2, AVX-512, NEON and whatever
-// comes; intrinsics appear only where the language has no word for the instruction (the bf16 dot product).
-// Everything lives in the instruction set's own namespace and is static: the linker must never hand code compiled for a
-// newer processor to an older one.
+// comes; intrinsics appear only where the language has no word for the instruction (the bf16 dot product) or the
+// compiler a poor one. Everything lives in the instruction set's own namespace and is static: the linker must never
+// hand code compiled for a newer processor to an older one.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "../ops.h"
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -33,21 +33,32 @@ struct bf16 {
   uint16_t bits;
 };
 
+// Short rows that follow each other in memory are streams that the processor's own prefetching loses: asks for what
+// comes 4 KB later.
+template <class T>
+static inline void prefetch(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
+}
+
 static inline vf splat(float x) {
   return x - vf{};
 }
+// The same anywhere in memory. A memcpy would say it too, but the compiler then keeps copies on the stack.
+typedef float unaligned_vf __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 static inline vf load(const float* p) {
-  vf v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
+  return *reinterpret_cast<const unaligned_vf*>(p);
 }
 static inline void store(float* p, vf v) {
-  std::memcpy(p, &v, sizeof v);
+  *reinterpret_cast<unaligned_vf*>(p) = v;
 }
 static inline vf load(const bf16* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // the compiler's own conversion takes halves apart and together again
+  const vu u = reinterpret_cast<vu>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) << 16;
+#else
   vh h;
   std::memcpy(&h, p, sizeof h);
   const vu u = __builtin_convertvector(h, vu) << 16;
+#endif
   vf v;
   std::memcpy(&v, &u, sizeof v);
   return v;
@@ -143,9 +154,16 @@ static inline vf fold(vf a, vf b) {
   return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 #endif
 }
+// Unrolled, or else the compiler keeps an array that has to live in registers in memory.
+template <int count>
+static IGPT_INLINE void clear(vf (&v)[count]) {
+#pragma GCC unroll 16
+  for (int j = 0; j < count; ++j) v[j] = vf{};
+}
 // Lane j of the result is sum(v[j]), to the bit, for a third of the work. v is used up.
 template <int width = kLanes / 2>
-static inline vf sums(vf* v) {
+static IGPT_INLINE vf sums(vf* v) {
+#pragma GCC unroll 16
   for (int j = 0; j < width; ++j) v[j] = fold<width>(v[j], v[j + width]);
   if constexpr (width == 1)
     return v[0];

@@ -14,6 +14,8 @@ void fill_attention_fwd(Ops&);
 void fill_attention_bwd(Ops&);
 void fill_attention_decode(Ops&);
 void fill_linear(Ops&);
+void fill_decode_step(Ops&);
+void fill_sampling(Ops&);
 void fill_palette(Ops&);
 
 const Ops& table() {
@@ -27,6 +29,8 @@ const Ops& table() {
     fill_attention_bwd(ops);
     fill_attention_decode(ops);
     fill_linear(ops);
+    fill_decode_step(ops);
+    fill_sampling(ops);
     fill_palette(ops);
     return ops;
   }();

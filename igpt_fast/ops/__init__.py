@@ -3,9 +3,11 @@
 from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import attention, attention_decode, attention_packed
 from igpt_fast.ops.cross_entropy import cross_entropy
+from igpt_fast.ops.decode_step import decode_step
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.norm import rms_norm
 from igpt_fast.ops.palette import kmeans_step, palette_assign
+from igpt_fast.ops.projection import projection
 from igpt_fast.ops.sampling import sample_tokens
 
 __all__ = [
@@ -14,9 +16,11 @@ __all__ = [
     "attention_packed",
     "bias_quick_gelu",
     "cross_entropy",
+    "decode_step",
     "kmeans_step",
     "linear",
     "palette_assign",
+    "projection",
     "rms_norm",
     "sample_tokens",
 ]

@@ -8,7 +8,7 @@ IGPT_POISON    1: outputs are filled with NaN (or the smallest integer) before a
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch  # before _C: the extension then shares torch's OpenMP runtime
 from torch import Tensor
@@ -115,6 +115,11 @@ def backend_for(op: str, tensors: Sequence[Tensor], refusal: str | None = None):
 def stream_of(t: Tensor) -> int:
     """The raw handle of torch's current stream on the tensor's device; 0 on the CPU."""
     return torch._C._cuda_getCurrentRawStream(t.get_device()) if t.is_cuda else 0
+
+
+def native_layers(layers: Iterable[Sequence[Tensor | None]]):
+    """The weights of a model's blocks as the kernels read them; it keeps the tensors that it points into."""
+    return _C.Layers([tuple(layer) for layer in layers])
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

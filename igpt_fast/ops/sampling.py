@@ -7,6 +7,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
+from igpt_fast.ops._native import backend_for, empty, stream_of
 
 
 def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
@@ -43,15 +44,26 @@ def sample_tokens(
         )
     if torch.compiler.is_compiling():
         return torch.ops.igpt.sample_tokens(logits, uniforms, temperature, top_k, top_p)
-    return reference.sampling.sample_tokens(logits, uniforms, temperature, top_k, top_p)
+    return _sample_tokens(logits, uniforms, temperature, top_k, top_p)
 
 
-# There is no native kernel for it yet: the op exists so that a compiled graph holds one node instead of a dozen.
+def _sample_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> Tensor:
+    native = backend_for("sample_tokens", (logits,))
+    if native is None:
+        return reference.sampling.sample_tokens(logits, uniforms, temperature, top_k, top_p)
+    tokens = empty((len(logits),), logits, torch.int64)
+    options = temperature, top_k or 0, 1.0 if top_p is None else top_p
+    native.sample_tokens(tokens, logits.contiguous(), uniforms.to(logits.device), *options, stream_of(logits))
+    return tokens
+
+
 @torch.library.custom_op("igpt::sample_tokens", mutates_args=())
 def _sample_tokens_op(
     logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
-    return reference.sampling.sample_tokens(logits, uniforms, temperature, top_k, top_p)
+    return _sample_tokens(logits, uniforms, temperature, top_k, top_p)
 
 
 @_sample_tokens_op.register_fake

@@ -22,6 +22,8 @@ namespace {
 
 using igpt::BlockMaskView;
 using igpt::DType;
+using igpt::LayersView;
+using igpt::LayerView;
 using igpt::Ops;
 using igpt::View;
 
@@ -72,6 +74,14 @@ class Copies {
       *v = guard(*v);
     return m;
   }
+  LayersView guard(LayersView l) {
+    layers_.assign(l.layer, l.layer + l.count);
+    for (LayerView& y : layers_)
+      for (View* v : {&y.ln_1, &y.qkv, &y.qkv_bias, &y.attn_proj, &y.attn_proj_bias, &y.ln_2, &y.fc, &y.fc_bias,
+                      &y.mlp_proj, &y.mlp_proj_bias})
+        *v = guard(*v);
+    return {layers_.data(), l.count};
+  }
   template <class T>
   T guard(T scalar) {
     return scalar;
@@ -92,6 +102,7 @@ class Copies {
     char* ours;
   };
   std::vector<Copy> copies_;
+  std::vector<LayerView> layers_;
 };
 
 const Ops* inner() {
@@ -124,10 +135,10 @@ const Ops* bench_ops() {
     IGPT_GUARD(bias_quick_gelu_fwd), IGPT_GUARD(bias_quick_gelu_bwd);
     IGPT_GUARD(cross_entropy_fwd), IGPT_GUARD(cross_entropy_bwd);
     IGPT_GUARD(attention_fwd), IGPT_GUARD(attention_bwd), IGPT_GUARD(attention_decode);
-    IGPT_GUARD(linear_fwd);
+    IGPT_GUARD(linear_fwd), IGPT_GUARD(decode_step), IGPT_GUARD(sample_tokens);
     IGPT_GUARD(palette_assign), IGPT_GUARD(kmeans_step);
 #undef IGPT_GUARD
-    static_assert(sizeof(Ops) == 13 * sizeof(void*), "a field of Ops is missing above: the bench would not test it");
+    static_assert(sizeof(Ops) == 15 * sizeof(void*), "a field of Ops is missing above: the bench would not test it");
     return t;
   }();
   return &table;

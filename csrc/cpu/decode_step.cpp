@@ -1,0 +1,209 @@
+// decode_step: one pixel more of every image through all layers, with a cache of keys and values
+//
+//   h = wte[pixel] + wpe[slot];  per layer:  q, k, v = qkv(norm(h)) ; k, v into the cache's slot
+//   h += attn_proj(softmax(q K^T / sqrt(D)) V);  h += mlp_proj(gelu(fc(norm(h))));  last:  logits = norm(h) wtet^T
+//
+// Bound by bytes: every weight and every cached key and value is read once. So the step is one parallel region, in
+// which memory never waits for an interpreter or for a team of threads to form. A thread keeps its own copy of the
+// residual stream, in float, and all threads do the small norms alike instead of waiting for one; the linears share
+// their weight rows out, attention its heads. A task computes what it owns in an order of its own, and rows know
+// nothing of each other: neither threads nor neighbours change a bit.
+#include "activation.h"
+#include "attention_decode.h"
+#include "linear.h"
+
+namespace igpt {
+namespace IGPT_ISA {
+
+struct Sizes {
+  int64_t B, d, heads, D, inner, T, V, slot;
+};
+
+static void check_weight(const View& w, int64_t rows, int64_t cols, DType dtype, const char* name) {
+  IGPT_CHECK(w && w.dtype == dtype && w.dense() && w.rows() == rows && w.cols() == cols,
+             "decode_step: %s must be dense, [%lld, %lld] and of the cache's dtype", name, (long long)(rows),
+             (long long)(cols));
+}
+static void check_bias(const View& b, int64_t cols, DType dtype, const char* name) {
+  if (b) check_weight(b, 1, cols, dtype, name);
+}
+
+static Sizes check_step(const View& logits, const View& cache, const View& pixels, const View& wte, const View& wpe,
+                        const LayersView& layers, const View& ln_f, const View& wtet, int64_t slot) {
+  const DType t = cache.dtype;
+  IGPT_CHECK(is_float(t), "decode_step: float32 or bfloat16 only");
+  IGPT_CHECK(cache.ndim == 4 && cache.dense() && cache.size[0] == layers.count && layers.count > 0,
+             "decode_step: the cache must be dense, [layers, B * 2 * H, T, D]");
+  Sizes s;
+  s.B = pixels.numel(), s.T = cache.size[2], s.D = cache.size[3], s.d = wte.cols(), s.V = wtet.rows(), s.slot = slot;
+  s.inner = layers.layer[0].fc.rows(), s.heads = s.D ? s.d / s.D : 0;
+  IGPT_CHECK(s.D % 8 == 0 && s.D <= 128 && s.heads * s.D == s.d && cache.size[1] == s.B * 2 * s.heads,
+             "decode_step: the cache does not fit %lld images of width %lld", (long long)(s.B), (long long)(s.d));
+  IGPT_CHECK(slot >= 0 && slot < s.T, "decode_step: slot must be in 0..%lld", (long long)(s.T - 1));
+  IGPT_CHECK(pixels.dtype == DType::i64 && pixels.dense(), "decode_step: pixels must be dense int64");
+  for (int64_t b = 0; b < s.B; ++b)
+    IGPT_CHECK(pixels.as<int64_t>()[b] >= 0 && pixels.as<int64_t>()[b] < wte.rows(),
+               "decode_step: pixel %lld is outside the palette", (long long)(pixels.as<int64_t>()[b]));
+  check_weight(wte, wte.rows(), s.d, t, "wte"), check_weight(wpe, s.T, s.d, t, "wpe");
+  check_weight(ln_f, 1, s.d, t, "ln_f"), check_weight(wtet, s.V, s.d, t, "wtet");
+  check_weight(logits, s.B, s.V, t, "logits");
+  for (int64_t l = 0; l < layers.count; ++l) {
+    const LayerView& w = layers.layer[l];
+    check_weight(w.ln_1, 1, s.d, t, "ln_1"), check_weight(w.ln_2, 1, s.d, t, "ln_2");
+    check_weight(w.qkv, 3 * s.d, s.d, t, "qkv"), check_bias(w.qkv_bias, 3 * s.d, t, "qkv's bias");
+    check_weight(w.attn_proj, s.d, s.d, t, "attn_proj"), check_bias(w.attn_proj_bias, s.d, t, "attn_proj's bias");
+    check_weight(w.fc, s.inner, s.d, t, "fc"), check_bias(w.fc_bias, s.inner, t, "fc's bias");
+    check_weight(w.mlp_proj, s.d, s.inner, t, "mlp_proj"), check_bias(w.mlp_proj_bias, s.d, t, "mlp_proj's bias");
+  }
+  return s;
+}
+
+// All of a step's buffers. X: what a linear reads, with zeros behind its columns.
+template <class E>
+struct Buffers {
+  using X = typename E::X;
+  const int64_t dx, inner_x, wide;       // columns of x and z as linears read them; of a stream's row
+  Scratch<float> qkv, delta, h, scores;  // [B, 3 d], [B, d], [threads, B, wide], [threads, slots]
+  Scratch<X> x, mixed, z;                // [threads, B, dx], [B, dx], [B, inner_x]
+
+  Buffers(const Sizes& s, int threads) : dx(padded_for<E>(s.d)), inner_x(padded_for<E>(s.inner)), wide(padded(s.d)) {
+    qkv = scratch<float>(s.B * 3 * s.d), delta = scratch<float>(s.B * s.d);
+    h = zeros<float>(threads * s.B * wide), scores = scratch<float>(threads * padded(s.slot + 1));
+    x = zeros<X>(threads * s.B * dx), mixed = zeros<X>(s.B * dx), z = zeros<X>(s.B * inner_x);
+  }
+  template <class T>
+  static Scratch<T> zeros(int64_t n) {
+    Scratch<T> p = scratch<T>(n);
+    std::memset(p.get(), 0, size_t(n) * sizeof(T));
+    return p;
+  }
+};
+
+template <class T>
+static inline void store_as(T* p, vf v, int64_t n) {
+  n == kLanes ? store(p, v) : store_n(p, v, n);
+}
+template <class T>
+static inline vf load_as(const T* p, int64_t n) {
+  return n == kLanes ? load(p) : load_n(p, n);
+}
+
+// h += delta (when there is one);  x = h rstd weight.   All threads do it alike, each for itself.
+template <class X, class T>
+static void add_and_norm(X* x, int64_t dx, float* h, int64_t wide, const float* delta, const T* weight, int64_t B,
+                         int64_t d, float eps) {
+  for (int64_t b = 0; b < B; ++b, x += dx, h += wide) {
+    vf squares = {};
+    for (int64_t c = 0; c < d; c += kLanes) {
+      vf s = load(h + c);
+      if (delta) s += load_as(delta + b * d + c, std::min<int64_t>(kLanes, d - c));
+      store(h + c, s);
+      squares += s * s;
+    }
+    const vf rstd = splat(1.f / std::sqrt(sum(squares) / float(d) + eps));
+    for (int64_t c = 0; c < d; c += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, d - c);
+      store_as(x + c, load(h + c) * rstd * load_as(weight + c, n), n);
+    }
+  }
+}
+
+// y = f(x weight^T + bias): its rows are shared out among the threads, which all have to come here and leave together.
+template <class E, class T, class Y, class F>
+static void share_linear(Y* y, int64_t ldy, const typename E::X* x, int64_t Kp, int64_t B, const View& weight,
+                         const View& bias, F&& f) {
+  const int64_t M = weight.size[0], K = weight.size[1];
+  const T* offset = bias.as<T>();
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t m0 = 0; m0 < M; m0 += kOutputs) {
+    const int64_t end = std::min(m0 + kOutputs, M);
+    multiply<E>(x, B, Kp, weight.as<T>(), K, m0, end, [&](int64_t n, const float* out) {
+      for (int64_t m = m0; m < end; m += kLanes) {
+        const int64_t left = std::min<int64_t>(kLanes, end - m);
+        const vf sum = load(out + m - m0);
+        store_as(y + n * ldy + m, f(offset ? sum + load_as(offset + m, left) : sum), left);
+      }
+    });
+  }
+}
+
+// The heads' new keys and values go into the cache, then their queries look at all of it.
+template <class E, class T>
+static void share_attention(Buffers<E>& buffers, T* cache, const Sizes& s, float* score) {
+  const float scale = 1.f / std::sqrt(float(s.D));
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t bh = 0; bh < s.B * s.heads; ++bh) {
+    const int64_t b = bh / s.heads, head = bh % s.heads;
+    const float* qkv = buffers.qkv.get() + b * 3 * s.d + head * s.D;
+    T* keys = cache + (b * 2 * s.heads + head) * s.T * s.D;
+    T* values = keys + s.heads * s.T * s.D;
+    float query[128] = {}, row[128];
+    std::memcpy(query, qkv, size_t(s.D) * sizeof(float));
+    for (int64_t c = 0; c < s.D; c += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, s.D - c);
+      store_as(keys + s.slot * s.D + c, load_as(qkv + s.d + c, n), n);
+      store_as(values + s.slot * s.D + c, load_as(qkv + 2 * s.d + c, n), n);
+    }
+    decode_head<T>(row, query, Head<const T>(keys, s.D), Head<const T>(values, s.D), s.D, s.slot + 1, scale, score);
+    for (int64_t c = 0; c < s.D; c += kLanes)
+      store_as(buffers.mixed.get() + b * buffers.dx + head * s.D + c, load(row + c),
+               std::min<int64_t>(kLanes, s.D - c));
+  }
+}
+
+template <class E, class T>
+static void run_step(const View& logits, const View& cache, const View& pixels, const View& wte, const View& wpe,
+                     const LayersView& layers, const View& ln_f, const View& wtet, const Sizes& s, float eps) {
+  const int threads = max_threads();
+  Buffers<E> buffers(s, threads);
+  float *const qkv = buffers.qkv.get(), *const delta = buffers.delta.get();
+  typename E::X *const mixed = buffers.mixed.get(), *const z = buffers.z.get();
+  const int64_t dx = buffers.dx, inner_x = buffers.inner_x, wide = buffers.wide, per_layer = cache.stride[0];
+  const auto as_it_is = [](vf v) { return v; };
+  const auto gelu = [](vf v) { return quick_gelu(v); };
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    float *const h = buffers.h.get() + thread * s.B * wide, *const score =
+                                                                buffers.scores.get() + thread * padded(s.slot + 1);
+    typename E::X* const x = buffers.x.get() + thread * s.B * dx;
+    for (int64_t b = 0; b < s.B; ++b)
+      for (int64_t c = 0; c < s.d; c += kLanes) {
+        const int64_t n = std::min<int64_t>(kLanes, s.d - c), pixel = pixels.as<int64_t>()[b];
+        store(h + b * wide + c, load_as(wte.as<T>() + pixel * s.d + c, n) + load_as(wpe.as<T>() + s.slot * s.d + c, n));
+      }
+    // A linear's end is where the threads meet: what it wrote may be read behind it, what it read may be written.
+    for (int64_t l = 0; l < layers.count; ++l) {
+      const LayerView& w = layers.layer[l];
+      add_and_norm(x, dx, h, wide, l ? delta : nullptr, w.ln_1.as<T>(), s.B, s.d, eps);
+      share_linear<E, T>(qkv, 3 * s.d, x, dx, s.B, w.qkv, w.qkv_bias, as_it_is);
+      share_attention<E, T>(buffers, cache.as<T>() + l * per_layer, s, score);
+      share_linear<E, T>(delta, s.d, mixed, dx, s.B, w.attn_proj, w.attn_proj_bias, as_it_is);
+      add_and_norm(x, dx, h, wide, delta, w.ln_2.as<T>(), s.B, s.d, eps);
+      share_linear<E, T>(z, inner_x, x, dx, s.B, w.fc, w.fc_bias, gelu);
+      share_linear<E, T>(delta, s.d, z, inner_x, s.B, w.mlp_proj, w.mlp_proj_bias, as_it_is);
+    }
+    add_and_norm(x, dx, h, wide, delta, ln_f.as<T>(), s.B, s.d, eps);
+    share_linear<E, T>(logits.as<T>(), s.V, x, dx, s.B, wtet, View{}, as_it_is);
+  }
+}
+
+static void decode_step(View logits, View cache, View pixels, View wte, View wpe, LayersView layers, View ln_f,
+                        View wtet, int64_t slot, float eps, Stream) {
+  const Sizes s = check_step(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, slot);
+  if (s.B == 0) return;
+  if (cache.dtype == DType::f32)
+    return run_step<Wide<float>, float>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, s, eps);
+#if defined(__AVX512BF16__)
+  run_step<Pairs, bf16>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, s, eps);
+#else
+  run_step<Wide<bf16>, bf16>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, s, eps);
+#endif
+}
+
+void fill_decode_step(Ops& t) {
+  t.decode_step = decode_step;
+}
+
+}  // namespace IGPT_ISA
+}  // namespace igpt

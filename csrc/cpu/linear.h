@@ -1,0 +1,104 @@
+// The product of a few rows with a weight matrix, for linear.cpp and decode_step.cpp.
+//
+// Every y[n, m] is summed in an order that K alone decides, so a row's bits do not depend on which rows stand beside
+// it: sampling an image alone or in a batch gives the same image.
+#pragma once
+#include <algorithm>
+
+#include "simd.h"
+
+namespace igpt {
+namespace IGPT_ISA {
+
+// What is multiplied: floats, or, where the processor has the instruction and both sides are bf16, pairs of bf16.
+template <class W>
+struct Wide {
+  using X = float;
+  using Vector = vf;
+  static constexpr int kStep = kLanes;
+  static Vector load(const W* w) { return IGPT_ISA::load(w); }
+  static Vector load_n(const W* w, int64_t n) { return IGPT_ISA::load_n(w, n); }
+  static vf load_x(const float* x) { return IGPT_ISA::load(x); }
+  static vf dot(vf acc, vf x, Vector w) { return acc + x * w; }
+};
+#if defined(__AVX512BF16__)
+struct Pairs {
+  using X = bf16;
+  using Vector = __m512bh;
+  static constexpr int kStep = 2 * kLanes;
+  static Vector load(const bf16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static Vector load_n(const bf16* w, int64_t n) {
+    bf16 full[kStep] = {};
+    std::memcpy(full, w, size_t(n) * sizeof(bf16));
+    return load(full);
+  }
+  static Vector load_x(const bf16* x) { return load(x); }
+  static vf dot(vf acc, Vector x, Vector w) {
+    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), x, w));
+  }
+};
+#endif
+
+// Columns of x, with the zeros behind them that dots() reads.
+template <class E>
+static inline int64_t padded_for(int64_t K) {
+  return (K + E::kStep - 1) / E::kStep * E::kStep;
+}
+
+constexpr int64_t kOutputs = 16;  // weight rows a task
+
+// Lane i M + j: the dot product of x's row i and w's row j, over K elements. x is padded with zeros to Kp; w is not.
+// Rows behind the last repeat it; their lanes are not used.
+template <class E, int N, class W>
+static inline vf dots(const typename E::X* x, int64_t Kp, const W* w, int64_t K, int64_t ms) {
+  constexpr int M = kLanes / N;
+  vf acc[kLanes];
+  const W* row[M];
+  typename E::Vector v[M];
+  clear(acc);
+  for (int j = 0; j < M; ++j) row[j] = w + std::min<int64_t>(j, ms - 1) * K;
+  int64_t k = 0;
+  for (; k + E::kStep <= K; k += E::kStep) {
+    for (int j = 0; j < M; ++j) {
+      prefetch(row[j] + k);
+      v[j] = E::load(row[j] + k);
+    }
+    for (int i = 0; i < N; ++i) {
+      const auto xi = E::load_x(x + i * Kp + k);
+      for (int j = 0; j < M; ++j) acc[i * M + j] = E::dot(acc[i * M + j], xi, v[j]);
+    }
+  }
+  if (k < K) {
+    for (int j = 0; j < M; ++j) v[j] = E::load_n(row[j] + k, K - k);
+    for (int i = 0; i < N; ++i)
+      for (int j = 0; j < M; ++j) acc[i * M + j] = E::dot(acc[i * M + j], E::load_x(x + i * Kp + k), v[j]);
+  }
+  return sums(acc);
+}
+
+template <class E, int N, class W, class Sink>
+static inline void multiply_rows(const typename E::X* x, int64_t n, int64_t Kp, const W* weight, int64_t K,
+                                 int64_t begin, int64_t end, Sink&& sink) {
+  constexpr int M = kLanes / N;
+  float y[N][kOutputs], lanes[kLanes];
+  for (int64_t m = begin; m < end; m += M) {
+    store(lanes, dots<E, N, W>(x + n * Kp, Kp, weight + m * K, K, std::min<int64_t>(M, end - m)));
+    for (int i = 0; i < N; ++i) std::memcpy(y[i] + m - begin, lanes + i * M, M * sizeof(float));
+  }
+  for (int i = 0; i < N; ++i) sink(n + i, y[i]);
+}
+
+// x [N, Kp] times the rows begin..end of weight [M, K], at most kOutputs of them. sink(n, y): y holds row n of the
+// product, columns begin..end. Four rows of x at a time, so that a weight is loaded and converted once for all four.
+template <class E, class W, class Sink>
+static inline void multiply(const typename E::X* x, int64_t N, int64_t Kp, const W* weight, int64_t K, int64_t begin,
+                            int64_t end, Sink&& sink) {
+  static_assert(kOutputs % kLanes == 0);
+  int64_t n = 0;
+  for (; n + 4 <= N; n += 4) multiply_rows<E, 4>(x, n, Kp, weight, K, begin, end, sink);
+  for (; n + 2 <= N; n += 2) multiply_rows<E, 2>(x, n, Kp, weight, K, begin, end, sink);
+  if (n < N) multiply_rows<E, 1>(x, n, Kp, weight, K, begin, end, sink);
+}
+
+}  // namespace IGPT_ISA
+}  // namespace igpt

@@ -1,0 +1,87 @@
+"""The linear map of whole images: torch's own product, kept away from the one case in which torch has no fast one."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igpt_fast.errors import InputError
+from igpt_fast.ops._native import needs_grad
+
+ROWS = 1024  # converted at a time: their floats stay in the cache
+
+
+def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ (+ bias), with gradients, as torch.nn.functional.linear: also in its dtypes and under autocast.
+
+    x [..., K]   weight [M, K]   bias [M] or None   → [..., M]
+    On a CPU without bf16 instructions torch multiplies bf16 up to a hundred times slower than float32. There the
+    product of bf16 numbers is float32's, rounded at the end; float32 weights under autocast then keep all their bits.
+    Raises InputError for shapes that do not fit.
+    """
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise InputError(f"projection: weight {list(weight.shape)} does not fit x {list(x.shape)}")
+    if not _in_float32(x):
+        return F.linear(x, weight, bias)
+    if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):
+        return _Projection.apply(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return _forward(x, weight, bias)
+
+
+def bf16_is_slow() -> bool:
+    """Whether torch's own bf16 products are slow on this CPU."""
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+_SLOW = bf16_is_slow()
+
+
+def _in_float32(x: Tensor) -> bool:
+    if not _SLOW or x.device.type != "cpu":
+        return False
+    autocast = torch.is_autocast_enabled("cpu") and x.is_floating_point() and x.dtype is not torch.float64
+    return (torch.get_autocast_dtype("cpu") if autocast else x.dtype) is torch.bfloat16
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    if torch.compiler.is_compiling():  # the compiler cuts and fuses as it likes
+        return F.linear(x.float(), weight, bias).bfloat16()
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.empty(len(rows), len(weight), dtype=torch.bfloat16)
+    for out, part in zip(y.split(ROWS), rows.split(ROWS), strict=True):
+        out.copy_(F.linear(part.float(), weight, bias))
+    return y.view(*x.shape[:-1], len(weight))
+
+
+class _Projection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with torch.autocast("cpu", enabled=False):
+            return _forward(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        wide = weight.float()
+        dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        dweight, dbias = torch.zeros_like(wide), torch.zeros(len(wide))
+        with torch.autocast("cpu", enabled=False):
+            for begin in range(0, len(rows), ROWS):
+                part = slice(begin, begin + ROWS)
+                g = grads[part].float()
+                if dx is not None:
+                    dx[part] = g @ wide
+                if ctx.needs_input_grad[1]:
+                    dweight.addmm_(g.t(), rows[part].float())
+                if ctx.needs_input_grad[2]:
+                    dbias += g.sum(0)
+        return (
+            None if dx is None else dx.view(x.shape),
+            dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+        )

@@ -1,0 +1,61 @@
+"""What one pixel more means: the whole model for one slot, with a cache of keys and values."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from igpt_fast.reference import activation, attention, linear, norm
+
+
+class LayerWeights(NamedTuple):
+    """One block: norms [d], qkv [3 d, d] with q before k before v, attn_proj [d, d], fc [m, d], mlp_proj [d, m]."""
+
+    ln_1: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    attn_proj: Tensor
+    attn_proj_bias: Tensor | None
+    ln_2: Tensor
+    fc: Tensor
+    fc_bias: Tensor | None
+    mlp_proj: Tensor
+    mlp_proj_bias: Tensor | None
+
+
+class Kit(NamedTuple):
+    """The ops that a step is made of."""
+
+    rms_norm: Callable = norm.rms_norm
+    linear: Callable = linear.linear
+    attention_decode: Callable = attention.attention_decode
+    bias_quick_gelu: Callable = activation.bias_quick_gelu
+
+
+def decode_step(
+    cache: Tensor,
+    pixels: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    layers: Sequence[LayerWeights],
+    ln_f: Tensor,
+    wtet: Tensor,
+    slot: int,
+    eps: float = 1e-5,
+    kit: Kit = Kit(),
+) -> Tensor:
+    """Put the newest pixels into the cache's slot → logits of the next ones.
+
+    cache [L, B, 2, H, T, D], k before v, holds the slots below `slot` and receives `slot`   pixels [B]   wte [V, d]
+    wpe [T, d]   ln_f [d]   wtet [V, d]   → [B, V]
+    """
+    h = wte[pixels] + wpe[slot]
+    for w, kept in zip(layers, cache, strict=True):
+        qkv = kit.linear(kit.rms_norm(h, w.ln_1, eps), w.qkv, w.qkv_bias)
+        q, k, v = qkv.unflatten(-1, (3, kept.shape[2], -1)).unbind(1)  # [B, H, D]
+        kept[:, 0, :, slot], kept[:, 1, :, slot] = k, v
+        mixed = kit.attention_decode(q.unsqueeze(2), kept[:, 0], kept[:, 1], slot + 1)
+        h = h + kit.linear(mixed.flatten(1), w.attn_proj, w.attn_proj_bias)
+        z = kit.linear(kit.rms_norm(h, w.ln_2, eps), w.fc)
+        h = h + kit.linear(kit.bias_quick_gelu(z, w.fc_bias), w.mlp_proj, w.mlp_proj_bias)
+    return kit.linear(kit.rms_norm(h, ln_f, eps), wtet)

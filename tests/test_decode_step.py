@@ -1,0 +1,121 @@
+"""The decoding step: right, and the same bits whatever stands in the batch, whatever the number of threads."""
+
+from functools import partial
+
+import pytest
+import torch
+from check import backends, check
+from hypothesis import given
+from hypothesis import strategies as st
+
+from igpt_fast import InputError, ops, reference
+from igpt_fast.ops._native import use_backend
+from igpt_fast.ops.decode_step import StepWeights
+from igpt_fast.reference.decode_step import LayerWeights
+
+FIELDS = len(LayerWeights._fields)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw(layers=2, batch=3, heads=2, head_dim=8, inner=20, tokens=6, colors=7, bias=True, seed=0):
+    """cache [L, B, 2, H, T, D], pixels [B], then every weight in the order of a call, the layers' flat."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    d = heads * head_dim
+    wide, maybe = d**-0.5, normal if bias else lambda *_: None
+    flat = []
+    for _ in range(layers):
+        flat += [1 + normal(d) / 4, normal(3 * d, d) * wide, maybe(3 * d), normal(d, d) * wide, maybe(d)]
+        flat += [1 + normal(d) / 4, normal(inner, d) * wide, maybe(inner), normal(d, inner) * inner**-0.5, maybe(d)]
+    cache = normal(layers, batch, 2, heads, tokens, head_dim)
+    pixels = torch.randint(colors, (batch,), generator=generator)
+    return [cache, pixels, normal(colors, d), normal(tokens, d), *flat, normal(d), normal(colors, d)]
+
+
+def grouped(flat):
+    return [LayerWeights(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS)]
+
+
+def ours(slot, cache, pixels, wte, wpe, *rest):
+    """Logits, and the cache's new slot, so that both are compared."""
+    *flat, ln_f, wtet = rest
+    cache = cache.clone()
+    logits = ops.decode_step(cache, pixels, StepWeights(wte, wpe, grouped(flat), ln_f, wtet), slot)
+    return logits, cache
+
+
+def meaning(slot, cache, pixels, wte, wpe, *rest):
+    *flat, ln_f, wtet = rest
+    cache = cache.clone()
+    logits = reference.decode_step.decode_step(cache, pixels, wte, wpe, grouped(flat), ln_f, wtet, slot)
+    return logits, cache
+
+
+@pytest.mark.parametrize("backend", backends("decode_step"))
+@given(
+    layers=st.integers(1, 3),
+    batch=st.integers(1, 6),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([8, 16, 24, 64, 96, 128]),
+    inner=st.integers(1, 70),
+    tokens=st.integers(1, 40),
+    last=st.booleans(),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_decode_step(backend, layers, batch, heads, head_dim, inner, tokens, last, bias, dtype):
+    args = draw(layers, batch, heads, head_dim, inner, tokens, bias=bias)
+    slot = tokens - 1 if last else tokens // 2
+    check(partial(ours, slot), partial(meaning, slot), args, backend, dtype, grads=False)
+
+
+@pytest.mark.parametrize("backend", backends("decode_step")[1:])  # torch's products know their batch
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_images_do_not_know_their_batch_nor_the_threads(backend, dtype):
+    args = [a.to(dtype) if a.is_floating_point() else a for a in draw(2, 5, 3, 24, 70, 20)]
+    before = torch.get_num_threads()
+    try:
+        with use_backend(backend):
+            torch.set_num_threads(1)
+            logits, cache = ours(11, *args)
+            torch.set_num_threads(3)
+            again = ours(11, *args)
+            assert torch.equal(again[0], logits) and torch.equal(again[1], cache)
+            for i in range(5):
+                alone = ours(11, args[0][:, i : i + 1].contiguous(), args[1][i : i + 1], *args[2:])
+                assert torch.equal(alone[0][0], logits[i]) and torch.equal(alone[1][:, 0], cache[:, i])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nothing_but_its_slot_is_written():
+    args = draw()
+    cache = ours(3, *args)[1]
+    elsewhere = [t for t in range(6) if t != 3]
+    assert torch.equal(cache[..., elsewhere, :], args[0][..., elsewhere, :])
+    assert not torch.equal(cache[..., 3, :], args[0][..., 3, :])
+
+
+def test_bad_arguments():
+    cache, pixels, wte, wpe, *flat, ln_f, wtet = draw()
+    weights = StepWeights(wte, wpe, grouped(flat), ln_f, wtet)
+    with pytest.raises(InputError, match="does not fit 2 layers"):
+        ops.decode_step(cache[:1], pixels, weights, 0)
+    with pytest.raises(InputError, match="slot is 6"):
+        ops.decode_step(cache, pixels, weights, 6)
+    with pytest.raises(ValueError, match="pixel 7 is outside"):
+        ops.decode_step(cache, pixels + 7 - pixels, weights, 0)
+    with pytest.raises(ValueError, match="fc's bias"):
+        layers = [weights.layers[0]._replace(fc_bias=ln_f), weights.layers[1]]
+        ops.decode_step(cache, pixels, StepWeights(wte, wpe, layers, ln_f, wtet), 0)
+
+
+def test_why_not():
+    cache, pixels, wte, wpe, *flat, ln_f, wtet = draw(head_dim=12)
+    assert ops.decode_step(cache, pixels, StepWeights(wte, wpe, grouped(flat), ln_f, wtet), 0).shape == (3, 7)
+    mixed = StepWeights(wte, wpe.double(), grouped(flat), ln_f, wtet)
+    assert mixed.refusal == "the weights differ in dtype or device"
+    assert StepWeights(wte, wpe.t().contiguous().t(), grouped(flat), ln_f, wtet).refusal == "a weight is not contiguous"

@@ -1,0 +1,86 @@
+"""projection: torch's linear, and on a CPU without bf16 instructions float32's product for bf16 numbers."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from igpt_fast import Config, ImageGPT, InputError, ops
+
+module = sys.modules["igpt_fast.ops.projection"]
+
+
+@pytest.fixture(params=[False, True], ids=["bf16 instructions", "none"])
+def slow(request, monkeypatch):
+    monkeypatch.setattr(module, "_SLOW", request.param)
+    monkeypatch.setattr(module, "ROWS", 7)
+    return request.param
+
+
+def draw(rows=(3, 10), k=24, m=20, dtype=torch.float32):
+    return [t.to(dtype).requires_grad_() for t in (torch.randn(*rows, k), torch.randn(m, k), torch.randn(m))]
+
+
+def results(linear, args, autocast):
+    given = [a.detach().clone().requires_grad_() for a in args]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = linear(*given)
+    probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, given, probe)]
+
+
+@pytest.mark.parametrize("rows", [(1,), (7,), (3, 10), (2, 3, 4), (0, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
+)
+def test_equals_torch_in_dtype_and_within_twice_its_error(slow, rows, bias, dtype, autocast):
+    args = draw(rows, dtype=dtype)[: 3 if bias else 2]
+    got, again = (results(ops.projection, args, autocast) for _ in range(2))
+    plain = results(F.linear, args, autocast)
+    truth = results(F.linear, [a.double() for a in args], False)
+    for g, h, p, t in zip(got, again, plain, truth, strict=True):
+        assert g.dtype is p.dtype and g.shape == p.shape
+        assert torch.equal(g, h)
+        if g.numel():
+            limit = 2 * (p.double() - t).abs().max() + 4 * torch.finfo(p.dtype).eps * t.abs().max()
+            assert (g.double() - t).abs().max() <= limit
+
+
+def test_float32_weights_keep_their_bits_under_autocast(monkeypatch):
+    monkeypatch.setattr(module, "_SLOW", True)
+    x, weight, _ = draw()
+    x = x.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.projection(x, weight)
+    assert torch.equal(y, (x.float() @ weight.t()).bfloat16())
+
+
+def test_only_what_is_asked_for_gets_a_gradient(slow):
+    x, weight, bias = draw(dtype=torch.bfloat16)
+    (dx,) = torch.autograd.grad(ops.projection(x, weight.detach(), bias.detach()).sum(), x)
+    assert torch.allclose(dx.float(), weight.float().sum(0).expand(dx.shape), atol=0.05, rtol=0.02)
+    (dw,) = torch.autograd.grad(ops.projection(x.detach(), weight).sum(), weight)
+    assert torch.allclose(dw.float(), x.float().sum((0, 1)).expand(dw.shape), atol=0.1, rtol=0.02)
+    assert dx.dtype is dw.dtype is torch.bfloat16
+
+
+def test_the_model_compiles_under_autocast(slow):
+    model = ImageGPT(Config(layers=1, width=16, heads=2, colors=8, size=(3, 3)))
+    torch.nn.init.normal_(model.wtet)
+    tokens = torch.randint(8, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.loss(tokens)
+        loss = torch.compile(model.loss, backend="aot_eager", fullgraph=True)(tokens)
+    assert torch.allclose(loss, expected, atol=2e-2)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_the_flag_says_what_torch_can_do():
+    assert module.bf16_is_slow() is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def test_bad_shapes():
+    with pytest.raises(InputError, match="does not fit"):
+        ops.projection(torch.ones(2, 3), torch.ones(4, 5))

@@ -34,7 +34,8 @@ bench: $(VENV)/installed
 # Rebuilds the extension in the tree (the install is editable); what has not changed is not compiled again.
 build: $(VENV)/installed
 
-# The op tests of the CPU backend under the address and undefined-behaviour sanitizers, in a build of its own.
+# The op tests of the CPU backend and of the CUDA kernels on the bench under the address and undefined-behaviour sanitizers,
+# and a race check of those kernels; builds of their own.
 sanitize: $(VENV)/dependencies
 	sh tests/sanitize.sh $(BIN)
 

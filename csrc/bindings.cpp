@@ -162,10 +162,14 @@ void op(py::class_<Backend>& cls, py::dict& has, const char* name, void (*igpt::
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// tests/simt builds this file a second time, under another name and with the CUDA sources on the bench.
+#ifndef IGPT_MODULE
+#define IGPT_MODULE _C
+#endif
+PYBIND11_MODULE(IGPT_MODULE, m) {
   m.doc() = "The compiled backends of igpt_fast. Import torch first: both share one OpenMP runtime.";
-  py::class_<Layers>(m, "Layers").def(py::init<py::list>());
-  py::class_<Backend> cls(m, "Backend");
+  py::class_<Layers>(m, "Layers", py::module_local()).def(py::init<py::list>());
+  py::class_<Backend> cls(m, "Backend", py::module_local());
   py::dict has;
   op(cls, has, "rms_norm_fwd", &igpt::Ops::rms_norm_fwd);
   op(cls, has, "rms_norm_bwd", &igpt::Ops::rms_norm_bwd);

@@ -3,16 +3,32 @@
 from collections.abc import Callable
 
 import torch
+from simt import bench
 from torch import Tensor
 
-from igpt_fast.ops._native import BACKENDS, use_backend
+from igpt_fast.ops._native import BACKENDS, use_backend, why_not
 
 
 def backends(op: str, device: str = "cpu") -> list[str]:
-    """The reference and every backend that has a kernel for `op` on `device`: the reference must pass its own tests."""
+    """The reference and every backend that has a kernel for `op` on `device`: the reference must pass its own tests.
+
+    Among those of the CPU is "simt", the CUDA kernels on the bench that needs no GPU; it is built here, on first use.
+    """
+    if bench.missing() is None:
+        bench.register()
     found = [n for n, b in BACKENDS.items() if b.has(op) and (n == "cuda") == (device == "cuda")]
     assert found, f"no backend has {op}: is the extension built?"
     return ["reference", *found]
+
+
+def served(op: str, *dtypes: torch.dtype) -> list[tuple[str, torch.dtype]]:
+    """Every pair of a backend from backends(op) and one of `dtypes` that it serves."""
+    return [
+        (name, dtype)
+        for name in backends(op)
+        for dtype in dtypes
+        if name == "reference" or why_not(name, op, [torch.empty(0, dtype=dtype)]) is None
+    ]
 
 
 def _is_float(a) -> bool:

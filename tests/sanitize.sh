@@ -1,5 +1,6 @@
 #!/bin/sh
-# The op tests of the CPU backend under the address and undefined-behaviour sanitizers, in a build of its own.
+# The op tests of the CPU backend and of the CUDA kernels on the bench (tests/simt) under the address and
+# undefined-behaviour sanitizers, then a race check of those kernels by the thread sanitizer. Builds of their own.
 # Usage: tests/sanitize.sh BIN, with BIN the directory of python, cmake and ninja.
 set -eu
 bin=$(cd "$1" && pwd)
@@ -9,12 +10,36 @@ export PATH="$bin:$PATH"
 mkdir -p "$tree"
 cp -r "$root/igpt_fast" "$tree/"
 rm -f "$tree"/igpt_fast/_C*.so
+pybind11=$(python -c 'import pybind11; print(pybind11.get_cmake_dir())')
 cmake -S "$root" -B "$root/build/sanitize" -G Ninja -DIGPT_CUDA=OFF -DIGPT_SANITIZE=address,undefined \
-  -DPython_EXECUTABLE="$bin/python" -Dpybind11_DIR="$(python -c 'import pybind11; print(pybind11.get_cmake_dir())')" \
+  -DPython_EXECUTABLE="$bin/python" -Dpybind11_DIR="$pybind11" \
   -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$tree/igpt_fast" > /dev/null
 cmake --build "$root/build/sanitize" --target _C
+bench() {  # bench DIRECTORY SANITIZERS TARGETS...: builds targets of the bench
+  directory=$1 sanitizers=$2
+  shift 2
+  cmake -S "$root/tests/simt" -B "$directory" -G Ninja -DIGPT_SANITIZE="$sanitizers" -DPython_EXECUTABLE="$bin/python" \
+    -Dpybind11_DIR="$pybind11" > /dev/null
+  cmake --build "$directory" --target "$@"
+}
+bench "$root/build/sanitize/simt" address,undefined _simt kernels drive
+"$root/build/sanitize/simt/drive"
 # Leaks are not looked for: the interpreter's own would drown ours, and kernels own no memory past a call.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH="$tree" \
+  IGPT_SIMT_DIR="$root/build/sanitize/simt" \
   python -m pytest -p no:cacheprovider "$root"/tests/test_norm.py "$root"/tests/test_activation.py "$root"/tests/test_cross_entropy.py \
-  "$root"/tests/test_linear.py "$root"/tests/test_attention.py "$root"/tests/test_palette_ops.py
+  "$root"/tests/test_linear.py "$root"/tests/test_attention.py "$root"/tests/test_palette_ops.py \
+  "$root"/tests/simt/test_layouts.py "$root"/tests/simt/test_layouts_sm90.py
+
+# Every CUDA thread is a fiber that the thread sanitizer knows, and only what orders CUDA threads orders fibers. The
+# second run has a race planted: a check that cannot fail is none. No address randomisation: the sanitizer's memory map
+# does not fit every layout of newer kernels.
+bench "$root/build/sanitize/simt-thread" thread drive
+drive=$root/build/sanitize/simt-thread/drive
+if setarch "$(uname -m)" -R true 2> /dev/null; then drive="setarch $(uname -m) -R $drive"; fi
+$drive
+if $drive race > "$root/build/sanitize/race.log" 2>&1 || ! grep -q "data race.*tile_kernel" "$root/build/sanitize/race.log"; then
+  echo "error: the thread sanitizer does not see the planted race" >&2
+  exit 1
+fi

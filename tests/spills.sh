@@ -6,7 +6,9 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 for arch in 80 90a; do
   for file in "$root"/csrc/cuda/*.cu; do
-    nvcc -std=c++20 -O3 -arch="sm_$arch" -DIGPT_CUDA_ARCHS='""' -Xptxas -v -c "$file" -o "$out/object.o" 2>> "$out/log"
+    case "$arch $file" in "80 "*_sm90.cu) continue ;; esac  # code for sm_90a alone
+    # -gencode, not -arch: for sm_90a the latter assembles plain sm_90 as well, which has no wgmma.
+    nvcc -std=c++20 -O3 -gencode "arch=compute_$arch,code=sm_$arch" -DIGPT_CUDA_ARCHS='""' -Xptxas -v -c "$file" -o "$out/object.o" 2>> "$out/log"
   done
 done
 awk '/Compiling entry function/ { split($0, part, "\047"); kernel = part[2]; arch = part[4] }

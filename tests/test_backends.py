@@ -79,7 +79,7 @@ def test_model_compiles_without_graph_breaks(backend):
         assert torch.allclose(g, w, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", [n for n in BACKENDS if n != "cuda"])
+@pytest.mark.parametrize("backend", [n for n in BACKENDS if n in _native.CPU_TABLES])
 def test_threads_do_not_change_a_bit(backend):
     model = ImageGPT(Config(layers=1, width=48, heads=3, colors=20, size=(10, 13), bias=True))
     torch.nn.init.normal_(model.wtet)
@@ -115,7 +115,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 
 def test_best_table_of_this_processor_is_used():
     cpu = [n for n in _native.CPU_TABLES if not _native._C.cpu_why_not(n)]
-    assert [n for n in BACKENDS if n != "cuda"] == cpu and cpu[-1] == "baseline"
+    assert [n for n in BACKENDS if n in _native.CPU_TABLES] == cpu and cpu[-1] == "baseline"
     with use_backend("auto"):
         assert _native.backend_for("rms_norm_fwd", (torch.ones(1),)).name == cpu[0]
 
@@ -142,6 +142,32 @@ def test_named_backend_serves_or_raises():
     name = next(iter(BACKENDS))
     with use_backend(name), pytest.raises(RuntimeError, match="float64"):
         ops.bias_quick_gelu(torch.ones(2, dtype=torch.float64))
+
+
+class Abacus:
+    """A backend that registers from outside."""
+
+    def has(self, op):
+        return op == "bias_quick_gelu_fwd"
+
+    def bias_quick_gelu_fwd(self, y, x, bias, stream):
+        y.fill_(7)
+
+
+def test_a_registered_backend_serves_by_name_only(monkeypatch):
+    for name in ("BACKENDS", "_SERVES"):
+        monkeypatch.setattr(_native, name, dict(getattr(_native, name)))
+    _native.register_backend("abacus", Abacus(), device="cpu", dtypes=[torch.float64])
+    x = torch.ones(2, dtype=torch.float64)
+    with use_backend("abacus"):
+        assert ops.bias_quick_gelu(x).tolist() == [7, 7]
+        with pytest.raises(RuntimeError, match="abacus has no rms_norm_fwd"):
+            ops.rms_norm(x, x)
+        with pytest.raises(RuntimeError, match="float32"):
+            ops.bias_quick_gelu(x.float())
+    assert ops.bias_quick_gelu(x).tolist() != [7, 7]
+    with pytest.raises(ValueError, match="already"):
+        _native.register_backend("abacus", Abacus(), device="cpu")
 
 
 def test_poison_fills_outputs():

@@ -2,26 +2,26 @@
 
 import pytest
 import torch
-from check import backends, check
+from check import backends, check, served
 from hypothesis import given
 from hypothesis import strategies as st
 
 from igpt_fast import InputError, ops, reference
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.mark.parametrize("backend", backends("rms_norm_fwd"))
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("backend", "dtype"), served("rms_norm_fwd", F32, BF16, F16))
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 17), (4, 512), (300, 64), (7, 1025)])
 def test_rms_norm(backend, dtype, shape):
     check(ops.rms_norm, reference.norm.rms_norm, [torch.randn(shape), torch.randn(shape[-1])], backend, dtype)
 
 
+# Three columns at least: in narrower rows dx is a small difference of large terms, and torch's own error is luck.
 @pytest.mark.parametrize("backend", backends("rms_norm_bwd"))
 @given(
     rows=st.integers(1, 300),
-    cols=st.integers(1, 80),
+    cols=st.integers(3, 80),
     stream=st.sampled_from([F32, BF16]),
     x=st.sampled_from([F32, BF16]),
 )

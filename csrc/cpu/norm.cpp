@@ -65,6 +65,7 @@ static void check_norm(const View& y, const View& x, const View& residual, const
 static void rms_norm_fwd(View y, View sum_out, View rstd, View x, View residual, View weight, float eps, Stream) {
   check_norm(y, x, residual, weight);
   IGPT_CHECK(!residual == !sum_out, "rms_norm: sum is written exactly when a residual is given");
+  IGPT_CHECK(rstd.dtype == DType::f32 && rstd.numel() == x.rows(), "rms_norm: rstd must be float32, one a row");
   const int64_t C = x.cols(), N = x.rows(), Cp = padded(C), chunks = (N + kRows - 1) / kRows;
   auto w = scratch<float>(Cp);
   std::memset(w.get(), 0, size_t(Cp) * sizeof(float));

@@ -5,11 +5,17 @@
 
 #include "../ops.h"
 
-// The block's dynamic shared memory as an array of T.
+// The block's dynamic shared memory as an array of T, aligned to 128 bytes, or to the 1024 after which the widest
+// swizzle repeats; and static arrays. The bench that needs no GPU (tests/simt) brings its own three.
+#if !defined(IGPT_SIMT)
 #define DYN_SMEM(T, name)                                    \
   extern __shared__ __align__(128) char igpt_dynamic_smem[]; \
   T* name = reinterpret_cast<T*>(igpt_dynamic_smem)
+#define DYN_SMEM_1024(T, name)                                     \
+  extern __shared__ __align__(1024) char igpt_dynamic_smem_1024[]; \
+  T* name = reinterpret_cast<T*>(igpt_dynamic_smem_1024)
 #define STATIC_SMEM(T, name, count) __shared__ T name[count]
+#endif
 
 namespace igpt {
 namespace cuda {

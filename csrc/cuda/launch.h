@@ -33,12 +33,36 @@ class OnDevice {
   int before_ = 0;
 };
 
+// Lets a kernel have more than the 48 KB of dynamic shared memory that every kernel may.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+             "cudaFuncSetAttribute (shared memory)");
+}
+
 }  // namespace cuda
 }  // namespace igpt
 
 // LAUNCH(kernel, blocks, threads, bytes of dynamic shared memory, stream, arguments...)
+// LAUNCH_CLUSTER(kernel, blocks, threads, blocks of a cluster, bytes, stream, arguments...)
+#if !defined(IGPT_SIMT)  // the bench brings its own two
 #define LAUNCH(kernel, blocks, threads, shared, stream, ...)                                 \
   do {                                                                                       \
     kernel<<<(blocks), (threads), (shared), ::igpt::cuda::stream_of(stream)>>>(__VA_ARGS__); \
     ::igpt::cuda::check_cuda(cudaGetLastError(), #kernel);                                   \
   } while (0)
+#define LAUNCH_CLUSTER(kernel, blocks, threads, cluster, shared, on, ...)                      \
+  do {                                                                                         \
+    const dim3 igpt_cluster(cluster);                                                          \
+    cudaLaunchAttribute igpt_attribute{};                                                      \
+    igpt_attribute.id = cudaLaunchAttributeClusterDimension;                                   \
+    igpt_attribute.val.clusterDim.x = igpt_cluster.x;                                          \
+    igpt_attribute.val.clusterDim.y = igpt_cluster.y;                                          \
+    igpt_attribute.val.clusterDim.z = igpt_cluster.z;                                          \
+    cudaLaunchConfig_t igpt_config{};                                                          \
+    igpt_config.gridDim = dim3(blocks), igpt_config.blockDim = dim3(threads);                  \
+    igpt_config.dynamicSmemBytes = (shared), igpt_config.stream = ::igpt::cuda::stream_of(on); \
+    igpt_config.attrs = &igpt_attribute, igpt_config.numAttrs = 1;                             \
+    ::igpt::cuda::check_cuda(cudaLaunchKernelEx(&igpt_config, kernel, __VA_ARGS__), #kernel);  \
+  } while (0)
+#endif

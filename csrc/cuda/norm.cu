@@ -133,6 +133,7 @@ static void rms_norm_fwd(View y, View sum, View rstd, View x, View residual, Vie
   const int64_t C = x.cols(), N = x.rows();
   check_norm(x, x, "x"), check_norm(x, y, "y"), check_norm(x, sum, "sum"), check_norm(x, residual, "residual");
   IGPT_CHECK(!residual == !sum, "rms_norm: sum is written exactly when a residual is given");
+  IGPT_CHECK(rstd.dtype == DType::f32 && rstd.numel() == N, "rms_norm: rstd must be float32, one a row");
   IGPT_CHECK(weight.numel() == C && C <= kForwardColumns, "rms_norm: one weight a column, at most %d columns",
              kForwardColumns);
   if (N == 0) return;
@@ -147,6 +148,7 @@ static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View ds
   const int64_t C = s.cols(), N = s.rows();
   check_norm(s, s, "s"), check_norm(s, dx, "dx"), check_norm(s, dresidual, "dresidual"), check_norm(s, dy, "dy");
   check_norm(s, dsum, "dsum");
+  IGPT_CHECK(rstd.dtype == DType::f32 && rstd.numel() == N, "rms_norm_bwd: rstd must be float32, one a row");
   IGPT_CHECK(weight.numel() == C && C <= kBackwardColumns, "rms_norm_bwd: one weight a column, at most %d columns",
              kBackwardColumns);
   IGPT_CHECK(dweight.dtype == DType::f32 && dweight.ndim == 2 && dweight.cols() == C && dweight.dense(),

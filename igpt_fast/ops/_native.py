@@ -26,6 +26,9 @@ except ImportError as error:  # a source tree that was never built runs on the r
 
 CPU_TABLES = ("avx512_bf16", "avx512", "avx2", "baseline")
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+# Of each backend: the device of the tensors that it serves, and their float dtypes.
+_SERVES = {name: (d := "cuda" if name == "cuda" else "cpu", _DTYPES[d]) for name in BACKENDS}
+_AUTOMATIC = tuple(BACKENDS)  # what 'auto' chooses from, best first
 _wanted = os.environ.get("IGPT_BACKEND", "auto")
 _strict = os.environ.get("IGPT_STRICT") == "1"
 _poison = os.environ.get("IGPT_POISON") == "1"
@@ -35,6 +38,18 @@ if _wanted not in ("auto", "reference", *BACKENDS):
     raise ValueError(
         f"IGPT_BACKEND={_wanted} is not here; choose auto, reference or one of {', '.join(BACKENDS) or 'none'}"
     )
+
+
+def register_backend(name: str, backend, device: str, dtypes: Sequence[torch.dtype] = _DTYPES["cpu"]) -> None:
+    """Adds a backend that serves whoever asks for it by name; 'auto' never chooses it.
+
+    backend: an object with `has(op)` and a method for each op that it has, as the extension's own tables.
+    device: "cpu" or "cuda", the tensors that it takes. dtypes: their float dtypes. Raises ValueError on a name in use.
+    """
+    if name in ("auto", "reference", *BACKENDS):
+        raise ValueError(f"there is a backend named {name} already")
+    BACKENDS[name] = backend
+    _SERVES[name] = device, tuple(dtypes)
 
 
 @contextlib.contextmanager
@@ -60,11 +75,11 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: str | N
         return WHY_NO_EXTENSION or f"there is no backend {name} here"
     if not BACKENDS[name].has(op):
         return f"{name} has no {op}"
-    device = "cuda" if name == "cuda" else "cpu"
+    device, dtypes = _SERVES[name]
     for t in tensors:
         if t.device.type != device:
             return f"{name} needs {device} tensors, got {t.device}"
-        if t.is_floating_point() and t.dtype not in _DTYPES[device]:
+        if t.is_floating_point() and t.dtype not in dtypes:
             return f"{name} has no {op} for {str(t.dtype).removeprefix('torch.')}"
     return refusal
 
@@ -78,11 +93,11 @@ def backend_for(op: str, tensors: Sequence[Tensor], refusal: str | None = None):
             raise RuntimeError(f"{op}: {reason}")
         return BACKENDS[_wanted]
     device = tensors[0].device.type
-    for name, backend in BACKENDS.items():
-        if (name == "cuda") == (device == "cuda"):
+    for name in _AUTOMATIC:
+        if _SERVES[name][0] == device:
             reason = why_not(name, op, tensors, refusal)
             if reason is None:
-                return backend
+                return BACKENDS[name]
             break
     else:
         reason = WHY_NO_EXTENSION or f"no backend for {device} tensors here"

@@ -1,0 +1,72 @@
+"""Every op of the bench gives the same bits whatever the order of its threads and whenever its copies land."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from simt import bench
+
+pytestmark = pytest.mark.skipif(bench.missing() is not None, reason=bench.missing() or "")
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def outputs(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes]
+
+
+def rms_norm_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    y, s = outputs((rows, cols), (rows, cols), dtype=dtype)
+    [rstd] = outputs((rows,))
+    x, residual, weight = floats(rows, cols, dtype=dtype), floats(rows, cols, dtype=dtype), floats(cols)
+    return [y, s, rstd], [x, residual, weight, 1e-5, 0]
+
+
+def rms_norm_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    dx, dresidual = outputs((rows, cols), (rows, cols), dtype=dtype)
+    [dweight] = outputs((3, cols))
+    dy, dsum, s = (floats(rows, cols, dtype=dtype) for _ in range(3))
+    return [dx, dresidual, dweight], [dy, dsum, s, floats(cols), torch.rand(rows), 0]
+
+
+# Of each op: outputs and the arguments after them. Shapes: one, less than a tile, a tile, one more, three and a rest.
+CASES: dict[str, Callable] = {"rms_norm_fwd": rms_norm_fwd, "rms_norm_bwd": rms_norm_bwd}
+SHAPES = [(1, 1), (2, 127), (3, 128), (2, 129), (7, 400), (2, 512), (2, 1540)]
+
+
+def test_every_op_has_a_case():
+    [backend] = bench.module().backends()
+    assert {op for op in backend.ops if backend.has(op)} == set(CASES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", CASES)
+def test_schedules_agree_to_the_bit(op, shape, dtype):
+    [backend] = bench.module().backends()
+    results = {}
+    for schedule in [*bench.SCHEDULES, (2, 13, 0, 2)]:
+        torch.manual_seed(0)
+        outs, args = CASES[op](*shape, dtype)
+        with bench.scheduled(*schedule):
+            getattr(backend, op)(*outs, *args)
+        assert not any(o.isnan().any() for o in outs), schedule
+        results[schedule] = outs
+    first = results[bench.IN_ORDER]
+    for schedule, outs in results.items():
+        assert all(torch.equal(a, b) for a, b in zip(first, outs, strict=True)), schedule
+
+
+def test_what_a_kernel_does_beside_a_tensor_is_reported():
+    """The bench copies tensors to memory that ends at a guard page: here one value of rstd stands for nine."""
+    [backend] = bench.module().backends()
+    short = torch.ones(1)
+    with pytest.raises(RuntimeError, match="wild access: byte 16 of a buffer of 4 bytes"):
+        args = [floats(9, 64), floats(9, 64), floats(9, 64), floats(64), short, 0]
+        backend.rms_norm_bwd(*outputs((9, 64), (9, 64), (1, 64)), *args)
+    with pytest.raises(RuntimeError, match="wrote past the end of a buffer of 4 bytes"):
+        backend.rms_norm_fwd(*outputs((2, 64), (2, 64)), short, floats(2, 64), floats(2, 64), floats(64), 1e-5, 0)

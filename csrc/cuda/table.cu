@@ -6,12 +6,14 @@
 namespace igpt {
 namespace cuda {
 
+void fill_activation(Ops&);
 void fill_norm(Ops&);
 
 static const Ops& table() {
   static const Ops t = [] {
     Ops ops;
     ops.name = "cuda";
+    fill_activation(ops);
     fill_norm(ops);
     return ops;
   }();

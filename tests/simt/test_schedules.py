@@ -33,8 +33,22 @@ def rms_norm_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor]
     return [dx, dresidual, dweight], [dy, dsum, s, floats(cols), torch.rand(rows), 0]
 
 
+def bias_quick_gelu_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    return outputs((rows, cols), dtype=dtype), [floats(rows, cols, dtype=dtype), floats(cols), 0]
+
+
+def bias_quick_gelu_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    outs = outputs((rows, cols), dtype=dtype) + outputs((3, cols))
+    return outs, [floats(rows, cols, dtype=dtype), floats(rows, cols, dtype=dtype), floats(cols, dtype=dtype), 0]
+
+
 # Of each op: outputs and the arguments after them. Shapes: one, less than a tile, a tile, one more, three and a rest.
-CASES: dict[str, Callable] = {"rms_norm_fwd": rms_norm_fwd, "rms_norm_bwd": rms_norm_bwd}
+CASES: dict[str, Callable] = {
+    "rms_norm_fwd": rms_norm_fwd,
+    "rms_norm_bwd": rms_norm_bwd,
+    "bias_quick_gelu_fwd": bias_quick_gelu_fwd,
+    "bias_quick_gelu_bwd": bias_quick_gelu_bwd,
+}
 SHAPES = [(1, 1), (2, 127), (3, 128), (2, 129), (7, 400), (2, 512), (2, 1540)]
 
 

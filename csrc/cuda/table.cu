@@ -7,6 +7,7 @@ namespace igpt {
 namespace cuda {
 
 void fill_activation(Ops&);
+void fill_cross_entropy(Ops&);
 void fill_norm(Ops&);
 
 static const Ops& table() {
@@ -14,6 +15,7 @@ static const Ops& table() {
     Ops ops;
     ops.name = "cuda";
     fill_activation(ops);
+    fill_cross_entropy(ops);
     fill_norm(ops);
     return ops;
   }();

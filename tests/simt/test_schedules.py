@@ -42,12 +42,23 @@ def bias_quick_gelu_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[
     return outs, [floats(rows, cols, dtype=dtype), floats(rows, cols, dtype=dtype), floats(cols, dtype=dtype), 0]
 
 
+def cross_entropy_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    return outputs((rows,), (rows,)), [floats(rows, cols, dtype=dtype), torch.randint(cols, (rows,)), 0]
+
+
+def cross_entropy_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    inputs = [floats(rows), floats(rows, cols, dtype=dtype), torch.randint(cols, (rows,)), floats(rows), 0]
+    return outputs((rows, cols), dtype=dtype), inputs
+
+
 # Of each op: outputs and the arguments after them. Shapes: one, less than a tile, a tile, one more, three and a rest.
 CASES: dict[str, Callable] = {
     "rms_norm_fwd": rms_norm_fwd,
     "rms_norm_bwd": rms_norm_bwd,
     "bias_quick_gelu_fwd": bias_quick_gelu_fwd,
     "bias_quick_gelu_bwd": bias_quick_gelu_bwd,
+    "cross_entropy_fwd": cross_entropy_fwd,
+    "cross_entropy_bwd": cross_entropy_bwd,
 }
 SHAPES = [(1, 1), (2, 127), (3, 128), (2, 129), (7, 400), (2, 512), (2, 1540)]
 

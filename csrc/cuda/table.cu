@@ -9,6 +9,7 @@ namespace cuda {
 void fill_activation(Ops&);
 void fill_cross_entropy(Ops&);
 void fill_norm(Ops&);
+void fill_sampling(Ops&);
 
 static const Ops& table() {
   static const Ops t = [] {
@@ -17,6 +18,7 @@ static const Ops& table() {
     fill_activation(ops);
     fill_cross_entropy(ops);
     fill_norm(ops);
+    fill_sampling(ops);
     return ops;
   }();
   return t;

@@ -80,10 +80,11 @@ struct Ops {
   void (*rms_norm_fwd)(View y, View sum, View rstd, View x, View residual, View weight, float eps, Stream) = nullptr;
   void (*rms_norm_bwd)(View dx, View dresidual, View dweight, View dy, View dsum, View s, View weight, View rstd,
                        Stream) = nullptr;
-  // activation: y = z * sigmoid(1.702 z) with z = x (+ bias)
+  // activation: y = z * sigmoid(1.702 z) with z = x (+ bias); dbias f32 [P, C], P groups of rows
   void (*bias_quick_gelu_fwd)(View y, View x, View bias, Stream) = nullptr;
   void (*bias_quick_gelu_bwd)(View dx, View dbias, View dy, View x, View bias, Stream) = nullptr;
-  // cross_entropy: loss = lse - logits[target], one value a row
+  // cross_entropy: loss = lse - logits[target], one value a row; a target out of range is refused where the host reads
+  // it (the CPU), else the loss and the gradient of its row are NaN
   void (*cross_entropy_fwd)(View loss, View lse, View logits, View targets, Stream) = nullptr;
   void (*cross_entropy_bwd)(View dlogits, View dloss, View logits, View targets, View lse, Stream) = nullptr;
   // attention: o = softmax(scale q k^T) v over [B, H, T, D] views; lse natural log, float32 [B, H, T]

@@ -2,22 +2,24 @@
 
 import pytest
 import torch
-from check import backends, check
+from check import backends, check, served
 from hypothesis import given
 from hypothesis import strategies as st
 
 from igpt_fast import InputError, ops, reference
+from igpt_fast.ops._native import use_backend
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.mark.parametrize("backend", backends("bias_quick_gelu_bwd"))
+@pytest.mark.parametrize(("backend", "dtype"), served("bias_quick_gelu_bwd", F32, BF16, F16))
 @given(
     rows=st.integers(1, 100),
     cols=st.integers(1, 70),
     bias=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     spread=st.sampled_from([1.0, 30.0]),
 )
-def test_bias_quick_gelu(backend, rows, cols, bias, dtype, spread):
+def test_bias_quick_gelu(backend, dtype, rows, cols, bias, spread):
     generator = torch.Generator().manual_seed(rows + cols)
     args = [torch.randn(rows, cols, generator=generator) * spread]
     args += [torch.randn(cols, generator=generator)] if bias else []
@@ -30,10 +32,21 @@ def test_far_ends(backend):
     check(ops.bias_quick_gelu, reference.activation.bias_quick_gelu, [x], backend, grads=False)
 
 
-def test_float32_bias_under_bfloat16_activations():
-    x, bias = torch.randn(8, 32, dtype=torch.bfloat16, requires_grad=True), torch.randn(32, requires_grad=True)
-    ops.bias_quick_gelu(x, bias).sum().backward()
-    assert x.grad.dtype is torch.bfloat16 and bias.grad.dtype is torch.float32
+@pytest.mark.parametrize("backend", backends("bias_quick_gelu_bwd"))
+def test_float32_bias_under_bfloat16_activations(backend):
+    x, bias = torch.randn(200, 32).to(BF16), torch.randn(32)
+    check(ops.bias_quick_gelu, reference.activation.bias_quick_gelu, [x, bias], backend)
+
+
+@pytest.mark.parametrize("backend", backends("bias_quick_gelu_bwd"))
+def test_slices_that_no_vector_fits(backend):
+    """Rows of 16 that begin 4 bytes after an aligned address; and no rows at all, whose dbias is zero."""
+    x = torch.randn(3 * 16 + 1)[1:].view(3, 16)
+    check(ops.bias_quick_gelu, reference.activation.bias_quick_gelu, [x, torch.randn(16)], backend)
+    bias = torch.ones(16, requires_grad=True)
+    with use_backend(backend, poison=True):
+        ops.bias_quick_gelu(x[:0], bias).backward(torch.ones(0, 16))
+    assert torch.equal(bias.grad, torch.zeros(16))
 
 
 def test_bad_bias():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from check import backends
+from check import backends, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,10 +17,14 @@ from igpt_fast.ops.sampling import sample_tokens
 LOGITS = st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0, -math.inf]), min_size=1, max_size=9)
 
 
-@pytest.fixture(params=["auto", "reference"], scope="module", autouse=True)
+HERE = ["auto", *(b for b in backends("sample_tokens") if b in ("reference", "simt"))]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(params=HERE, scope="module", autouse=True)
 def _every_test_on(request):
     with use_backend(request.param):
-        yield
+        yield request.param
 
 
 def brute(logits, uniform, temperature=1.0, top_k=None, top_p=None):
@@ -69,8 +73,11 @@ def test_equals_brute_force(logits, uniform, temperature, top_k, top_p):
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.9}]
 )
-def test_draws_the_distribution(dtype, options):
-    n, colors = 40_000, 12
+def test_draws_the_distribution(dtype, options, _every_test_on):
+    bench = _every_test_on == "simt"
+    if bench and dtype is torch.float64:
+        return  # no kernel takes it
+    n, colors = 3_000 if bench else 40_000, 12
     logits = torch.randn(colors, generator=torch.Generator().manual_seed(0)).to(dtype)
     uniforms = torch.from_numpy(np.random.default_rng(1).random(n))
     drawn = np.bincount(sample_tokens(logits.expand(n, -1), uniforms, **options), minlength=colors)
@@ -86,8 +93,7 @@ def test_draws_the_distribution(dtype, options):
     assert chi2 < len(order) + 5 * math.sqrt(2 * len(order))  # five sigma, and the seeds are fixed
 
 
-@pytest.mark.parametrize("backend", backends("sample_tokens"))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "dtype"), served("sample_tokens", F32, BF16, F16))
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0}, {"temperature": 0.5, "top_k": 100}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.5}]
 )
@@ -99,6 +105,27 @@ def test_every_backend_draws_the_same(backend, dtype, options):
         want = sample_tokens(logits, uniforms, **options)
     with use_backend(backend, poison=True):
         assert torch.equal(sample_tokens(logits, uniforms, **options), want)
+
+
+@pytest.mark.parametrize("backend", backends("sample_tokens"))
+@pytest.mark.parametrize("colors", [1, 2, 255, 257, 4096, 8192])
+def test_any_number_of_colours(backend, colors):
+    """Rows of one level in three and of steep slopes, so that ranks, ties and weights of nothing all meet the cuts."""
+    generator = torch.Generator().manual_seed(colors)
+    logits = torch.randint(-3, 4, (6, colors), generator=generator).float()
+    logits[3:] = torch.randn(3, colors, generator=generator) * 300
+    uniforms = torch.rand(6, generator=generator, dtype=torch.float64)
+    for options in ({}, {"top_k": 1 + colors // 3}, {"top_p": 0.8}, {"top_k": 1 + colors // 2, "top_p": 0.3}):
+        with use_backend("reference"):
+            want = sample_tokens(logits, uniforms, **options)
+        with use_backend(backend, poison=True):
+            assert torch.equal(sample_tokens(logits, uniforms, **options), want), options
+
+
+@pytest.mark.parametrize("backend", [b for b in backends("sample_tokens") if b == "simt"])
+def test_more_colours_than_shared_memory_holds_are_refused(backend):
+    with use_backend(backend), pytest.raises(ValueError, match="at most 8192 columns, got 8193"):
+        sample_tokens(torch.zeros(1, 8193), torch.zeros(1, dtype=torch.float64))
 
 
 def test_each_row_stands_alone():

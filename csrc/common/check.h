@@ -19,6 +19,11 @@ static inline bool is_float(DType t) {
   return t == DType::f32 || t == DType::bf16;
 }
 
+// The dtypes of the CUDA kernels.
+static inline bool is_gpu_float(DType t) {
+  return is_float(t) || t == DType::f16;
+}
+
 }  // namespace igpt
 
 #define IGPT_CHECK(condition, ...)                 \

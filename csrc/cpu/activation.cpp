@@ -1,8 +1,8 @@
 // bias_quick_gelu:  z = x (+ bias)    y = z sigmoid(1.702 z)
 //
 // x, y [..., C] of one dtype (f32, bf16)   bias [C] f32 or bf16, may be absent.   Bound by the bytes of x and y.
-// Backward:  sg = sigmoid(1.702 z)    dx = dy sg (1 + 1.702 z (1 - sg))    dbias = sum over rows of dx, per fixed chunk
-// of rows.
+// Backward:  sg = sigmoid(1.702 z)    dx = dy sg (1 + 1.702 z (1 - sg))    dbias = sum over rows of dx: [P, C], the
+// rows are split into P equal groups, and row p is the sum of group p.
 #include "activation.h"
 
 #include "../common/check.h"
@@ -72,26 +72,23 @@ static void bias_quick_gelu_fwd(View y, View x, View bias, Stream) {
 static void bias_quick_gelu_bwd(View dx, View dbias, View dy, View x, View bias, Stream) {
   check_gelu(dx, x, bias);
   check_gelu(dy, x, bias);
-  IGPT_CHECK(!dbias || (dbias.dtype == DType::f32 && dbias.numel() == x.cols()),
-             "bias_quick_gelu_bwd: dbias must be float32 [C]");
-  const int64_t C = x.cols(), N = x.rows(), Cp = padded(C), chunks = (N + kRows - 1) / kRows;
+  IGPT_CHECK(!dbias || (dbias.dtype == DType::f32 && dbias.ndim == 2 && dbias.cols() == x.cols() && dbias.dense()),
+             "bias_quick_gelu_bwd: dbias must be float32 [P, C]");
+  const int64_t C = x.cols(), N = x.rows(), Cp = padded(C);
+  const int64_t groups = dbias ? dbias.size[0] : (N + kRows - 1) / kRows;
   auto b = float_bias(bias, C);
-  auto partial = scratch<float>(dbias ? chunks * Cp : 0);  // [chunks, C]
-  parallel_chunks(N, kRows, [&](int64_t begin, int64_t end, int64_t chunk) {
-    float* db = dbias ? partial.get() + chunk * Cp : nullptr;
+  auto room = scratch<float>(dbias ? std::min<int64_t>(max_threads(), groups) * Cp : 0);  // [threads, C]
+  parallel_for(groups, [&](int64_t group, int thread) {
+    float* db = dbias ? room.get() + thread * Cp : nullptr;
     if (db) std::memset(db, 0, size_t(Cp) * sizeof(float));
-    for (int64_t n = begin; n < end; ++n) {
+    for (int64_t n = group * N / groups; n < (group + 1) * N / groups; ++n) {
       if (x.dtype == DType::f32)
         bwd_row(dx.as<float>() + n * C, db, dy.as<float>() + n * C, x.as<float>() + n * C, b.get(), C);
       else
         bwd_row(dx.as<bf16>() + n * C, db, dy.as<bf16>() + n * C, x.as<bf16>() + n * C, b.get(), C);
     }
+    if (db) std::memcpy(dbias.as<float>() + group * C, db, size_t(C) * sizeof(float));
   });
-  if (!dbias) return;
-  float* out = dbias.as<float>();
-  std::memset(out, 0, size_t(C) * sizeof(float));
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t c = 0; c < C; ++c) out[c] += partial[chunk * Cp + c];
 }
 
 void fill_activation(Ops& t) {

@@ -1,7 +1,10 @@
 // Host side of a launch: the one way to start a kernel, and the one way to see that it started.
 #pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -16,6 +19,22 @@ inline void check_cuda(cudaError_t error, const char* what) {
 
 inline cudaStream_t stream_of(Stream stream) {
   return static_cast<cudaStream_t>(stream.handle);
+}
+
+// Whether rows of C elements can be read in vectors of 16 bytes: torch's allocations are aligned, slices may not be.
+inline bool in_sixteens(DType dtype, int64_t C, std::initializer_list<View> views) {
+  bool ok = C % (dtype == DType::f32 ? 4 : 8) == 0;
+  for (const View& v : views) ok = ok && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
+  return ok;
+}
+
+// Calls f.template operator()<T, V>() with the element type of `dtype` and V of them: 16 bytes, or one.
+template <class F>
+void by_type(DType dtype, bool wide, F f) {
+  if (dtype == DType::f32) return wide ? f.template operator()<float, 4>() : f.template operator()<float, 1>();
+  if (dtype == DType::bf16)
+    return wide ? f.template operator()<__nv_bfloat16, 8>() : f.template operator()<__nv_bfloat16, 1>();
+  return wide ? f.template operator()<__half, 8>() : f.template operator()<__half, 1>();
 }
 
 // Makes the device of a tensor current for the life of the object.

@@ -6,13 +6,19 @@
 namespace igpt {
 namespace cuda {
 
+void fill_activation(Ops&);
+void fill_cross_entropy(Ops&);
 void fill_norm(Ops&);
+void fill_sampling(Ops&);
 
 static const Ops& table() {
   static const Ops t = [] {
     Ops ops;
     ops.name = "cuda";
+    fill_activation(ops);
+    fill_cross_entropy(ops);
     fill_norm(ops);
+    fill_sampling(ops);
     return ops;
   }();
   return t;

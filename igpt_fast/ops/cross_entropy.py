@@ -12,7 +12,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     """Cross-entropy of integer targets, in nats.
 
     logits [..., V] float   targets [...] int64 in 0..V-1   reduction "mean" → float32 scalar, "none" → float32 [...]
-    Raises InputError for other shapes, another reduction, or a target out of range.
+    Raises InputError for other shapes, another reduction, or a target out of range. On a GPU asking would make the host
+    wait: such a row's loss and gradient are NaN there instead.
     """
     if targets.shape != logits.shape[:-1]:
         raise InputError(f"cross_entropy: targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")

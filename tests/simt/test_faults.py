@@ -152,4 +152,6 @@ def test_ops_and_test_kernels_catch_their_own_faults():
     for _ in range(2):
         assert "wild access" in ending(tile, 3, bench.IN_ORDER)
         with pytest.raises(RuntimeError, match="wild access"):
-            backend.rms_norm_bwd(x, None, torch.ones(1, 64), y, None, short, torch.ones(64), torch.ones(1).expand(9, 1), 0)
+            backend.rms_norm_bwd(
+                x, None, torch.ones(1, 64), y, None, short, torch.ones(64), torch.ones(1).expand(9, 1), 0
+            )

@@ -103,9 +103,12 @@ struct Ops {
   // top_p (1: all), exceeds the uniform; -1 where the logits are not finite
   void (*sample_tokens)(View tokens, View logits, View uniforms, double temperature, int64_t top_k, double top_p,
                         Stream) = nullptr;
-  // palette: nearest colour, lowest index on ties; one Lloyd step over weighted 8-bit colours
+  // palette: nearest colour, lowest index on ties; one Lloyd step over weighted 8-bit colours: by token sums of
+  // w u i64 [K, 3], of w i64 [K], of w |u|^2 i64 [K]; bad weights are refused where the host reads them, else inertia
+  // is NaN
   void (*palette_assign)(View tokens, View pixels, View palette, Stream) = nullptr;
-  void (*kmeans_step)(View sums, View counts, View inertia, View colors, View weights, View palette, Stream) = nullptr;
+  void (*kmeans_step)(View sums, View counts, View squares, View inertia, View colors, View weights, View palette,
+                      Stream) = nullptr;
 };
 
 const Ops* cpu_ops(const std::string& isa);       // nullptr: this machine cannot run that instruction set

@@ -1,9 +1,10 @@
 // palette_assign:  token = argmin_j d_j, lowest j on ties    d = (dr*dr + dg*dg) + db*db    dr = x_r - c_r; g, b alike
 //                  x = u / 127.5 - 1 for uint8 pixels
-// kmeans_step:     over the colours of token j:  sums_j = sum w u    counts_j = sum w    inertia = sum_j w |x - c_j|^2
+// kmeans_step:     over the colours of token j:  sums_j = sum w u    counts_j = sum w    squares_j = sum w |u|^2
+//                  inertia = sum_j w |x - c_j|^2
 //
 // pixels [N, 3] u8 or f32   palette [K, 3] f32, K <= 4096   tokens [N] i64, i32 or i16
-// colors [N, 3] u8   weights [N] i64, >= 0, at most 2^45 in all   sums [K, 3] i64   counts [K] i64   inertia f64
+// colors [N, 3] u8   weights [N] i64, >= 0, at most 2^45 in all   sums [K, 3], counts, squares [K] i64   inertia f64
 //
 // Every operation of d is rounded to float32 on its own, so that all instruction sets and the reference agree to the
 // bit: compile with -ffp-contract=off (checked at start). A d that is not a number counts as infinite.
@@ -319,7 +320,8 @@ static double inertia_of(const Moments& m, const float* center) {
   return (double(scatter) / double(m.w) + double(m.w) * moved) / (127.5 * 127.5);
 }
 
-static void kmeans_step(View sums, View counts, View inertia, View colors, View weights, View palette, Stream) {
+static void kmeans_step(View sums, View counts, View squares, View inertia, View colors, View weights, View palette,
+                        Stream) {
   check_colors(colors, palette);
   const int64_t N = colors.rows(), K = palette.size[0], threads = max_threads();
   IGPT_CHECK(colors.dtype == DType::u8, "kmeans_step: colors must be uint8");
@@ -329,6 +331,8 @@ static void kmeans_step(View sums, View counts, View inertia, View colors, View 
              "kmeans_step: sums must be int64 [K, 3]");
   IGPT_CHECK(counts.dtype == DType::i64 && counts.dense() && counts.numel() == K,
              "kmeans_step: counts must be int64 [K]");
+  IGPT_CHECK(squares.dtype == DType::i64 && squares.dense() && squares.numel() == K,
+             "kmeans_step: squares must be int64 [K]");
   IGPT_CHECK(inertia.dtype == DType::f64 && inertia.numel() == 1, "kmeans_step: inertia must be one float64");
   auto moments = scratch<Moments>(threads * K);
   auto totals = scratch<int64_t>(threads * 8);  // a cache line each
@@ -364,6 +368,7 @@ static void kmeans_step(View sums, View counts, View inertia, View colors, View 
     }
     for (int a = 0; a < 3; ++a) sums.as<int64_t>()[3 * j + a] = all.u[a];
     counts.as<int64_t>()[j] = all.w;
+    squares.as<int64_t>()[j] = all.uu;
     sum += inertia_of(all, palette.as<float>() + 3 * j);
   }
   *inertia.as<double>() = sum;

@@ -34,7 +34,8 @@ def kmeans_step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tenso
     colors [N, 3] uint8   weights [N] int64, none negative, 2^45 in all at most   palette [K, 3] float32, K ≤ 4096
     → sums [K, 3] int64 of weight · value (0..255), counts [K] int64 of weights, inertia float64 scalar: the sum of
     weight · squared distance to the nearest centre, in palette units ([-1, 1]).
-    Integers are exact; inertia's bits do not depend on the number of threads. Raises InputError for anything else.
+    Integers are exact; inertia's bits do not depend on the number of threads. Raises InputError for anything else; on a
+    GPU asking the weights would make the host wait, and bad ones give an inertia of NaN instead.
     """
     if colors.dtype is not torch.uint8 or colors.ndim != 2 or colors.shape[1] != 3:
         raise InputError(f"kmeans_step: colors are {_text(colors)}; give uint8 [N, 3]")
@@ -71,10 +72,11 @@ def _step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tensor, Ten
     try:
         if native is None:
             return reference.palette.kmeans_step(colors, weights, palette)
-        sums, counts = empty(palette.shape, colors, torch.int64), empty(palette.shape[:1], colors, torch.int64)
+        sums = empty(palette.shape, colors, torch.int64)
+        counts, squares = (empty(palette.shape[:1], colors, torch.int64) for _ in range(2))
         inertia = empty((), colors, torch.float64)
         inputs = colors.contiguous(), weights.contiguous(), palette.contiguous()
-        native.kmeans_step(sums, counts, inertia, *inputs, stream_of(colors))
+        native.kmeans_step(sums, counts, squares, inertia, *inputs, stream_of(colors))
         return sums, counts, inertia
     except ValueError as error:  # the weights' values, which only the pass over them can know
         raise InputError(str(error)) from None

@@ -56,6 +56,18 @@ def sample_tokens(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor
     return [tokens], [floats(rows, cols, dtype=dtype), torch.rand(rows, dtype=torch.float64), 0.8, 100, 0.9, 0]
 
 
+def palette_assign(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    pixels = torch.rand(3 * rows, 3) if dtype is torch.float32 else torch.randint(256, (3 * rows, 3)).to(torch.uint8)
+    return [torch.full((3 * rows,), -9, dtype=torch.int16)], [pixels, torch.rand(cols, 3), 0]
+
+
+def kmeans_step(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    integers = [torch.full((cols, 3), -9), torch.full((cols,), -9), torch.full((cols,), -9)]
+    colors = torch.randint(256, (200 * rows, 3)).to(torch.uint8)
+    inertia = outputs((), dtype=torch.float64)
+    return integers + inertia, [colors, torch.randint(99, (200 * rows,)), torch.rand(cols, 3), 0]
+
+
 # Of each op: outputs and the arguments after them. Shapes: one, less than a tile, a tile, one more, three and a rest.
 CASES: dict[str, Callable] = {
     "rms_norm_fwd": rms_norm_fwd,
@@ -65,6 +77,8 @@ CASES: dict[str, Callable] = {
     "cross_entropy_fwd": cross_entropy_fwd,
     "cross_entropy_bwd": cross_entropy_bwd,
     "sample_tokens": sample_tokens,
+    "palette_assign": palette_assign,
+    "kmeans_step": kmeans_step,
 }
 SHAPES = [(1, 1), (2, 127), (3, 128), (2, 129), (7, 400), (2, 512), (2, 1540)]
 

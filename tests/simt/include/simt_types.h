@@ -286,6 +286,17 @@ inline float __fdividef(float a, float b) {
 inline float __fadd_rn(float a, float b) {
   return a + b;
 }
+#define IGPT_ROUNDED(T, name, op) \
+  inline T name(T a, T b) {       \
+    return a op b;                \
+  }
+IGPT_ROUNDED(float, __fsub_rn, -)
+IGPT_ROUNDED(float, __fdiv_rn, /)
+IGPT_ROUNDED(double, __dadd_rn, +)
+IGPT_ROUNDED(double, __dsub_rn, -)
+IGPT_ROUNDED(double, __dmul_rn, *)
+IGPT_ROUNDED(double, __ddiv_rn, /)
+#undef IGPT_ROUNDED
 inline float __fmul_rn(float a, float b) {
   return a * b;
 }

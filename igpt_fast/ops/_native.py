@@ -8,12 +8,17 @@ IGPT_POISON    1: outputs are filled with NaN (or the smallest integer) before a
 import contextlib
 import logging
 import os
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch  # before _C: the extension then shares torch's OpenMP runtime
 from torch import Tensor
 
 log = logging.getLogger("igpt_fast")
+
+# Arguments of registered ops. torch 2.4 knows them by these names only, not as list[Tensor].
+Tensors = typing.Sequence[Tensor]
+OptionalTensors = typing.Sequence[typing.Optional[Tensor]]  # noqa: UP045
 
 try:
     from igpt_fast import _C

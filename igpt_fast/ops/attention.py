@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, rows, stream_of
+from igpt_fast.ops._native import Tensors, backend_for, empty, needs_grad, rows, stream_of
 from igpt_fast.patterns import BlockMask, unpack
 
 
@@ -165,14 +165,12 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> Tenso
     return o
 
 
-def _seen(mask: list[Tensor], q: Tensor) -> Tensor | None:
+def _seen(mask: Tensors, q: Tensor) -> Tensor | None:
     return unpack(mask, q.size(2)).to(q.device) if mask else None
 
 
 @torch.library.custom_op("igpt::attention", mutates_args=())
-def _attention_op(
-    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attention_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensors, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     native = _native(q, k, v, "attention_fwd")
     if native is not None:
         return _forward(native, q, k, v, tuple(mask) or None, causal, scale)
@@ -194,7 +192,7 @@ def _attention_backward_op(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    mask: list[Tensor],
+    mask: Tensors,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, native_layers, stream_of
+from igpt_fast.ops._native import OptionalTensors, backend_for, empty, native_layers, stream_of
 from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import attention_decode, refused_head_dim
 from igpt_fast.ops.linear import linear
@@ -87,7 +87,7 @@ def _decode_step_op(
     pixels: Tensor,
     wte: Tensor,
     wpe: Tensor,
-    layers: Sequence[Tensor | None],
+    layers: OptionalTensors,
     ln_f: Tensor,
     wtet: Tensor,
     slot: int,

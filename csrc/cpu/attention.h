@@ -108,14 +108,31 @@ static void pack_rows(typename E::Unit* a, const Head<T>& x, int64_t t, int64_t 
   std::memset(a + rows * Ku, 0, size_t((kTile - rows) * Ku) * sizeof(*a));
 }
 
-// B operand of a product along D: the tile transposed, [D / step, kTile] units.
+// out[c, r] = in[r, c] for matrices of units: kLanes rows and columns at a time, both multiples of kLanes. in(r, c)
+// loads the units of row r from column c on.
+template <class Unit, class In>
+static IGPT_INLINE void transpose_units(Unit* out, int64_t ldo, int64_t rows, int64_t cols, In&& in) {
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      vf v[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) v[i] = in(r + i, c);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(out + (c + i) * ldo + r), v[i]);
+    }
+}
+
+// B operand of a product along D: the tile transposed, [D / step, kTile] units; columns behind the end are zero.
 template <class E, class T>
 static void pack_transposed(typename E::Unit* b, const Head<T>& x, int64_t t, int64_t T_end, int64_t D) {
   const int64_t Ku = D / E::kStep, rows = std::min<int64_t>(kTile, T_end - t);
-  constexpr int64_t kBlock = 16;  // rows at a time: their cache lines of b are filled while they are hot
-  for (int64_t r0 = 0; r0 < kTile; r0 += kBlock)
-    for (int64_t k = 0; k < Ku; ++k)
-      for (int64_t r = r0; r < r0 + kBlock; ++r) b[k * kTile + r] = r < rows ? E::unit(x.row(t + r) + k * E::kStep) : 0;
+  const int64_t whole_r = rows / kLanes * kLanes, whole_k = Ku / kLanes * kLanes;
+  transpose_units(b, kTile, whole_r, whole_k,
+                  [&](int64_t r, int64_t k) { return E::units(x.row(t + r) + k * E::kStep); });
+  for (int64_t r = 0; r < kTile; ++r)
+    for (int64_t k = r < whole_r ? whole_k : 0; k < Ku; ++k)
+      b[k * kTile + r] = r < rows ? E::unit(x.row(t + r) + k * E::kStep) : 0;
 }
 
 // B operand of a product along the tokens: [kTile / step, Dp] units, Dp = D rounded up to whole vectors.

@@ -45,19 +45,6 @@ static void row_sums(float* delta, const typename E::Unit* dot, const typename E
   }
 }
 
-// k^T as an A operand: row c holds column c of the tile, tokens along K; rows D..Dp are zero.
-template <class E, class T>
-static void pack_columns(typename E::Unit* a, const Head<T>& x, int64_t t, int64_t T_end, int64_t D, int64_t Dp) {
-  T zero{};
-  const int64_t rows = std::min<int64_t>(kTile, T_end - t);
-  for (int64_t c = 0; c < Dp; ++c)
-    for (int64_t r = 0; r < kTile; r += E::kStep) {
-      std::remove_const_t<T> pair[2] = {};
-      for (int64_t e = 0; e < E::kStep; ++e) pair[e] = c < D && r + e < rows ? x.row(t + r + e)[c] : zero;
-      a[(c * kTile + r) / E::kStep] = E::unit(pair);
-    }
-}
-
 // S^T, dP^T -> P^T and dS^T, for keys `key` and `key + 1` of the tile (a pair is what the B operand of dq^T stores).
 template <class E>
 static inline void gradient_rows(BwdScratch<E>& w, int64_t key, const float* lse, const float* delta, float scale,
@@ -82,6 +69,7 @@ template <class E, class T>
 static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, const View& dv, const View& dout,
                  const View& q, const View& k, const View& v, const View& o, const View& lse, const Tiles& tiles,
                  float scale) {
+  using Unit = typename E::Unit;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep;
   const Head<const T> hq(q, bh), hk(k, bh), hv(v, bh), ho(o, bh), hdo(dout, bh);
   for (int64_t i = 0; i < tiles.nq; ++i) {
@@ -98,7 +86,11 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
   for (int64_t j = 0; j < tiles.nk; ++j) {
     pack_rows<E>(w.k.get(), hk, j * kTile, tiles.Tk, D);
     pack_rows<E>(w.v.get(), hv, j * kTile, tiles.Tk, D);
-    pack_columns<E>(w.kt.get(), hk, j * kTile, tiles.Tk, D, Dp);
+    // k^T as an A operand: row c holds column c, tokens along K. It is what pack_tokens makes, transposed.
+    Unit* tokens = reinterpret_cast<Unit*>(w.dk.get());  // not in use yet
+    pack_tokens<E>(tokens, hk, j * kTile, tiles.Tk, D, Dp);
+    transpose_units(w.kt.get(), Tu, Tu, Dp,
+                    [&](int64_t r, int64_t c) { return load(reinterpret_cast<float*>(tokens + r * Dp + c)); });
     std::fill_n(w.dk.get(), kTile * Dp, 0.f);
     std::fill_n(w.dv.get(), kTile * Dp, 0.f);
     for (int64_t n = 0; n < tiles.col_count(j); ++n) {
@@ -123,11 +115,12 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
   }
 
   const Head<T> hdq(dq, bh);
-  float row[128];  // the largest head dim
-  for (int64_t t = 0; t < tiles.Tq; ++t) {
-    const float* column = w.dq.get() + t / kTile * Dp * kTile + t % kTile;
-    for (int64_t c = 0; c < D; ++c) row[c] = column[c * kTile];
-    store_row(hdq.row(t), row, dq.dtype, D);
+  for (int64_t i = 0; i < tiles.nq; ++i) {
+    const float* dqt = w.dq.get() + i * Dp * kTile;
+    float* rows = w.dk.get();  // not in use any more
+    transpose_units(rows, Dp, Dp, kTile, [&](int64_t c, int64_t r) { return load(dqt + c * kTile + r); });
+    for (int64_t r = 0; r < std::min<int64_t>(kTile, tiles.Tq - i * kTile); ++r)
+      store_row(hdq.row(i * kTile + r), rows + r * Dp, dq.dtype, D);
   }
 }
 

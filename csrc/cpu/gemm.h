@@ -14,7 +14,7 @@ namespace IGPT_ISA {
 struct F32Units {
   using Unit = float;
   static constexpr int kStep = 1;        // elements along K in a unit
-  static constexpr int64_t kChunk = 32;  // units along K that are summed at once
+  static constexpr int64_t kChunk = 64;  // units along K that are summed at once
   using Vector = vf;
   static Vector load_b(const Unit* p) { return load(p); }
   static vf dot(vf acc, Unit a, Vector b) { return a * b + acc; }
@@ -23,6 +23,10 @@ struct F32Units {
   template <class T>
   static Unit unit(const T* p) {
     return to_float(*p);
+  }
+  template <class T>
+  static vf units(const T* p) {  // kLanes of them
+    return load(p);
   }
   // Row r of an A matrix, columns c.. : what a later product reads along K.
   static void store_a(Unit* row, int64_t c, vf v) { store(row + c, v); }
@@ -49,6 +53,9 @@ struct Bf16Units {
     std::memcpy(&u, p, sizeof u);
     return u;
   }
+  static vf units(const bf16* p) {  // only moved, so what their bits mean as floats does not matter
+    return load(reinterpret_cast<const float*>(p));
+  }
   static vf dot(vf acc, Vector a, Vector b) {
     return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), a, b));
   }
@@ -70,15 +77,23 @@ template <class E, int MR, int NV, bool kAccumulate>
 static inline void gemm_block(float* C, int64_t ldc, const typename E::Unit* A, int64_t lda, const typename E::Unit* B,
                               int64_t ldb, int64_t K) {
   vf acc[MR][NV];
+// Unrolled here, or else the accumulators have a home in memory that they visit before and after the loop.
+#pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
   for (int64_t k = 0; k < K; ++k) {
     typename E::Vector b[NV];
+#pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) b[j] = E::load_b(B + k * ldb + j * kLanes);
+#pragma GCC unroll 8
     for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) acc[i][j] = E::dot(acc[i][j], A[i * lda + k], b[j]);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
       float* c = C + i * ldc + j * kLanes;
       store(c, kAccumulate ? load(c) + acc[i][j] : acc[i][j]);

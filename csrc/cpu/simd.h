@@ -107,8 +107,12 @@ static inline void store_n(T* p, vf v, int64_t n) {
   std::memcpy(p, full, size_t(n) * sizeof(T));
 }
 
+// One instruction each where the compiler sees it; b where either is NaN.
 static inline vf max(vf a, vf b) {
   return a > b ? a : b;
+}
+static inline vf min(vf a, vf b) {
+  return a < b ? a : b;
 }
 
 // Lane i of the result is lane (i + by) mod kLanes.
@@ -134,9 +138,9 @@ static inline float sum(vf v) {
   else
     return sum<width / 2>(v);
 }
-// Both folded to half: in each block of 2 width lanes, first a's two halves added, then b's.
+// Two rows of a matrix trade: in each block of 2 width lanes, a gives its second half for b's first.
 template <int width>
-static inline vf fold(vf a, vf b) {
+static IGPT_INLINE void exchange(vf& a, vf& b) {
   vi low, high;
   for (int i = 0; i < kLanes; ++i) {
     const bool first = i / width % 2 == 0;
@@ -149,10 +153,25 @@ static inline vf fold(vf a, vf b) {
     x[i] = low[i] < kLanes ? a[low[i]] : b[low[i] - kLanes];
     y[i] = high[i] < kLanes ? a[high[i]] : b[high[i] - kLanes];
   }
-  return x + y;
 #else
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  const vf x = __builtin_shuffle(a, b, low), y = __builtin_shuffle(a, b, high);
 #endif
+  a = x;
+  b = y;
+}
+// Both folded to half: in each block of 2 width lanes, first a's two halves added, then b's.
+template <int width>
+static IGPT_INLINE vf fold(vf a, vf b) {
+  exchange<width>(a, b);
+  return a + b;
+}
+// Lane j of row i goes to lane i of row j.
+template <int width = kLanes / 2>
+static IGPT_INLINE void transpose(vf* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (i / width % 2 == 0) exchange<width>(v[i], v[i + width]);
+  if constexpr (width > 1) transpose<width / 2>(v);
 }
 // Unrolled, or else the compiler keeps an array that has to live in registers in memory.
 template <int count>
@@ -184,8 +203,8 @@ static inline float max(vf v) {
 // (2e-9) with p(0) = 1; n goes to the exponent.
 static inline vf exp2(vf x) {
   const vf magic = splat(12582912.f);
-  const vf low = x < splat(-126.f) ? splat(-126.f) : x;  // so ordered, both comparisons let NaN through
-  const vf in = low > splat(128.f) ? splat(128.f) : low;
+  const vf low = max(splat(-126.f), x);  // in this order, both comparisons let NaN through
+  const vf in = min(splat(128.f), low);
   const vf shifted = in + magic;
   const vf f = in - (shifted - magic);
   vf p = splat(1.53533620e-4f);

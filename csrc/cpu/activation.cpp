@@ -47,11 +47,10 @@ template <class T>
 static void bwd_row(T* dx, float* dbias, const T* dy, const T* x, const float* b, int64_t C) {
   for (int64_t c = 0; c < C; c += kLanes) {
     const int64_t n = std::min<int64_t>(kLanes, C - c);
-    const bool whole = n == kLanes;
-    const Gelu g{(whole ? load(x + c) : load_n(x + c, n)) + load(b + c), whole ? load(dy + c) : load_n(dy + c, n)};
+    const Gelu g{load_upto(x + c, n) + load(b + c), load_upto(dy + c, n)};
     const vf d = g.backward();
     if (dbias) store(dbias + c, load(dbias + c) + d);
-    whole ? store(dx + c, d) : store_n(dx + c, d, n);
+    store_upto(dx + c, d, n);
   }
 }
 

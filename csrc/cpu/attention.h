@@ -143,8 +143,8 @@ static void pack_tokens(typename E::Unit* b, const Head<T>& x, int64_t t, int64_
     for (int64_t c = 0; c < Dp; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, D - c);
       vf even = {}, odd = {};
-      if (r < rows && n > 0) even = n == kLanes ? load(x.row(t + r) + c) : load_n(x.row(t + r) + c, n);
-      if (r + 1 < rows && n > 0) odd = n == kLanes ? load(x.row(t + r + 1) + c) : load_n(x.row(t + r + 1) + c, n);
+      if (r < rows && n > 0) even = load_upto(x.row(t + r) + c, n);
+      if (r + 1 < rows && n > 0) odd = load_upto(x.row(t + r + 1) + c, n);
       E::store_b_pair(b, r / 2, Dp, c, even, odd);
     }
 }

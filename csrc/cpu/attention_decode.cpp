@@ -8,26 +8,25 @@
 namespace igpt {
 namespace IGPT_ISA {
 
+template <class T>
+static void decode(const View& o, const View& q, const View& k, const View& v, int64_t length, float scale) {
+  const int64_t heads = q.size[0] * q.size[1], D = q.size[3], stride = padded(length);
+  auto scores = scratch<float>(std::min<int64_t>(heads, max_threads()) * stride);
+  parallel_for(heads, [&](int64_t bh, int thread) {
+    float query[128] = {}, row[128];
+    load_row(query, Head<const T>(q, bh).row(0), q.dtype, D);
+    decode_head<T>(row, query, Head<const T>(k, bh), Head<const T>(v, bh), D, length, scale,
+                   scores.get() + thread * stride);
+    store_row(Head<T>(o, bh).row(0), row, o.dtype, D);
+  });
+}
+
 static void attention_decode(View o, View q, View k, View v, int64_t length, float scale, Stream) {
   check_attention(q, k, v);
   check_heads(o, q, "o");
   IGPT_CHECK(q.size[2] == 1 && o.size[2] == 1, "attention_decode: one query a head");
   IGPT_CHECK(length >= 1 && length <= k.size[2], "attention_decode: length must be in 1..%lld", (long long)(k.size[2]));
-  const int64_t heads = q.size[0] * q.size[1], D = q.size[3], stride = padded(length);
-  auto scores = scratch<float>(std::min<int64_t>(heads, max_threads()) * stride);
-  parallel_for(heads, [&](int64_t bh, int thread) {
-    float* score = scores.get() + thread * stride;
-    float query[128] = {}, row[128];
-    if (q.dtype == DType::f32) {
-      load_row(query, Head<const float>(q, bh).row(0), q.dtype, D);
-      decode_head<float>(row, query, Head<const float>(k, bh), Head<const float>(v, bh), D, length, scale, score);
-      store_row(Head<float>(o, bh).row(0), row, o.dtype, D);
-    } else {
-      load_row(query, Head<const bf16>(q, bh).row(0), q.dtype, D);
-      decode_head<bf16>(row, query, Head<const bf16>(k, bh), Head<const bf16>(v, bh), D, length, scale, score);
-      store_row(Head<bf16>(o, bh).row(0), row, o.dtype, D);
-    }
-  });
+  q.dtype == DType::f32 ? decode<float>(o, q, k, v, length, scale) : decode<bf16>(o, q, k, v, length, scale);
 }
 
 void fill_attention_decode(Ops& t) {

@@ -20,9 +20,7 @@ static inline vf dots(const float* q, const Head<const T>& k, int64_t t, int64_t
   for (int j = 0; j < kLanes; ++j) row[j] = k.row(std::min(t + j, length - 1));
   for (int64_t c = 0; c < whole; c += kLanes) {
     const vf qv = load(q + c);
-    for (int j = 0; j < kLanes; ++j) {
-      acc[j] += qv * load(row[j] + c);
-    }
+    for (int j = 0; j < kLanes; ++j) acc[j] += qv * load(row[j] + c);
   }
   if (whole < D) {
     const vf qv = load(q + whole);

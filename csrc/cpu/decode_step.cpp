@@ -79,15 +79,6 @@ struct Buffers {
   }
 };
 
-template <class T>
-static inline void store_as(T* p, vf v, int64_t n) {
-  n == kLanes ? store(p, v) : store_n(p, v, n);
-}
-template <class T>
-static inline vf load_as(const T* p, int64_t n) {
-  return n == kLanes ? load(p) : load_n(p, n);
-}
-
 // h += delta (when there is one);  x = h rstd weight.   All threads do it alike, each for itself.
 template <class X, class T>
 static void add_and_norm(X* x, int64_t dx, float* h, int64_t wide, const float* delta, const T* weight, int64_t B,
@@ -96,14 +87,14 @@ static void add_and_norm(X* x, int64_t dx, float* h, int64_t wide, const float* 
     vf squares = {};
     for (int64_t c = 0; c < d; c += kLanes) {
       vf s = load(h + c);
-      if (delta) s += load_as(delta + b * d + c, std::min<int64_t>(kLanes, d - c));
+      if (delta) s += load_upto(delta + b * d + c, std::min<int64_t>(kLanes, d - c));
       store(h + c, s);
       squares += s * s;
     }
     const vf rstd = splat(1.f / std::sqrt(sum(squares) / float(d) + eps));
     for (int64_t c = 0; c < d; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, d - c);
-      store_as(x + c, load(h + c) * rstd * load_as(weight + c, n), n);
+      store_upto(x + c, load(h + c) * rstd * load_upto(weight + c, n), n);
     }
   }
 }
@@ -121,7 +112,7 @@ static void share_linear(Y* y, int64_t ldy, const typename E::X* x, int64_t Kp, 
       for (int64_t m = m0; m < end; m += kLanes) {
         const int64_t left = std::min<int64_t>(kLanes, end - m);
         const vf sum = load(out + m - m0);
-        store_as(y + n * ldy + m, f(offset ? sum + load_as(offset + m, left) : sum), left);
+        store_upto(y + n * ldy + m, f(offset ? sum + load_upto(offset + m, left) : sum), left);
       }
     });
   }
@@ -141,13 +132,13 @@ static void share_attention(Buffers<E>& buffers, T* cache, const Sizes& s, float
     std::memcpy(query, qkv, size_t(s.D) * sizeof(float));
     for (int64_t c = 0; c < s.D; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, s.D - c);
-      store_as(keys + s.slot * s.D + c, load_as(qkv + s.d + c, n), n);
-      store_as(values + s.slot * s.D + c, load_as(qkv + 2 * s.d + c, n), n);
+      store_upto(keys + s.slot * s.D + c, load_upto(qkv + s.d + c, n), n);
+      store_upto(values + s.slot * s.D + c, load_upto(qkv + 2 * s.d + c, n), n);
     }
     decode_head<T>(row, query, Head<const T>(keys, s.D), Head<const T>(values, s.D), s.D, s.slot + 1, scale, score);
     for (int64_t c = 0; c < s.D; c += kLanes)
-      store_as(buffers.mixed.get() + b * buffers.dx + head * s.D + c, load(row + c),
-               std::min<int64_t>(kLanes, s.D - c));
+      store_upto(buffers.mixed.get() + b * buffers.dx + head * s.D + c, load(row + c),
+                 std::min<int64_t>(kLanes, s.D - c));
   }
 }
 
@@ -170,7 +161,8 @@ static void run_step(const View& logits, const View& cache, const View& pixels, 
     for (int64_t b = 0; b < s.B; ++b)
       for (int64_t c = 0; c < s.d; c += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, s.d - c), pixel = pixels.as<int64_t>()[b];
-        store(h + b * wide + c, load_as(wte.as<T>() + pixel * s.d + c, n) + load_as(wpe.as<T>() + s.slot * s.d + c, n));
+        store(h + b * wide + c,
+              load_upto(wte.as<T>() + pixel * s.d + c, n) + load_upto(wpe.as<T>() + s.slot * s.d + c, n));
       }
     // A linear's end is where the threads meet: what it wrote may be read behind it, what it read may be written.
     for (int64_t l = 0; l < layers.count; ++l) {

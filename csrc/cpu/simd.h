@@ -106,13 +106,34 @@ static inline void store_n(T* p, vf v, int64_t n) {
   store(full, v);
   std::memcpy(p, full, size_t(n) * sizeof(T));
 }
+// The same for n <= kLanes.
+template <class T>
+static inline vf load_upto(const T* p, int64_t n) {
+  return n == kLanes ? load(p) : load_n(p, n);
+}
+template <class T>
+static inline void store_upto(T* p, vf v, int64_t n) {
+  n == kLanes ? store(p, v) : store_n(p, v, n);
+}
 
-// One instruction each where the compiler sees it; b where either is NaN.
+// b where either is NaN. Against a constant the compiler makes two instructions of one.
 static inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
   return a > b ? a : b;
+#endif
 }
 static inline vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vf>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
   return a < b ? a : b;
+#endif
 }
 
 // Lane i of the result is lane (i + by) mod kLanes.

@@ -38,7 +38,7 @@ COLORS = 16  # the scans have 17 shades
 MODEL = {"layers": 8, "width": 64, "heads": 4}
 BATCH, LEARNING_RATE, VALIDATIONS = 32, 2e-3, 18
 # What one ordinary core is taken to do. Steps are counted, not time, so that a seed gives the same page twice.
-STEPS_PER_SECOND = 13
+STEPS_PER_SECOND = 9
 THREADS = 1  # matrices so small gain little from a second one, and lose much when that must wait for a busy core
 HELD_OUT = 0.2  # by name: validated, completed and tested on, never learned from
 SAMPLES, COMPLETIONS, KEEP = 40, 6, 0.5

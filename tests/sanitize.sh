@@ -23,13 +23,18 @@ bench() {  # bench DIRECTORY SANITIZERS TARGETS...: builds targets of the bench
   cmake --build "$directory" --target "$@"
 }
 bench "$root/build/sanitize/simt" address,undefined _simt kernels drive
-"$root/build/sanitize/simt/drive"
-# Leaks are not looked for: the interpreter's own would drown ours, and kernels own no memory past a call.
-LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
-  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH="$tree" \
-  IGPT_SIMT_DIR="$root/build/sanitize/simt" \
-  python -m pytest -p no:cacheprovider "$root"/tests/test_norm.py "$root"/tests/test_activation.py "$root"/tests/test_cross_entropy.py \
-  "$root"/tests/test_linear.py "$root"/tests/test_attention.py "$root"/tests/test_palette_ops.py \
+calls=$root/build/sanitize/calls
+PYTHONPATH="$root/tests" python -m simt.calls "$calls"
+"$root/build/sanitize/simt/drive" "$calls"
+# From the tree, since python -m looks in the working directory first. Leaks are not looked for: the interpreter's own
+# would drown ours, and kernels own no memory past a call.
+cd "$tree"
+checked() {
+  LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH="$tree" IGPT_SIMT_DIR="$root/build/sanitize/simt" "$@"
+}
+checked python -c "import igpt_fast.ops._native as n; assert n._C.__file__.startswith('$tree'), n._C.__file__"
+checked python -m pytest -p no:cacheprovider $(grep -l '^from check import' "$root"/tests/test_*.py) \
   "$root"/tests/simt/test_layouts.py "$root"/tests/simt/test_layouts_sm90.py
 
 # Every CUDA thread is a fiber that the thread sanitizer knows, and only what orders CUDA threads orders fibers. The
@@ -38,7 +43,7 @@ LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.s
 bench "$root/build/sanitize/simt-thread" thread drive
 drive=$root/build/sanitize/simt-thread/drive
 if setarch "$(uname -m)" -R true 2> /dev/null; then drive="setarch $(uname -m) -R $drive"; fi
-$drive
+$drive "$calls"
 if $drive race > "$root/build/sanitize/race.log" 2>&1 || ! grep -q "data race.*tile_kernel" "$root/build/sanitize/race.log"; then
   echo "error: the thread sanitizer does not see the planted race" >&2
   exit 1

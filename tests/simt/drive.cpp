@@ -1,14 +1,24 @@
-// The CUDA kernels on the bench without Python, for the sanitizers: every op that the driver knows runs on small shapes
-// under several schedules, which must agree to the bit. `drive race` plants a race that the thread sanitizer must see.
+// The CUDA kernels without Python, for the sanitizers, on the bench or (compiled by nvcc) on a GPU.
+//
+//   drive FILE [OP]   the calls that simt/calls.py wrote, all or one op's, and without OP the test kernels: run again
+//                     and again, on the bench under several schedules, they must give the same bits
+//   drive race        a planted race, which the race check must see
+//   drive wild        a planted read past a buffer
 #include <cstdio>
 #include <cstring>
+#include <fstream>
+#include <functional>
+#include <iterator>
 #include <memory>
 #include <random>
+#include <stdexcept>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "../../csrc/ops.h"
 #include "kernels/entry.h"
-#include "runtime.h"
+#include "world.h"
 
 extern "C" void test_tile(const simt_test::Arguments&);
 extern "C" void test_stages(const simt_test::Arguments&);
@@ -17,101 +27,215 @@ extern "C" void test_ring(const simt_test::Arguments&);
 
 namespace {
 
+using igpt::BlockMaskView;
 using igpt::DType;
+using igpt::LayersView;
+using igpt::Ops;
+using igpt::Stream;
 using igpt::View;
+using Bytes = std::vector<unsigned char>;
 
-// A guarded tensor [rows, cols] of floats (or one row when rows is 0).
-struct Tensor {
-  View view;
-  size_t bytes;
-  Tensor(int64_t rows, int64_t cols, std::mt19937* random = nullptr) {
-    view.ndim = rows ? 2 : 1;
-    view.size[0] = rows ? rows : cols, view.stride[0] = rows ? cols : 1;
-    if (rows) view.size[1] = cols, view.stride[1] = 1;
-    bytes = size_t(view.numel()) * sizeof(float);
-    view.data = simt::guarded_alloc(bytes, 0);
-    std::normal_distribution<float> normal;
-    for (int64_t i = 0; random && i < view.numel(); ++i) view.as<float>()[i] = normal(*random);
+// Memory of the kernels' world, filled from the host, of exactly so many bytes.
+class Buffer {
+ public:
+  explicit Buffer(const Bytes& content) : bytes_(content.size()), data_(world::allocate(content.size())) {
+    world::copy_in(data_, content.data(), bytes_);
   }
-  Tensor(const Tensor&) = delete;
-  ~Tensor() { simt::guarded_free(view.data); }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { world::release(data_); }
+  void* data() const { return data_; }
+  void append_to(Bytes& out) const {
+    out.resize(out.size() + bytes_);
+    world::copy_out(out.data() + out.size() - bytes_, data_, bytes_);
+  }
+
+ private:
+  size_t bytes_;
+  void* data_;
 };
 
-struct Bits {
-  std::vector<unsigned char> bytes;
-  void add(const Tensor& t) {
-    const auto* p = t.view.as<unsigned char>();
-    bytes.insert(bytes.end(), p, p + t.bytes);
+// ---- recorded calls ----
+
+class Reader {
+ public:
+  explicit Reader(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) throw std::runtime_error("no calls in " + path);
+    content_.assign(std::istreambuf_iterator<char>(file), {});
   }
+  bool more() const { return at_ < content_.size(); }
+  std::string name() {
+    std::string s(raw<uint32_t>(), '\0');
+    take(s.data(), s.size());
+    return s;
+  }
+  template <class T>
+  T argument() {
+    if constexpr (std::is_same_v<T, View>) {
+      return view();
+    } else if constexpr (std::is_same_v<T, Stream>) {
+      number();
+      return {};
+    } else if constexpr (std::is_same_v<T, BlockMaskView>) {
+      if (content_.at(at_) == 0) return ++at_, BlockMaskView();
+      return {view(), view(), view(), view(), view(), view(), view(), view()};
+    } else if constexpr (std::is_same_v<T, LayersView>) {
+      throw std::runtime_error("calls with layers are not recorded");
+    } else {
+      return T(number());
+    }
+  }
+  std::vector<std::unique_ptr<Buffer>> buffers;  // of the calls since it was last cleared
+
+ private:
+  template <class T>
+  T raw() {
+    T x;
+    take(&x, sizeof x);
+    return x;
+  }
+  void take(void* to, size_t bytes) {
+    if (bytes > content_.size() - at_) throw std::runtime_error("the file of calls ends too early");
+    std::memcpy(to, content_.data() + at_, bytes);
+    at_ += bytes;
+  }
+  double number() {
+    if (raw<char>() != 1) throw std::runtime_error("a number was expected");
+    return raw<double>();
+  }
+  View view() {
+    View v;
+    const char kind = raw<char>();
+    if (kind == 0) return v;
+    if (kind != 2) throw std::runtime_error("a tensor was expected");
+    v.dtype = DType(raw<uint8_t>()), v.ndim = raw<uint8_t>(), v.device = world::kDevice;
+    for (int64_t& n : v.size) n = raw<int64_t>();
+    for (int64_t& n : v.stride) n = raw<int64_t>();
+    Bytes content(raw<uint64_t>());
+    take(content.data(), content.size());
+    buffers.push_back(std::make_unique<Buffer>(content));
+    v.data = buffers.back()->data();
+    return v;
+  }
+  std::vector<char> content_;
+  size_t at_ = 0;
 };
 
-Bits norm(int64_t rows, int64_t cols) {
-  std::mt19937 random(1);
-  Tensor x(rows, cols, &random), r(rows, cols, &random), w(0, cols, &random), dy(rows, cols, &random);
-  Tensor y(rows, cols), sum(rows, cols), rstd(0, rows), dx(rows, cols), dweight(2, cols);
-  const igpt::Ops& ops = *igpt::cuda_ops();
-  ops.rms_norm_fwd(y.view, sum.view, rstd.view, x.view, r.view, w.view, 1e-5f, {});
-  ops.rms_norm_bwd(dx.view, {}, dweight.view, dy.view, {}, sum.view, w.view, rstd.view, {});
-  Bits out;
-  for (const Tensor* t : {&y, &sum, &rstd, &dx, &dweight}) out.add(*t);
+// A call that can be repeated from the outputs as they were recorded.
+struct Replay {
+  std::function<void()> run;
+  std::vector<std::unique_ptr<Buffer>> buffers;
+};
+
+template <class... A>
+std::function<void()> bound(void (*launcher)(A...), Reader& reader) {
+  std::tuple<A...> arguments{reader.argument<A>()...};  // in braces they are read in order
+  if (!launcher) throw std::runtime_error("the CUDA backend lacks an op of the file");
+  return [launcher, arguments] { std::apply(launcher, arguments); };
+}
+
+Replay next(Reader& reader, const std::string& name) {
+  const Ops& ops = *igpt::cuda_ops();
+  Replay call;
+#define IGPT_CALL(field) \
+  if (name == #field) call.run = bound(ops.field, reader)
+  IGPT_CALL(rms_norm_fwd);
+  IGPT_CALL(rms_norm_bwd);
+  IGPT_CALL(bias_quick_gelu_fwd);
+  IGPT_CALL(bias_quick_gelu_bwd);
+  IGPT_CALL(cross_entropy_fwd);
+  IGPT_CALL(cross_entropy_bwd);
+  IGPT_CALL(attention_fwd);
+  IGPT_CALL(attention_bwd);
+  IGPT_CALL(attention_decode);
+  IGPT_CALL(linear_fwd);
+  IGPT_CALL(decode_step);
+  IGPT_CALL(sample_tokens);
+  IGPT_CALL(palette_assign);
+  IGPT_CALL(kmeans_step);
+#undef IGPT_CALL
+  static_assert(sizeof(Ops) == 15 * sizeof(void*), "a field of Ops is missing above: the sanitizers would not see it");
+  if (!call.run) throw std::runtime_error("no op is named " + name);
+  call.buffers = std::move(reader.buffers);
+  reader.buffers.clear();
+  return call;
+}
+
+Bytes bits(const std::vector<std::unique_ptr<Buffer>>& buffers) {
+  world::synchronize();
+  Bytes out;
+  for (const auto& b : buffers) b->append_to(out);
   return out;
 }
 
-// A test kernel on float buffers of the given sizes, filled with random bits of small bfloat16 numbers (as floats they
-// are numbers too), of which the last is its output.
-Bits kernel(void (*launcher)(const simt_test::Arguments&), const std::vector<int64_t>& sizes,
-            const std::vector<int64_t>& numbers) {
+// ---- test kernels, on float buffers of the given sizes, of which the last is the output ----
+
+// They hold random bits of small bfloat16 numbers, which as floats are numbers too.
+Bytes kernel(void (*launcher)(const simt_test::Arguments&), const std::vector<int64_t>& sizes,
+             const std::vector<int64_t>& numbers) {
   std::mt19937 random(2);
-  std::vector<std::unique_ptr<Tensor>> tensors;
-  std::vector<void*> buffers;
+  std::vector<std::unique_ptr<Buffer>> buffers;
+  std::vector<void*> pointers;
   for (int64_t n : sizes) {
-    tensors.push_back(std::make_unique<Tensor>(0, n));
-    auto* halves = tensors.back()->view.as<uint16_t>();
-    for (int64_t i = 0; i < 2 * n; ++i) halves[i] = uint16_t(0x3f00 + random() % 256);
-    buffers.push_back(tensors.back()->view.data);
+    Bytes content(size_t(4 * n));
+    for (size_t i = 0; i < content.size(); i += 2) content[i] = uint8_t(random()), content[i + 1] = 0x3f;
+    buffers.push_back(std::make_unique<Buffer>(content));
+    pointers.push_back(buffers.back()->data());
   }
-  launcher({buffers.data(), numbers.data()});
-  Bits bits;
-  bits.add(*tensors.back());
-  return bits;
+  launcher({pointers.data(), numbers.data()});
+  return bits(buffers);
 }
 
-template <class F>
-bool agrees(const char* name, F run) {
-  const simt::Config schedules[] = {{simt::kInOrder, 1, simt::kLate, 1},
-                                    {simt::kRandom, 5, simt::kLate, 1},
-                                    {simt::kRandom, 6, simt::kAtOnce, 2},
-                                    {simt::kReverse, 1, simt::kLate, 1}};
-  Bits first;
-  for (const simt::Config& c : schedules) {
-    simt::config() = c;
-    const Bits bits = run();
-    if (first.bytes.empty()) first = bits;
-    if (bits.bytes != first.bytes) {
-      std::printf("%s: schedule %d, seed %d gives other bits\n", name, c.schedule, int(c.seed));
+// Every run of `result` must give the same bits, whatever the schedule.
+bool agrees(const std::string& name, const std::function<Bytes()>& result) {
+  Bytes first;
+  for (int i = 0; i < world::kRuns; ++i) {
+    world::schedule(i);
+    const Bytes now = result();
+    if (i == 0) first = now;
+    if (now != first) {
+      std::printf("%s: run %d gives other bits\n", name.c_str(), i);
       return false;
     }
   }
-  std::printf("%s: the same bits under %zu schedules\n", name, std::size(schedules));
+  std::printf("%s: the same bits in %d runs\n", name.c_str(), world::kRuns);
   return true;
+}
+
+int replay(const char* path, const std::string& only) {
+  bool good = true;
+  int calls = 0;
+  std::vector<std::unique_ptr<Reader>> runs;  // of one file, one each, so that every run starts from the same bytes
+  for (int i = 0; i < world::kRuns; ++i) runs.push_back(std::make_unique<Reader>(path));
+  while (runs[0]->more()) {
+    std::vector<Replay> call;
+    std::string name;
+    for (auto& reader : runs) name = reader->name(), call.push_back(next(*reader, name));
+    if (!only.empty() && name != only) continue;
+    size_t i = 0;
+    good = agrees(name, [&] { return call[i].run(), bits(call[i++].buffers); }) && good;
+    ++calls;
+  }
+  if (!calls) throw std::runtime_error("the file has no call of " + only);
+  if (!only.empty()) return good ? 0 : 1;
+  good = agrees("tile", [] { return kernel(test_tile, {512, 512}, {512, 0}); }) && good;
+  good = agrees("stages", [] { return kernel(test_stages, {1500, 1500}, {1500, 0}); }) && good;
+#if !defined(DRIVE_NO_SM90)
+  good = agrees("product", [] { return kernel(test_product, {64 * 132, 64 * 132, 4096}, {264, 0}); }) && good;
+  good = agrees("ring", [] { return kernel(test_ring, {512, 512}, {8, 4, 0}); }) && good;
+#endif
+  return good ? 0 : 1;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool race = argc > 1 && std::strcmp(argv[1], "race") == 0;
+  const std::string first = argc > 1 ? argv[1] : "";
   try {
-    if (race) {
-      kernel(test_tile, {256, 256}, {256, 1});  // no __syncthreads between the writers and the readers of shared memory
-      return 0;
-    }
-    bool good = agrees("rms_norm [3, 64]", [] { return norm(3, 64); });
-    good = agrees("rms_norm [2, 33]", [] { return norm(2, 33); }) && good;
-    good = agrees("tile", [] { return kernel(test_tile, {512, 512}, {512, 0}); }) && good;
-    good = agrees("stages", [] { return kernel(test_stages, {1500, 1500}, {1500, 0}); }) && good;
-    good = agrees("product", [] { return kernel(test_product, {64 * 132, 64 * 132, 4096}, {264, 0}); }) && good;
-    good = agrees("ring", [] { return kernel(test_ring, {512, 512}, {8, 4, 0}); }) && good;
-    return good ? 0 : 1;
+    if (first == "race")
+      return kernel(test_tile, {256, 256}, {256, 1}), 0;  // no __syncthreads between writers and readers
+    if (first == "wild") return kernel(test_tile, {256, 256}, {256, 3}), 0;  // reads one element past the input
+    return replay(argv[1], argc > 2 ? argv[2] : "");
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());
     return 2;

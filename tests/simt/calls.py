@@ -1,0 +1,54 @@
+"""Writes every op's calls of test_schedules.CASES into a file that drive.cpp replays, on the bench or on a GPU.
+
+    PYTHONPATH=tests python -m simt.calls FILE
+
+So a new op comes under the sanitizers by having a case there. A call: its name and its arguments, each
+as a number or a tensor, in native byte order; drive.cpp knows how many there are from struct Ops.
+"""
+
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simt.test_schedules import CASES
+
+# As DType in csrc/ops.h.
+DTYPES = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.uint8,
+)  # fmt: skip
+SHAPES = [(3, 128, torch.bfloat16), (2, 129, torch.float32)]  # in vectors of 16 bytes, and one element at a time
+
+
+def argument(a: Any) -> bytes:
+    """One argument: absent, a number, a tensor, or several."""
+    if a is None:
+        return b"\0"
+    if isinstance(a, tuple | list):
+        return b"".join(map(argument, a))
+    if not isinstance(a, Tensor):
+        return b"\1" + struct.pack("=d", float(a))
+    span = 1 + sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True)) if a.numel() else 0
+    data = a.as_strided((span,), (1,)).contiguous().view(torch.uint8).numpy().tobytes()
+    sizes, strides = ([*x, *[1] * (4 - a.ndim)] for x in (a.shape, a.stride()))
+    head = struct.pack("=BBqqqqqqqqQ", DTYPES.index(a.dtype), a.ndim, *sizes, *strides, len(data))
+    return b"\2" + head + data
+
+
+def call(op: str, outputs: list, inputs: list) -> bytes:
+    """One call with its outputs as they are before it."""
+    arguments = [*outputs, *inputs]
+    return struct.pack("=I", len(op)) + op.encode() + b"".join(map(argument, arguments))
+
+
+def main(path: str) -> int:
+    torch.manual_seed(0)
+    Path(path).write_bytes(b"".join(call(op, *case(*shape)) for op, case in CASES.items() for shape in SHAPES))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

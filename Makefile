@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test lint format build bench sanitize spills clean
+OUT ?= build/gpu-check/out
+
+.PHONY: demo test lint format build bench sanitize spills sass gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/igpt-fast demo --out demo
@@ -38,6 +40,18 @@ build: $(VENV)/installed
 # and a race check of those kernels; builds of their own.
 sanitize: $(VENV)/dependencies
 	sh tests/sanitize.sh $(BIN)
+
+# What nvcc made of each kernel's main loop, beside what its head promises. Needs nvcc, no GPU; the disassembler comes from
+# pip, on demand and apart from .venv.
+CUDA_TOOLS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+sass: $(VENV)/dependencies
+	test -x build/cuda-tools/nvidia/cu13/bin/cuobjdump || $(PIP) --no-deps --target build/cuda-tools $(CUDA_TOOLS)
+	$(BIN)/python tests/sass.py build/cuda-tools/nvidia/cu13/bin
+
+# On a machine with a GPU, without .venv and without a network: build, all tests of the CUDA kernels, compute-sanitizer,
+# benchmarks, inside nine minutes. PART=build|tests|layouts|sanitizer|benchmarks runs one part.
+gpu-check:
+	PYTHONPATH="tests:$$PYTHONPATH" $(PYTHON) -m gpu.check --out "$(OUT)" $(if $(PART),--part $(PART))
 
 # Registers, shared memory and spills of every CUDA kernel; fails on a spill.
 spills:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Registers, shared memory and spills of every CUDA kernel, by nvcc -Xptxas -v; fails on a spill or local memory.
+# Registers, shared memory and spills of every CUDA kernel, by nvcc -Xptxas -v; fails on a spill or local memory. The
+# table is kept in benchmarks/results/spills.txt.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(mktemp -d)
@@ -19,5 +20,7 @@ awk '/Compiling entry function/ { split($0, part, "\047"); kernel = part[2]; arc
        printf "%-8s %4s registers  %-16s stack %s, spills %s/%s  %s\n", arch, registers, smem, stack, stores, loads, kernel
        if (stack + stores + loads > 0) bad = 1
      }
-     END { exit bad }' "$out/log" | { command -v c++filt > /dev/null && c++filt || cat; }
+     END { exit bad }' "$out/log" | { command -v c++filt > /dev/null && c++filt || cat; } | LC_ALL=C sort -k 8 -k 1,1 > "$out/table"
+cp "$out/table" "$root/benchmarks/results/spills.txt"
+cat "$out/table"
 awk '/bytes stack frame/ && ($1 + $5 + $9 > 0) { bad = 1 } END { exit bad }' "$out/log" || { echo "error: a kernel spills or uses local memory" >&2; exit 1; }

@@ -8,6 +8,8 @@
 // Bound by bytes: x + y an element forward, x + dy + dx backward (bf16: 4 and 6). One exp2 and one reciprocal an
 // element: at 16 a clock and multiprocessor they take half the time of the bytes of bf16.
 // Refuses: other dtypes, tensors with gaps. Any dx may be the memory of dy or x.
+// sass bias_quick_gelu_fwd_kernel<bf16, 8>: LDG.128 = 4, STG.128 = 4, STG = 0, MUFU = 64, LDS = 0, BAR = 0, LOCAL = 0
+// sass bias_quick_gelu_bwd_kernel<bf16, 8>: LDG.128 = 8, STG.128 = 4, STG = 0, MUFU = 64, SHFL = 0, BAR = 0, LOCAL = 0
 #include <algorithm>
 
 #include "../common/check.h"

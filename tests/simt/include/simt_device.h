@@ -223,6 +223,11 @@ inline unsigned atomicInc(unsigned* p, unsigned limit) {
   return simt::update(p, [=](unsigned old) { return old >= limit ? 0u : old + 1u; });
 }
 
+template <class T>
+inline void __stwb(T* p, T v) {
+  *p = v;
+}
+
 // The macros of csrc/cuda/device.cuh and launch.h, with the same meaning.
 #define DYN_SMEM(T, name) T* name = static_cast<T*>(::simt::dynamic_shared(128))
 #define DYN_SMEM_1024(T, name) T* name = static_cast<T*>(::simt::dynamic_shared(1024))

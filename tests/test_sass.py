@@ -1,0 +1,69 @@
+"""The reader of disassemblies behind `make sass`, on a listing written out here."""
+
+import pytest
+import sass
+
+LISTING = """
+Fatbin elf code:
+\t\tFunction : _Z1kv
+\t.headerflags\t@"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                                 /* 0x00 */
+                                                                                          /* 0x00 */
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;                       /* 0x00 */
+        /*0020*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;              /* 0x00 */
+        /*0030*/                   LDG.E.U16 R8, desc[UR4][R2.64] ;                       /* 0x00 */
+        /*0040*/               @P0 MUFU.EX2 R5, R4 ;                                      /* 0x00 */
+        /*0050*/                   FFMA.FTZ R5, R4, R4, R5 ;                              /* 0x00 */
+        /*0060*/               @P1 BRA 0x40 ;                                             /* 0x00 */
+        /*0070*/              @!P2 STG.E.64 desc[UR4][R2.64], R4 ;                        /* 0x00 */
+        /*0080*/             @!UP0 BRA 0x10 ;                                             /* 0x00 */
+        /*0090*/                   EXIT ;                                                 /* 0x00 */
+        /*00a0*/                   BRA 0xa0;                                              /* 0x00 */
+\t\tFunction : _Z4flatv
+        /*0000*/                   STG.E desc[UR4][R2.64], R4 ;                           /* 0x00 */
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;                          /* 0x00 */
+        /*0020*/                   EXIT ;                                                 /* 0x00 */
+"""
+
+
+def test_the_innermost_loop_is_counted():
+    found = sass.kernels(LISTING)
+    assert list(found) == ["_Z1kv", "_Z4flatv"]
+    assert sass.main_loop(found["_Z1kv"]) == ["MUFU.EX2", "FFMA.FTZ", "BRA"]
+    number = sass.counts(sass.main_loop(found["_Z1kv"]))
+    assert (number["MUFU"], number["FFMA"], number["LDG.128"]) == (1, 1, 0)
+
+
+def test_without_a_loop_the_whole_kernel_is_counted():
+    number = sass.counts(sass.main_loop(sass.kernels(LISTING)["_Z4flatv"]))
+    assert (number["STG"], number["BAR"], number["STG.64"]) == (1, 1, 0)
+
+
+def test_widths_are_told_apart():
+    number = sass.counts([opcode for _, opcode, _ in sass.kernels(LISTING)["_Z1kv"]])
+    assert (number["LDG.128"], number["LDG"], number["STG.64"], number["STG"]) == (2, 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("demangled", "name"),
+    [
+        ("void igpt::cuda::k<__nv_bfloat16, (int)8>(T1*, igpt::Bias, long)", "k<bf16, 8>"),
+        ("igpt::cuda::(anonymous namespace)::plain(int*)", "plain"),
+        ("void igpt::cuda::assign<unsigned char, short>(short*)", "assign<u8, i16>"),
+    ],
+)
+def test_names_as_promises_write_them(demangled, name):
+    assert sass.readable(demangled) == name
+
+
+def test_a_broken_promise_is_named():
+    promised = sass.promises("// text\n// sass k<bf16, 8>: MUFU = 2, FFMA <= 1, LDS >= 1\n")["k<bf16, 8>"]
+    found = sass.counts(["MUFU.EX2", "FFMA"])
+    assert sass.broken(promised, found) == ["MUFU is 1, promised = 2", "LDS is 0, promised >= 1"]
+    with pytest.raises(ValueError, match="cannot read 'WGMMA = 1'"):
+        sass.promises("// sass k: WGMMA = 1")
+
+
+def test_the_kernels_promises_can_be_read():
+    sources = sorted(sass.CUDA.glob("*.cu"))
+    assert sources and any(sass.promises(path.read_text()) for path in sources)

@@ -34,6 +34,7 @@ WRITTEN = pytest.StashKey[Path]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="tiny sizes, two rounds: does every benchmark work?")
+    parser.addoption("--served-by", metavar="BACKEND", help="only what this backend serves, such as cuda")
     parser.addoption(
         "--results", type=Path, metavar="FILE", help="where results go (benchmarks/results/<machine>.json)"
     )
@@ -86,9 +87,18 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[dict[str
 
 
 @pytest.fixture
-def compare(benchmark: Any, record: Callable, quick: bool) -> Callable[[harness.Case], dict[str, Any]]:
+def compare(
+    request: pytest.FixtureRequest, benchmark: Any, record: Callable, quick: bool
+) -> Callable[[harness.Case], dict[str, Any]]:
     """Runs one comparison and keeps its entry."""
-    return lambda case: record(harness.compare(case, benchmark, quick))
+    wanted = request.config.getoption("--served-by")
+
+    def run(case: harness.Case) -> dict[str, Any]:
+        if wanted and case.backend != wanted:
+            pytest.skip(f"served by {case.backend}, not {wanted}")
+        return record(harness.compare(case, benchmark, quick))
+
+    return run
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Call, peak_memory_mb, seconds_per_call, wait
+from benchmarks.measure import Call, gpu_load, peak_memory_mb, seconds_per_call, wait
 from igpt_fast.ops._native import backend_for
 
 
@@ -193,6 +193,8 @@ def compare(case: Case, benchmark: Any, quick: bool) -> dict[str, Any]:
         **({"error": max(errors), "full_size": not quick} | more),
         **_timing(times["ours"]),
     }
+    if case.device == "cuda" and not benchmark.disabled:
+        entry["gpu"] = gpu_load(case.ours)
     if case.memory:
         entry["peak_memory_mb"] = peak_memory_mb(case.ours, case.device)
         for name in sides.keys() - {"ours"}:
@@ -231,17 +233,22 @@ def interleave(
     first: seconds of each side's first call, which for a long one is enough to warm it and to plan with.
     """
     loops, round_seconds = {}, 0.0
+    on_gpu = case.device == "cuda"
     for name, run in sides.items():
         once = first[name]
         for calls in (1, 3):
             if once < 0.5 and not quick:
                 once = max(seconds_per_call(run, calls, case.device), 1e-7)
-        loops[name] = 1 if quick else max(1, round(0.01 / once))  # a round of 10 ms or more is above the clock's noise
+        if on_gpu:  # each call has its events, and is kept waiting for half a millisecond before it
+            loops[name], once = max(1, min(10, round(0.005 / once))), once + 5e-4
+        else:
+            loops[name] = max(1, round(0.01 / once))  # a round of 10 ms or more is above the clock's noise
+        loops[name] = 1 if quick else loops[name]
         round_seconds += loops[name] * once
     least, most = (2, 2) if quick else case.rounds
-    rounds = min(most, max(least, int(case.seconds / round_seconds)))
+    seconds = min(case.seconds, 1.5) if on_gpu else case.seconds
+    rounds = min(most, max(least, int(seconds / round_seconds)))
     times: dict[str, list[float]] = {name: [] for name in sides}
-    on_gpu = case.device == "cuda"
 
     def others(*_: Any) -> None:
         for name, run in sides.items():

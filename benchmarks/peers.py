@@ -50,6 +50,12 @@ def compiled(fn: Callable, quick: bool, **options: Any) -> Callable | Missing:
 _toolchain: str | None = None
 
 
+def liger(name: str) -> Any:
+    """Liger's Triton kernel of that name, which needs a GPU, or Missing."""
+    functional = optional("liger_kernel.transformers.functional")
+    return functional if isinstance(functional, Missing) else getattr(functional, f"liger_{name}")
+
+
 def call(fn: Callable | Missing, *args: Any) -> Call | Missing:
     """fn(*args), ready to be timed."""
     return fn if isinstance(fn, Missing) else lambda: fn(*args)
@@ -100,6 +106,22 @@ def assign(pixels: np.ndarray, centers: Tensor) -> Peers:
         index.add(levels)
         peers["faiss IndexFlatL2"] = lambda: index.search(pixels.astype(np.float32), 1)[1][:, 0]
     return peers
+
+
+def assign_on_gpu(pixels: Tensor, centers: Tensor) -> Peers:
+    """The same for uint8 [N, 3] that a GPU holds."""
+    levels = (centers + 1) * 127.5
+
+    def torch_cdist() -> Tensor:
+        return torch.cat([torch.cdist(part.float(), levels).argmin(1) for part in pixels.split(1 << 20)])
+
+    flash = optional("flash_kmeans.assign_euclid_triton")
+
+    def theirs() -> Tensor:
+        points = pixels[None].float()
+        return flash.euclid_assign_triton(points, levels[None], (points * points).sum(-1))[0]
+
+    return {"torch cdist + argmin": torch_cdist, "flash-kmeans": flash if isinstance(flash, Missing) else theirs}
 
 
 def hf_processor(images: np.ndarray, centers: Tensor) -> Call | Missing:

@@ -8,6 +8,7 @@ from benchmarks import peers
 from benchmarks.harness import Case, Close, dtype_name, float64, gradients64, served_by
 from igpt_fast import ops
 
+ROWS = {"cpu": 4096, "cuda": 32768}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 
 
@@ -48,9 +49,11 @@ def case(op, logits, dtype, ours, found, judge, crossings):
 @DTYPES
 @torch.no_grad()
 def test_forward(compare, device, quick, dtype):
-    logits = torch.randn(64 if quick else 4096, 512, device=device).to(dtype)
+    logits = torch.randn(64 if quick else ROWS[device], 512, device=device).to(dtype)
     targets = torch.randint(512, logits.shape[:1], device=device)
     found = others(quick, lambda fn, *args: fn(*args), dtype, logits, targets)
+    if device == "cuda":
+        found["Liger"] = peers.call(peers.liger("cross_entropy"), logits, targets)
     judge = Close(float64(F.cross_entropy, logits, targets), dtype)
     ours = peers.call(ops.cross_entropy, logits, targets)
     compare(case("cross_entropy", logits, dtype, ours, found, judge, 1))
@@ -58,7 +61,7 @@ def test_forward(compare, device, quick, dtype):
 
 @DTYPES
 def test_forward_and_backward(compare, device, quick, dtype):
-    logits = torch.randn(64 if quick else 4096, 512, device=device).to(dtype).requires_grad_()
+    logits = torch.randn(64 if quick else ROWS[device], 512, device=device).to(dtype).requires_grad_()
     targets = torch.randint(512, logits.shape[:1], device=device)
     found = others(quick, with_gradient, dtype, logits, targets)
     loss = float64(F.cross_entropy, logits, targets)

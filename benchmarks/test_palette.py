@@ -22,13 +22,18 @@ def palette_for(images, colors, device):
 
 @pytest.mark.parametrize("kind", ["photographs", "random colours"])
 def test_encode(compare, device, quick, kind):
-    count, colors = (4, 64) if quick else (1024, 512)
+    count, colors = (4, 64) if quick else (8192 if device == "cuda" else 1024, 512)
     images = photographs(count)
     centers = palette_for(images, colors, device)
     if kind == "random colours":
         images = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
     palette, batch = Palette(centers.cpu()), torch.from_numpy(images).to(device)
     goal = Goal("palette encode, 8-bit images", lambda e: e.get("rates", {}).get("Mpixel/s"), 20.0, "Mpixel/s")
+    if device == "cuda":
+        others = peers.assign_on_gpu(batch.view(-1, 3), centers)
+    else:
+        others = peers.assign(images.reshape(-1, 3), centers)
+        others["HF ImageGPT processor"] = peers.hf_processor(images, centers)
     compare(
         Case(
             op=f"palette encode, {kind}",
@@ -37,10 +42,7 @@ def test_encode(compare, device, quick, kind):
             device=device,
             backend=served_by("palette_assign", batch),
             ours=lambda: palette.encode(batch),
-            peers={
-                **peers.assign(images.reshape(-1, 3), centers.cpu()),
-                "HF ImageGPT processor": peers.hf_processor(images, centers.cpu()),
-            },
+            peers=others,
             judge=Exact(palette_assign(batch, centers)),
             work={"Mpixel/s": batch.numel() / 3},
             goals=[goal] if device == "cpu" and kind == "photographs" else [],
@@ -64,7 +66,7 @@ def test_kmeans_step(compare, device, quick):
             device=device,
             backend=served_by("kmeans_step", colors, centers),
             ours=lambda: ops.kmeans_step(colors, weights, centers)[:2],
-            peers=peers.lloyd_step(found, times, centers.cpu()),
+            peers=peers.lloyd_step(found, times, centers.cpu()),  # numpy's, wherever ours is
             # Sums of integers, so float64 holds the truth exactly; a peer may give a pixel in a tie to another centre.
             judge=Close([sums, counts], torch.float32),
             work={"Mpixel/s": len(found)},

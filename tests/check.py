@@ -2,20 +2,27 @@
 
 from collections.abc import Callable
 
+import copies
 import torch
 from simt import bench
 from torch import Tensor
 
 from igpt_fast.ops._native import BACKENDS, use_backend, why_not
 
+# The backends that run the CUDA kernels on CPU tensors: on the bench, and on a GPU. Where no host reads the data, they
+# do otherwise than the CPU's.
+CUDA_KERNELS = ("simt", copies.NAME)
+
 
 def backends(op: str, device: str = "cpu") -> list[str]:
     """The reference and every backend that has a kernel for `op` on `device`: the reference must pass its own tests.
 
-    Among those of the CPU is "simt", the CUDA kernels on the bench that needs no GPU; it is built here, on first use.
+    Among those of the CPU are "simt", the CUDA kernels on the bench that needs no GPU (built here, on first use), and,
+    on a machine with a GPU, the same kernels there on copies of the CPU's tensors.
     """
     if bench.missing() is None:
         bench.register()
+    copies.register()
     found = [n for n, b in BACKENDS.items() if b.has(op) and (n == "cuda") == (device == "cuda")]
     assert found, f"no backend has {op}: is the extension built?"
     return ["reference", *found]

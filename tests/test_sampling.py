@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from check import backends, served
+from check import CUDA_KERNELS, backends, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from igpt_fast.ops.sampling import sample_tokens
 LOGITS = st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0, -math.inf]), min_size=1, max_size=9)
 
 
-HERE = ["auto", *(b for b in backends("sample_tokens") if b in ("reference", "simt"))]
+HERE = ["auto", *(b for b in backends("sample_tokens") if b in ("reference", *CUDA_KERNELS))]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -74,10 +74,10 @@ def test_equals_brute_force(logits, uniform, temperature, top_k, top_p):
     "options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.9}]
 )
 def test_draws_the_distribution(dtype, options, _every_test_on):
-    bench = _every_test_on == "simt"
-    if bench and dtype is torch.float64:
+    kernel, slow = _every_test_on in CUDA_KERNELS, _every_test_on == "simt"
+    if kernel and dtype is torch.float64:
         return  # no kernel takes it
-    n, colors = 3_000 if bench else 40_000, 12
+    n, colors = 3_000 if slow else 40_000, 12
     logits = torch.randn(colors, generator=torch.Generator().manual_seed(0)).to(dtype)
     uniforms = torch.from_numpy(np.random.default_rng(1).random(n))
     drawn = np.bincount(sample_tokens(logits.expand(n, -1), uniforms, **options), minlength=colors)
@@ -122,7 +122,7 @@ def test_any_number_of_colours(backend, colors):
             assert torch.equal(sample_tokens(logits, uniforms, **options), want), options
 
 
-@pytest.mark.parametrize("backend", [b for b in backends("sample_tokens") if b == "simt"])
+@pytest.mark.parametrize("backend", [b for b in backends("sample_tokens") if b in CUDA_KERNELS])
 def test_more_colours_than_shared_memory_holds_are_refused(backend):
     with use_backend(backend), pytest.raises(ValueError, match="at most 8192 columns, got 8193"):
         sample_tokens(torch.zeros(1, 8193), torch.zeros(1, dtype=torch.float64))

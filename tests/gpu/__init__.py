@@ -1,0 +1,1 @@
+"""What a machine with a GPU says about the kernels: `make gpu-check`."""

@@ -1,0 +1,195 @@
+"""Everything that a machine with a GPU can say about the kernels, in one command that ends inside nine minutes.
+
+    make gpu-check OUT=dir [PART=build|tests|layouts|sanitizer|benchmarks] [PYTHON=python3]
+
+It needs no network: nvcc, and a python3 with torch, pytest, hypothesis, pybind11, cmake, ninja and setuptools. The
+package goes into build/gpu-check/tree beside copies of tests and benchmarks, for this GPU's architecture alone; nothing
+else on the machine changes. dir gets gpu-check.json, table.txt, benchmarks.json and logs/. Exit status: 0 all passed, 1
+not, 2 there is no GPU. `python -m gpu.report --record dir` then keeps in verified.json which kernels hardware agreed
+with.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from gpu import parts, report
+from gpu.build import CALLS, DRIVE, HARDWARE, ROOT, SCRATCH, TREE, Machine, build, environment, tool, worst
+from gpu.parts import FAILED, NOT_RUN, PASSED, TIMED_OUT, Clock, Done, Part
+
+TOTAL = 525.0  # seconds: the rest of nine minutes is for ending what hangs
+
+FACTS = """
+import json, platform, torch
+assert torch.cuda.is_available(), "torch sees no GPU" + (": it is built for the CPU" if not torch.version.cuda else "")
+p = torch.cuda.get_device_properties(0)
+x = torch.ones(8, device="cuda"); assert float((x + x).sum()) == 16
+print(json.dumps({"gpu": p.name, "capability": [p.major, p.minor], "memory_gib": round(p.total_memory / 2**30, 1),
+    "multiprocessors": p.multi_processor_count, "torch": torch.__version__, "cuda": torch.version.cuda,
+    "python": platform.python_version()}))
+"""
+
+
+# ---- tests, layouts, benchmarks: pytest in the tree ----
+
+
+def pytest(clock: Clock, name: str, *arguments: str | Path, **env: str) -> dict[str, Any]:
+    """One run of pytest → its counts, and the names of what failed."""
+    xml = SCRATCH / f"{name}.xml"
+    xml.unlink(missing_ok=True)
+    line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "gpu.hardware", f"--junitxml={xml}"]
+    done = clock.command(name, [*line, *arguments], TREE, **environment() | env)
+    found = {"status": done.status, **counts(xml)}
+    if done.code == 5:  # pytest's word for nothing collected
+        found["status"] = NOT_RUN
+    elif done.status != PASSED:
+        found["tail"] = done.tail()
+    return found
+
+
+def counts(xml: Path) -> dict[str, Any]:
+    """Passed, failed and skipped of a junit file."""
+    if not xml.exists():
+        return {"passed": 0, "failed": 0, "skipped": 0}
+    cases = list(ElementTree.parse(xml).iter("testcase"))
+    bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = sum(c.find("skipped") is not None for c in cases)
+    names = {"failures": [c.get("name") for c in bad][:40]} if bad else {}
+    return {"passed": len(cases) - len(bad) - skipped, "failed": len(bad), "skipped": skipped, **names}
+
+
+def tests(machine: Machine, clock: Clock) -> dict[str, Any]:
+    """Every test of every op but those of the CPU's kernels, each file in a process: a broken context ends there."""
+    chosen = [p for p in sorted((TREE / "tests").glob("test_*.py")) if "\nfrom check import" in p.read_text()]
+    chosen.append(TREE / "tests" / "test_cuda.py")
+    found: dict[str, dict] = {}
+
+    def one(path: Path) -> Done:
+        agreement = str(SCRATCH / f"{path.stem}.json")
+        Path(agreement).unlink(missing_ok=True)
+        skip = "not simt and not avx and not baseline"
+        found[path.stem] = pytest(clock, path.stem, path, "-k", skip, IGPT_AGREEMENT=agreement, OMP_NUM_THREADS="2")
+        return Done(0, 0.0, path)
+
+    clock.together({p.stem: functools.partial(one, p) for p in chosen}, max(2, len(os.sched_getaffinity(0)) // 2))
+    ops: dict[str, dict[str, int]] = {}
+    for path in (SCRATCH / f"{p.stem}.json" for p in chosen):
+        for op, n in (json.loads(path.read_text()) if path.exists() else {}).items():
+            ops[op] = {k: ops.get(op, {}).get(k, 0) + n[k] for k in n}
+    summary = worst({name: f["status"] for name, f in found.items()})
+    return summary | {"files": found, "ops": ops}
+
+
+def layouts(machine: Machine, clock: Clock) -> dict[str, Any]:
+    names = ["test_collectives", "test_layouts", *["test_layouts_sm90"] * machine.hopper, "test_faults"]
+    skip = "not planted and not deadlock and not failed_one and not catch_their"
+    if not machine.hopper:
+        skip += " and not product and not ring"
+    files = [TREE / "tests" / "simt" / f"{name}.py" for name in names]
+    found = pytest(clock, "layouts", *files, "-k", skip, IGPT_HARDWARE=str(HARDWARE))
+    bench = (SCRATCH / "simt" / "ready").exists()
+    note = "each held against the bench, bit for bit" if bench else "the bench did not build: formulas alone"
+    return found | {"note": note if machine.hopper else f"{note}; not those of sm_90a, which this GPU is not"}
+
+
+def benchmarks(machine: Machine, clock: Clock) -> dict[str, Any]:
+    stems = {re.sub("_sm90$", "", p.stem) for p in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    files = [p for p in sorted((TREE / "benchmarks").glob("test_*.py")) if p.stem.removeprefix("test_") in stems]
+    results = machine.out.resolve() / "benchmarks.json"
+    results.unlink(missing_ok=True)
+    options = ["--benchmark-only", "--served-by", "cuda", "-k", "cuda", f"--results={results}"]
+    found = pytest(clock, "benchmarks", *files, *options)
+    return found | {"entries": len(json.loads(results.read_text())["entries"]) if results.exists() else 0}
+
+
+# ---- compute-sanitizer over the recorded calls, one op at a time, so that each has a verdict ----
+
+
+def sanitizer(machine: Machine, clock: Clock) -> dict[str, Any]:
+    program = machine.tools["compute-sanitizer"]
+    if not program:
+        return {"status": NOT_RUN, "reason": "compute-sanitizer is not here"}
+    line = [sys.executable, "-m", "simt.calls", CALLS]
+    if clock.command("calls", line, TREE, **environment()).code != 0:
+        return {"status": FAILED, "reason": "the calls could not be recorded: see logs/calls.txt"}
+    ops = list(json.loads((TREE / "benchmarks/results/verified.json").read_text())["kernels"])
+
+    def check(name: str, which: str, *arguments: str | Path) -> Done:
+        return clock.command(f"{which}-{name}", [program, "--tool", which, DRIVE, *arguments], SCRATCH)
+
+    commands = {f"{which} {op}": functools.partial(check, op, which, CALLS, op) for which in TOOLS for op in ops}
+    commands |= {
+        "racecheck planted": functools.partial(check, "planted", "racecheck", "race"),
+        "memcheck planted": functools.partial(check, "planted", "memcheck", "wild"),
+    }
+    done = clock.together(commands, 4)
+    verdicts = {name: verdict(d) for name, d in done.items()}
+    for name in ("racecheck planted", "memcheck planted"):  # a check that cannot fail is none
+        verdicts[name] = {PASSED: FAILED, FAILED: PASSED}.get(verdicts[name], verdicts[name])
+    return worst(verdicts) | {"planted": "passed: the fault was seen"}
+
+
+TOOLS = ("memcheck", "racecheck")
+
+
+def verdict(done: Done) -> str:
+    """By the tool's own summary: without one it has not looked."""
+    text = done.log.read_text(errors="replace")
+    found = re.search(r"ERROR SUMMARY: (\d+)|RACECHECK SUMMARY: (\d+)", text)
+    if done.code is None:
+        return TIMED_OUT
+    if not found or "not supported" in text:
+        return NOT_RUN
+    return PASSED if int(found[1] or found[2] or 0) == 0 and done.code == 0 else FAILED
+
+
+PARTS: list[tuple[str, float, Callable[[Machine, Clock], dict[str, Any]]]] = [
+    ("build", 190, build),
+    ("tests", 105, tests),
+    ("layouts", 45, layouts),
+    ("sanitizer", 55, sanitizer),
+    ("benchmarks", 130, benchmarks),
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--part", choices=[name for name, *_ in PARTS])
+    options = parser.parse_args(argv)
+    try:
+        asked = subprocess.run([sys.executable, "-c", FACTS], capture_output=True, text=True, timeout=120)
+        facts, why = asked.stdout.strip().splitlines()[-1:], asked.stderr.strip().splitlines()[-1:]
+    except subprocess.TimeoutExpired:
+        facts, why = [], ["torch did not answer within two minutes"]
+    if not facts or not facts[0].startswith("{"):
+        print(f"gpu-check: no GPU to check here ({why[0] if why else 'no answer'})", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    tools = {name: tool(name) for name in ("nvcc", "compute-sanitizer")}
+    machine = Machine(json.loads(facts[0]), tools, options.out)
+    built = TREE.exists() and HARDWARE.exists()
+    chosen = [p for p in PARTS if options.part in (None, p[0]) or (p[0] == "build" and not built)]
+    made = report.heading(ROOT) | {"machine": machine.facts | report.driver(), "tools": tools}
+    made["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    todo = [Part(name, seconds, functools.partial(run, machine)) for name, seconds, run in chosen]
+    done = parts.run(todo, made, options.out, TOTAL)
+    done["kernels"] = report.kernels(done, ROOT)
+    parts.write(done, options.out)
+    text = report.table(done, options.out)
+    (options.out / "table.txt").write_text(text + "\n")
+    print(text)
+    return 0 if all(p["status"] in (PASSED, NOT_RUN) for p in done["parts"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -13,11 +14,16 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: CUDACXX, CUDA_HOME, PATH, the usual place, then the pip package nvidia-cuda-nvcc."""
+    """The CUDA compiler: CUDACXX, CUDA_HOME, PATH, the usual place, then the pip package nvidia-cuda-nvcc.
+
+    That package is whole from CUDA 13 on, with nvidia-cuda-cccl beside it; CUDA 12's has an assembler only.
+    """
     candidates = [os.environ.get("CUDACXX", "")]
     candidates += [os.path.join(os.environ[v], "bin", "nvcc") for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
-    candidates += [str(p) for d in sys.path if d for p in Path(d).glob("nvidia/*/bin/nvcc")]
+    # purelib: pip hides the environment's own packages from an isolated build's sys.path.
+    places = [*filter(None, sys.path), sysconfig.get_path("purelib")]
+    candidates += [str(p) for d in places for p in sorted(Path(d).glob("nvidia/*/bin/nvcc"), reverse=True)]
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
 
 

@@ -58,7 +58,7 @@ View view_of(PyObject* o) {
     v.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
     v.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
   }
-  if (v.ndim && v.size[v.ndim - 1] > 1 && v.stride[v.ndim - 1] != 1)
+  if (v.numel() && v.cols() > 1 && v.stride[v.ndim - 1] != 1)
     throw py::value_error("expected a tensor whose last dimension is contiguous");
   int d = 0;
   while (d < 8 && names.dtypes[d] != dtype.ptr()) ++d;
@@ -67,6 +67,7 @@ View view_of(PyObject* o) {
   if (attribute(o, names.is_cuda).ptr() == Py_True) v.device = int(PyLong_AsLong(call(o, names.get_device).ptr()));
   v.data = PyLong_AsVoidPtr(call(o, names.data_ptr).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
+  if (!v.data && v.numel()) throw py::value_error("expected a tensor that has memory");  // null is for the absent
   return v;
 }
 
@@ -147,6 +148,35 @@ struct Backend {
   const igpt::Ops* ops;
 };
 
+// All tensors of a call are on one device: a kernel would read the addresses of another as its own.
+class OneDevice {
+ public:
+  explicit OneDevice(const char* op) : op_(op) {}
+  void see(const View& v) {
+    if (!v) return;
+    if (first_ == kNone) first_ = v.device;
+    if (v.device != first_)
+      throw std::invalid_argument(std::string(op_) + ": tensors on " + name(first_) + " and " + name(v.device) +
+                                  "; move them to one device");
+  }
+  void see(const BlockMaskView& m) {
+    for (const View* v :
+         {&m.row_start, &m.row_tile, &m.row_mask, &m.col_start, &m.col_tile, &m.col_mask, &m.bits, &m.bits_t})
+      see(*v);
+  }
+  void see(const LayersView& l) {
+    for (int64_t i = 0; i < l.count; ++i) see(l.layer[i].qkv);  // Python has seen that a layer's weights are together
+  }
+  template <class T>
+  void see(const T&) {}
+
+ private:
+  static constexpr int kNone = -2;
+  static std::string name(int device) { return device < 0 ? "cpu" : "cuda:" + std::to_string(device); }
+  const char* op_;
+  int first_ = kNone;
+};
+
 // Binds one field of Ops as a method, and as an answer to has(). Kernels run without the interpreter lock.
 template <class... A>
 void op(py::class_<Backend>& cls, py::dict& has, const char* name, void (*igpt::Ops::*field)(A...)) {
@@ -154,6 +184,8 @@ void op(py::class_<Backend>& cls, py::dict& has, const char* name, void (*igpt::
       name,
       [name, field](const Backend& b, A... a) {
         if (!(b.ops->*field)) throw std::invalid_argument(std::string(b.ops->name) + " has no " + name);
+        OneDevice device(name);
+        (device.see(a), ...);
         (b.ops->*field)(a...);
       },
       py::call_guard<py::gil_scoped_release>());
@@ -171,20 +203,9 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
   py::class_<Layers>(m, "Layers", py::module_local()).def(py::init<py::list>());
   py::class_<Backend> cls(m, "Backend", py::module_local());
   py::dict has;
-  op(cls, has, "rms_norm_fwd", &igpt::Ops::rms_norm_fwd);
-  op(cls, has, "rms_norm_bwd", &igpt::Ops::rms_norm_bwd);
-  op(cls, has, "bias_quick_gelu_fwd", &igpt::Ops::bias_quick_gelu_fwd);
-  op(cls, has, "bias_quick_gelu_bwd", &igpt::Ops::bias_quick_gelu_bwd);
-  op(cls, has, "cross_entropy_fwd", &igpt::Ops::cross_entropy_fwd);
-  op(cls, has, "cross_entropy_bwd", &igpt::Ops::cross_entropy_bwd);
-  op(cls, has, "attention_fwd", &igpt::Ops::attention_fwd);
-  op(cls, has, "attention_bwd", &igpt::Ops::attention_bwd);
-  op(cls, has, "attention_decode", &igpt::Ops::attention_decode);
-  op(cls, has, "linear_fwd", &igpt::Ops::linear_fwd);
-  op(cls, has, "decode_step", &igpt::Ops::decode_step);
-  op(cls, has, "sample_tokens", &igpt::Ops::sample_tokens);
-  op(cls, has, "palette_assign", &igpt::Ops::palette_assign);
-  op(cls, has, "kmeans_step", &igpt::Ops::kmeans_step);
+#define IGPT_BIND(field) op(cls, has, #field, &igpt::Ops::field);
+  IGPT_EACH_OP(IGPT_BIND)
+#undef IGPT_BIND
   cls.def_property_readonly("name", [](const Backend& b) { return b.ops->name; });
   cls.def("has", [has](const py::object& self, const py::str& name) {
     return has.contains(name) && has[name](self).cast<bool>();
@@ -201,5 +222,7 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
   m.def("cpu_why_not", &igpt::cpu_why_not,
         "Why this processor cannot run an instruction set's table; empty when it can.");
   m.def("cuda_why_not", &igpt::cuda_why_not, "Why there is no CUDA backend; empty when there is.");
+  m.def("cuda_versions", &igpt::cuda_versions,
+        "The CUDA runtime compiled in, and the newest that the driver runs; empty without CUDA.");
   m.def("cuda_archs", &igpt::cuda_archs, "The CUDA architectures compiled in; empty without CUDA.");
 }

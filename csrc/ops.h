@@ -37,6 +37,7 @@ struct View {
   }
   IGPT_INLINE int64_t rows() const { return cols() ? numel() / cols() : 0; }  // all but the last dimension, folded
   IGPT_INLINE bool dense() const {
+    if (numel() == 0) return true;  // torch strides what is empty at will
     int64_t expected = 1;
     for (int i = ndim - 1; i >= 0; --i) {
       if (size[i] != 1 && stride[i] != expected) return false;
@@ -111,10 +112,28 @@ struct Ops {
                       Stream) = nullptr;
 };
 
+// Every field of Ops but its name: what walks over the ops (the bindings, the bench, the sanitizers' driver) has no
+// list of its own.
+// clang-format off
+#define IGPT_EACH_OP(F) \
+  F(rms_norm_fwd) F(rms_norm_bwd) \
+  F(bias_quick_gelu_fwd) F(bias_quick_gelu_bwd) \
+  F(cross_entropy_fwd) F(cross_entropy_bwd) \
+  F(attention_fwd) F(attention_bwd) F(attention_decode) \
+  F(linear_fwd) \
+  F(decode_step) \
+  F(sample_tokens) \
+  F(palette_assign) F(kmeans_step)
+// clang-format on
+#define IGPT_ONE_OP(field) +1
+static_assert(sizeof(Ops) == (1 IGPT_EACH_OP(IGPT_ONE_OP)) * sizeof(void*), "a field of Ops is missing above");
+#undef IGPT_ONE_OP
+
 const Ops* cpu_ops(const std::string& isa);       // nullptr: this machine cannot run that instruction set
 std::string cpu_why_not(const std::string& isa);  // "" when it can
 const Ops* cuda_ops();                            // nullptr: built without CUDA, or no device here
 std::string cuda_why_not();                       // "" when there is one
 std::string cuda_archs();                         // the architectures compiled in, "" without CUDA
+std::string cuda_versions();                      // of the runtime compiled in and of the newest that the driver runs
 
 }  // namespace igpt

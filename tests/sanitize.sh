@@ -37,14 +37,27 @@ checked python -c "import igpt_fast.ops._native as n; assert n._C.__file__.start
 checked python -m pytest -p no:cacheprovider $(grep -l '^from check import' "$root"/tests/test_*.py) \
   "$root"/tests/simt/test_layouts.py "$root"/tests/simt/test_layouts_sm90.py
 
-# Every CUDA thread is a fiber that the thread sanitizer knows, and only what orders CUDA threads orders fibers. The
-# second run has a race planted: a check that cannot fail is none. No address randomisation: the sanitizer's memory map
+# Every CUDA thread is a fiber that the thread sanitizer knows, and only what orders CUDA threads orders fibers. Then races
+# are planted: a check that cannot fail is none. No address randomisation: the sanitizer's memory map
 # does not fit every layout of newer kernels.
 bench "$root/build/sanitize/simt-thread" thread drive
 drive=$root/build/sanitize/simt-thread/drive
 if setarch "$(uname -m)" -R true 2> /dev/null; then drive="setarch $(uname -m) -R $drive"; fi
-$drive "$calls"
-if $drive race > "$root/build/sanitize/race.log" 2>&1 || ! grep -q "data race.*tile_kernel" "$root/build/sanitize/race.log"; then
+$drive "$calls" | tee "$root/build/sanitize/ops"
+log=$root/build/sanitize/race.log
+if $drive race > "$log" 2>&1 || ! grep -q "data race.*tile_kernel" "$log"; then
   echo "error: the thread sanitizer does not see the planted race" >&2
   exit 1
 fi
+# With barriers that order nothing, every op that has one must be reported.
+for op in $(sed -n 's/: the same bits.*//p' "$root/build/sanitize/ops" | grep _ | sort -u); do
+  SIMT_UNORDERED=1 $drive "$calls" "$op" > "$log" 2>&1 || true
+  if ! grep -q "orders nothing" "$log"; then
+    echo "$op: no barrier"
+  elif grep -q "WARNING: ThreadSanitizer: data race" "$log"; then
+    echo "$op: without the order of its barriers, $(grep -c 'WARNING: ThreadSanitizer: data race' "$log") races are seen"
+  else
+    echo "error: $op: the thread sanitizer sees no race where barriers order nothing" >&2
+    exit 1
+  fi
+done

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from torch.library import opcheck
 
 from igpt_fast import Config, ImageGPT, ops
+from igpt_fast.cli import info
 from igpt_fast.ops import _native
 from igpt_fast.ops._native import BACKENDS, use_backend
 from igpt_fast.patterns import compiled
@@ -181,3 +183,18 @@ def test_info_names_every_op():
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["cpu backend"] == next(iter(BACKENDS)) and set(facts["ops"]) == set(_native._C.Backend.ops)
+    for on_cpu, on_gpu in facts["ops"].values():
+        assert on_cpu in BACKENDS or "has no" in on_cpu
+        assert on_gpu == "cuda" or on_gpu.startswith("plain torch: ")
+    if _native._C.cuda_why_not():  # which is then the reason of every op
+        assert all(_native._C.cuda_why_not() in on_gpu for _, on_gpu in facts["ops"].values())
+
+
+def test_info_describes_each_gpu(monkeypatch):
+    card = types.SimpleNamespace(name="H200", major=9, minor=0, multi_processor_count=132, total_memory=150 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    facts = info.gather()
+    assert facts["gpu"] == "; ".join(["H200, compute capability 9.0, 132 multiprocessors, 150.0 GiB"] * 2)
+    assert facts["cuda"].startswith("driver ") and "torch's runtime" in facts["cuda"]

@@ -109,6 +109,40 @@ def test_it_runs_on_torchs_current_stream(fn):
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
+MEMORY = torch.cuda.get_device_properties(0).total_memory >> 30 if torch.cuda.is_available() else 0
+ROWS = (1 << 21) + 8  # of 1024 columns: more elements than 31 bits count
+
+
+@pytest.mark.skipif(MEMORY < 40, reason=f"needs a GPU of 40 GiB, this has {MEMORY}")
+@pytest.mark.parametrize("fn", [norm, gelu, loss], ids=lambda f: f.__name__)
+def test_more_elements_than_31_bits_count(fn):
+    """The last rows of a giant are what they are alone."""
+    x = torch.randn(ROWS, 1024, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    y = torch.randn(1, 1024, device="cuda", dtype=torch.bfloat16)
+    if fn is not gelu:
+        y = y.expand(ROWS, 1024)
+    with use_backend("cuda"):
+        if fn is loss:
+            y = y.argmax(1)
+            giant, small = (ops.cross_entropy(a, b, "none") for a, b in ((x, y), (x[-8:], y[-8:])))
+        elif fn is norm:
+            giant, small = (norm(a, b)[0] for a, b in ((x, y), (x[-8:], y[-8:])))
+        else:
+            giant, small = (gelu(a, y)[0] for a in (x, x[-8:]))
+        assert torch.equal(giant[-8:], small)
+        want = torch.autograd.grad(small, x, torch.ones_like(small))[0][-8:].clone()
+        assert torch.equal(torch.autograd.grad(giant, x, torch.ones_like(giant))[0][-8:], want)
+
+
+@pytest.mark.skipif(MEMORY < 40, reason=f"needs a GPU of 40 GiB, this has {MEMORY}")
+def test_more_pixels_than_31_bits_count():
+    pixels = torch.randint(256, (1 << 20, 3), device="cuda", dtype=torch.uint8).repeat(1025, 1)
+    palette = torch.rand(5, 3, device="cuda") * 2 - 1
+    with use_backend("cuda"):
+        tokens = ops.palette_assign(pixels, palette, torch.int16)
+        assert torch.equal(tokens[-1000:], ops.palette_assign(pixels[-1000:].clone(), palette, torch.int16))
+
+
 def test_mixed_devices_are_named():
     with pytest.raises(InputError, match="weight is on cpu, x on cuda:0"):
         ops.rms_norm(torch.ones(2, 4, device="cuda"), torch.ones(4))

@@ -12,5 +12,8 @@ std::string cuda_why_not() {
 std::string cuda_archs() {
   return "";
 }
+std::string cuda_versions() {
+  return "";
+}
 
 }  // namespace igpt

@@ -121,7 +121,13 @@ __global__ void rms_norm_bwd_kernel(Typed dx,           // [N, C]
 }
 
 static void check_norm(const View& x, const View& other, const char* name) {
-  IGPT_CHECK(!other || (same_shape(x, other) && other.dense()), "rms_norm: %s must be dense and shaped like x", name);
+  IGPT_CHECK(!other || (same_shape(x, other) && other.dense() && is_gpu_float(other.dtype)),
+             "rms_norm: %s must be float32, bfloat16 or float16, dense and shaped like x", name);
+}
+
+static void check_weight(const View& weight, int64_t C, int most) {
+  IGPT_CHECK(weight.numel() == C && weight.dense() && is_gpu_float(weight.dtype) && C <= most,
+             "rms_norm: weight must be dense float32, bfloat16 or float16, one a column, at most %d columns", most);
 }
 
 // Vectors of four need columns in fours and addresses to match (torch's allocations are aligned, slices may not be).
@@ -136,8 +142,7 @@ static void rms_norm_fwd(View y, View sum, View rstd, View x, View residual, Vie
   check_norm(x, x, "x"), check_norm(x, y, "y"), check_norm(x, sum, "sum"), check_norm(x, residual, "residual");
   IGPT_CHECK(!residual == !sum, "rms_norm: sum is written exactly when a residual is given");
   IGPT_CHECK(rstd.dtype == DType::f32 && rstd.numel() == N, "rms_norm: rstd must be float32, one a row");
-  IGPT_CHECK(weight.numel() == C && C <= kForwardColumns, "rms_norm: one weight a column, at most %d columns",
-             kForwardColumns);
+  check_weight(weight, C, kForwardColumns);
   if (N == 0) return;
   const OnDevice device(x);
   const auto kernel = in_fours(C, {y, sum, x, residual, weight}) ? rms_norm_fwd_kernel<4> : rms_norm_fwd_kernel<1>;
@@ -151,8 +156,7 @@ static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View ds
   check_norm(s, s, "s"), check_norm(s, dx, "dx"), check_norm(s, dresidual, "dresidual"), check_norm(s, dy, "dy");
   check_norm(s, dsum, "dsum");
   IGPT_CHECK(rstd.dtype == DType::f32 && rstd.numel() == N, "rms_norm_bwd: rstd must be float32, one a row");
-  IGPT_CHECK(weight.numel() == C && C <= kBackwardColumns, "rms_norm_bwd: one weight a column, at most %d columns",
-             kBackwardColumns);
+  check_weight(weight, C, kBackwardColumns);
   IGPT_CHECK(dweight.dtype == DType::f32 && dweight.ndim == 2 && dweight.cols() == C && dweight.dense(),
              "rms_norm_bwd: dweight must be float32 [P, C]");
   const OnDevice device(s);

@@ -41,5 +41,11 @@ const Ops* cuda_ops() {
 std::string cuda_archs() {
   return IGPT_CUDA_ARCHS;
 }
+std::string cuda_versions() {
+  int runtime = 0, driver = 0;  // 13010 is 13.1; a driver that is not there is 0
+  cudaRuntimeGetVersion(&runtime), cudaDriverGetVersion(&driver);
+  const auto text = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+  return text(runtime) + (driver ? ", the driver runs up to " + text(driver) : "");
+}
 
 }  // namespace igpt

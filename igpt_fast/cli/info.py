@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 
 import torch
 import typer
@@ -38,6 +39,7 @@ def info(as_json: JsonOption = False) -> None:
         "cpu backend",
         "better cpu backends",
         "gpu",
+        "cuda",
         "cuda backend",
     ):
         table.add_row(name, str(facts[name]))
@@ -52,7 +54,6 @@ def info(as_json: JsonOption = False) -> None:
 def gather() -> dict:
     """What `info` shows, as plain values."""
     cpu = next((n for n in _native.BACKENDS if n != "cuda"), None)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     if _native.WHY_NO_EXTENSION:
         better, cuda = _native.WHY_NO_EXTENSION, _native.WHY_NO_EXTENSION
         names: list[str] = []
@@ -71,15 +72,40 @@ def gather() -> dict:
         "threads": torch.get_num_threads(),
         "cpu backend": cpu or "plain torch",
         "better cpu backends": better,
-        "gpu": gpu,
+        "gpu": "; ".join(gpus()) or "none",
+        "cuda": versions(),
         "cuda backend": cuda,
-        "ops": {op: (_served(cpu, op), _served("cuda", op)) for op in names},
+        "ops": {op: (_served(cpu, op, better), _served("cuda", op, cuda)) for op in names},
     }
 
 
-def _served(backend: str | None, op: str) -> str:
-    reason = _native.why_not(backend, op) if backend in _native.BACKENDS else f"plain torch: no {backend} backend here"
-    return backend if reason is None else reason if reason.startswith("plain") else f"plain torch: {reason}"
+def gpus() -> list[str]:
+    """Of each GPU that torch sees: name, compute capability, multiprocessors and memory."""
+    if not torch.cuda.is_available():
+        return []
+    every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        f"{p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors, "
+        f"{p.total_memory / 2**30:.1f} GiB"
+        for p in every
+    ]
+
+
+def versions() -> str:
+    """The NVIDIA driver, the newest CUDA that it runs, and the runtimes of torch and of our kernels."""
+    driver = "unknown" if torch.cuda.is_available() else "none"
+    if os.path.exists("/proc/driver/nvidia/version"):
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            found = re.search(r"\b\d+\.\d+(\.\d+)?\b", file.read())
+            driver = found[0] if found else driver
+    ours = "" if _native.WHY_NO_EXTENSION else _native._C.cuda_versions()
+    return f"driver {driver}; torch's runtime {torch.version.cuda or 'none'}; ours {ours or 'none'}"
+
+
+def _served(backend: str | None, op: str, missing: str) -> str:
+    """The backend's name, or plain torch and why. missing: why there is no such backend at all."""
+    reason = _native.why_not(backend, op) if backend in _native.BACKENDS else missing
+    return backend if reason is None else f"plain torch: {reason}"
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 IGPT_BACKEND   auto (default), reference, or a backend's name: a named backend serves the call or raises
 IGPT_STRICT    1: a call that would take a slower path raises with the reason instead of logging it
 IGPT_POISON    1: outputs are filled with NaN (or the smallest integer) before a kernel writes them
+IGPT_DEBUG     1: indices on a GPU are checked before a kernel reads them, for which the host waits
 """
 
 import contextlib
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch  # before _C: the extension then shares torch's OpenMP runtime
 from torch import Tensor
+
+from igpt_fast.errors import InputError
 
 log = logging.getLogger("igpt_fast")
 
@@ -37,6 +40,7 @@ _AUTOMATIC = tuple(BACKENDS)  # what 'auto' chooses from, best first
 _wanted = os.environ.get("IGPT_BACKEND", "auto")
 _strict = os.environ.get("IGPT_STRICT") == "1"
 _poison = os.environ.get("IGPT_POISON") == "1"
+_debug = os.environ.get("IGPT_DEBUG") == "1"
 _said: set[str] = set()
 
 if _wanted not in ("auto", "reference", *BACKENDS):
@@ -133,6 +137,20 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     if _poison:
         out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
     return out
+
+
+def same_device(op: str, **tensors: Tensor | None) -> None:
+    """Raises InputError, naming the argument, unless all tensors are where the first one is."""
+    (first, home), *others = ((name, t.device) for name, t in tensors.items() if t is not None)
+    for name, device in others:
+        if device != home:
+            raise InputError(f"{op}: {name} is on {device}, {first} on {home}; move both to one device")
+
+
+def check_range(op: str, name: str, indices: Tensor, limit: int) -> None:
+    """With IGPT_DEBUG=1, InputError for indices outside 0..limit-1 on a GPU, where no kernel can say so."""
+    if _debug and indices.is_cuda and ((indices < 0) | (indices >= limit)).any():
+        raise InputError(f"{op}: {name} hold a value outside 0..{limit - 1}")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

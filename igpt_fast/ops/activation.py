@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, stream_of
+from igpt_fast.ops._native import backend_for, empty, needs_grad, same_device, stream_of
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -17,6 +17,7 @@ def bias_quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
         raise InputError(
             f"bias_quick_gelu: bias {tuple(bias.shape)} does not fit x {tuple(x.shape)}; give one a column"
         )
+    same_device("bias_quick_gelu", x=x, bias=bias)
     if torch.compiler.is_compiling():
         return torch.ops.igpt.bias_quick_gelu(x, bias)
     native = _native(x, bias)

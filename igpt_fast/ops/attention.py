@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import Tensors, backend_for, empty, needs_grad, rows, stream_of
+from igpt_fast.ops._native import Tensors, backend_for, empty, needs_grad, rows, same_device, stream_of
 from igpt_fast.patterns import BlockMask, unpack
 
 
@@ -75,6 +75,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
         raise InputError(
             f"attention: causal or masked attention needs as many keys ({k.size(2)}) as queries ({q.size(2)})"
         )
+    same_device("attention", q=q, k=k, v=v)
     if mask is not None and (mask.tokens != q.size(2) or mask.causal != causal):
         kind = f"{mask.tokens} tokens, causal={mask.causal}"
         raise InputError(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, stream_of
+from igpt_fast.ops._native import backend_for, check_range, empty, needs_grad, same_device, stream_of
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -13,15 +13,17 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
     logits [..., V] float   targets [...] int64 in 0..V-1   reduction "mean" → float32 scalar, "none" → float32 [...]
     Raises InputError for other shapes, another reduction, or a target out of range. On a GPU asking would make the host
-    wait: such a row's loss and gradient are NaN there instead.
+    wait: such a row's loss and gradient are NaN there instead (IGPT_DEBUG=1 asks).
     """
     if targets.shape != logits.shape[:-1]:
         raise InputError(f"cross_entropy: targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
     if reduction not in ("mean", "none"):
         raise InputError(f'cross_entropy: reduction {reduction!r} is not known; use "mean" or "none"')
+    same_device("cross_entropy", logits=logits, targets=targets)
     if torch.compiler.is_compiling():
         loss = torch.ops.igpt.cross_entropy(logits, targets)[0]
         return loss.mean() if reduction == "mean" else loss
+    check_range("cross_entropy", "targets", targets, logits.shape[-1])
     native = backend_for("cross_entropy_fwd", (logits,))
     if native is None:
         return reference.cross_entropy.cross_entropy(logits, targets, reduction)

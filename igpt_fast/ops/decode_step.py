@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import OptionalTensors, backend_for, empty, native_layers, stream_of
+from igpt_fast.ops._native import OptionalTensors, backend_for, empty, native_layers, same_device, stream_of
 from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import attention_decode, refused_head_dim
 from igpt_fast.ops.linear import linear
@@ -56,6 +56,7 @@ def decode_step(cache: Tensor, pixels: Tensor, weights: StepWeights, slot: int, 
         )
     if not 0 <= slot < cache.shape[4]:
         raise InputError(f"decode_step: slot is {slot}; the cache has the slots 0 to {cache.shape[4] - 1}")
+    same_device("decode_step", cache=cache, pixels=pixels, wte=weights.wte)
     if torch.compiler.is_compiling():
         flat = [t for layer in weights.layers for t in layer]
         return torch.ops.igpt.decode_step(

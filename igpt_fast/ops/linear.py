@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, stream_of
+from igpt_fast.ops._native import backend_for, empty, needs_grad, same_device, stream_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -20,6 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
+    same_device("linear", x=x, weight=weight, bias=bias)
     if needs_grad(x, weight, bias):
         raise InputError(
             "linear: this op has no gradient; call it under torch.no_grad or use torch.nn.functional.linear"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, stream_of
+from igpt_fast.ops._native import backend_for, empty, needs_grad, same_device, stream_of
 
 
 def rms_norm(
@@ -23,6 +23,7 @@ def rms_norm(
         )
     if residual is not None and residual.shape != x.shape:
         raise InputError(f"rms_norm: residual {tuple(residual.shape)} is not shaped like x {tuple(x.shape)}")
+    same_device("rms_norm", x=x, weight=weight, residual=residual)
     dtype = dtype or x.dtype
     if torch.compiler.is_compiling():
         y, s, _ = torch.ops.igpt.rms_norm(x, weight, residual, eps, dtype)

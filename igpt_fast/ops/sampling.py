@@ -7,7 +7,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, stream_of
+from igpt_fast.ops._native import backend_for, empty, same_device, stream_of
 
 
 def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
@@ -42,6 +42,7 @@ def sample_tokens(
         raise InputError(
             f"uniforms are {uniforms.dtype} {list(uniforms.shape)}; sample_tokens reads float64 [{len(logits)}]"
         )
+    same_device("sample_tokens", logits=logits, uniforms=uniforms)
     if torch.compiler.is_compiling():
         return torch.ops.igpt.sample_tokens(logits, uniforms, temperature, top_k, top_p)
     return _sample_tokens(logits, uniforms, temperature, top_k, top_p)
@@ -55,7 +56,7 @@ def _sample_tokens(
         return reference.sampling.sample_tokens(logits, uniforms, temperature, top_k, top_p)
     tokens = empty((len(logits),), logits, torch.int64)
     options = temperature, top_k or 0, 1.0 if top_p is None else top_p
-    native.sample_tokens(tokens, logits.contiguous(), uniforms.to(logits.device), *options, stream_of(logits))
+    native.sample_tokens(tokens, logits.contiguous(), uniforms.contiguous(), *options, stream_of(logits))
     return tokens
 
 

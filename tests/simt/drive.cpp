@@ -138,23 +138,9 @@ Replay next(Reader& reader, const std::string& name) {
   const Ops& ops = *igpt::cuda_ops();
   Replay call;
 #define IGPT_CALL(field) \
-  if (name == #field) call.run = bound(ops.field, reader)
-  IGPT_CALL(rms_norm_fwd);
-  IGPT_CALL(rms_norm_bwd);
-  IGPT_CALL(bias_quick_gelu_fwd);
-  IGPT_CALL(bias_quick_gelu_bwd);
-  IGPT_CALL(cross_entropy_fwd);
-  IGPT_CALL(cross_entropy_bwd);
-  IGPT_CALL(attention_fwd);
-  IGPT_CALL(attention_bwd);
-  IGPT_CALL(attention_decode);
-  IGPT_CALL(linear_fwd);
-  IGPT_CALL(decode_step);
-  IGPT_CALL(sample_tokens);
-  IGPT_CALL(palette_assign);
-  IGPT_CALL(kmeans_step);
+  if (name == #field) call.run = bound(ops.field, reader);
+  IGPT_EACH_OP(IGPT_CALL)
 #undef IGPT_CALL
-  static_assert(sizeof(Ops) == 15 * sizeof(void*), "a field of Ops is missing above: the sanitizers would not see it");
   if (!call.run) throw std::runtime_error("no op is named " + name);
   call.buffers = std::move(reader.buffers);
   reader.buffers.clear();

@@ -130,15 +130,9 @@ const Ops* bench_ops() {
   static const Ops table = [] {
     Ops t;
     t.name = "simt";
-#define IGPT_GUARD(field) simt::wrap<&Ops::field>(t, &Ops::field)
-    IGPT_GUARD(rms_norm_fwd), IGPT_GUARD(rms_norm_bwd);
-    IGPT_GUARD(bias_quick_gelu_fwd), IGPT_GUARD(bias_quick_gelu_bwd);
-    IGPT_GUARD(cross_entropy_fwd), IGPT_GUARD(cross_entropy_bwd);
-    IGPT_GUARD(attention_fwd), IGPT_GUARD(attention_bwd), IGPT_GUARD(attention_decode);
-    IGPT_GUARD(linear_fwd), IGPT_GUARD(decode_step), IGPT_GUARD(sample_tokens);
-    IGPT_GUARD(palette_assign), IGPT_GUARD(kmeans_step);
+#define IGPT_GUARD(field) simt::wrap<&Ops::field>(t, &Ops::field);
+    IGPT_EACH_OP(IGPT_GUARD)
 #undef IGPT_GUARD
-    static_assert(sizeof(Ops) == 15 * sizeof(void*), "a field of Ops is missing above: the bench would not test it");
     return t;
   }();
   return &table;

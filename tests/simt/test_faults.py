@@ -141,6 +141,12 @@ def test_a_deadlock_says_who_waits_where():
     assert "pairs_kernel" in text and text.count("wait in bar.sync at faults.cu:") == 1 and "128 threads" in text
 
 
+def test_a_launch_that_cannot_be_raises():
+    """More shared memory than the kernel was allowed: on a GPU too, where gpu-check runs this."""
+    with pytest.raises(RuntimeError, match="invalid"):
+        product(15, bench.IN_ORDER)
+
+
 def test_a_launch_after_a_failed_one_is_right():
     assert ending(product, 10, bench.IN_ORDER) and ending(product, 0, bench.IN_ORDER) == ""
 

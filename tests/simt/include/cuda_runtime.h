@@ -35,6 +35,14 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = simt::device;
   return cudaSuccess;
 }
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int device) {
   simt::device = device;
   return cudaSuccess;

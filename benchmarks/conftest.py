@@ -177,6 +177,7 @@ def run() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "igpt_fast", "csrc", "benchmarks/*.py")
+    commit = git("rev-parse", "HEAD") or os.environ.get("IGPT_COMMIT") or "unknown"
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -185,7 +186,7 @@ def run() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()) + " UTC",
-        "commit": (git("rev-parse", "HEAD") or "unknown") + (" with uncommitted changes" if changed else ""),
+        "commit": commit + (" with uncommitted changes" if changed else ""),
         "command": " ".join(["pytest", *sys.argv[1:]]),
         "load": round(os.getloadavg()[0], 2),
         "versions": versions,

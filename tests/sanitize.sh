@@ -43,14 +43,19 @@ checked python -m pytest -p no:cacheprovider $(grep -l '^from check import' "$ro
 bench "$root/build/sanitize/simt-thread" thread drive
 drive=$root/build/sanitize/simt-thread/drive
 if setarch "$(uname -m)" -R true 2> /dev/null; then drive="setarch $(uname -m) -R $drive"; fi
-$drive "$calls" | tee "$root/build/sanitize/ops"
+ops=$root/build/sanitize/ops
+if ! $drive "$calls" > "$ops"; then
+  cat "$ops"
+  exit 1
+fi
+cat "$ops"
 log=$root/build/sanitize/race.log
 if $drive race > "$log" 2>&1 || ! grep -q "data race.*tile_kernel" "$log"; then
   echo "error: the thread sanitizer does not see the planted race" >&2
   exit 1
 fi
 # With barriers that order nothing, every op that has one must be reported.
-for op in $(sed -n 's/: the same bits.*//p' "$root/build/sanitize/ops" | grep _ | sort -u); do
+for op in $(sed -n 's/: the same bits.*//p' "$ops" | grep _ | sort -u); do
   SIMT_UNORDERED=1 $drive "$calls" "$op" > "$log" 2>&1 || true
   if ! grep -q "orders nothing" "$log"; then
     echo "$op: no barrier"

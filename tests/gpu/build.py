@@ -44,7 +44,7 @@ def tool(name: str) -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """For commands in TREE: it comes first, threads wait asleep, nothing is asked of a network."""
+    """For all commands: the tree comes first, threads wait asleep, nothing is asked of a network."""
     path = [str(TREE / "tests"), str(TREE), os.environ.get("PYTHONPATH", "")]
     bins = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     return os.environ | {
@@ -54,8 +54,11 @@ def environment() -> dict[str, str]:
         "PIP_NO_INDEX": "1",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(SCRATCH / "inductor"),
-        "IGPT_SIMT_DIR": str(SCRATCH / "simt") if (SCRATCH / "simt" / "ready").exists() else "none",
     }
+
+
+def bench_built() -> bool:
+    return (SCRATCH / "simt" / "ready").exists()
 
 
 def worst(statuses: Mapping[str, str]) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def sources(root: Path) -> str:
 def heading(root: Path) -> dict[str, Any]:
     """Which sources a report is about."""
     changed = git(root, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": git(root, "rev-parse", "HEAD") or None, "changed": bool(changed), "sources": sources(root)}
+    commit = git(root, "rev-parse", "HEAD") or os.environ.get("IGPT_COMMIT")  # a copy may have come without git
+    return {"commit": commit, "changed": bool(changed), "sources": sources(root)}
 
 
 def driver() -> dict[str, Any]:

@@ -24,7 +24,7 @@ def palette_for(images, colors, device):
 def test_encode(compare, device, quick, kind):
     count, colors = (4, 64) if quick else (8192 if device == "cuda" else 1024, 512)
     images = photographs(count)
-    centers = palette_for(images, colors, device)
+    centers = palette_for(images[:1024], colors, device)
     if kind == "random colours":
         images = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
     palette, batch = Palette(centers.cpu()), torch.from_numpy(images).to(device)

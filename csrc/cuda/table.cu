@@ -29,7 +29,8 @@ static const Ops& table() {
 }  // namespace cuda
 
 std::string cuda_why_not() {
-  int devices = 0;
+  int devices = 0, driver = 0;
+  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) return "no NVIDIA driver on this machine";
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error != cudaSuccess) return std::string("no usable GPU: ") + cudaGetErrorString(error);
   return devices ? "" : "no GPU on this machine";

@@ -47,7 +47,7 @@ def info(as_json: JsonOption = False) -> None:
     console.print()
     ops = Table("op", "on the CPU", "on the GPU", box=None, padding=(0, 2, 0, 0))
     for op, (cpu, gpu) in facts["ops"].items():
-        ops.add_row(op, cpu, gpu)
+        ops.add_row(op, cpu, gpu.replace(facts["cuda backend"], "see cuda backend above"))
     console.print(ops)
 
 

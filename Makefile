@@ -7,7 +7,7 @@ CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
 OUT ?= build/gpu-check/out
 
-.PHONY: demo test lint format build bench sanitize spills sass gpu-check clean
+.PHONY: demo test lint format build bench sanitize spills sass gpu-check gpu-record clean
 
 demo: $(VENV)/installed
 	$(BIN)/igpt-fast demo --out demo
@@ -52,6 +52,10 @@ sass: $(VENV)/dependencies
 # benchmarks, inside nine minutes. PART=build|tests|layouts|sanitizer|benchmarks runs one part.
 gpu-check:
 	PYTHONPATH="tests:$$PYTHONPATH" $(PYTHON) -m gpu.check --out "$(OUT)" $(if $(PART),--part $(PART))
+
+# Keeps what a gpu-check of these very sources found: which kernels hardware agreed with, and the benchmarks.
+gpu-record:
+	PYTHONPATH=tests $(PYTHON) -m gpu.report --record "$(OUT)"
 
 # Registers, shared memory and spills of every CUDA kernel; fails on a spill.
 spills:

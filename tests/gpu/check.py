@@ -5,8 +5,7 @@
 It needs no network: nvcc, and a python3 with torch, pytest, hypothesis, pybind11, cmake, ninja and setuptools. The
 package goes into build/gpu-check/tree beside copies of tests and benchmarks, for this GPU's architecture alone; nothing
 else on the machine changes. dir gets gpu-check.json, table.txt, benchmarks.json and logs/. Exit status: 0 all passed, 1
-not, 2 there is no GPU. `python -m gpu.report --record dir` then keeps in verified.json which kernels hardware agreed
-with.
+not, 2 there is no GPU. `make gpu-record OUT=dir` then keeps in verified.json which kernels hardware agreed with.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What a gpu-check found: the table at its end, and the record of which kernels hardware agreed with.
 
     PYTHONPATH=tests python -m gpu.report dir            # the table once more
-    PYTHONPATH=tests python -m gpu.report --record dir   # into benchmarks/results/verified.json
+    make gpu-record OUT=dir                              # into benchmarks/results: verified.json, and the benchmarks
 
 A verdict belongs to sources, which gpu-check.json names by a hash of csrc/: recording asks for a checkout that holds
 exactly them, committed, since the machine with the GPU may have no git.
@@ -11,6 +11,8 @@ import argparse
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -111,7 +113,10 @@ def _comparisons(entries: Any) -> list[str]:
 
 
 def record(out: Path, root: Path) -> str:
-    """Writes into verified.json the kernels that agreed → what was done. ValueError where the sources are others."""
+    """Writes the kernels that agreed into verified.json, keeps the benchmarks beside it → what was done.
+
+    ValueError where the sources are others than those that were checked.
+    """
     report = json.loads((out / "gpu-check.json").read_text())
     if report["sources"] != sources(root):
         raise ValueError("csrc/ is not what was checked: check out the commit that was, or run gpu-check again")
@@ -133,6 +138,9 @@ def record(out: Path, root: Path) -> str:
     partial = path.with_suffix(".partial")
     partial.write_text('{\n  "kernels": {\n' + rows + "\n  }\n}\n")
     os.replace(partial, path)
+    if (out / "benchmarks.json").exists():
+        name = re.sub(r"[^a-z0-9]+", "-", report["machine"]["gpu"].lower()).strip("-")
+        shutil.copy(out / "benchmarks.json", path.with_name(f"{name}.json"))
     return f"agreed at {commit[:9]}: {', '.join(agreed) or 'none'}; not agreed: {', '.join(refused) or 'none'}"
 
 

@@ -45,8 +45,8 @@ def test_a_command_out_of_time_ends_with_all_its_children(clock, monkeypatch, tm
     monkeypatch.setattr(parts, "GRACE", 1.5)
     (tmp_path / "inner").write_text(f"trap '' INT; echo $$ > {tmp_path}/pid; sleep 600")
     began = time.monotonic()
-    done = clock.command("hang", ["sh", "-c", f"trap '' INT; sh {tmp_path}/inner; true"], limit=5)
-    assert done.status == "timed out" and time.monotonic() - began < 30
+    done = clock.command("hang", ["sh", "-c", f"trap '' INT; sh {tmp_path}/inner; true"], limit=9)
+    assert done.status == "timed out" and time.monotonic() - began < 300
     assert gone(int((tmp_path / "pid").read_text())) and "its time was over" in done.log.read_text()
 
 
@@ -73,10 +73,10 @@ def test_no_part_hides_another(tmp_path, capsys):
     def fine(clock):
         return {"status": clock.command("fine", python("")).status, "passed": 7, "failed": 0}
 
-    chosen = [Part("breaks", 1, breaks), Part("hangs", 6, hangs), Part("fine", 6, fine)]
+    chosen = [Part("breaks", 1, breaks), Part("hangs", 6, hangs), Part("fine", 593, fine)]
     began = time.monotonic()
-    found = parts.run(chosen, {"machine": {}}, tmp_path, 13.0)
-    assert time.monotonic() - began < 20
+    found = parts.run(chosen, {"machine": {}}, tmp_path, 600.0)
+    assert time.monotonic() - began < 300
     assert [p["status"] for p in found["parts"].values()] == ["failed", "timed out", "passed"]
     assert "ZeroDivisionError: oh" in found["parts"]["breaks"]["reason"]
     assert json.loads((tmp_path / "gpu-check.json").read_text()) == found and found["finished"]
@@ -185,7 +185,9 @@ def test_a_record_names_commit_and_device(finished, tmp_path):
     with pytest.raises(ValueError, match="not what was checked"):
         report.record(out, root)
     (out / "gpu-check.json").write_text(json.dumps(finished | {"sources": report.sources(root)}))
+    (out / "benchmarks.json").write_text("{}")
     assert "rms_norm_fwd" in report.record(out, root)
+    assert (root / report.VERIFIED).with_name("nvidia-h200.json").read_text() == "{}"
     written = json.loads((root / report.VERIFIED).read_text())["kernels"]
     head = report.git(root, "rev-parse", "HEAD")
     assert written["rms_norm_fwd"] == {"commit": head, "device": "NVIDIA H200", "date": "2026-11-25"}

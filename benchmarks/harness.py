@@ -46,8 +46,8 @@ class Close:
     def errors(self, result: Any) -> list[float]:
         outs = [result] if isinstance(result, Tensor) else list(result)
         assert [o.shape for o in outs] == [t.shape for t in self.truth], "another shape than the truth's"
-        pairs = zip(outs, self.truth, strict=True)
-        return [float((o.detach().double() - t.double()).abs().max() / t.double().abs().max()) for o, t in pairs]
+        pairs = [(o.detach().to(t.device).double(), t.double()) for o, t in zip(outs, self.truth, strict=True)]
+        return [float((o - t).abs().max() / t.abs().max()) for o, t in pairs]
 
     def passes(self, errors: list[float], peers: Sequence[list[float]]) -> bool:
         """Ours: at most twice the error of the first peer that ran, and 4 ulp. Each output on its own; NaN fails."""

@@ -188,5 +188,21 @@ def lloyd_step(colors: np.ndarray, weights: np.ndarray, centers: Tensor) -> Peer
     return {f"{name} + numpy bincount": _then(finders[name], sums) for name in wanted}
 
 
+def lloyd_step_on_gpu(colors: Tensor, weights: Tensor, centers: Tensor) -> Peers:
+    """The same for what a GPU holds."""
+
+    def sums(nearest: Tensor) -> tuple[Tensor, Tensor]:
+        nearest = nearest.long()
+        counts = torch.zeros(len(centers), dtype=torch.int64, device=colors.device).index_add_(0, nearest, weights)
+        total = torch.zeros(centers.shape, dtype=torch.int64, device=colors.device)
+        return total.index_add_(0, nearest, colors * weights[:, None]), counts
+
+    def both(find: Call) -> Call:
+        return lambda: sums(find())
+
+    found = assign_on_gpu(colors, centers).items()
+    return {f"{name} + index_add": f if isinstance(f, Missing) else both(f) for name, f in found}
+
+
 def _then(find: Call | Missing, use: Callable[[np.ndarray], Any]) -> Call | Missing:
     return find if isinstance(find, Missing) else lambda: use(np.asarray(find()))

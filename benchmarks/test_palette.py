@@ -58,6 +58,10 @@ def test_kmeans_step(compare, device, quick):
     centers = palette_for(found, 64 if quick else 512, device)
     colors, weights = torch.from_numpy(found).to(device), torch.from_numpy(times).to(device)
     sums, counts, _ = kmeans_step(colors, weights, centers)
+    if device == "cuda":
+        others = peers.lloyd_step_on_gpu(colors, weights, centers)
+    else:
+        others = peers.lloyd_step(found, times, centers)
     compare(
         Case(
             op="kmeans_step",
@@ -66,7 +70,7 @@ def test_kmeans_step(compare, device, quick):
             device=device,
             backend=served_by("kmeans_step", colors, centers),
             ours=lambda: ops.kmeans_step(colors, weights, centers)[:2],
-            peers=peers.lloyd_step(found, times, centers.cpu()),  # numpy's, wherever ours is
+            peers=others,
             # Sums of integers, so float64 holds the truth exactly; a peer may give a pixel in a tie to another centre.
             judge=Close([sums, counts], torch.float32),
             work={"Mpixel/s": len(found)},

@@ -1,5 +1,7 @@
 """What carries the ordinary tests to the hardware, tried here with the bench in the hardware's place."""
 
+import json
+
 import copies
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 from simt import bench, calls
 from simt.test_schedules import CASES
 
-from gpu import hardware
+from gpu import hardware, report
 
 pytestmark = pytest.mark.skipif(bench.missing() is not None, reason=bench.missing() or "")
 
@@ -92,6 +94,10 @@ def test_calls_are_counted_by_op():
     outs, args = CASES["sample_tokens"](2, 9, torch.float32)
     counted.sample_tokens(*outs, *args)
     assert counted.called == {"sample_tokens"} and counted.name == "simt" and counted.has("kmeans_step")
+
+
+def test_every_kernel_waits_for_its_verdict():
+    assert set(json.loads((report.ROOT / report.VERIFIED).read_text())["kernels"]) == set(CASES)
 
 
 def test_every_case_becomes_calls(tmp_path):

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -181,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     if not facts or not facts[0].startswith("{"):
         print(f"gpu-check: no GPU to check here ({why[0] if why else 'no answer'})", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is ended, as on Ctrl-C
     options.out.mkdir(parents=True, exist_ok=True)
     tools = {name: tool(name) for name in ("nvcc", "compute-sanitizer")}
     machine = Machine(json.loads(facts[0]), tools, options.out)

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# A process group of its own, in the session of whoever called us, so that he can end us all.
+GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 GRACE = 4.0  # seconds between the interrupt, on which pytest still writes its results, and the kill
 PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "failed", "timed out", "not run"
 
@@ -53,6 +56,7 @@ class Clock:
 
     def __init__(self, deadline: float, logs: Path, env: Mapping[str, str] | None = None):
         self.deadline, self.logs, self.env = deadline, logs, dict(os.environ if env is None else env)
+        self.running: set[subprocess.Popen] = set()
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -71,17 +75,19 @@ class Clock:
             try:
                 process = subprocess.Popen(
                     [str(a) for a in argv], cwd=cwd, env=self.env | env, stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=subprocess.STDOUT, start_new_session=True,
+                    stderr=subprocess.STDOUT, **GROUP,
                 )  # fmt: skip
             except OSError as error:
                 print(error, file=file)
                 return Done(127, 0.0, log)
+            self.running.add(process)
             try:
                 code: int | None = process.wait(max(0.0, end - GRACE - time.monotonic()))
             except subprocess.TimeoutExpired:
                 code = None
             finally:
                 _end(process)
+                self.running.discard(process)
             if code is None:
                 print(f"stopped after {time.monotonic() - began:.0f} s: its time was over", file=file)
         return Done(code, time.monotonic() - began, log)
@@ -90,7 +96,13 @@ class Clock:
         """Calls several functions that run commands, so many at once."""
         with ThreadPoolExecutor(at_once or max(2, len(os.sched_getaffinity(0)))) as pool:
             running = {name: pool.submit(run) for name, run in commands.items()}
-            return {name: future.result() for name, future in running.items()}
+            try:
+                return {name: future.result() for name, future in running.items()}
+            except BaseException:  # somebody wants us to stop: then nothing more is begun, and what runs ends
+                self.deadline = 0.0
+                for process in list(self.running):
+                    _end(process)
+                raise
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -1,6 +1,8 @@
 """The runner of gpu-check with parts that pass, fail, hang, break and leave children behind; and what is made of it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +57,23 @@ def test_a_child_left_behind_is_ended_too(clock, tmp_path):
     code = f"import subprocess; p = subprocess.Popen(['sleep', '600']); open({pid!r}, 'w').write(str(p.pid))"
     assert clock.command("parent", python(code)).code == 0
     assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_whoever_stops_the_runner_stops_its_commands(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(f"echo $$ > {tmp_path}/pid-{name}; sleep 600")
+    code = f"""
+import functools, time; from pathlib import Path; from gpu.parts import Clock
+clock, here = Clock(time.monotonic() + 500, Path({str(tmp_path)!r})), {str(tmp_path)!r}
+clock.together({{n: functools.partial(clock.command, n, ["sh", f"{{here}}/{{n}}"]) for n in "ab"}})
+"""
+    tests = str(Path(parts.__file__).parent.parent)
+    runner = subprocess.Popen(python(code), env=os.environ | {"PYTHONPATH": tests}, stderr=subprocess.DEVNULL)
+    while not all((tmp_path / f"pid-{name}").exists() for name in "ab"):
+        time.sleep(0.1)
+    runner.send_signal(signal.SIGINT)
+    assert runner.wait(200) != 0
+    assert all(gone(int((tmp_path / f"pid-{name}").read_text())) for name in "ab")
 
 
 def test_an_interrupt_comes_first_so_that_results_are_written(clock, monkeypatch):

@@ -182,7 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     if not facts or not facts[0].startswith("{"):
         print(f"gpu-check: no GPU to check here ({why[0] if why else 'no answer'})", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is ended, as on Ctrl-C
+    for kind in (signal.SIGINT, signal.SIGTERM):  # also where we began in the background, which ignores the first:
+        signal.signal(kind, signal.default_int_handler)  # commands inherit that, and could not be interrupted
     options.out.mkdir(parents=True, exist_ok=True)
     tools = {name: tool(name) for name in ("nvcc", "compute-sanitizer")}
     machine = Machine(json.loads(facts[0]), tools, options.out)

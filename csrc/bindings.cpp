@@ -177,6 +177,8 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
   op(cls, has, "bias_quick_gelu_bwd", &igpt::Ops::bias_quick_gelu_bwd);
   op(cls, has, "cross_entropy_fwd", &igpt::Ops::cross_entropy_fwd);
   op(cls, has, "cross_entropy_bwd", &igpt::Ops::cross_entropy_bwd);
+  op(cls, has, "linear_cross_entropy_fwd", &igpt::Ops::linear_cross_entropy_fwd);
+  op(cls, has, "linear_cross_entropy_dlogits", &igpt::Ops::linear_cross_entropy_dlogits);
   op(cls, has, "attention_fwd", &igpt::Ops::attention_fwd);
   op(cls, has, "attention_bwd", &igpt::Ops::attention_bwd);
   op(cls, has, "attention_decode", &igpt::Ops::attention_decode);

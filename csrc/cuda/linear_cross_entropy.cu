@@ -21,13 +21,13 @@
 // 16 flops for 4 KB, with the copies' writes 75 % of the time of an A100's mma. One exp2 a logit: 1 / 8 of the time of
 // its 512 multiplications on an A100, which the second block of a multiprocessor hides.
 //
+// Hopper multiplies by kernels of its own where operands are 16-bit: linear_cross_entropy_sm90.cu.
+//
 // Refuses: C that is no multiple of 8, rows that do not begin at multiples of 16 bytes, mixed dtypes. A target outside
 // 0..V-1 gives NaN as its loss and throughout its row of dlogits: no host reads it.
 #include "../common/check.h"
-#include "../common/math.h"
-#include "device.cuh"
 #include "launch.h"
-#include "ptx.cuh"
+#include "linear_cross_entropy.cuh"
 
 namespace igpt {
 namespace cuda {
@@ -39,7 +39,6 @@ constexpr int kStepBytes = 64;  // of each row and step: two mma deep, and a swi
 constexpr int kStages = 4;      // three steps on their way while one is multiplied; two blocks take 128 KB
 constexpr int kOperand = kSide * kStepBytes;
 constexpr int kShared = kStages * 2 * kOperand;
-constexpr float kLargest = 3.402823466e+38f;
 static_assert(kSide * kSide * sizeof(float) <= kShared, "a tile of dlogits is turned in the stages' memory");
 
 template <class T>
@@ -183,20 +182,6 @@ __device__ inline void each_tile(unsigned char* shared, const Operands<T>& o, in
 
 // ---- forward ----
 
-// The sum of exp(x - top) over some x, and their maximum, kept finite: then no difference is of two infinities.
-struct Softmax {
-  float top = -kLargest, sum = 0.f;
-  __device__ void raise(float higher) {
-    higher = fminf(higher, kLargest);
-    sum *= ptx::ex2((top - higher) * kLog2e);
-    top = higher;
-  }
-  __device__ void join(float other_top, float other_sum) {
-    raise(fmaxf(top, other_top));
-    sum += other_sum * ptx::ex2((other_top - top) * kLog2e);
-  }
-};
-
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) linear_cross_entropy_fwd_kernel(float* loss,             // [N]
                                                                                float* lse,              // [N]
@@ -225,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_cross_entropy_fwd_kernel(f
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         const float x = at(logits, i, j);
-        rows[i].sum += ptx::ex2((x - rows[i].top) * kLog2e);
+        rows[i].add(x);
         if (place.col_of(j) == at_target) chosen[place.row_of(i)] = x;
       }
     }
@@ -235,10 +220,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_cross_entropy_fwd_kernel(f
   const bool left = threadIdx.x / 32 % 2 == 0, first_lane = threadIdx.x % 4 == 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2)
-      rows[i].join(__shfl_xor_sync(0xffffffffu, rows[i].top, offset),
-                   __shfl_xor_sync(0xffffffffu, rows[i].sum, offset));
+    rows[i].join_four();
     if (!left && first_lane) half[2 * place.row_of(i)] = rows[i].top, half[2 * place.row_of(i) + 1] = rows[i].sum;
   }
   __syncthreads();
@@ -248,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_cross_entropy_fwd_kernel(f
     const int r = place.row_of(i);
     rows[i].join(half[2 * r], half[2 * r + 1]);
     if (first_row + r >= o.N) continue;
-    const float l = rows[i].top + logf(rows[i].sum);
+    const float l = rows[i].lse();
     lse[first_row + r] = l;
     loss[first_row + r] = target[r] >= 0 ? l - chosen[r] : NAN;
   }
@@ -294,18 +276,14 @@ __global__ void __launch_bounds__(kThreads, 2) linear_cross_entropy_dlogits_kern
       const float g = scale[r], l = row_lse[r];
 #pragma unroll
       for (int j = 0; j < 16; j += 2) {
-        float d[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          d[e] = ptx::ex2((at(logits, i, j + e) - l) * kLog2e) * g;
-          if (place.col_of(j + e) == at_target) d[e] -= g;
-        }
+        const float d0 = dlogit(at(logits, i, j), l, g, place.col_of(j) == at_target);
+        const float d1 = dlogit(at(logits, i, j + 1), l, g, place.col_of(j + 1) == at_target);
         const int bytes = place.col_of(j) * int(sizeof(T));
         unsigned char* to = shared + place_in_tile<T>(r, bytes / 16) + bytes % 16;
         if constexpr (sizeof(T) == 4)
-          *reinterpret_cast<float2*>(to) = make_float2(d[0], d[1]);
+          *reinterpret_cast<float2*>(to) = make_float2(d0, d1);
         else
-          *reinterpret_cast<uint32_t*>(to) = ptx::pack2<T>(d[0], d[1]);
+          *reinterpret_cast<uint32_t*>(to) = ptx::pack2<T>(d0, d1);
       }
     }
   });
@@ -346,6 +324,12 @@ static void check_head(const View& hidden, const View& weight, const View& targe
                "linear_cross_entropy: targets, lse, loss and its gradient must be dense, one value a row of hidden");
 }
 
+// Hopper's kernels read by tensor maps, which know no rows that are all one.
+static bool on_hopper(const View& hidden, const View& weight) {
+  const auto apart = [](const View& v) { return v.size[0] == 1 || v.stride[0] >= v.cols(); };
+  return hidden.dtype != DType::f32 && apart(hidden) && apart(weight) && compute_capability() == 9;
+}
+
 template <class T>
 static Operands<T> operands(const View& hidden, const View& weight) {
   return {hidden.as<T>(), weight.as<T>(),      hidden.stride[0],  weight.stride[0],
@@ -362,6 +346,7 @@ static void linear_cross_entropy_fwd(View loss, View lse, View hidden, View weig
   check_head(hidden, weight, targets, lse, loss);
   if (hidden.size[0] == 0) return;
   const OnDevice device(hidden);
+  if (on_hopper(hidden, weight)) return linear_cross_entropy_fwd_sm90(loss, lse, hidden, weight, targets, stream);
   by_type(hidden.dtype, true, [&]<class T, int>() {
     allow_shared(linear_cross_entropy_fwd_kernel<T>, kShared);
     LAUNCH(linear_cross_entropy_fwd_kernel<T>, blocks_of(hidden.size[0], 1), kThreads, kShared, stream,
@@ -378,6 +363,8 @@ static void linear_cross_entropy_dlogits(View dlogits, View dloss, View hidden, 
              "linear_cross_entropy_dlogits: dlogits must be dense [N, V rounded up to 8], of hidden's dtype, aligned");
   if (hidden.size[0] == 0) return;
   const OnDevice device(hidden);
+  if (on_hopper(hidden, weight))
+    return linear_cross_entropy_dlogits_sm90(dlogits, dloss, hidden, weight, targets, lse, stream);
   by_type(hidden.dtype, true, [&]<class T, int>() {
     allow_shared(linear_cross_entropy_dlogits_kernel<T>, kShared);
     LAUNCH(linear_cross_entropy_dlogits_kernel<T>, blocks_of(hidden.size[0], (weight.size[0] + kSide - 1) / kSide),

@@ -11,7 +11,7 @@ from igpt_fast.ops.projection import projection
 
 ROWS = 128  # of a kernel's tile
 # Bytes of dlogits at a time. They are written once and read twice within an L2 of 40 MB, with as many bytes of hidden
-# beside them where V = C; of 512 colours they are 512 tiles of 16 bits, two waves of a large GPU.
+# beside them where V = C. Of 512 colours and 16 bits they are 16,384 rows: 512 tiles, or 128 blocks of Hopper's kernel.
 WORKSPACE = 16 << 20
 
 
@@ -36,19 +36,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
     for name, t in (("weight", weight), ("target", target)):
         if t.device != hidden.device:
             raise InputError(f"linear_cross_entropy: {name} is on {t.device}, hidden on {hidden.device}; move it there")
-    autocast = torch.is_autocast_enabled(kind)
-    if weight.dtype is not hidden.dtype and not autocast:
-        raise InputError(f"linear_cross_entropy: weight is {weight.dtype}, hidden {hidden.dtype}; convert one of them")
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    elif weight.dtype is not dtype:
+        raise InputError(f"linear_cross_entropy: weight is {weight.dtype}, hidden {dtype}; convert one of them")
     compiling = torch.compiler.is_compiling()
-    if compiling:
-        fused = hidden.is_cuda
-    else:
-        native = _native(hidden, weight)
-        fused = native is not None
-    if not fused:
+    native = None if compiling else _native(hidden, dtype)
+    if not hidden.is_cuda if compiling else native is None:
         return cross_entropy(projection(hidden, weight), target, reduction="none")
-    if autocast:
-        hidden, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (hidden, weight))
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     if compiling:
         return torch.ops.igpt.linear_cross_entropy(hidden, weight, target)[0]
     if needs_grad(hidden, weight):
@@ -56,10 +53,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
     return _forward(native, hidden, weight, target)[0]
 
 
-def _native(hidden: Tensor, weight: Tensor):
+def _native(hidden: Tensor, dtype: torch.dtype):
+    """The backend with a kernel for hidden, and a weight like it, in `dtype`; None where the op is composed."""
     columns = hidden.shape[-1]
     refusal = f"{columns} columns are no multiple of 8" if columns % 8 or not columns else None
-    return fused_backend_for("linear_cross_entropy_fwd", (hidden, weight), refusal)
+    return fused_backend_for("linear_cross_entropy_fwd", (hidden.new_empty(0, dtype=dtype),), refusal)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 @torch.library.custom_op("igpt::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy_op(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    native = _native(hidden, weight)
+    native = _native(hidden, hidden.dtype)
     if native is not None:
         return _forward(native, hidden, weight, target)
     loss = reference.linear_cross_entropy.linear_cross_entropy(hidden, weight, target)
@@ -130,7 +128,7 @@ def _(hidden, weight, target):
 def _linear_cross_entropy_backward_op(
     dloss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    native = _native(hidden, weight)
+    native = _native(hidden, hidden.dtype)
     if native is not None:
         return _backward(native, dloss, hidden, weight, target, lse)
     return reference.linear_cross_entropy.linear_cross_entropy_backward(dloss, hidden, weight, target)

@@ -103,14 +103,14 @@ def test_every_op_has_a_case():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("op", CASES)
-def test_schedules_agree_to_the_bit(op, shape, dtype):
+@pytest.mark.parametrize(("op", "capability"), [*((op, 8) for op in CASES), *((op, 9) for op in bench.HOPPER)])
+def test_schedules_agree_to_the_bit(op, capability, shape, dtype):
     [backend] = bench.module().backends()
     results = {}
     for schedule in [*bench.SCHEDULES, (2, 13, 0, 2)]:
         torch.manual_seed(0)
         outs, args = CASES[op](*shape, dtype)
-        with bench.scheduled(*schedule):
+        with bench.scheduled(*schedule), bench.capability(capability):
             getattr(backend, op)(*outs, *args)
         assert not any((o.isnan() | o.eq(-9)).any() for o in outs), schedule
         results[schedule] = outs

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../../csrc/ops.h"
+#include "cuda_runtime.h"
 #include "kernels/entry.h"
 #include "runtime.h"
 
@@ -54,6 +55,32 @@ Bits norm(int64_t rows, int64_t cols) {
   ops.rms_norm_bwd(dx.view, {}, dweight.view, dy.view, {}, sum.view, w.view, rstd.view, {});
   Bits out;
   for (const Tensor* t : {&y, &sum, &rstd, &dx, &dweight}) out.add(*t);
+  return out;
+}
+
+// The head in bf16, by the kernels for a GPU of this compute capability.
+Bits head(int64_t rows, int64_t cols, int64_t colors, int capability) {
+  std::mt19937 random(3);
+  const int64_t width = (colors + 7) / 8 * 8;
+  Tensor x(0, rows * cols / 2), w(0, colors * cols / 2), d(0, rows * width / 2), targets(0, 2 * rows);
+  Tensor loss(0, rows), lse(0, rows), dloss(0, rows, &random);
+  const auto matrix = [](const Tensor& t, int64_t n, int64_t c) {
+    View v = t.view;
+    v.dtype = DType::bf16, v.ndim = 2, v.size[0] = n, v.size[1] = c, v.stride[0] = c, v.stride[1] = 1;
+    return v;
+  };
+  const View hidden = matrix(x, rows, cols), weight = matrix(w, colors, cols);
+  for (const View& v : {hidden, weight})
+    for (int64_t i = 0; i < v.numel(); ++i) v.as<uint16_t>()[i] = uint16_t(0x3c00 + random() % 256);
+  View target = targets.view;
+  target.dtype = DType::i64, target.size[0] = rows;
+  for (int64_t i = 0; i < rows; ++i) target.as<int64_t>()[i] = i % colors;
+  simt::capability = capability;
+  const igpt::Ops& ops = *igpt::cuda_ops();
+  ops.linear_cross_entropy_fwd(loss.view, lse.view, hidden, weight, target, {});
+  ops.linear_cross_entropy_dlogits(matrix(d, rows, width), dloss.view, hidden, weight, target, lse.view, {});
+  Bits out;
+  for (const Tensor* t : {&loss, &lse, &d}) out.add(*t);
   return out;
 }
 
@@ -107,6 +134,8 @@ int main(int argc, char** argv) {
     }
     bool good = agrees("rms_norm [3, 64]", [] { return norm(3, 64); });
     good = agrees("rms_norm [2, 33]", [] { return norm(2, 33); }) && good;
+    good = agrees("linear_cross_entropy [130, 328, 300]", [] { return head(130, 328, 300, 8); }) && good;
+    good = agrees("linear_cross_entropy_sm90 [130, 328, 300]", [] { return head(130, 328, 300, 9); }) && good;
     good = agrees("tile", [] { return kernel(test_tile, {512, 512}, {512, 0}); }) && good;
     good = agrees("stages", [] { return kernel(test_stages, {1500, 1500}, {1500, 0}); }) && good;
     good = agrees("product", [] { return kernel(test_product, {64 * 132, 64 * 132, 4096}, {264, 0}); }) && good;

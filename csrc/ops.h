@@ -88,6 +88,11 @@ struct Ops {
   // it (the CPU), else the loss and the gradient of its row are NaN
   void (*cross_entropy_fwd)(View loss, View lse, View logits, View targets, Stream) = nullptr;
   void (*cross_entropy_bwd)(View dlogits, View dloss, View logits, View targets, View lse, Stream) = nullptr;
+  // linear_cross_entropy: cross_entropy of hidden [N, C] weight [V, C]^T, logits never in memory, and its dlogits
+  // [N, V rounded up to 8, zeros there] for as many rows as the caller has room for; a bad target gives NaN
+  void (*linear_cross_entropy_fwd)(View loss, View lse, View hidden, View weight, View targets, Stream) = nullptr;
+  void (*linear_cross_entropy_dlogits)(View dlogits, View dloss, View hidden, View weight, View targets, View lse,
+                                       Stream) = nullptr;
   // attention: o = softmax(scale q k^T) v over [B, H, T, D] views; lse natural log, float32 [B, H, T]
   void (*attention_fwd)(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
                         Stream) = nullptr;
@@ -119,6 +124,7 @@ struct Ops {
   F(rms_norm_fwd) F(rms_norm_bwd) \
   F(bias_quick_gelu_fwd) F(bias_quick_gelu_bwd) \
   F(cross_entropy_fwd) F(cross_entropy_bwd) \
+  F(linear_cross_entropy_fwd) F(linear_cross_entropy_dlogits) \
   F(attention_fwd) F(attention_bwd) F(attention_decode) \
   F(linear_fwd) \
   F(decode_step) \

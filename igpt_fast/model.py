@@ -58,7 +58,7 @@ class ImageGPT(nn.Module):
         """
         tokens = self.check_tokens(tokens)
         if self.config.objective == "ar":
-            return ops.cross_entropy(self(tokens, keep), tokens)
+            return ops.linear_cross_entropy(self.hidden(tokens, keep), self.wtet, tokens).mean()
         if keep is None:
             device = tokens.device if generator is None else generator.device
             keep = torch.rand(tokens.shape, generator=generator, device=device) > MASKED

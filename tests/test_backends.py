@@ -43,6 +43,7 @@ def calls():
         ],
         "bias_quick_gelu": [(floats(3, 8), None), (floats(3, 8), floats(8))],
         "cross_entropy": [(floats(5, 7), torch.arange(5))],
+        "linear_cross_entropy": [(floats(5, 8), floats(7, 8), torch.arange(5))],
         "attention": [(q, k, v, [], True, 0.25), (q, k, v, mask, True, 0.25)],
         "attention_decode": [
             (floats(1, 2, 1, 16, grad=False), floats(1, 2, 9, 16, grad=False), floats(1, 2, 9, 16, grad=False), 7, 0.25)

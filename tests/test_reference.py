@@ -2,7 +2,7 @@
 
 import torch
 
-from igpt_fast.reference import activation, attention, cross_entropy, norm
+from igpt_fast.reference import activation, attention, cross_entropy, linear_cross_entropy, norm
 
 
 def doubles(*shape):
@@ -31,6 +31,13 @@ def test_cross_entropy():
     logits, targets, dloss = doubles(6, 9), torch.arange(6), torch.randn(6, dtype=torch.float64)
     wanted = torch.autograd.grad(cross_entropy.cross_entropy(logits, targets, "none"), logits, dloss)
     close([cross_entropy.cross_entropy_backward(dloss, logits, targets)], wanted)
+
+
+def test_linear_cross_entropy():
+    hidden, weight, target = doubles(2, 3, 8), doubles(9, 8), torch.arange(6).view(2, 3)
+    loss, dloss = linear_cross_entropy.linear_cross_entropy(hidden, weight, target), torch.randn(2, 3).double()
+    wanted = torch.autograd.grad(loss, (hidden, weight), dloss)
+    close(linear_cross_entropy.linear_cross_entropy_backward(dloss, hidden, weight, target), wanted)
 
 
 def test_attention_with_rows_that_see_nothing():

@@ -51,6 +51,15 @@ PTX_FN void mbar_arrive_cluster(uint32_t bar, uint32_t rank) {
       "r"(rank)
       : "memory");
 }
+// The same for a stage that only wgmma has read: it does not order this thread's writes for the other block, which
+// costs a fence of the whole GPU.
+PTX_FN void mbar_free_cluster(uint32_t bar, uint32_t rank) {
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(bar),
+      "r"(rank)
+      : "memory");
+}
 // "membar/fence", proxy: ordinary writes to shared memory before it are seen by the async proxy (TMA, wgmma) after it.
 PTX_FN void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

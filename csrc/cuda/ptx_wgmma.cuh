@@ -21,6 +21,13 @@ PTX_FN void wgmma_wait() {  // until at most the N newest groups are in flight
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// No instruction, but the compiler moves no access of d across it: a wait does not name the registers it waits for.
+template <int N>
+PTX_FN void hold_registers(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Sixteen registers at a time: their operands, and their places in the instruction.
 #define IGPT_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define IGPT_D16(i) IGPT_D4(i), IGPT_D4(i + 4), IGPT_D4(i + 8), IGPT_D4(i + 12)

@@ -5,6 +5,7 @@ from igpt_fast.ops.attention import attention, attention_decode, attention_packe
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.decode_step import decode_step
 from igpt_fast.ops.linear import linear
+from igpt_fast.ops.linear_cross_entropy import linear_cross_entropy
 from igpt_fast.ops.norm import rms_norm
 from igpt_fast.ops.palette import kmeans_step, palette_assign
 from igpt_fast.ops.projection import projection
@@ -19,6 +20,7 @@ __all__ = [
     "decode_step",
     "kmeans_step",
     "linear",
+    "linear_cross_entropy",
     "palette_assign",
     "projection",
     "rms_norm",

@@ -121,6 +121,16 @@ def backend_for(op: str, tensors: Sequence[Tensor], refusal: str | None = None):
     return None
 
 
+def fused_backend_for(op: str, tensors: Sequence[Tensor], refusal: str | None = None):
+    """backend_for, for an op that elsewhere is a sequence of other ops: None, and no word, where the table lacks it.
+
+    Each op of the sequence says itself what serves it; a fused one is not missed on a device for which there is none.
+    """
+    device = tensors[0].device.type
+    name = next((n for n in _AUTOMATIC if _SERVES[n][0] == device), "") if _wanted == "auto" else _wanted
+    return backend_for(op, tensors, refusal) if name in BACKENDS and BACKENDS[name].has(op) else None
+
+
 def stream_of(t: Tensor) -> int:
     """The raw handle of torch's current stream on the tensor's device; 0 on the CPU."""
     return torch._C._cuda_getCurrentRawStream(t.get_device()) if t.is_cuda else 0

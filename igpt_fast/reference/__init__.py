@@ -1,5 +1,25 @@
 """What every op means, in plain torch. Slow on purpose; every backend is held against this."""
 
-from igpt_fast.reference import activation, attention, cross_entropy, decode_step, linear, norm, palette, sampling
+from igpt_fast.reference import (
+    activation,
+    attention,
+    cross_entropy,
+    decode_step,
+    linear,
+    linear_cross_entropy,
+    norm,
+    palette,
+    sampling,
+)
 
-__all__ = ["activation", "attention", "cross_entropy", "decode_step", "linear", "norm", "palette", "sampling"]
+__all__ = [
+    "activation",
+    "attention",
+    "cross_entropy",
+    "decode_step",
+    "linear",
+    "linear_cross_entropy",
+    "norm",
+    "palette",
+    "sampling",
+]

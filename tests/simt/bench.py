@@ -34,6 +34,10 @@ RANDOM = [(2, 11, 0), (2, 12, 0)]
 SCHEDULES = [IN_ORDER, *RANDOM, AT_ONCE, (1, 1, 0)]
 
 
+# Ops whose launchers choose kernels of their own on a GPU of compute capability 9.
+HOPPER = ("linear_cross_entropy_fwd", "linear_cross_entropy_dlogits")
+
+
 def missing() -> str | None:
     """Why the bench cannot run on this machine, or None."""
     if os.environ.get("IGPT_SIMT_DIR") == "none":
@@ -86,9 +90,39 @@ def module() -> ModuleType:
 
 @functools.cache
 def register() -> None:
-    """Makes "simt" a backend of the package that serves CPU tensors when it is asked for by name."""
+    """Makes "simt" and "simt_sm90" backends of the package that serve CPU tensors when they are asked for by name."""
     [backend] = module().backends()
     _native.register_backend("simt", backend, device="cpu", dtypes=(torch.float32, torch.bfloat16, torch.float16))
+    _native.register_backend("simt_sm90", Hopper(backend), device="cpu", dtypes=(torch.bfloat16, torch.float16))
+
+
+class Hopper:
+    """The bench's table as a GPU of compute capability 9 would run it: only the ops that have other kernels there."""
+
+    name = "simt_sm90"
+
+    def __init__(self, backend) -> None:
+        self._backend = backend
+
+    def has(self, op: str) -> bool:
+        return op in HOPPER
+
+    def __getattr__(self, op: str):
+        def call(*args) -> None:
+            with capability(9):
+                getattr(self._backend, op)(*args)
+
+        return call
+
+
+@contextlib.contextmanager
+def capability(major: int) -> Iterator[None]:
+    """Within the block, launchers choose what they would choose on a GPU of this compute capability."""
+    _library("_simt").simt_capability(major)
+    try:
+        yield
+    finally:
+        _library("_simt").simt_capability(8)
 
 
 @functools.cache

@@ -4,6 +4,7 @@
 #include <exception>
 #include <vector>
 
+#include "cuda_runtime.h"
 #include "kernels/entry.h"
 #include "runtime.h"
 
@@ -11,6 +12,11 @@
 
 SIMT_API void simt_configure(int schedule, uint64_t seed, int landing, int workers) {
   simt::config() = {schedule, seed, landing, workers};
+}
+
+// What launchers hear when they ask for the major compute capability.
+SIMT_API void simt_capability(int major) {
+  simt::capability = major;
 }
 
 // Runs a test kernel's launcher on guarded copies of `count` buffers. Returns 0, or 1 with the error's text.

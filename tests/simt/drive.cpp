@@ -192,14 +192,17 @@ int replay(const char* path, const std::string& only) {
   bool good = true;
   int calls = 0;
   std::vector<std::unique_ptr<Reader>> runs;  // of one file, one each, so that every run starts from the same bytes
-  for (int i = 0; i < world::kRuns; ++i) runs.push_back(std::make_unique<Reader>(path));
+  for (int i = 0; i < world::kKinds * world::kRuns; ++i) runs.push_back(std::make_unique<Reader>(path));
   while (runs[0]->more()) {
     std::vector<Replay> call;
     std::string name;
     for (auto& reader : runs) name = reader->name(), call.push_back(next(*reader, name));
     if (!only.empty() && name != only) continue;
     size_t i = 0;
-    good = agrees(name, [&] { return call[i].run(), bits(call[i++].buffers); }) && good;
+    for (int kind = 0; kind < world::kKinds; ++kind) {
+      world::kind(kind);
+      good = agrees(name, [&] { return call[i].run(), bits(call[i++].buffers); }) && good;
+    }
     ++calls;
   }
   if (!calls) throw std::runtime_error("the file has no call of " + only);

@@ -51,6 +51,17 @@ def cross_entropy_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Te
     return outputs((rows, cols), dtype=dtype), inputs
 
 
+def linear_cross_entropy_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    inputs = [floats(20 * rows, 72, dtype=dtype), floats(cols, 72, dtype=dtype), torch.randint(cols, (20 * rows,)), 0]
+    return outputs((20 * rows,), (20 * rows,)), inputs
+
+
+def linear_cross_entropy_dlogits(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    _, [hidden, weight, targets, stream] = linear_cross_entropy_fwd(rows, cols, dtype)
+    inputs = [floats(20 * rows), hidden, weight, targets, torch.rand(20 * rows) * 100 + 50, stream]
+    return outputs((20 * rows, -(-cols // 8) * 8), dtype=dtype), inputs
+
+
 def sample_tokens(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
     tokens = torch.full((rows,), -9)
     return [tokens], [floats(rows, cols, dtype=dtype), torch.rand(rows, dtype=torch.float64), 0.8, 100, 0.9, 0]
@@ -76,6 +87,8 @@ CASES: dict[str, Callable] = {
     "bias_quick_gelu_bwd": bias_quick_gelu_bwd,
     "cross_entropy_fwd": cross_entropy_fwd,
     "cross_entropy_bwd": cross_entropy_bwd,
+    "linear_cross_entropy_fwd": linear_cross_entropy_fwd,
+    "linear_cross_entropy_dlogits": linear_cross_entropy_dlogits,
     "sample_tokens": sample_tokens,
     "palette_assign": palette_assign,
     "kmeans_step": kmeans_step,
@@ -90,14 +103,14 @@ def test_every_op_has_a_case():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("op", CASES)
-def test_schedules_agree_to_the_bit(op, shape, dtype):
+@pytest.mark.parametrize(("op", "capability"), [*((op, 8) for op in CASES), *((op, 9) for op in bench.HOPPER)])
+def test_schedules_agree_to_the_bit(op, capability, shape, dtype):
     [backend] = bench.module().backends()
     results = {}
     for schedule in [*bench.SCHEDULES, (2, 13, 0, 2)]:
         torch.manual_seed(0)
         outs, args = CASES[op](*shape, dtype)
-        with bench.scheduled(*schedule):
+        with bench.scheduled(*schedule), bench.capability(capability):
             getattr(backend, op)(*outs, *args)
         assert not any((o.isnan() | o.eq(-9)).any() for o in outs), schedule
         results[schedule] = outs

@@ -69,6 +69,11 @@ def test_every_wrapper_has_its_twin():
     assert not unused, f"no test kernel calls {unused}"
 
 
+def test_the_bench_knows_what_hopper_has():
+    found = {op for path in CUDA.glob("*_sm90.cu") for op in re.findall(r"^void (\w+)_sm90\(View", code(path), re.M)}
+    assert found == set(bench.HOPPER)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the test kernels are not compiled for a GPU")
 @pytest.mark.parametrize(("source", "arch"), [("layouts", "80"), ("layouts_sm90", "90a"), ("faults_sm90", "90a")])
 def test_nvcc_takes_the_test_kernels(source, arch, tmp_path):

@@ -4,11 +4,15 @@
 #include <cstring>
 
 #if defined(IGPT_SIMT)
+#include "cuda_runtime.h"
 #include "runtime.h"
 
 namespace world {
 
-constexpr int kDevice = -1, kRuns = 4;
+constexpr int kDevice = -1, kRuns = 4, kKinds = 2;
+inline void kind(int i) {  // launchers that choose by the GPU's compute capability do so for 8, then for 9
+  simt::capability = 8 + i;
+}
 inline void* allocate(size_t bytes) {
   return simt::guarded_alloc(bytes, 0);
 }
@@ -37,7 +41,8 @@ inline void schedule(int run) {
 namespace world {
 
 using igpt::cuda::check_cuda;
-constexpr int kDevice = 0, kRuns = 2;
+constexpr int kDevice = 0, kRuns = 2, kKinds = 1;
+inline void kind(int) {}
 inline void* allocate(size_t bytes) {
   void* p = nullptr;
   check_cuda(cudaMalloc(&p, bytes ? bytes : 1), "cudaMalloc");

@@ -126,6 +126,9 @@ inline void mbar_wait(uint32_t bar, uint32_t parity, SIMT_HERE) {
 inline void mbar_arrive_cluster(uint32_t bar, uint32_t rank) {
   simt::mbarrier_arrive(simt::map_to_rank(bar, rank), 0);
 }
+inline void mbar_free_cluster(uint32_t bar, uint32_t rank) {
+  mbar_arrive_cluster(bar, rank);
+}
 inline void fence_proxy_async() {
   simt::fence_async();
 }
@@ -188,6 +191,8 @@ template <int N>
 inline void wgmma_wait(SIMT_HERE) {
   simt::wgmma_wait(N, file, line);
 }
+template <int N>
+inline void hold_registers(float (&)[N]) {}  // g++ sees the wait as a call, which it moves nothing across
 template <int N, class E, int A_MN = 0, int B_MN = 0>
 inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate, SIMT_HERE) {
   static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "wgmma of this width is not wrapped");

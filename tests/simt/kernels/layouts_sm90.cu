@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(128)
   }
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
+  ptx::hold_registers(acc);
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) d[t * (N / 2) + i] = acc[i];
 }
@@ -183,8 +184,12 @@ __global__ void arrivals_kernel(int* out) {
   }
   ptx::cluster_sync();
   if (threadIdx.x < size) {
-    if (rank == 1) ptx::st_cluster(ptx::mapa(ptx::smem_u32(value), threadIdx.x), 100 + threadIdx.x);
-    ptx::mbar_arrive_cluster(full, threadIdx.x);
+    if (rank == 1) {
+      ptx::st_cluster(ptx::mapa(ptx::smem_u32(value), threadIdx.x), 100 + threadIdx.x);
+      ptx::mbar_arrive_cluster(full, threadIdx.x);
+    } else {  // nothing written, so nothing to order
+      ptx::mbar_free_cluster(full, threadIdx.x);
+    }
   }
   ptx::mbar_wait(full, 0);
   if (threadIdx.x == 0) out[blockIdx.x] = int(value[0] * 10 + rank);

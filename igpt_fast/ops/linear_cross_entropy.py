@@ -1,0 +1,151 @@
+"""The head with its loss: a linear map and cross-entropy without the logits between them, where a kernel can."""
+
+import torch
+from torch import Tensor
+
+from igpt_fast import reference
+from igpt_fast.errors import InputError
+from igpt_fast.ops._native import empty, fused_backend_for, needs_grad, stream_of
+from igpt_fast.ops.cross_entropy import cross_entropy
+from igpt_fast.ops.projection import projection
+
+ROWS = 128  # of a kernel's tile
+# Bytes of dlogits at a time. They are written once and read twice within an L2 of 40 MB, with as many bytes of hidden
+# beside them where V = C. Of 512 colours and 16 bits they are 16,384 rows: 512 tiles, or 128 blocks of Hopper's kernel.
+WORKSPACE = 16 << 20
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the logits hidden weightᵀ, in nats, one value a row, with gradients for hidden and weight.
+
+    hidden [..., C] float   weight [V, C]   target [...] int64 in 0..V-1   → [...] float32
+    The fused kernels (on a GPU, where C is a multiple of 8) never write the logits: the backward pass makes them again,
+    for 16 MB of their gradient at a time. Elsewhere it is cross_entropy(projection(hidden, weight), target), logits and
+    all. Under autocast the product is in autocast's dtype. Raises InputError for shapes, dtypes or devices that do not
+    fit, or a target out of range; on a GPU asking would make the host wait: such a row's loss and gradient are NaN
+    there, and so is the gradient of the weight.
+    """
+    if weight.ndim != 2 or not len(weight) or hidden.ndim < 1 or hidden.shape[-1:] != weight.shape[1:]:
+        shapes = f"weight {list(weight.shape)} does not fit hidden {list(hidden.shape)}"
+        raise InputError(f"linear_cross_entropy: {shapes}; expected [V, C] and [..., C]")
+    if target.shape != hidden.shape[:-1] or target.dtype is not torch.int64:
+        raise InputError(
+            f"linear_cross_entropy: target is {target.dtype} {list(target.shape)}; give int64 {list(hidden.shape[:-1])}"
+        )
+    kind = hidden.device.type
+    for name, t in (("weight", weight), ("target", target)):
+        if t.device != hidden.device:
+            raise InputError(f"linear_cross_entropy: {name} is on {t.device}, hidden on {hidden.device}; move it there")
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    elif weight.dtype is not dtype:
+        raise InputError(f"linear_cross_entropy: weight is {weight.dtype}, hidden {dtype}; convert one of them")
+    compiling = torch.compiler.is_compiling()
+    native = None if compiling else _native(hidden, dtype)
+    if not hidden.is_cuda if compiling else native is None:
+        return cross_entropy(projection(hidden, weight), target, reduction="none")
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if compiling:
+        return torch.ops.igpt.linear_cross_entropy(hidden, weight, target)[0]
+    if needs_grad(hidden, weight):
+        return _LinearCrossEntropy.apply(native, hidden, weight, target)
+    return _forward(native, hidden, weight, target)[0]
+
+
+def _native(hidden: Tensor, dtype: torch.dtype):
+    """The backend with a kernel for hidden, and a weight like it, in `dtype`; None where the op is composed."""
+    columns = hidden.shape[-1]
+    refusal = f"{columns} columns are no multiple of 8" if columns % 8 or not columns else None
+    return fused_backend_for("linear_cross_entropy_fwd", (hidden.new_empty(0, dtype=dtype),), refusal)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`t` as [rows, C], copied only where rows do not begin at multiples of 16 bytes."""
+    t = t.reshape(-1, t.shape[-1])
+    aligned = t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+    return t if aligned else t.clone(memory_format=torch.contiguous_format)
+
+
+def _forward(native, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    loss, lse = (empty(target.shape, hidden, torch.float32) for _ in range(2))
+    inputs = _rows(hidden), _rows(weight), target.reshape(-1).contiguous()
+    native.linear_cross_entropy_fwd(loss.view(-1), lse.view(-1), *inputs, stream_of(hidden))
+    return loss, lse
+
+
+def _backward(
+    native, dloss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    x, weight, target = _rows(hidden), _rows(weight), target.reshape(-1).contiguous()
+    dloss, lse, stream = dloss.reshape(-1).contiguous(), lse.view(-1), stream_of(hidden)
+    width = (len(weight) + 7) // 8 * 8
+    step = max(1, WORKSPACE // (ROWS * width * x.element_size())) * ROWS
+    room = empty((min(step, len(x)), width), x)
+    dx = empty(x.shape, x)
+    dweight = torch.zeros(weight.shape, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    with torch.autocast(x.device.type, enabled=False):
+        for begin in range(0, len(x), step):
+            part = slice(begin, begin + step)
+            dlogits = room[: len(x[part])]
+            native.linear_cross_entropy_dlogits(dlogits, dloss[part], x[part], weight, target[part], lse[part], stream)
+            dlogits = dlogits[:, : len(weight)]
+            torch.mm(dlogits, weight, out=dx[part])
+            dweight += dlogits.t() @ x[part]
+    return dx.view(hidden.shape), dweight.to(weight.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, native, hidden, weight, target):
+        loss, lse = _forward(native, hidden, weight, target)
+        ctx.native = native
+        ctx.save_for_backward(hidden, weight, target, lse)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        return None, *_backward(ctx.native, dloss, *ctx.saved_tensors), None
+
+
+@torch.library.custom_op("igpt::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy_op(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    native = _native(hidden, hidden.dtype)
+    if native is not None:
+        return _forward(native, hidden, weight, target)
+    loss = reference.linear_cross_entropy.linear_cross_entropy(hidden, weight, target)
+    return loss, torch.zeros_like(loss)  # the reference's gradient needs no lse
+
+
+@_linear_cross_entropy_op.register_fake
+def _(hidden, weight, target):
+    loss = hidden.new_empty(target.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return loss, torch.empty_like(loss)
+
+
+@torch.library.custom_op("igpt::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward_op(
+    dloss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    native = _native(hidden, hidden.dtype)
+    if native is not None:
+        return _backward(native, dloss, hidden, weight, target, lse)
+    return reference.linear_cross_entropy.linear_cross_entropy_backward(dloss, hidden, weight, target)
+
+
+@_linear_cross_entropy_backward_op.register_fake
+def _(dloss, hidden, weight, target, lse):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (hidden, weight))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, dloss, _):
+    return *torch.ops.igpt.linear_cross_entropy_backward(dloss, *ctx.saved_tensors), None
+
+
+_linear_cross_entropy_op.register_autograd(_autograd, setup_context=_setup)

@@ -1,6 +1,7 @@
 """What carries the ordinary tests to the hardware, tried here with the bench in the hardware's place."""
 
 import json
+import struct
 
 import copies
 import numpy as np
@@ -97,10 +98,10 @@ def test_calls_are_counted_by_op():
 
 
 def test_every_kernel_waits_for_its_verdict():
-    assert set(json.loads((report.ROOT / report.VERIFIED).read_text())["kernels"]) == set(CASES)
+    assert set(json.loads((report.ROOT / report.VERIFIED).read_text())["kernels"]) >= set(CASES)
 
 
 def test_every_case_becomes_calls(tmp_path):
     assert calls.main(str(tmp_path / "calls")) == 0
     data = (tmp_path / "calls").read_bytes()
-    assert all(data.count(op.encode()) == len(calls.SHAPES) for op in CASES)
+    assert all(data.count(struct.pack("=I", len(op)) + op.encode()) == len(calls.SHAPES) for op in CASES)

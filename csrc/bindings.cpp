@@ -187,6 +187,9 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
   op(cls, has, "sample_tokens", &igpt::Ops::sample_tokens);
   op(cls, has, "palette_assign", &igpt::Ops::palette_assign);
   op(cls, has, "kmeans_step", &igpt::Ops::kmeans_step);
+  op(cls, has, "palette_table", &igpt::Ops::palette_table);
+  op(cls, has, "palette_decode", &igpt::Ops::palette_decode);
+  op(cls, has, "color_histogram", &igpt::Ops::color_histogram);
   cls.def_property_readonly("name", [](const Backend& b) { return b.ops->name; });
   cls.def("has", [has](const py::object& self, const py::str& name) {
     return has.contains(name) && has[name](self).cast<bool>();

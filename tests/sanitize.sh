@@ -30,7 +30,7 @@ LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.s
   IGPT_SIMT_DIR="$root/build/sanitize/simt" \
   python -m pytest -p no:cacheprovider "$root"/tests/test_norm.py "$root"/tests/test_activation.py "$root"/tests/test_cross_entropy.py \
   "$root"/tests/test_linear_cross_entropy.py \
-  "$root"/tests/test_linear.py "$root"/tests/test_attention.py "$root"/tests/test_palette_ops.py \
+  "$root"/tests/test_linear.py "$root"/tests/test_attention.py "$root"/tests/test_palette_ops.py "$root"/tests/test_palette_table.py \
   "$root"/tests/simt/test_layouts.py "$root"/tests/simt/test_layouts_sm90.py
 
 # Every CUDA thread is a fiber that the thread sanitizer knows, and only what orders CUDA threads orders fibers. The

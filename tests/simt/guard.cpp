@@ -137,9 +137,10 @@ const Ops* bench_ops() {
     IGPT_GUARD(linear_cross_entropy_fwd), IGPT_GUARD(linear_cross_entropy_dlogits);
     IGPT_GUARD(attention_fwd), IGPT_GUARD(attention_bwd), IGPT_GUARD(attention_decode);
     IGPT_GUARD(linear_fwd), IGPT_GUARD(decode_step), IGPT_GUARD(sample_tokens);
-    IGPT_GUARD(palette_assign), IGPT_GUARD(kmeans_step);
+    IGPT_GUARD(palette_assign), IGPT_GUARD(kmeans_step), IGPT_GUARD(palette_table);
+    IGPT_GUARD(palette_decode), IGPT_GUARD(color_histogram);
 #undef IGPT_GUARD
-    static_assert(sizeof(Ops) == 17 * sizeof(void*), "a field of Ops is missing above: the bench would not test it");
+    static_assert(sizeof(Ops) == 20 * sizeof(void*), "a field of Ops is missing above: the bench would not test it");
     return t;
   }();
   return &table;

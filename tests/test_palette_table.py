@@ -1,5 +1,7 @@
 """Tables of a palette's tokens, tokens back to colours, colours counted: exact on every backend."""
 
+import functools
+
 import pytest
 import torch
 from check import backends
@@ -24,7 +26,7 @@ def image(n: int, seed: int, start: int = 0) -> torch.Tensor:
 
 
 def test_the_tables_order_holds_every_colour_once():
-    colors = reference.palette.table_colors(0, 4096).view(-1, 3).int()
+    colors = every_color().view(-1, 3).int()
     packed = colors[:, 0] << 16 | colors[:, 1] << 8 | colors[:, 2]
     assert torch.equal(packed.sort().values, torch.arange(1 << 24, dtype=torch.int32))
     box = reference.palette.table_colors(0x5A3, 1)[0].int()
@@ -61,9 +63,14 @@ def test_centres_on_levels_and_all_equal_tie_everywhere(backend):
         assert torch.equal(table, ops.palette_assign(pixels, palette, torch.int16))
 
 
+@functools.cache
+def every_color() -> torch.Tensor:
+    return reference.palette.table_colors(0, 4096)
+
+
 def tabled(monkeypatch, palette):
     """Lets every uint8 call go through this table, which the CPU has made."""
-    table = ops.palette_assign(reference.palette.table_colors(0, 4096), palette, torch.int16)
+    table = ops.palette_assign(every_color(), palette, torch.int16)
     monkeypatch.setattr(palette_ops, "_table", lambda *args: table if args[1].dtype is torch.uint8 else None)
 
 

@@ -99,7 +99,8 @@ def count_colors(pixels: Tensor, counts: Tensor | None) -> Tensor:
         return found if counts is None else counts.add_(found)
     if counts is None:
         counts = torch.zeros(COLORS, dtype=torch.int64, device=pixels.device)
-    native.color_histogram(counts, pixels.reshape(-1, 3).contiguous(), stream_of(pixels))
+    if pixels.numel():  # an empty array's strides may be anything
+        native.color_histogram(counts, pixels.reshape(-1, 3).contiguous(), stream_of(pixels))
     return counts
 
 

@@ -87,7 +87,7 @@ def palette_decode(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tenso
     kind = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int16}[dtype]
     tokens = torch.randint(-1, cols, (99 * rows,)).to(kind)
     outs = [torch.full((99 * rows, 3), 9, dtype=torch.uint8), torch.full((1,), -9)]
-    return outs, [tokens, torch.randint(256, (cols, 3)).to(torch.uint8), 0]
+    return outs, [tokens, torch.randint(200, (cols, 3)).to(torch.uint8), 0]
 
 
 def color_histogram(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:

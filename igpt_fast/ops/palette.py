@@ -1,5 +1,6 @@
 """Colours to tokens and back, and what k-means needs to make palettes: checks, and which backend runs. No gradients."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,7 +99,9 @@ def count_colors(pixels: Tensor, counts: Tensor | None) -> Tensor:
         found = reference.palette.color_histogram(pixels)
         return found if counts is None else counts.add_(found)
     if counts is None:
-        counts = torch.zeros(COLORS, dtype=torch.int64, device=pixels.device)
+        # On the CPU numpy's zeros are pages that nobody has touched yet: of 128 MB few pixels need few.
+        on_cpu = pixels.device.type == "cpu"
+        counts = torch.from_numpy(np.zeros(COLORS, np.int64)) if on_cpu else pixels.new_zeros(COLORS, dtype=torch.int64)
     if pixels.numel():  # an empty array's strides may be anything
         native.color_histogram(counts, pixels.reshape(-1, 3).contiguous(), stream_of(pixels))
     return counts

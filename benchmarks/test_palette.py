@@ -53,8 +53,61 @@ def test_encode(compare, device, quick, kind):
     )
 
 
+def test_decode(compare, device, quick):
+    count, colors = (4, 64) if quick else (1024, 512)
+    palette = Palette(torch.rand(colors, 3) * 2 - 1)
+    tokens = torch.randint(0, colors, (count, 32, 32), dtype=torch.int16, device=device)
+    index, table = tokens.long(), palette.decode(torch.arange(colors, device=device))
+    theirs, numpys = index.cpu().numpy(), table.cpu().numpy()
+    compare(
+        Case(
+            op="palette decode",
+            shape=f"{count} images of 32 × 32, {colors} colours",
+            dtype="int16",
+            device=device,
+            backend=served_by("palette_decode", tokens),
+            ours=lambda: palette.decode(tokens),
+            peers={"torch indexing": lambda: table[index], "numpy take": lambda: numpys.take(theirs, axis=0)},
+            judge=Exact(table[index]),
+            work={"Mpixel/s": tokens.numel()},
+            pause=0.02,
+        )
+    )
+
+
+def test_histogram(compare, device, quick):
+    images = photographs(4 if quick else 1024)
+    batch = torch.from_numpy(images).to(device)
+
+    def bincount():
+        r, g, b = batch.view(-1, 3).int().unbind(1)
+        return torch.bincount(r << 16 | g << 8 | b, minlength=1 << 24)
+
+    def unique():
+        r, g, b = images.reshape(-1, 3).astype(np.uint32).T
+        found, times = np.unique(r << 16 | g << 8 | b, return_counts=True)
+        counts = np.zeros(1 << 24, np.int64)
+        counts[found] = times
+        return counts
+
+    compare(
+        Case(
+            op="color_histogram",
+            shape=f"{batch.numel() // 3} pixels of photographs",
+            dtype="uint8",
+            device=device,
+            backend=served_by("color_histogram", batch),
+            ours=lambda: ops.color_histogram(batch),
+            peers={"torch bincount": bincount, "numpy unique": unique},
+            judge=Exact(bincount()),
+            work={"Mpixel/s": batch.numel() / 3},
+            pause=0.02,
+        )
+    )
+
+
 def test_kmeans_step(compare, device, quick):
-    found, times = histogram([photographs(16 if quick else 512)])
+    found, times, _ = histogram([photographs(16 if quick else 512)])
     centers = palette_for(found, 64 if quick else 512, device)
     colors, weights = torch.from_numpy(found).to(device), torch.from_numpy(times).to(device)
     sums, counts, _ = kmeans_step(colors, weights, centers)
@@ -84,7 +137,7 @@ def test_fit(compare, quick):
     """To convergence, each by its own rule, then all judged by one: the mean squared distance of all pixels."""
     count, colors = (16, 16) if quick else (2930, 512)  # 3.0 million pixels
     images = photographs(count)
-    found, times = histogram([images])
+    found, times, _ = histogram([images])
     every, weights = torch.from_numpy(found), torch.from_numpy(times)
 
     def inertia(result):

@@ -111,10 +111,16 @@ struct Ops {
                         Stream) = nullptr;
   // palette: nearest colour, lowest index on ties; one Lloyd step over weighted 8-bit colours: by token sums of
   // w u i64 [K, 3], of w i64 [K], of w |u|^2 i64 [K]; bad weights are refused where the host reads them, else inertia
-  // is NaN
-  void (*palette_assign)(View tokens, View pixels, View palette, Stream) = nullptr;
+  // is NaN. table i16 [2^24], optional: what palette_table has made of this palette
+  void (*palette_assign)(View tokens, View pixels, View palette, View table, Stream) = nullptr;
   void (*kmeans_step)(View sums, View counts, View squares, View inertia, View colors, View weights, View palette,
-                      Stream) = nullptr;
+                      View table, Stream) = nullptr;
+  // the tokens of boxes first, first + 1, ... of 16^3 colours each, i16 [boxes, 4096] in the table's order
+  void (*palette_table)(View table, View palette, int64_t first, Stream) = nullptr;
+  // pixels u8 [N, 3] = colors u8 [K, 3] by token; bad i64 [1]: the first token out of range is at this index, or -1
+  void (*palette_decode)(View pixels, View bad, View tokens, View colors, Stream) = nullptr;
+  // adds to counts i64 [2^24], by r << 16 | g << 8 | b
+  void (*color_histogram)(View counts, View pixels, Stream) = nullptr;
 };
 
 // Every field of Ops but its name: what walks over the ops (the bindings, the bench, the sanitizers' driver) has no
@@ -129,7 +135,8 @@ struct Ops {
   F(linear_fwd) \
   F(decode_step) \
   F(sample_tokens) \
-  F(palette_assign) F(kmeans_step)
+  F(palette_assign) F(palette_table) F(palette_decode) \
+  F(kmeans_step) F(color_histogram)
 // clang-format on
 #define IGPT_ONE_OP(field) +1
 static_assert(sizeof(Ops) == (1 IGPT_EACH_OP(IGPT_ONE_OP)) * sizeof(void*), "a field of Ops is missing above");

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.ops.palette import kmeans_step, palette_assign
+from igpt_fast.ops.palette import count_colors, kmeans_step, palette_assign
 
 log = logging.getLogger("igpt_fast")
 
@@ -29,36 +29,51 @@ def unit(colors: np.ndarray) -> Tensor:
     return torch.from_numpy(colors.astype(np.float32) / np.float32(127.5) - np.float32(1))
 
 
-def histogram(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct colours of uint8 [..., 3] batches, sorted, uint8 [N, 3], and the pixels that each has, int64 [N]."""
-    counts = np.zeros(1 << 24, np.int64)
-    for batch in batches:
-        pixels = batch.reshape(-1, 3)
-        for begin in range(0, len(pixels), 1 << 22):
-            r, g, b = pixels[begin : begin + (1 << 22)].astype(np.uint32).T
-            found, times = np.unique(r << 16 | g << 8 | b, return_counts=True)
-            counts[found] += times
-    packed = np.flatnonzero(counts)
-    return np.stack([packed >> 16, packed >> 8 & 255, packed & 255], 1).astype(np.uint8), counts[packed]
+def histogram(batches: Iterable[np.ndarray | Tensor]) -> tuple[np.ndarray, np.ndarray, torch.device]:
+    """The distinct colours of uint8 [..., 3] batches, sorted, uint8 [N, 3], and the pixels that each has, int64 [N].
+
+    Each batch is counted where it is; the last one's device comes third.
+    """
+    counts, device = None, torch.device("cpu")
+    for batch in map(torch.as_tensor, batches):
+        if counts is not None and batch.device != device:
+            counts = counts.to(batch.device)
+        counts, device = count_colors(batch, counts), batch.device
+    if counts is None:
+        return np.zeros((0, 3), np.uint8), np.zeros(0, np.int64), device
+    packed = counts.nonzero().flatten()
+    times, packed = counts[packed].numpy(force=True), packed.numpy(force=True)
+    return np.stack([packed >> 16, packed >> 8 & 255, packed & 255], 1).astype(np.uint8), times, device
 
 
 def cluster(
-    colors: np.ndarray, weights: np.ndarray, k: int, seed: int, progress: Callable[[int, int], None] | None = None
+    colors: np.ndarray,
+    weights: np.ndarray,
+    k: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, float]:
     """k centres with (locally) least weighted squared distance to the colours.
 
     colors: distinct, uint8 [N, 3], N > k. weights: int64 [N], positive. progress: called as progress(step, MAX_STEPS).
+    device: where the steps run; the rest runs on the CPU, and no bit depends on it.
     Returns centers float32 [k, 3] and their inertia, the sum of weight · squared distance, both in [-1, 1] units.
     """
     every, times = torch.from_numpy(colors), torch.from_numpy(weights)
+    there = every.to(device), times.to(device)
     taken = 0
+
+    def step(centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sums, counts, inertia = kmeans_step(*there, centers.to(device))
+        return sums.cpu(), counts.cpu(), inertia
 
     def lloyd(centers: Tensor, steps: int) -> tuple[Tensor, float, float]:
         """Centres at the means of their colours, their inertia, and the last step's longest move along an axis."""
         nonlocal taken
         moved = math.inf
         while steps and moved > SETTLED:
-            sums, counts, _ = kmeans_step(every, times, centers)
+            sums, counts, _ = step(centers)
             means = (sums.double() / counts.double()[:, None] / 127.5 - 1).float()
             empty = (counts == 0).nonzero().flatten()
             if len(empty):
@@ -67,7 +82,7 @@ def cluster(
             centers, steps, taken = means, steps - 1, taken + 1
             if progress:
                 progress(taken, MAX_STEPS)
-        return centers, float(kmeans_step(every, times, centers)[2]), moved
+        return centers, float(step(centers)[2]), moved
 
     centers, inertia, _ = lloyd(unit(_start(colors, weights, k, np.random.default_rng(seed))), SHORT)
     for _ in range(EXCHANGES):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from igpt_fast.errors import InputError
 from igpt_fast.kmeans import cluster, histogram, unit
-from igpt_fast.ops.palette import MAX_COLORS, palette_assign
+from igpt_fast.ops.palette import MAX_COLORS, TOKEN_DTYPES, palette_assign, palette_decode
 from igpt_fast.pictures import write_atomically
 
 log = logging.getLogger("igpt_fast")
@@ -55,6 +55,7 @@ class Palette:
         """The palette with (locally) least mean squared distance to the images' pixels, by k-means.
 
         images: uint8 [..., 3], numpy or tensor, or an iterable of such batches, which is read once. colors: 2 to 4096.
+        Tensors on a GPU are counted there, and the last one's device serves the steps; no bit depends on it.
         The same pixels, colors and seed give the same bits. Fewer distinct colours than asked for give a smaller
         palette of exactly these, and a logged warning. progress: called as progress(step, most steps there can be).
         Raises InputError for images of another form, none at all, or a number of colours out of range.
@@ -62,7 +63,7 @@ class Palette:
         if not 2 <= colors <= MAX_COLORS:
             raise InputError(f"a palette of {colors} colours cannot be fitted; choose from 2 to {MAX_COLORS}")
         batches = [images] if isinstance(images, (np.ndarray, Tensor)) else images
-        found, pixels = histogram(_pixels(batch, "Palette.fit").numpy(force=True) for batch in batches)
+        found, pixels, device = histogram(_pixels(batch, "Palette.fit") for batch in batches)
         if not len(found):
             raise InputError("Palette.fit was given no pixels; give at least one image")
         if len(found) <= colors:
@@ -70,7 +71,7 @@ class Palette:
                 text = "the images have %d distinct colours, fewer than the %d asked for: the palette has just these"
                 log.warning(text, len(found), colors)
             return cls(unit(found), inertia=0.0)
-        centers, inertia = cluster(found, pixels, colors, seed, progress)
+        centers, inertia = cluster(found, pixels, colors, seed, progress, device)
         return cls(centers, inertia / float(pixels.sum()))
 
     @classmethod
@@ -136,12 +137,10 @@ class Palette:
         whole = tokens.dtype.kind in "iu" if numpy else not (tokens.is_floating_point() or tokens.dtype is torch.bool)
         if not whole:
             raise InputError(f"tokens are {tokens.dtype}; give integers, such as Palette.encode returns")
-        index = torch.from_numpy(tokens.astype(np.int64)) if numpy else tokens.long()
-        for token in map(int, torch.aminmax(index) if index.numel() else ()):
-            if not 0 <= token < len(self):
-                has = f"this palette of {len(self)} colours has tokens 0 to {len(self) - 1}"
-                raise InputError(f"token {token} is out of range: {has}; decode with the palette that encoded")
-        pixels = self._bytes().to(index.device)[index]
+        index = torch.from_numpy(tokens.astype(np.int64)) if numpy else tokens
+        if index.dtype not in TOKEN_DTYPES:
+            index = index.long()
+        pixels = palette_decode(index, self._bytes().to(index.device))
         return pixels.numpy() if numpy else pixels
 
     def picture(self, swatch: int = 16) -> np.ndarray:

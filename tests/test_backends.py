@@ -56,6 +56,8 @@ def calls():
         "linear": [(floats(2, 8, grad=False), floats(4, 8, grad=False), None)],
         "palette_assign": [(*bits, torch.int64)],
         "kmeans_step": [(bits[0], torch.ones(5, dtype=torch.int64), bits[1])],
+        "palette_decode": [(torch.arange(5), bits[0])],
+        "color_histogram": [(bits[0],)],
     }
 
 

@@ -107,7 +107,7 @@ def test_parts_of_the_start():
     drawn, times = kmeans._draw(np.array([0, 5, 0, 3]), 8000, rng)
     assert drawn.tolist() == [1, 3] and abs(times[0] - 5000) < 200
     # What stands for pixels that are nearly all white has their mean and their scatter.
-    colors, weights = kmeans.histogram([np.concatenate([np.full((400_000, 3), 250, np.uint8), photo(60_000)])])
+    colors, weights, _ = kmeans.histogram([np.concatenate([np.full((400_000, 3), 250, np.uint8), photo(60_000)])])
     assert len(colors) > kmeans.SAMPLE
     among, stands_for = kmeans._sample(colors, weights, rng)
     for moment in (colors.astype(float), colors.astype(float) ** 2):

@@ -282,8 +282,9 @@ static void check_colors(const View& pixels, const View& palette) {
              "palette: centres must be dense float32 [K, 3] with 1 <= K <= 4096");
 }
 
-static void palette_assign(View tokens, View pixels, View palette, Stream) {
+static void palette_assign(View tokens, View pixels, View palette, View table, Stream) {
   check_colors(pixels, palette);
+  IGPT_CHECK(!table, "palette_assign: the CPU makes its own table; give None");
   IGPT_CHECK(tokens.dense() && tokens.numel() == pixels.rows(), "palette_assign: tokens must be dense, one a pixel");
   const auto run = [&](const auto* in, auto* out) {
     for_each_block(in, pixels.rows(), palette, [&](const uint16_t* block, int64_t begin, int64_t end, int) {
@@ -321,8 +322,9 @@ static double inertia_of(const Moments& m, const float* center) {
 }
 
 static void kmeans_step(View sums, View counts, View squares, View inertia, View colors, View weights, View palette,
-                        Stream) {
+                        View table, Stream) {
   check_colors(colors, palette);
+  IGPT_CHECK(!table, "kmeans_step: the CPU makes its own table; give None");
   const int64_t N = colors.rows(), K = palette.size[0], threads = max_threads();
   IGPT_CHECK(colors.dtype == DType::u8, "kmeans_step: colors must be uint8");
   IGPT_CHECK(weights.dtype == DType::i64 && weights.dense() && weights.numel() == N,

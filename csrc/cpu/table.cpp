@@ -17,6 +17,7 @@ void fill_linear(Ops&);
 void fill_decode_step(Ops&);
 void fill_sampling(Ops&);
 void fill_palette(Ops&);
+void fill_palette_decode(Ops&);
 
 const Ops& table() {
   static const Ops t = [] {
@@ -32,6 +33,7 @@ const Ops& table() {
     fill_decode_step(ops);
     fill_sampling(ops);
     fill_palette(ops);
+    fill_palette_decode(ops);
     return ops;
   }();
   return t;

@@ -8,9 +8,12 @@ namespace cuda {
 
 void fill_activation(Ops&);
 void fill_cross_entropy(Ops&);
+void fill_kmeans(Ops&);
 void fill_linear_cross_entropy(Ops&);
 void fill_norm(Ops&);
 void fill_palette(Ops&);
+void fill_palette_decode(Ops&);
+void fill_palette_table(Ops&);
 void fill_sampling(Ops&);
 
 static const Ops& table() {
@@ -19,9 +22,12 @@ static const Ops& table() {
     ops.name = "cuda";
     fill_activation(ops);
     fill_cross_entropy(ops);
+    fill_kmeans(ops);
     fill_linear_cross_entropy(ops);
     fill_norm(ops);
     fill_palette(ops);
+    fill_palette_decode(ops);
+    fill_palette_table(ops);
     fill_sampling(ops);
     return ops;
   }();

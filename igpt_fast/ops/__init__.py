@@ -7,7 +7,7 @@ from igpt_fast.ops.decode_step import decode_step
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.linear_cross_entropy import linear_cross_entropy
 from igpt_fast.ops.norm import rms_norm
-from igpt_fast.ops.palette import kmeans_step, palette_assign
+from igpt_fast.ops.palette import color_histogram, kmeans_step, palette_assign, palette_decode
 from igpt_fast.ops.projection import projection
 from igpt_fast.ops.sampling import sample_tokens
 
@@ -16,12 +16,14 @@ __all__ = [
     "attention_decode",
     "attention_packed",
     "bias_quick_gelu",
+    "color_histogram",
     "cross_entropy",
     "decode_step",
     "kmeans_step",
     "linear",
     "linear_cross_entropy",
     "palette_assign",
+    "palette_decode",
     "projection",
     "rms_norm",
     "sample_tokens",

@@ -1,5 +1,6 @@
-"""Colours to tokens, and the step of k-means that makes palettes: checks, and which backend runs. No gradients."""
+"""Colours to tokens and back, and what k-means needs to make palettes: checks, and which backend runs. No gradients."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +10,10 @@ from igpt_fast.ops._native import backend_for, empty, stream_of
 
 MAX_COLORS = 4096
 TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16)
+COLORS = 1 << 24  # of 8 bits a channel
+# Distances from which a table repays itself on a GPU: it costs some 40 us, in which the plain loop's 11 operations a
+# distance at 28 T/s make 10^8.
+TABLE_PAYS = 100_000_000
 
 
 def palette_assign(pixels: Tensor, palette: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -26,6 +31,35 @@ def palette_assign(pixels: Tensor, palette: Tensor, dtype: torch.dtype = torch.i
     if torch.compiler.is_compiling():
         return torch.ops.igpt.palette_assign(pixels, palette, dtype)
     return _assign(pixels, palette, dtype)
+
+
+def palette_decode(tokens: Tensor, colors: Tensor) -> Tensor:
+    """The colour of each token.   tokens [...] int64, int32 or int16   colors [K, 3] uint8, K ≤ 4096   → [..., 3] uint8
+
+    Raises InputError for other shapes, dtypes, or devices that differ, and, naming the first, for a token outside
+    0..K-1. On a GPU the host waits for the kernel to know; while a CUDA graph is captured it cannot, and writes black.
+    """
+    if tokens.dtype not in TOKEN_DTYPES:
+        raise InputError(f"palette_decode: tokens are {_text(tokens)}; give int64, int32 or int16")
+    shaped = colors.ndim == 2 and colors.shape[1] == 3 and 1 <= colors.shape[0] <= MAX_COLORS
+    if colors.dtype is not torch.uint8 or not shaped or colors.device != tokens.device:
+        wanted = f"uint8 [K, 3] with 1 ≤ K ≤ {MAX_COLORS} on {tokens.device}"
+        raise InputError(f"palette_decode: the colors are {_text(colors)}; give {wanted}")
+    if torch.compiler.is_compiling():
+        return torch.ops.igpt.palette_decode(tokens, colors)
+    return _decode(tokens, colors)
+
+
+def color_histogram(pixels: Tensor) -> Tensor:
+    """How many pixels each 8-bit colour has, by r << 16 | g << 8 | b.   pixels [..., 3] uint8   → [2^24] int64
+
+    Raises InputError for other pixels.
+    """
+    if pixels.dtype is not torch.uint8 or pixels.shape[-1:] != (3,):
+        raise InputError(f"color_histogram: pixels are {_text(pixels)}; give uint8 [..., 3]")
+    if torch.compiler.is_compiling():
+        return torch.ops.igpt.color_histogram(pixels)
+    return count_colors(pixels, None)
 
 
 def kmeans_step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,13 +92,57 @@ def _text(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}"
 
 
+def count_colors(pixels: Tensor, counts: Tensor | None) -> Tensor:
+    """color_histogram, added to `counts` [2^24] int64 in place where there are some."""
+    native = backend_for("color_histogram", (pixels,))
+    if native is None:
+        found = reference.palette.color_histogram(pixels)
+        return found if counts is None else counts.add_(found)
+    if counts is None:
+        # On the CPU numpy's zeros are pages that nobody has touched yet: of 128 MB few pixels need few.
+        on_cpu = pixels.device.type == "cpu"
+        counts = torch.from_numpy(np.zeros(COLORS, np.int64)) if on_cpu else pixels.new_zeros(COLORS, dtype=torch.int64)
+    if pixels.numel():  # an empty array's strides may be anything
+        native.color_histogram(counts, pixels.reshape(-1, 3).contiguous(), stream_of(pixels))
+    return counts
+
+
+def _table(native, pixels: Tensor, palette: Tensor) -> Tensor | None:
+    """The palette's tokens for all 2^24 colours, in the order of palette_table, where the backend can use them and so
+    many pixels repay them (33.5 MB)."""
+    pays = pixels.dtype is torch.uint8 and pixels.numel() // 3 * len(palette) >= TABLE_PAYS
+    if not pays or not native.has("palette_table"):
+        return None
+    table = empty((4096, 4096), palette, torch.int16)
+    native.palette_table(table, palette, 0, stream_of(palette))
+    return table
+
+
 def _assign(pixels: Tensor, palette: Tensor, dtype: torch.dtype) -> Tensor:
     native = backend_for("palette_assign", (pixels, palette))
     if native is None:
         return reference.palette.palette_assign(pixels, palette, dtype)
     tokens = empty(pixels.shape[:-1], pixels, dtype)
-    native.palette_assign(tokens.view(-1), pixels.reshape(-1, 3).contiguous(), palette.contiguous(), stream_of(pixels))
+    flat, palette = pixels.reshape(-1, 3).contiguous(), palette.contiguous()
+    native.palette_assign(tokens.view(-1), flat, palette, _table(native, flat, palette), stream_of(pixels))
     return tokens
+
+
+def _decode(tokens: Tensor, colors: Tensor) -> Tensor:
+    native = backend_for("palette_decode", (tokens, colors))
+    try:
+        if native is None:
+            return reference.palette.palette_decode(tokens, colors)
+        flat = tokens.reshape(-1).contiguous()
+        pixels, bad = empty((*tokens.shape, 3), colors), empty((1,), tokens, torch.int64)
+        native.palette_decode(pixels.view(-1, 3), bad, flat, colors.contiguous(), stream_of(tokens))
+        captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not captured and (first := int(bad)) >= 0:
+            raise ValueError(f"token {int(flat[first])} is out of range")
+        return pixels
+    except ValueError as error:
+        has = f"this palette of {len(colors)} colours has tokens 0 to {len(colors) - 1}"
+        raise InputError(f"{error}: {has}; decode with the palette that encoded") from None
 
 
 def _step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +154,8 @@ def _step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tensor, Ten
         counts, squares = (empty(palette.shape[:1], colors, torch.int64) for _ in range(2))
         inertia = empty((), colors, torch.float64)
         inputs = colors.contiguous(), weights.contiguous(), palette.contiguous()
-        native.kmeans_step(sums, counts, squares, inertia, *inputs, stream_of(colors))
+        table = _table(native, inputs[0], inputs[2])
+        native.kmeans_step(sums, counts, squares, inertia, *inputs, table, stream_of(colors))
         return sums, counts, inertia
     except ValueError as error:  # the weights' values, which only the pass over them can know
         raise InputError(str(error)) from None
@@ -101,3 +180,23 @@ def _kmeans_step_op(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[T
 def _(colors, weights, palette):
     counts = weights.new_empty(palette.shape[:1])
     return weights.new_empty(palette.shape), counts, weights.new_empty((), dtype=torch.float64)
+
+
+@torch.library.custom_op("igpt::palette_decode", mutates_args=())
+def _palette_decode_op(tokens: Tensor, colors: Tensor) -> Tensor:
+    return _decode(tokens, colors)
+
+
+@_palette_decode_op.register_fake
+def _(tokens, colors):
+    return colors.new_empty((*tokens.shape, 3))
+
+
+@torch.library.custom_op("igpt::color_histogram", mutates_args=())
+def _color_histogram_op(pixels: Tensor) -> Tensor:
+    return count_colors(pixels, None)
+
+
+@_color_histogram_op.register_fake
+def _(pixels):
+    return pixels.new_empty((COLORS,), dtype=torch.int64)

@@ -43,6 +43,40 @@ def kmeans_step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tenso
     return sums, counts, (weights * offset.square().sum(1)).sum()
 
 
+def palette_decode(tokens: Tensor, colors: Tensor) -> Tensor:
+    """colors[tokens], uint8 [..., 3]. tokens integers [...] in 0..K-1   colors uint8 [K, 3]
+
+    Raises ValueError, naming the first in reading order, for a token outside.
+    """
+    index = tokens.long()
+    outside = ((index < 0) | (index >= len(colors))).flatten().nonzero()
+    if len(outside):
+        raise ValueError(f"token {int(index.flatten()[outside[0]])} is out of range")
+    return colors[index]
+
+
+def color_histogram(pixels: Tensor) -> Tensor:
+    """How many pixels each 8-bit colour has, int64 [2^24], by r << 16 | g << 8 | b. pixels uint8 [..., 3]"""
+    r, g, b = pixels.reshape(-1, 3).long().unbind(1)
+    return torch.bincount(r << 16 | g << 8 | b, minlength=1 << 24)
+
+
+def table_colors(first: int, boxes: int) -> Tensor:
+    """uint8 [boxes, 4096, 3]: the colours of a palette's table, boxes of 16^3, in the order of csrc/cuda/palette.cuh.
+
+    Bits of an index, highest first: r7-4, g7-4, b7-4, r3, g3, b3, r2, g2, b2, r1, g1, r0, g0, b1, b0.
+    """
+    index = torch.arange(first * 4096, (first + boxes) * 4096).view(boxes, 4096)
+    places = (3, 5, 8, 11, *range(20, 24)), (2, 4, 7, 10, *range(16, 20)), (0, 1, 6, 9, *range(12, 16))  # lowest first
+    channels = [sum((index >> place & 1) << bit for bit, place in enumerate(bits)) for bits in places]
+    return torch.stack(channels, 2).to(torch.uint8)
+
+
+def palette_table(palette: Tensor, first: int = 0, boxes: int = 4096) -> Tensor:
+    """palette_assign of table_colors(first, boxes), int16 [boxes, 4096]."""
+    return palette_assign(table_colors(first, boxes).to(palette.device), palette, torch.int16)
+
+
 def _nearest(pixels: Tensor, palette: Tensor) -> Tensor:
     # Divided on the CPU: elsewhere torch multiplies by the reciprocal, which rounds otherwise.
     levels = (torch.arange(256, dtype=torch.float32, device="cpu") / 127.5 - 1).to(pixels.device)

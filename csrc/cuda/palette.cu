@@ -9,11 +9,13 @@
 //
 // With it a pixel costs some 30 operations, 3 bytes read, 2 (or 8) written, and a gather from 33.5 MB that L2 holds. A
 // thread has 16 neighbouring pixels in three loads of 16 bytes. The gather decides: its sectors of 32 bytes come at
-// about 5.5 TB/s from L2, and L1 finds one line a cycle. Random colours take a sector a pixel, 170 Gpixel/s. A thread's
-// 16 neighbours of a picture differ by a few levels, and a sector holds 2 x 2 x 4, a line 4^3: where a sector serves
-// 3 pixels, 32 / 3 + 5 bytes a pixel through L2 are 350 Gpixel/s, where it serves 5, 480. The 5 bytes of HBM alone
-// would allow 860. A table of 32^3 cells in shared memory would need no L2, but most cells of 512 centres have 2 to 5
-// candidates, whose exact distances cost 16 bytes of shared memory and 11 operations each: 126 Gpixel/s of any kind.
+// about 5.5 TB/s from L2, and L1 finds one line a cycle. Random colours take a sector a pixel, 170 Gpixel/s. A sector
+// holds 2 x 2 x 4 colours, a line 4^3: where neighbours differ by a few levels and a sector serves 3 pixels, 32 / 3 + 5
+// bytes a pixel through L2 are 350 Gpixel/s, where it serves 5, 480. Colourful thumbnails are far from that: of the
+// benchmarks' photographs, 16 neighbours touch 15.6 sectors and a warp's gather 30 lines; an L1 of 1,400 lines leaves
+// 0.79 sectors a pixel to L2, 180 Gpixel/s. The 5 bytes of HBM alone would allow 860. A table of 32^3 cells in shared
+// memory would need no L2, but most cells of 512 centres have 2 to 5 candidates, whose exact distances cost 16 bytes of
+// shared memory and 11 operations each: 126 Gpixel/s of any kind.
 #include <algorithm>
 
 #include "nearest.cuh"

@@ -46,7 +46,7 @@ def brute(logits, uniform, temperature=1.0, top_k=None, top_p=None):
         walked += weight[i]
         if walked > uniform * total:
             return i
-    raise AssertionError("the walk ended without a token")
+    return max(kept)  # rounding has left the walk an ulp short of the total
 
 
 @settings(deadline=None, max_examples=300)

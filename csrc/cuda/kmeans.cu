@@ -16,6 +16,8 @@
 // 128-bit integers, as on the CPU. Weights cannot be refused here, since no host reads them: where one is negative or
 // they exceed 2^45 in all, inertia is NaN and the sums mean nothing. While they are added up, inertia's 8 bytes hold
 // sum (w >> 20): coarse, but it cannot overflow, and while it is small, neither have the exact sums.
+//
+// sass kmeans_sums_kernel: LDS = 4, LOCAL = 0
 #include <algorithm>
 
 #include "nearest.cuh"

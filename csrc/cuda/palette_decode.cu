@@ -10,6 +10,8 @@
 //
 // The histogram reads 3 bytes a pixel. Bound by atomics in L2, one for each run of equal colours among a thread's 16:
 // on flat images few, on noise one a pixel. They add whole numbers, so their order changes no bit.
+//
+// sass palette_decode_kernel<i16>: LDG.128 = 2, LDG = 0, STG.128 = 3, STG = 0, LDS = 16, LOCAL = 0
 #include <algorithm>
 
 #include "palette.cuh"

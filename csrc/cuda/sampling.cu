@@ -15,6 +15,8 @@
 // some 10 barriers, and with a cut log2(V) (log2(V) + 1) / 2 more (45 of V =
 // 512, 78 of 4096). Refuses V > 8192, whose weights and keys fill the shared
 // memory.
+//
+// sass sample_tokens_kernel: LOCAL = 0
 #include "../common/check.h"
 #include "device.cuh"
 #include "launch.h"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from check import backends, check
+from check import backends, check, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -12,6 +12,11 @@ from igpt_fast.ops._native import use_backend
 from igpt_fast.patterns import PATTERNS, TILE, compiled
 
 DTYPES = [torch.float32, torch.bfloat16]
+FORWARD = [  # on the GPU's kernels 16-bit dtypes only
+    (backend, dtype)
+    for backend, dtype in served("attention_fwd", torch.float32, torch.bfloat16, torch.float16)
+    if not (dtype is torch.float32 and backend == "simt")
+]
 LENGTHS = [1, TILE - 1, TILE, TILE + 1, 3 * TILE + 5]
 
 
@@ -98,14 +103,61 @@ def test_packed(backend, dtype):
 @pytest.mark.parametrize("backend", backends("attention_fwd")[1:])
 def test_output_needs_no_copy(backend):
     with use_backend(backend):
-        out = ops.attention(*heads(2, 3, 5, 8))
+        out = ops.attention(*(t.bfloat16() for t in heads(2, 3, 5, 32)))
     assert out.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("backend", backends("attention_fwd"))
-def test_large_scores_do_not_overflow(backend):
-    q, k, v = heads(1, 1, 70, 16)
-    check(lambda q, k, v: ops.attention(q, k, v), dense(), [q * 100, k * 100, v], backend, grads=False)
+@pytest.mark.parametrize(("backend", "dtype"), FORWARD)
+def test_large_scores_do_not_overflow(backend, dtype):
+    q, k, v = heads(1, 1, 70, 32)
+    args = [(100 * t).to(dtype).to(t.dtype) for t in (q, k)]  # scores so large that rounding them would choose another
+    check(lambda q, k, v: ops.attention(q, k, v), dense(), [*args, v], backend, dtype, grads=False)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FORWARD)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_forward(backend, dtype, head_dim, causal):
+    """Every tile of the GPU's kernels: lengths about one half and a whole block's rows, and three blocks and a rest."""
+    for tokens in (1, 63, 64, 65, 127, 128, 129, 401):
+        args = heads(1 + tokens % 2, 2, tokens, head_dim, seed=tokens)
+        op = lambda q, k, v: ops.attention(q, k, v, causal=causal)  # noqa: E731
+        check(op, dense(causal=causal), args, backend, dtype, grads=False)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FORWARD)
+@settings(max_examples=12)
+@given(
+    tokens=st.integers(1, 300),
+    more=st.integers(0, 100),
+    head_dim=st.sampled_from([32, 64, 96, 128]),
+    scale=st.sampled_from([None, 0.3]),
+    density=st.sampled_from([0.0, 0.001, 0.1, 0.7, 1.0]),
+)
+def test_forward_any_mask(backend, dtype, tokens, more, head_dim, scale, density):
+    """Random masks, with queries that see nothing at all; and without a mask more keys than queries."""
+    q, k, v = heads(1, 3, tokens + more, head_dim, seed=tokens)
+    q = q[:, :, :tokens]
+    check(
+        lambda q, k, v: ops.attention(q, k, v, None, False, scale), dense(None, False, scale), [q, k, v], backend,
+        dtype, grads=False,
+    )  # fmt: skip
+    seen = torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(tokens)) < density
+    mask, args = BlockMask.from_dense(seen), [q, k[:, :, :tokens], v[:, :, :tokens]]
+    op = lambda q, k, v: ops.attention(q, k, v, mask, False, scale)  # noqa: E731
+    check(op, dense(seen, False, scale), args, backend, dtype, grads=False)
+    with use_backend(backend):
+        out = ops.attention(*(t.to(dtype) for t in args), mask, False)
+    assert out[:, :, ~seen.any(1)].eq(0).all()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FORWARD)
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_forward_patterns(backend, dtype, name, causal):
+    mask = compiled(name, (13, 11), causal)
+    op = lambda q, k, v: ops.attention(q, k, v, mask, causal)  # noqa: E731
+    check(op, dense(mask.dense()), heads(1, 2, 143, 32), backend, dtype, grads=False)
 
 
 def test_agrees_with_torch():

@@ -67,6 +67,69 @@ __device__ inline uint32_t block_of(uint32_t tile, int row, int k) {
   return (first ^ k % kGroup * 32) + k / kGroup * kGroup * 32;
 }
 
+// ---- products of a warp: 16 M rows and 8 N columns of scores, where mma leaves them ----
+
+// s += a b^T along D: rows from a_row on of tile a, rows from b_row on of tile b.
+template <int D, class T, int M, int N>
+__device__ inline void add_scores(float (&s)[M][N][4], uint32_t a, uint32_t b, int a_row, int b_row) {
+#pragma unroll(D > 64 ? 2 : 4)
+  for (int d = 0; d < D / 16; ++d) {
+    uint32_t x[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) ptx::ldmatrix(x[m], block_of<D>(a, a_row + 16 * m, d));
+#pragma unroll
+    for (int n = 0; n < N / 2; ++n) {
+      uint32_t y[4];  // rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
+      ptx::ldmatrix(y, block_of<D>(b, b_row + 16 * n, d));
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        ptx::mma_m16n8k16<T>(s[m][2 * n], x[m], y[0], y[2]);
+        ptx::mma_m16n8k16<T>(s[m][2 * n + 1], x[m], y[1], y[3]);
+      }
+    }
+  }
+}
+
+// o += p b: b is the rows from b_row on of a tile, one for each column of p.
+template <int D, class T, int M, int N>
+__device__ inline void add_mix(float (&o)[M][D / 8][4], const float (&p)[M][N][4], uint32_t b, int b_row) {
+#pragma unroll
+  for (int n = 0; n < N / 2; ++n) {
+    uint32_t x[M][4];  // what mma left in d is what it wants as a, two by two
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        x[m][j] = ptx::pack2<T>(p[m][2 * n + j / 2][j % 2 * 2], p[m][2 * n + j / 2][j % 2 * 2 + 1]);
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) {
+      uint32_t y[4];  // tokens 0-7 and 8-15 of columns 0-7, then of columns 8-15
+      ptx::ldmatrix_trans(y, block_of<D>(b, b_row + 16 * n, d));
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        ptx::mma_m16n8k16<T>(o[m][2 * d], x[m], y[0], y[1]);
+        ptx::mma_m16n8k16<T>(o[m][2 * d + 1], x[m], y[2], y[3]);
+      }
+    }
+  }
+}
+
+// -inf where bits(r) does not have a column's bit; r counts from the thread's first row, the bits from column -first.
+template <int M, int N, class Bits>
+__device__ inline void hide(float (&s)[M][N][4], int first, Bits bits) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint64_t seen = bits(16 * m + 8 * half) >> (first + threadIdx.x % 4 * 2);
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+          if (!(seen >> (8 * n + c) & 1)) s[m][n][2 * half + c] = -INFINITY;
+    }
+}
+
 // ---- which tiles a block meets ----
 
 // The tiles of one row (or column) of a mask by increasing index: entries of its lists. Without a mask the tiles
@@ -115,6 +178,12 @@ struct Pattern {
     if (row_start) return {row_start[i], row_start[i + 1]};
     return {0, causal ? i + 1 : nk};
   }
+  // The query tiles of key tile j.
+  __device__ Line col(int j) const {
+    if (j >= nk) return {0, 0};
+    if (col_start) return {col_start[j], col_start[j + 1]};
+    return {causal ? j : 0, nq};
+  }
   // True when every query of tile i sees every key of tile j.
   __device__ bool whole(int i, int j, int id) const { return id == -1 && !(causal && i == j) && (j + 1) * kTile <= Tk; }
   // Which keys of tile j query r of tile i sees.
@@ -123,6 +192,12 @@ struct Pattern {
     if (causal && i == j) seen &= (2ull << r) - 1;
     const int keys = Tk - j * kTile;
     return keys < kTile ? seen & ((1ull << keys) - 1) : seen;
+  }
+  // Which queries of tile i see key r of tile j. Queries behind the end are not masked: their gradients are zero.
+  __device__ uint64_t col_bits(int i, int j, int id, int r) const {
+    if (j * kTile + r >= Tk) return 0;
+    const uint64_t seen = id < 0 ? ~0ull : bits_t[int64_t(id) * kTile + r];
+    return causal && i == j ? seen & (~0ull << r) : seen;
   }
 };
 

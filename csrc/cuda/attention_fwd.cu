@@ -43,42 +43,6 @@ constexpr int kStep = D > 64 ? kTile / 2 : kTile;
 template <int D>
 using Scores = float[2][kStep<D> / 8][4];
 
-template <int D, class T>
-__device__ inline void scores_of(Scores<D>& s, uint32_t q, uint32_t k, int first_row, int first_key) {
-#pragma unroll(D > 64 ? 2 : 4)
-  for (int d = 0; d < D / 16; ++d) {
-    uint32_t a[2][4];
-#pragma unroll
-    for (int m = 0; m < 2; ++m) ptx::ldmatrix(a[m], block_of<D>(q, first_row + 16 * m, d));
-#pragma unroll
-    for (int n = 0; n < kStep<D> / 16; ++n) {
-      uint32_t b[4];  // keys 0-7 and 8-15 of columns 0-7, then of columns 8-15
-      ptx::ldmatrix(b, block_of<D>(k, first_key + 16 * n, d));
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        ptx::mma_m16n8k16<T>(s[m][2 * n], a[m], b[0], b[2]);
-        ptx::mma_m16n8k16<T>(s[m][2 * n + 1], a[m], b[1], b[3]);
-      }
-    }
-  }
-}
-
-// -inf where a query does not see a key. r: the thread's first row within tile i.
-template <int D>
-__device__ inline void hide(Scores<D>& s, const Pattern& pattern, int i, int j, int id, int r, int first_key) {
-#pragma unroll
-  for (int m = 0; m < 2; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint64_t seen = pattern.row_bits(i, j, id, r + 16 * m + 8 * half) >> (first_key + threadIdx.x % 4 * 2);
-#pragma unroll
-      for (int n = 0; n < kStep<D> / 8; ++n)
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          if (!(seen >> (8 * n + c) & 1)) s[m][n][2 * half + c] = -INFINITY;
-    }
-}
-
 // S becomes P; the rows' maximum, sum and O are brought up to date.
 template <int D>
 __device__ inline void softmax(Rows<D>& rows, Scores<D>& s, float scale2) {
@@ -105,29 +69,6 @@ __device__ inline void softmax(Rows<D>& rows, Scores<D>& s, float scale2) {
 #pragma unroll
       for (int d = 0; d < D / 8; ++d) rows.o[m][d][2 * half] *= fade, rows.o[m][d][2 * half + 1] *= fade;
     }
-}
-
-template <int D, class T>
-__device__ inline void mix(Rows<D>& rows, const Scores<D>& p, uint32_t v, int first_key) {
-#pragma unroll
-  for (int n = 0; n < kStep<D> / 16; ++n) {
-    uint32_t a[2][4];  // what mma left in d is what it wants as a, two by two
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        a[m][j] = ptx::pack2<T>(p[m][2 * n + j / 2][j % 2 * 2], p[m][2 * n + j / 2][j % 2 * 2 + 1]);
-#pragma unroll
-    for (int d = 0; d < D / 16; ++d) {
-      uint32_t b[4];  // tokens 0-7 and 8-15 of columns 0-7, then of columns 8-15
-      ptx::ldmatrix_trans(b, block_of<D>(v, first_key + 16 * n, d));
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        ptx::mma_m16n8k16<T>(rows.o[m][2 * d], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<T>(rows.o[m][2 * d + 1], a[m], b[2], b[3]);
-      }
-    }
-  }
 }
 
 template <int D, class T>
@@ -173,10 +114,13 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(Heads<T> o,    
 #pragma unroll 1
     for (int key = 0; key < kTile; key += kStep<D>) {
       Scores<D> s = {};
-      scores_of<D, T>(s, shared_q, shared_k + stage * kKeys, warp_row, key);
-      if (!whole) hide<D>(s, pattern, i, tile.index, id, warp_row % kTile + threadIdx.x % 32 / 4, key);
+      add_scores<D, T>(s, shared_q, shared_k + stage * kKeys, warp_row, key);
+      if (!whole) {
+        const int first = warp_row % kTile + threadIdx.x % 32 / 4;
+        hide(s, key, [&](int r) { return pattern.row_bits(i, tile.index, id, first + r); });
+      }
       softmax(rows, s, scale2);
-      mix<D, T>(rows, s, shared_v + stage * kKeys, key);
+      add_mix<D, T>(rows.o, s, shared_v + stage * kKeys, key);
     }
   }
   ptx::cp_async_wait<0>();

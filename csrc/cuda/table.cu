@@ -8,6 +8,7 @@ namespace cuda {
 
 void fill_activation(Ops&);
 void fill_cross_entropy(Ops&);
+void fill_attention_bwd(Ops&);
 void fill_attention_fwd(Ops&);
 void fill_linear_cross_entropy(Ops&);
 void fill_norm(Ops&);
@@ -20,6 +21,7 @@ static const Ops& table() {
     ops.name = "cuda";
     fill_activation(ops);
     fill_cross_entropy(ops);
+    fill_attention_bwd(ops);
     fill_attention_fwd(ops);
     fill_linear_cross_entropy(ops);
     fill_norm(ops);

@@ -72,7 +72,7 @@ __device__ inline uint32_t block_of(uint32_t tile, int row, int k) {
 // s += a b^T along D: rows from a_row on of tile a, rows from b_row on of tile b.
 template <int D, class T, int M, int N>
 __device__ inline void add_scores(float (&s)[M][N][4], uint32_t a, uint32_t b, int a_row, int b_row) {
-#pragma unroll(D > 64 ? 2 : 4)
+#pragma unroll 2  // more load more fragments ahead than there are registers
   for (int d = 0; d < D / 16; ++d) {
     uint32_t x[M][4];
 #pragma unroll
@@ -147,7 +147,8 @@ struct Meeting {
 __device__ inline bool next(Meeting& m, Line (&lines)[2], const int* tile, const int* mask) {
   int first[2];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) first[h] = lines[h].at >= lines[h].end ? INT32_MAX : tile ? tile[lines[h].at] : lines[h].at;
+  for (int h = 0; h < 2; ++h)
+    first[h] = lines[h].at >= lines[h].end ? INT32_MAX : tile ? tile[lines[h].at] : lines[h].at;
   m.index = min(first[0], first[1]);
   if (m.index == INT32_MAX) return false;
 #pragma unroll

@@ -7,16 +7,16 @@
 // v to the bit, and dS exactly zero. With log2(e) lse it waits in the first eight bytes of the query's row of dq, which
 // nobody else needs before (3). (2) dk and dv: a block owns 128 keys of one head (64 for D > 64), and walks over the
 // queries that see them by the mask's columns, 32 at a time: S^T = K Q^T and dP^T = V dO^T are summed in registers in
-// which mma wants them as the left operand of dV += P^T dO and dK += dS^T Q. (3) dq: a block owns as many queries and
-// walks over keys as the forward pass does: S, dP, dQ += dS K. The other side's rows come by cp.async, the next 32 while
+// which mma wants them as the left operand of dV += P^T dO and dK += dS^T Q. (3) dq: a block owns 128 queries and walks
+// over keys as the forward pass does: S, dP, dQ += dS K. The other side's rows come by cp.async, the next 32 while
 // these are multiplied.
 //
-// S and dP are computed twice: seven products of 2 D flops a score, where five would need dq summed over blocks, by
-// atomics in any order or through a float buffer of two times dq's bytes for each key block in flight. B = 32, H = 8,
-// T = 1024, D = 64 causal: 240 G flops with the tiles' waste of 12 %, 172 G without the second S and dP. Bytes: dout, o
-// for delta, then dout, q, k, v twice and dq, dk, dv: 13 tensors of 34 MB, 436 MB; the tensor cores bound it. Shared
-// memory to registers: with two blocks of 16 rows a warp (D <= 64) half of an A100's bandwidth at its full mma rate,
-// with one (D > 64, where dk and dv fill the registers) all of it. exp2: two a score.
+// S and dP are computed twice: seven products of 2 D flops a score where five would do, the price of sums that no two
+// blocks share. The alternative is dq in float, added to by every block of keys: by atomics, in any order, or in turns.
+// B = 32, H = 8, T = 1024, D = 64 causal: 120 G flops (86 with five products), 135 with the tiles' own waste of 12 %.
+// Bytes: dout and o for (1), dout, q, k, v for (2) and (3), three gradients: 13 tensors of 34 MB, 436 MB; the tensor
+// cores bound it. Shared memory to registers, in an A100's bandwidth at its full mma rate: 3/4 in (2) and 5/6 in (3),
+// but 5/4 in (2) where a warp has 16 rows, D > 64: there it binds. Two exp2 a score: 2/7 of the time at D = 64.
 //
 // Refuses what attention_fwd refuses.
 #include "attention.cuh"
@@ -27,23 +27,23 @@ namespace cuda {
 using namespace attention;
 
 constexpr int kStep = kTile / 2;  // rows of the other side at a time: S and dP of more would not fit the registers
+// M: blocks of 16 rows that a warp owns, hence tiles that a block owns. Two, but where dk and dv fill the registers.
+constexpr int kQueriesM = 2;
 template <int D>
-constexpr int kM = D > 64 ? 1 : 2;  // blocks of 16 rows a warp owns
-template <int D>
-constexpr int kOwn = kM<D> * kTile;  // rows a block owns
-template <int D>
-using Scores = float[kM<D>][kStep / 8][4];
-template <int D>
-using Sums = float[kM<D>][D / 8][4];
+constexpr int kKeysM = D > 64 ? 1 : 2;
+template <int M>
+using Scores = float[M][kStep / 8][4];
+template <int M, int D>
+using Sums = float[M][D / 8][4];
 
 struct alignas(8) Stats {  // of a query
   float lse2, delta;       // lse2 = log2(e) lse
 };
 
 // The block's two tiles of its own rows, two stages of two tiles of the other side's, and of their queries' stats.
-template <int D>
+template <int M, int D>
 struct Shared {
-  static constexpr int kOwnBytes = kOwn<D> * D * 2, kStepBytes = kStep * D * 2;
+  static constexpr int kOwnBytes = M * kTile * D * 2, kStepBytes = kStep * D * 2;
   static constexpr int kStats = 2 * kOwnBytes + 4 * kStepBytes, kBytes = kStats + 2 * kStep * int(sizeof(Stats));
   uint32_t base;
   __device__ uint32_t own(int which) const { return base + which * kOwnBytes; }
@@ -91,11 +91,11 @@ __device__ inline void gradient(float& p, float& ds, const Stats& of, float scal
 }
 
 // Rows t.. of a warp's sums leave through the registers: groups of four lanes are 16 bytes side by side.
-template <int D, class T>
-__device__ inline void store_rows(const Head<T>& out, int64_t t, int64_t end, const Sums<D>& sums, float factor) {
+template <int M, int D, class T>
+__device__ inline void store_rows(const Head<T>& out, int64_t t, int64_t end, const Sums<M, D>& sums, float factor) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int r = 0; r < 2 * kM<D>; ++r) {
+  for (int r = 0; r < 2 * M; ++r) {
     const int64_t at = t + 8 * r + lane / 4;
     if (at >= end) continue;
     T* row = out.row(at) + lane % 4 * 2;
@@ -150,18 +150,18 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(Heads<T> dk,  
                                                                   Heads<const T> v,     // [B, H, Tk, D]
                                                                   Pattern pattern, float scale) {
   DYN_SMEM(unsigned char, memory);
-  const Shared<D> shared = {ptx::smem_u32(memory)};
-  constexpr int M = kM<D>;
+  constexpr int M = kKeysM<D>, kOwn = M * kTile;
+  const Shared<M, D> shared = {ptx::smem_u32(memory)};
 
   // Indices. Keys that most queries see come first in causal attention.
-  const int blocks = (pattern.Tk + kOwn<D> - 1) / kOwn<D>;
+  const int blocks = (pattern.Tk + kOwn - 1) / kOwn;
   const int bh = int(blockIdx.x / blocks), block = int(blockIdx.x % blocks), lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * 16 * M, half = warp_row / kTile, j = M * block + half;
   Line lines[2] = {pattern.col(M * block), M == 2 ? pattern.col(M * block + 1) : Line{0, 0}};
 
   // The block's keys and values; queries, their gradients and stats come step by step.
-  load_tile<D, kOwn<D>>(shared.own(0), k[bh], int64_t(block) * kOwn<D>, pattern.Tk);
-  load_tile<D, kOwn<D>>(shared.own(1), v[bh], int64_t(block) * kOwn<D>, pattern.Tk);
+  load_tile<D, kOwn>(shared.own(0), k[bh], int64_t(block) * kOwn, pattern.Tk);
+  load_tile<D, kOwn>(shared.own(1), v[bh], int64_t(block) * kOwn, pattern.Tk);
   const auto load = [&](int stage, int t) {
     load_tile<D, kStep>(shared.other(0, stage), q[bh], t, pattern.Tq);
     load_tile<D, kStep>(shared.other(1, stage), dout[bh], t, pattern.Tq);
@@ -169,22 +169,22 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(Heads<T> dk,  
     const int row = t + threadIdx.x;
     const bool there = row < pattern.Tq;
     const int slot = stage * kStep + threadIdx.x;
-    ptx::cp_async<sizeof(Stats)>(shared.base + Shared<D>::kStats + slot * int(sizeof(Stats)),
+    ptx::cp_async<sizeof(Stats)>(shared.base + Shared<M, D>::kStats + slot * int(sizeof(Stats)),
                                  dq[bh].row(there ? row : 0), there ? int(sizeof(Stats)) : 0);
   };
 
   // Steps.
-  Sums<D> sums_k = {}, sums_v = {};
+  Sums<M, D> sums_k = {}, sums_v = {};
   const float scale2 = scale * kLog2e;
   walk(lines, pattern.col_tile, pattern.col_mask, half, load, [&](int stage, int i, int first, int id) {
-    Scores<D> p = {}, ds = {};  // transposed: rows are keys
+    Scores<M> p = {}, ds = {};  // transposed: rows are keys
     add_scores<D, T>(p, shared.own(0), shared.other(0, stage), warp_row, 0);
     add_scores<D, T>(ds, shared.own(1), shared.other(1, stage), warp_row, 0);
     if (!pattern.whole(i, j, id)) {
       const int row = warp_row % kTile + lane / 4;
       hide(p, first, [&](int r) { return pattern.col_bits(i, j, id, row + r); });
     }
-    const Stats* stats = reinterpret_cast<const Stats*>(memory + Shared<D>::kStats) + stage * kStep + lane % 4 * 2;
+    const Stats* stats = reinterpret_cast<const Stats*>(memory + Shared<M, D>::kStats) + stage * kStep + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
       const Stats of[2] = {stats[8 * n], stats[8 * n + 1]};
@@ -197,9 +197,9 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(Heads<T> dk,  
     add_mix<D, T>(sums_k, ds, shared.other(0, stage), 0);
   });
 
-  const int64_t t = int64_t(block) * kOwn<D> + warp_row;
-  store_rows<D>(dk[bh], t, pattern.Tk, sums_k, scale);
-  store_rows<D>(dv[bh], t, pattern.Tk, sums_v, 1.f);
+  const int64_t t = int64_t(block) * kOwn + warp_row;
+  store_rows<M, D>(dk[bh], t, pattern.Tk, sums_k, scale);
+  store_rows<M, D>(dv[bh], t, pattern.Tk, sums_v, 1.f);
 }
 
 // ---- (3) dq ----
@@ -212,23 +212,23 @@ __global__ void __launch_bounds__(kThreads) attention_dq_kernel(Heads<T> dq,    
                                                                 Heads<const T> v,     // [B, H, Tk, D]
                                                                 Pattern pattern, float scale) {
   DYN_SMEM(unsigned char, memory);
-  const Shared<D> shared = {ptx::smem_u32(memory)};
-  constexpr int M = kM<D>;
+  constexpr int M = kQueriesM, kOwn = M * kTile;
+  const Shared<M, D> shared = {ptx::smem_u32(memory)};
 
   // Indices. The longest rows first.
-  const int blocks = (pattern.Tq + kOwn<D> - 1) / kOwn<D>;
+  const int blocks = (pattern.Tq + kOwn - 1) / kOwn;
   const int bh = int(blockIdx.x / blocks), block = blocks - 1 - int(blockIdx.x % blocks), lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * 16 * M, half = warp_row / kTile, i = M * block + half;
   Line lines[2] = {pattern.row(M * block), M == 2 ? pattern.row(M * block + 1) : Line{0, 0}};
 
   // The block's queries, their gradients and stats; keys and values come step by step.
-  load_tile<D, kOwn<D>>(shared.own(0), q[bh], int64_t(block) * kOwn<D>, pattern.Tq);
-  load_tile<D, kOwn<D>>(shared.own(1), dout[bh], int64_t(block) * kOwn<D>, pattern.Tq);
+  load_tile<D, kOwn>(shared.own(0), q[bh], int64_t(block) * kOwn, pattern.Tq);
+  load_tile<D, kOwn>(shared.own(1), dout[bh], int64_t(block) * kOwn, pattern.Tq);
   const auto load = [&](int stage, int t) {
     load_tile<D, kStep>(shared.other(0, stage), k[bh], t, pattern.Tk);
     load_tile<D, kStep>(shared.other(1, stage), v[bh], t, pattern.Tk);
   };
-  const int64_t t = int64_t(block) * kOwn<D> + warp_row;
+  const int64_t t = int64_t(block) * kOwn + warp_row;
   Stats stats[2 * M];
 #pragma unroll
   for (int r = 0; r < 2 * M; ++r) {
@@ -238,10 +238,10 @@ __global__ void __launch_bounds__(kThreads) attention_dq_kernel(Heads<T> dq,    
   __syncwarp();  // all four lanes of a row have read it before any writes
 
   // Steps.
-  Sums<D> sums = {};
+  Sums<M, D> sums = {};
   const float scale2 = scale * kLog2e;
   walk(lines, pattern.row_tile, pattern.row_mask, half, load, [&](int stage, int j, int first, int id) {
-    Scores<D> p = {}, ds = {};
+    Scores<M> p = {}, ds = {};
     add_scores<D, T>(p, shared.own(0), shared.other(0, stage), warp_row, 0);
     add_scores<D, T>(ds, shared.own(1), shared.other(1, stage), warp_row, 0);
     if (!pattern.whole(i, j, id)) {
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) attention_dq_kernel(Heads<T> dq,    
     add_mix<D, T>(sums, ds, shared.other(0, stage), 0);
   });
 
-  store_rows<D>(dq[bh], t, pattern.Tq, sums, scale);
+  store_rows<M, D>(dq[bh], t, pattern.Tq, sums, scale);
 }
 
 static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
@@ -273,23 +273,24 @@ static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, 
              "attention_bwd: gradients must be shaped like what they belong to");
   IGPT_CHECK(lse.dtype == DType::f32 && lse.dense() && lse.numel() == heads * Tq,
              "attention_bwd: lse must be dense float32 [B, H, Tq]");
-  IGPT_CHECK(heads * ((std::max(Tq, Tk) + kTile - 1) / kTile) <= INT32_MAX,
-             "attention: too many heads for one launch");
+  IGPT_CHECK(heads * ((std::max(Tq, Tk) + kTile - 1) / kTile) <= INT32_MAX, "attention: too many heads for one launch");
   const OnDevice device(q);
   const Pattern pattern(Tq, Tk, causal, mask);
   by_head(q, [&]<class T, int D>() {
     const auto blocks = [&](int64_t tokens, int rows) { return unsigned(heads * ((tokens + rows - 1) / rows)); };
     const Heads<const T> from_dq(dq), hdout(dout), hq(q), hk(k), hv(v);
-    allow_shared(attention_dkdv_kernel<D, T>, Shared<D>::kBytes);
-    allow_shared(attention_dq_kernel<D, T>, Shared<D>::kBytes);
+    constexpr int kKeys = kKeysM<D> * kTile, kQueries = kQueriesM * kTile;
+    constexpr int kKeysBytes = Shared<kKeysM<D>, D>::kBytes, kQueriesBytes = Shared<kQueriesM, D>::kBytes;
+    allow_shared(attention_dkdv_kernel<D, T>, kKeysBytes);
+    allow_shared(attention_dq_kernel<D, T>, kQueriesBytes);
     if (heads && Tq)
       LAUNCH((attention_stats_kernel<D, T>), blocks(Tq, kTile), kThreads, 0, stream, Heads<T>(dq), hdout,
              Heads<const T>(o), lse.as<float>(), int(Tq));
     if (heads && Tk)
-      LAUNCH((attention_dkdv_kernel<D, T>), blocks(Tk, kOwn<D>), kThreads, Shared<D>::kBytes, stream, Heads<T>(dk),
-             Heads<T>(dv), from_dq, hdout, hq, hk, hv, pattern, scale);
+      LAUNCH((attention_dkdv_kernel<D, T>), blocks(Tk, kKeys), kThreads, kKeysBytes, stream, Heads<T>(dk), Heads<T>(dv),
+             from_dq, hdout, hq, hk, hv, pattern, scale);
     if (heads && Tq)
-      LAUNCH((attention_dq_kernel<D, T>), blocks(Tq, kOwn<D>), kThreads, Shared<D>::kBytes, stream, Heads<T>(dq), hdout,
+      LAUNCH((attention_dq_kernel<D, T>), blocks(Tq, kQueries), kThreads, kQueriesBytes, stream, Heads<T>(dq), hdout,
              hq, hk, hv, pattern, scale);
   });
 }

@@ -9,10 +9,10 @@
 // where only the other half has a tile. The longest rows of a head are launched first. A query that sees no key gives
 // o = 0 and lse = -1e30.
 //
-// Flops: 4 D a score, for B = 32, H = 8, T = 1024, D = 64 causal 68.7 G with the tiles' own waste of 12 %: the tensor
-// cores bound it. Bytes: q, k, v, o once, 134 MB. Shared memory to registers: a fragment of 16 keys serves two
+// Flops: 4 D a score, for B = 32, H = 8, T = 1024, D = 64 causal 34.4 G, 38.7 with the tiles' own waste of 12 %: the
+// tensor cores bound it. Bytes: q, k, v, o once, 134 MB. Shared memory to registers: a fragment of 16 keys serves two
 // products, 8 D bytes a 64-key step and row against 256 D flops: half of an A100's shared bandwidth at its full mma
-// rate. One exp2 a score: 16 a clock and multiprocessor against 1024 multiply-adds: 1/4 of the time of a D = 64 score.
+// rate. One exp2 a score: 16 a clock and multiprocessor against 1024 multiply-adds: 1/2 of the time of a D = 64 score.
 //
 // Refuses: float32, other head dims, rows that do not begin at multiples of 16 bytes, a scale that is not positive.
 #include "attention.cuh"

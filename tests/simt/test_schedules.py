@@ -65,11 +65,15 @@ def linear_cross_entropy_dlogits(rows: int, cols: int, dtype: torch.dtype) -> tu
 def attention_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
     """Causal: [1, 2, cols, 32]; its dtypes are 16-bit."""
     dtype = torch.float16 if dtype is torch.float32 else dtype
-    o, lse = (
-        torch.full((1, cols, 2, 32), float("nan"), dtype=dtype).transpose(1, 2),
-        torch.full((1, 2, cols), float("nan")),
-    )
+    o, lse = outputs((1, cols, 2, 32), dtype=dtype)[0].transpose(1, 2), outputs((1, 2, cols))[0]
     return [o, lse], [*floats(1, cols, 3, 2, 32, dtype=dtype).transpose(1, 3).unbind(2), None, True, 0.2, 0]
+
+
+def attention_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    [o, _], [q, k, v, *rest] = attention_fwd(rows, cols, dtype)
+    grads = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    dout, o = (floats(*o.shape, dtype=o.dtype) for _ in range(2))
+    return grads, [dout, q, k, v, o, torch.rand(1, 2, cols) + 6, *rest]
 
 
 def sample_tokens(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
@@ -100,6 +104,7 @@ CASES: dict[str, Callable] = {
     "linear_cross_entropy_fwd": linear_cross_entropy_fwd,
     "linear_cross_entropy_dlogits": linear_cross_entropy_dlogits,
     "attention_fwd": attention_fwd,
+    "attention_bwd": attention_bwd,
     "sample_tokens": sample_tokens,
     "palette_assign": palette_assign,
     "kmeans_step": kmeans_step,

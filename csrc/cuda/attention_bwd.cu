@@ -40,7 +40,7 @@ struct alignas(8) Stats {  // of a query
   float lse2, delta;       // lse2 = log2(e) lse
 };
 
-// The block's two tiles of its own rows, two stages of two tiles of the other side's, and of their queries' stats.
+// Two tiles of the block's own rows, two stages of the other side's rows, and in (2) of their stats.
 template <int M, int D>
 struct Shared {
   static constexpr int kOwnBytes = M * kTile * D * 2, kStepBytes = kStep * D * 2;
@@ -84,7 +84,7 @@ __device__ inline void walk(Line (&lines)[2], const int* tile, const int* mask, 
   ptx::cp_async_wait<0>();
 }
 
-// scores -> P and dP -> dS / scale. stats: of element c of row r, column n.
+// A score becomes P and its dP becomes dS / scale.
 __device__ inline void gradient(float& p, float& ds, const Stats& of, float scale2) {
   p = ptx::ex2(fmaf(p, scale2, -of.lse2));
   ds = p * (ds - of.delta);

@@ -73,7 +73,7 @@ def attention_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor
     [o, _], [q, k, v, *rest] = attention_fwd(rows, cols, dtype)
     grads = [torch.full_like(x, float("nan")) for x in (q, k, v)]
     dout, o = (floats(*o.shape, dtype=o.dtype) for _ in range(2))
-    return grads, [dout, q, k, v, o, torch.rand(1, 2, cols) + 6, *rest]
+    return grads, [dout, q, k, v, o, torch.rand(1, 2, cols) + 12, *rest]
 
 
 def sample_tokens(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:

@@ -8,6 +8,8 @@ namespace cuda {
 
 void fill_activation(Ops&);
 void fill_cross_entropy(Ops&);
+void fill_attention_bwd(Ops&);
+void fill_attention_fwd(Ops&);
 void fill_kmeans(Ops&);
 void fill_linear_cross_entropy(Ops&);
 void fill_norm(Ops&);
@@ -22,6 +24,8 @@ static const Ops& table() {
     ops.name = "cuda";
     fill_activation(ops);
     fill_cross_entropy(ops);
+    fill_attention_bwd(ops);
+    fill_attention_fwd(ops);
     fill_kmeans(ops);
     fill_linear_cross_entropy(ops);
     fill_norm(ops);

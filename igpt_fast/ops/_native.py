@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch  # before _C: the extension then shares torch's OpenMP runtime
 from torch import Tensor
@@ -75,11 +75,12 @@ def use_backend(name: str, poison: bool = False) -> Iterator[None]:
         _wanted, _poison = old
 
 
-def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: str | None = None) -> str | None:
-    """Why backend `name` cannot serve this call of `op`; None when it can.
+# What an op itself has found to be outside the native kernels' reach, or None; or how to ask, by a backend's name.
+Refusal = str | None | Callable[[str], str | None]
 
-    refusal: what the op itself has found to be outside the native kernels' reach, or None.
-    """
+
+def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: Refusal = None) -> str | None:
+    """Why backend `name` cannot serve this call of `op`; None when it can."""
     if name not in BACKENDS:
         return WHY_NO_EXTENSION or f"there is no backend {name} here"
     if not BACKENDS[name].has(op):
@@ -90,10 +91,15 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: str | N
             return f"{name} needs {device} tensors, got {t.device}"
         if t.is_floating_point() and t.dtype not in dtypes:
             return f"{name} has no {op} for {str(t.dtype).removeprefix('torch.')}"
-    return refusal
+    return refusal(name) if callable(refusal) else refusal
 
 
-def backend_for(op: str, tensors: Sequence[Tensor], refusal: str | None = None):
+def has_cuda_kernels(name: str) -> bool:
+    """Whether a backend runs csrc/cuda: on a GPU, or on the bench."""
+    return torch.float16 in _SERVES[name][1]
+
+
+def backend_for(op: str, tensors: Sequence[Tensor], refusal: Refusal = None):
     """The backend that serves this call, or None for the reference. A slower path is logged once, with its reason."""
     if _wanted == "reference":
         return None
@@ -168,6 +174,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def rows(t: Tensor) -> Tensor:
-    """`t` with a contiguous last dimension, copied only when it has none."""
-    return t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
+def rows(t: Tensor, sixteens: bool = False) -> Tensor:
+    """`t` with a contiguous last dimension, copied only when it has none.
+
+    sixteens: rows that begin at multiples of 16 bytes, too.
+    """
+    if t.stride(-1) != 1 and t.size(-1) != 1:
+        return t.contiguous()
+    if not sixteens or not any(at % 16 for at in (t.data_ptr(), *(n * t.element_size() for n in t.stride()[:-1]))):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)

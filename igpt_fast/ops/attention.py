@@ -5,7 +5,16 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import Tensors, backend_for, empty, needs_grad, rows, same_device, stream_of
+from igpt_fast.ops._native import (
+    Tensors,
+    backend_for,
+    empty,
+    has_cuda_kernels,
+    needs_grad,
+    rows,
+    same_device,
+    stream_of,
+)
 from igpt_fast.patterns import BlockMask, unpack
 
 
@@ -23,7 +32,7 @@ def attention(
     scale = q.size(-1) ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():
         return torch.ops.igpt.attention(q, k, v, [] if mask is None else list(mask.tensors), causal, scale)[0]
-    native = _native(q, k, v, "attention_fwd")
+    native = _native(q, k, v, "attention_fwd", scale)
     if native is None:
         seen = None if mask is None else mask.dense().to(q.device)
         return reference.attention.attention(q, k, v, seen, causal, scale)[0]
@@ -45,10 +54,10 @@ def attention_packed(
     q, k, v = _slices(qkv)
     _check(q, k, v, mask, causal)
     if not torch.compiler.is_compiling() and needs_grad(qkv):
-        native = _native(q, k, v, "attention_fwd")
+        factor = q.size(-1) ** -0.5 if scale is None else scale
+        native = _native(q, k, v, "attention_fwd", factor)
         if native is not None:
-            scale = q.size(-1) ** -0.5 if scale is None else scale
-            return _AttentionPacked.apply(native, qkv, _tables(mask, qkv.device), causal, scale)
+            return _AttentionPacked.apply(native, qkv, _tables(mask, qkv.device), causal, factor)
     return attention(q, k, v, mask, causal, scale).transpose(1, 2)
 
 
@@ -88,11 +97,23 @@ def refused_head_dim(head_dim: int) -> str | None:
     return None if head_dim in range(8, 129, 8) else f"head dim {head_dim} is not a multiple of 8 up to 128"
 
 
-def _native(q: Tensor, k: Tensor, v: Tensor, op: str):
-    refusal = refused_head_dim(q.size(-1))
-    if q.dtype is not k.dtype or q.dtype is not v.dtype:
-        refusal = "q, k and v differ in dtype"
-    return backend_for(op, (q, k, v), refusal)
+def _native(q: Tensor, k: Tensor, v: Tensor, op: str, scale: float = 1.0):
+    """Who serves `op`. A forward pass whose gradient will be wanted goes where that can be had."""
+
+    def refused(name: str) -> str | None:
+        if q.dtype is not k.dtype or q.dtype is not v.dtype:
+            return "q, k and v differ in dtype"
+        if not has_cuda_kernels(name):
+            return refused_head_dim(q.size(-1))
+        if q.dtype is torch.float32:
+            return f"{name} has no attention for float32; use bfloat16 or float16"
+        if q.size(-1) not in (32, 64, 96, 128):
+            return f"head dim {q.size(-1)} is none of 32, 64, 96 and 128"
+        return None if scale > 0 else f"scale {scale} is not positive"
+
+    if op == "attention_fwd" and needs_grad(q, k, v):
+        op = "attention_bwd"
+    return backend_for(op, (q, k, v), refused)
 
 
 def _tables(mask: BlockMask | None, device: torch.device) -> tuple[Tensor, ...] | None:
@@ -106,13 +127,18 @@ def _slices(qkv: Tensor) -> tuple[Tensor, ...]:
 def _forward(native, q, k, v, tables, causal, scale):
     B, H, T, D = q.shape
     o, lse = empty((B, T, H, D), q).transpose(1, 2), empty((B, H, T), q, torch.float32)
-    native.attention_fwd(o, lse, rows(q), rows(k), rows(v), tables, causal, scale, stream_of(q))
+    native.attention_fwd(o, lse, *_rows(native, q, k, v), tables, causal, scale, stream_of(q))
     return o, lse
+
+
+def _rows(native, *tensors: Tensor) -> list[Tensor]:
+    """What the kernels can read in place, else copies."""
+    return [rows(t, sixteens=has_cuda_kernels(native.name)) for t in tensors]
 
 
 def _backward(native, dqkv, dout, q, k, v, o, lse, tables, causal, scale):
     """Fills the three gradients given as dqkv."""
-    args = (rows(dout), rows(q), rows(k), rows(v), o, lse, tables, causal, scale)
+    args = (*_rows(native, dout, q, k, v), o, lse, tables, causal, scale)
     native.attention_bwd(*dqkv, *args, stream_of(q))
 
 
@@ -172,7 +198,7 @@ def _seen(mask: Tensors, q: Tensor) -> Tensor | None:
 
 @torch.library.custom_op("igpt::attention", mutates_args=())
 def _attention_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensors, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    native = _native(q, k, v, "attention_fwd")
+    native = _native(q, k, v, "attention_fwd", scale)
     if native is not None:
         return _forward(native, q, k, v, tuple(mask) or None, causal, scale)
     o, lse = reference.attention.attention(q, k, v, _seen(mask, q), causal, scale)
@@ -197,7 +223,7 @@ def _attention_backward_op(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    native = _native(q, k, v, "attention_bwd")
+    native = _native(q, k, v, "attention_bwd", scale)
     grads = _grads_like(q, k)
     if native is not None:
         _backward(native, grads, dout, q, k, v, o, lse, tuple(mask) or None, causal, scale)

@@ -62,6 +62,20 @@ def linear_cross_entropy_dlogits(rows: int, cols: int, dtype: torch.dtype) -> tu
     return outputs((20 * rows, -(-cols // 8) * 8), dtype=dtype), inputs
 
 
+def attention_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    """Causal: [1, 2, cols, 32]; its dtypes are 16-bit."""
+    dtype = torch.float16 if dtype is torch.float32 else dtype
+    o, lse = outputs((1, cols, 2, 32), dtype=dtype)[0].transpose(1, 2), outputs((1, 2, cols))[0]
+    return [o, lse], [*floats(1, cols, 3, 2, 32, dtype=dtype).transpose(1, 3).unbind(2), None, True, 0.2, 0]
+
+
+def attention_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    [o, _], [q, k, v, *rest] = attention_fwd(rows, cols, dtype)
+    grads = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    dout, o = (floats(*o.shape, dtype=o.dtype) for _ in range(2))
+    return grads, [dout, q, k, v, o, torch.rand(1, 2, cols) + 12, *rest]
+
+
 def sample_tokens(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
     tokens = torch.full((rows,), -9)
     return [tokens], [floats(rows, cols, dtype=dtype), torch.rand(rows, dtype=torch.float64), 0.8, 100, 0.9, 0]
@@ -105,6 +119,8 @@ CASES: dict[str, Callable] = {
     "cross_entropy_bwd": cross_entropy_bwd,
     "linear_cross_entropy_fwd": linear_cross_entropy_fwd,
     "linear_cross_entropy_dlogits": linear_cross_entropy_dlogits,
+    "attention_fwd": attention_fwd,
+    "attention_bwd": attention_bwd,
     "sample_tokens": sample_tokens,
     "palette_assign": palette_assign,
     "kmeans_step": kmeans_step,

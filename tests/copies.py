@@ -16,6 +16,8 @@ NAME = "cuda_copies"
 class Copies:
     """A backend of copies on `device`, with the strides and the alignment modulo 16 bytes of what is copied."""
 
+    name = NAME
+
     def __init__(self, native: Any, device: str):
         self.native, self.device = native, device
 

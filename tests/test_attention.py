@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from check import backends, check, served
+from check import CUDA_KERNELS, backends, check, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 CASES = [  # on the GPU's kernels 16-bit dtypes only
     (backend, dtype)
     for backend, dtype in served("attention_bwd", torch.float32, torch.bfloat16, torch.float16)
-    if not (dtype is torch.float32 and backend == "simt")
+    if not (dtype is torch.float32 and backend in CUDA_KERNELS)
 ]
 # About a tile, a block of two tiles, and three blocks and a rest.
 LENGTHS = [1, TILE - 1, TILE, TILE + 1, 2 * TILE - 1, 2 * TILE, 2 * TILE + 1, 3 * TILE + 5, 401]
@@ -33,7 +33,7 @@ def heads(B, H, T, D, seed=0):
 
 def served_dim(backend, head_dim):
     """The GPU's kernels know multiples of 32 only."""
-    return -(-head_dim // 32) * 32 if backend == "simt" else head_dim
+    return -(-head_dim // 32) * 32 if backend in CUDA_KERNELS else head_dim
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
@@ -89,7 +89,7 @@ def test_any_mask(backend, dtype, tokens, head_dim, density):
     """Random masks, with queries that see nothing at all: those give zeros, and so do their gradients."""
     seen = torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(tokens)) < density
     mask = BlockMask.from_dense(seen)
-    args = heads(1, 2, tokens, head_dim if backend == "simt" else 16, seed=tokens)
+    args = heads(1, 2, tokens, head_dim if backend in CUDA_KERNELS else 16, seed=tokens)
     check(lambda q, k, v: ops.attention(q, k, v, mask, False), dense(seen), args, backend, dtype)
     q, k, v = (t.to(dtype).requires_grad_() for t in args)
     with use_backend(backend, poison=True):

@@ -24,12 +24,16 @@ def flat(out):
     return [out] if isinstance(out, torch.Tensor) else [o for o in out if o.numel()]
 
 
+# Of these the outputs after the first so many are a kernel's notes for its own backward pass.
+PUBLIC = {"linear_cross_entropy": 1}
+
+
 @pytest.mark.parametrize("name", calls())
 def test_values_are_the_cpus(name):
     for args in calls()[name]:
         with use_backend("reference"):
-            want = flat(getattr(torch.ops.igpt, name)(*args))
-        got = flat(getattr(torch.ops.igpt, name)(*on("cuda", args)))
+            want = flat(getattr(torch.ops.igpt, name)(*args))[: PUBLIC.get(name)]
+        got = flat(getattr(torch.ops.igpt, name)(*on("cuda", args)))[: PUBLIC.get(name)]
         for w, g in zip(want, got, strict=True):
             assert g.is_cuda and torch.allclose(g.cpu(), w, rtol=1e-4, atol=1e-5)
 

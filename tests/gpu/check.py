@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,26 +71,45 @@ def counts(xml: Path) -> dict[str, Any]:
     return {"passed": len(cases) - len(bad) - skipped, "failed": len(bad), "skipped": skipped, **names}
 
 
-def tests(machine: Machine, clock: Clock) -> dict[str, Any]:
-    """Every test of every op but those of the CPU's kernels, each file in a process: a broken context ends there."""
-    chosen = [p for p in sorted((TREE / "tests").glob("test_*.py")) if "\nfrom check import" in p.read_text()]
-    chosen.append(TREE / "tests" / "test_cuda.py")
+def by_function(path: Path) -> dict[str, str]:
+    """The tests of a file → what pytest calls them."""
+    return {f"{path.stem}-{name}": f"{path}::{name}" for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+
+
+def apart(
+    clock: Clock, tests: Mapping[str, str], skip: str, at_once: int, env: Callable[[str], dict[str, str]]
+) -> dict[str, Any]:
+    """Each of the tests in a process, so many at once: an illegal instruction breaks the context for all after it."""
     found: dict[str, dict] = {}
 
-    def one(path: Path) -> Done:
-        agreement = str(SCRATCH / f"{path.stem}.json")
-        Path(agreement).unlink(missing_ok=True)
-        skip = "not simt and not avx and not baseline"
-        found[path.stem] = pytest(clock, path.stem, path, "-k", skip, IGPT_AGREEMENT=agreement, OMP_NUM_THREADS="2")
-        return Done(0, 0.0, path)
+    def one(name: str) -> Done:
+        found[name] = pytest(clock, name, tests[name], "-k", skip, **env(name))
+        return Done(0, 0.0, Path())
 
-    clock.together({p.stem: functools.partial(one, p) for p in chosen}, max(2, len(os.sched_getaffinity(0)) // 2))
+    clock.together({name: functools.partial(one, name) for name in tests}, at_once)
+    return worst({name: f["status"] for name, f in found.items()}) | {"files": found}
+
+
+LONG = ("test_attention",)  # whose tests run side by side
+
+
+def tests(machine: Machine, clock: Clock) -> dict[str, Any]:
+    """Every test of every op but those of the CPU's kernels."""
+    chosen = [p for p in sorted((TREE / "tests").glob("test_*.py")) if "\nfrom check import" in p.read_text()]
+    chosen.append(TREE / "tests" / "test_cuda.py")
+    nodes: dict[str, str] = {}
+    for path in chosen:
+        nodes |= by_function(path) if path.stem in LONG else {path.stem: str(path)}
+    agreements = {name: SCRATCH / f"{name}.json" for name in nodes}
+    for path in agreements.values():
+        path.unlink(missing_ok=True)
+    skip, at_once = "not simt and not avx and not baseline", max(2, len(os.sched_getaffinity(0)) // 2)
+    found = apart(clock, nodes, skip, at_once, lambda n: {"IGPT_AGREEMENT": str(agreements[n]), "OMP_NUM_THREADS": "2"})
     ops: dict[str, dict[str, int]] = {}
-    for path in (SCRATCH / f"{p.stem}.json" for p in chosen):
+    for path in agreements.values():
         for op, n in (json.loads(path.read_text()) if path.exists() else {}).items():
             ops[op] = {k: ops.get(op, {}).get(k, 0) + n[k] for k in n}
-    summary = worst({name: f["status"] for name, f in found.items()})
-    return summary | {"files": found, "ops": ops}
+    return found | {"ops": ops}
 
 
 def layouts(machine: Machine, clock: Clock) -> dict[str, Any]:
@@ -98,8 +117,11 @@ def layouts(machine: Machine, clock: Clock) -> dict[str, Any]:
     skip = "not planted and not deadlock and not failed_one and not catch_their"
     if not machine.hopper:
         skip += " and not product and not ring"
-    files = [TREE / "tests" / "simt" / f"{name}.py" for name in names]
-    found = pytest(clock, "layouts", *files, "-k", skip, IGPT_HARDWARE=str(HARDWARE))
+    nodes: dict[str, str] = {}
+    for name in names:
+        nodes |= by_function(TREE / "tests" / "simt" / f"{name}.py")
+    at_once = max(2, len(os.sched_getaffinity(0)) // 2)
+    found = apart(clock, nodes, skip, at_once, lambda _: {"IGPT_HARDWARE": str(HARDWARE)})
     note = "each held against the bench, bit for bit" if bench_built() else "the bench did not build: formulas alone"
     return found | {"note": note if machine.hopper else f"{note}; not those of sm_90a, which this GPU is not"}
 
@@ -130,7 +152,9 @@ def sanitizer(machine: Machine, clock: Clock) -> dict[str, Any]:
     ops = [op for op in ops if not op.endswith("_sm90")]  # an op's kernels for one GPU run where it chooses them
 
     def check(name: str, which: str, *arguments: str | Path) -> Done:
-        return clock.command(f"{which}-{name}", [program, "--tool", which, DRIVE, *arguments], SCRATCH)
+        # Allocations lie side by side: without room between them a step beside one is a step into the next.
+        room = ["--padding", "64"] if which == "memcheck" else []
+        return clock.command(f"{which}-{name}", [program, "--tool", which, *room, DRIVE, *arguments], SCRATCH)
 
     commands = {f"{which} {op}": functools.partial(check, op, which, CALLS, op) for which in TOOLS for op in ops}
     commands |= {

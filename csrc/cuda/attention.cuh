@@ -138,21 +138,25 @@ struct Line {
   int at, end;
 };
 
-// Two lines side by side: a tile that either has. id[half] is -2 where that half does not have it, -1 where it has it
-// whole, else the mask's number.
+// Lines side by side: a tile that any of them has. id[h] is -2 where line h does not have it, -1 where it has it whole,
+// else the mask's number.
+template <int N>
 struct Meeting {
-  int index, id[2];
+  int index, id[N];
 };
 // tile, mask: the lists, null without a mask.
-__device__ inline bool next(Meeting& m, Line (&lines)[2], const int* tile, const int* mask) {
-  int first[2];
+template <int N>
+__device__ inline bool next(Meeting<N>& m, Line (&lines)[N], const int* tile, const int* mask) {
+  int first[N];
+  m.index = INT32_MAX;
 #pragma unroll
-  for (int h = 0; h < 2; ++h)
+  for (int h = 0; h < N; ++h) {
     first[h] = lines[h].at >= lines[h].end ? INT32_MAX : tile ? tile[lines[h].at] : lines[h].at;
-  m.index = min(first[0], first[1]);
+    m.index = min(m.index, first[h]);
+  }
   if (m.index == INT32_MAX) return false;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
+  for (int h = 0; h < N; ++h) {
     const bool has = first[h] == m.index;
     m.id[h] = !has ? -2 : mask ? mask[lines[h].at] : -1;
     lines[h].at += has;
@@ -257,6 +261,20 @@ inline void check_attention(const View& q, const View& k, const View& v, bool ca
                "attention: mask bits must be dense int64 words on q's device");
 }
 
+// Whether Hopper's kernels serve a call: head dims 64, 96, 128, and views that a tensor map can describe.
+inline bool on_hopper(const View& q, const View& k, const View& v) {
+  const auto mapped = [](const View& x) {
+    bool ok = x.numel() > 0;
+    for (int i = 0; i < 3; ++i) ok = ok && (x.size[i] == 1 || x.stride[i] > 0);
+    return ok;
+  };
+  return q.size[3] >= 64 && mapped(q) && mapped(k) && mapped(v) && compute_capability() == 9;
+}
+
 }  // namespace attention
+
+void attention_fwd_sm90(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
+                        Stream stream);
+
 }  // namespace cuda
 }  // namespace igpt

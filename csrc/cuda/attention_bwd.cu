@@ -54,7 +54,7 @@ struct Shared {
 
 // Half a tile that a block meets.
 struct Step {
-  Meeting tile;
+  Meeting<2> tile;
   int first;  // row within the tile
 };
 

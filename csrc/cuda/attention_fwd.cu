@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(Heads<T> o,    
     load_tile<D, kTile>(shared_v + stage * kKeys, v[bh], int64_t(j) * kTile, pattern.Tk);
   };
   load_tile<D, kRows>(shared_q, q[bh], int64_t(block) * kRows, pattern.Tq);
-  Meeting tile, coming;
+  Meeting<2> tile, coming;
   bool more = next(tile, lines, pattern.row_tile, pattern.row_mask);
   if (more) load(0, tile.index);
   ptx::cp_async_commit();
@@ -155,6 +155,7 @@ static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskVie
   IGPT_CHECK(blocks <= INT32_MAX, "attention: too many heads for one launch");
   if (blocks == 0) return;
   const OnDevice device(q);
+  if (on_hopper(q, k, v)) return attention_fwd_sm90(o, lse, q, k, v, mask, causal, scale, stream);
   by_head(q, [&]<class T, int D>() {
     allow_shared(attention_fwd_kernel<D, T>, fwd_shared<D>());
     LAUNCH((attention_fwd_kernel<D, T>), unsigned(blocks), kThreads, fwd_shared<D>(), stream, Heads<T>(o),

@@ -35,7 +35,8 @@ SCHEDULES = [IN_ORDER, *RANDOM, AT_ONCE, (1, 1, 0)]
 
 
 # Ops whose launchers choose kernels of their own on a GPU of compute capability 9.
-HOPPER = ("linear_cross_entropy_fwd", "linear_cross_entropy_dlogits")
+HOPPER = ("linear_cross_entropy_fwd", "linear_cross_entropy_dlogits", "attention_fwd")
+WITH_THEM = ("attention_bwd",)  # which whoever calls those wants too
 
 
 def missing() -> str | None:
@@ -97,7 +98,7 @@ def register() -> None:
 
 
 class Hopper:
-    """The bench's table as a GPU of compute capability 9 would run it: only the ops that have other kernels there."""
+    """The bench's table as a GPU of compute capability 9 would run it: the ops that have other kernels there."""
 
     name = "simt_sm90"
 
@@ -105,7 +106,7 @@ class Hopper:
         self._backend = backend
 
     def has(self, op: str) -> bool:
-        return op in HOPPER
+        return op in (*HOPPER, *WITH_THEM)
 
     def __getattr__(self, op: str):
         def call(*args) -> None:

@@ -206,6 +206,11 @@ struct Pattern {
   }
 };
 
+// What the backward pass keeps of a query.
+struct alignas(8) Stats {
+  float lse2, delta;  // lse2 = log2(e) lse
+};
+
 // ---- host ----
 
 // Calls f.template operator()<T, D>().
@@ -262,17 +267,19 @@ inline void check_attention(const View& q, const View& k, const View& v, bool ca
 }
 
 // Whether Hopper's kernels serve a call: head dims 64, 96, 128, and views that a tensor map can describe.
-inline bool on_hopper(const View& q, const View& k, const View& v) {
-  const auto mapped = [](const View& x) {
-    bool ok = x.numel() > 0;
-    for (int i = 0; i < 3; ++i) ok = ok && (x.size[i] == 1 || x.stride[i] > 0);
-    return ok;
-  };
-  return q.size[3] >= 64 && mapped(q) && mapped(k) && mapped(v) && compute_capability() == 9;
+inline bool on_hopper(std::initializer_list<View> views) {
+  bool mapped = true;
+  for (const View& x : views) {
+    mapped = mapped && x.size[3] >= 64 && x.numel() > 0;
+    for (int i = 0; i < 3; ++i) mapped = mapped && (x.size[i] == 1 || x.stride[i] > 0);
+  }
+  return mapped && compute_capability() == 9;
 }
 
 }  // namespace attention
 
+void attention_bwd_sm90(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
+                        BlockMaskView mask, bool causal, float scale, Stream stream);
 void attention_fwd_sm90(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
                         Stream stream);
 

@@ -36,10 +36,6 @@ using Scores = float[M][kStep / 8][4];
 template <int M, int D>
 using Sums = float[M][D / 8][4];
 
-struct alignas(8) Stats {  // of a query
-  float lse2, delta;       // lse2 = log2(e) lse
-};
-
 // Two tiles of the block's own rows, two stages of the other side's rows, and in (2) of their stats.
 template <int M, int D>
 struct Shared {
@@ -114,28 +110,24 @@ __global__ void __launch_bounds__(kThreads) attention_stats_kernel(Heads<T> dq, 
                                                                    Heads<const T> o,     // [B, H, Tq, D]
                                                                    const float* lse,     // [B, H, Tq]
                                                                    int Tq) {
-  const int blocks = (Tq + kTile - 1) / kTile, bh = int(blockIdx.x / blocks), lane = threadIdx.x % 32, g = lane / 4;
-  const int t = int(blockIdx.x % blocks) * kTile + threadIdx.x / 32 * 16 + g;
-  const Head<const T> left = dout[bh], right = o[bh];
-  float sums[2][4] = {};  // all 16 queries with the first eight of o, with the last eight
-#pragma unroll
-  for (int d = 0; d < D; d += 16) {
-    uint32_t a[4], b[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int row = t + e % 2 * 8, at = d + lane % 4 * 2 + e / 2 * 8;
-      a[e] = row < Tq ? *reinterpret_cast<const uint32_t*>(left.row(row) + at) : 0;
-      b[e] = row < Tq ? *reinterpret_cast<const uint32_t*>(right.row(row) + at) : 0;
-    }
-    ptx::mma_m16n8k16<T>(sums[0], a, b[0], b[2]);
-    ptx::mma_m16n8k16<T>(sums[1], a, b[1], b[3]);
-  }
+  DYN_SMEM(unsigned char, memory);
+  const uint32_t left = ptx::smem_u32(memory), right = left + kTile * D * 2;
+  const int blocks = (Tq + kTile - 1) / kTile, bh = int(blockIdx.x / blocks);
+  const int first = int(blockIdx.x % blocks) * kTile, warp_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
+  load_tile<D, kTile>(left, dout[bh], first, Tq);
+  load_tile<D, kTile>(right, o[bh], first, Tq);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  float sums[1][2][4] = {};  // all 16 queries with the first eight of o, with the last eight
+  add_scores<D, T>(sums, left, right, warp_row, warp_row);
+  const int g = lane / 4;
   if (lane % 4 != g / 2) return;  // columns 2 (lane % 4) and the next are not row g
 #pragma unroll
   for (int h = 0; h < 2; ++h)
-    if (const int row = t + 8 * h; row < Tq)
+    if (const int row = first + warp_row + g + 8 * h; row < Tq)
       *reinterpret_cast<Stats*>(dq[bh].row(row)) = {lse[int64_t(bh) * Tq + row] * kLog2e,
-                                                    g % 2 ? sums[h][2 * h + 1] : sums[h][2 * h]};
+                                                    g % 2 ? sums[0][h][2 * h + 1] : sums[0][h][2 * h]};
 }
 
 // ---- (2) dk and dv ----
@@ -275,6 +267,8 @@ static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, 
              "attention_bwd: lse must be dense float32 [B, H, Tq]");
   IGPT_CHECK(heads * ((std::max(Tq, Tk) + kTile - 1) / kTile) <= INT32_MAX, "attention: too many heads for one launch");
   const OnDevice device(q);
+  if (on_hopper({q, k, v, o, dout, dq}))
+    return attention_bwd_sm90(dq, dk, dv, dout, q, k, v, o, lse, mask, causal, scale, stream);
   const Pattern pattern(Tq, Tk, causal, mask);
   by_head(q, [&]<class T, int D>() {
     const auto blocks = [&](int64_t tokens, int rows) { return unsigned(heads * ((tokens + rows - 1) / rows)); };
@@ -284,7 +278,7 @@ static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, 
     allow_shared(attention_dkdv_kernel<D, T>, kKeysBytes);
     allow_shared(attention_dq_kernel<D, T>, kQueriesBytes);
     if (heads && Tq)
-      LAUNCH((attention_stats_kernel<D, T>), blocks(Tq, kTile), kThreads, 0, stream, Heads<T>(dq), hdout,
+      LAUNCH((attention_stats_kernel<D, T>), blocks(Tq, kTile), kThreads, 4 * kTile * D, stream, Heads<T>(dq), hdout,
              Heads<const T>(o), lse.as<float>(), int(Tq));
     if (heads && Tk)
       LAUNCH((attention_dkdv_kernel<D, T>), blocks(Tk, kKeys), kThreads, kKeysBytes, stream, Heads<T>(dk), Heads<T>(dv),

@@ -155,7 +155,7 @@ static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskVie
   IGPT_CHECK(blocks <= INT32_MAX, "attention: too many heads for one launch");
   if (blocks == 0) return;
   const OnDevice device(q);
-  if (on_hopper(q, k, v)) return attention_fwd_sm90(o, lse, q, k, v, mask, causal, scale, stream);
+  if (on_hopper({q, k, v})) return attention_fwd_sm90(o, lse, q, k, v, mask, causal, scale, stream);
   by_head(q, [&]<class T, int D>() {
     allow_shared(attention_fwd_kernel<D, T>, fwd_shared<D>());
     LAUNCH((attention_fwd_kernel<D, T>), unsigned(blocks), kThreads, fwd_shared<D>(), stream, Heads<T>(o),

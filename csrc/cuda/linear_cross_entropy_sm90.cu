@@ -36,6 +36,8 @@ constexpr int kPart = kRows * kDepth * 2;  // bytes of 128 rows: hidden, then th
 constexpr int kStage = 3 * kPart;
 constexpr int kTurn = 16 * 128;  // bytes in which a warp turns 16 rows of 64 dlogits
 constexpr int kShared = kStages * kStage;
+constexpr int kMathRegisters = 232, kBringRegisters = 40;  // of three warpgroups launched with 168
+static_assert(2 * kMathRegisters + kBringRegisters <= 3 * 168, "setmaxnreg would wait for ever");
 static_assert(kRows == kHalf, "hidden and a half of weight are boxes of one size");
 
 // The block's row of stages and the mbarriers that say which are full and which are empty.
@@ -149,10 +151,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t first_row = int64_t(blockIdx.x) * kRows;
 
   if (threadIdx.x >= kMath) {
-    ptx::reg_dealloc<40>();
+    ptx::reg_dealloc<kBringRegisters>();
     if (threadIdx.x == kMath) bring(ring, &hidden, &weight, int(first_row), V, C);
   } else {
-    ptx::reg_alloc<232>();
+    ptx::reg_alloc<kMathRegisters>();
     const int64_t n = first_row + row_of_thread();
     const int target[2] = {target_of(targets, n, N, V), target_of(targets, n + 8, N, V)};
     Softmax rows[2];
@@ -203,10 +205,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t first_row = int64_t(blockIdx.x) * kRows;
 
   if (threadIdx.x >= kMath) {
-    ptx::reg_dealloc<40>();
+    ptx::reg_dealloc<kBringRegisters>();
     if (threadIdx.x == kMath) bring(ring, &hidden, &weight, int(first_row), V, C);
   } else {
-    ptx::reg_alloc<232>();
+    ptx::reg_alloc<kMathRegisters>();
     const int lane = threadIdx.x % 32;
     const int64_t warp_row = first_row + threadIdx.x / 32 * 16, n = first_row + row_of_thread();
     unsigned char* turn = shared + kShared + threadIdx.x / 32 * kTurn;

@@ -98,8 +98,9 @@ PTX_FN void bulk_wait_read() {  // until all but the N newest groups have read s
 }
 
 // ---- "cp.async.bulk.tensor": tiles of 2 to 4 dimensions, coordinates innermost first; outside the tensor a load gives
-// zeros and a store writes nothing. dst is aligned to 128 bytes; element (r, byte c) of a swizzled tile has address
-// bits 4-6 XORed with bits 7-9 (128 bytes), 4-5 with 7-8 (64), 4 with 7 (32).
+// zeros and a store writes nothing, but must not begin at a negative coordinate. dst is aligned to 128 bytes; element
+// (r, byte c) of a swizzled tile has address bits 4-6 XORed with bits 7-9 (128 bytes), 4-5 with 7-8 (64), 4 with 7
+// (32).
 
 #define IGPT_AT2 "{%3, %4}"
 #define IGPT_AT3 "{%3, %4, %5}"

@@ -35,8 +35,7 @@ SCHEDULES = [IN_ORDER, *RANDOM, AT_ONCE, (1, 1, 0)]
 
 
 # Ops whose launchers choose kernels of their own on a GPU of compute capability 9.
-HOPPER = ("linear_cross_entropy_fwd", "linear_cross_entropy_dlogits", "attention_fwd")
-WITH_THEM = ("attention_bwd",)  # which whoever calls those wants too
+HOPPER = ("linear_cross_entropy_fwd", "linear_cross_entropy_dlogits", "attention_fwd", "attention_bwd")
 
 
 def missing() -> str | None:
@@ -106,7 +105,7 @@ class Hopper:
         self._backend = backend
 
     def has(self, op: str) -> bool:
-        return op in (*HOPPER, *WITH_THEM)
+        return op in HOPPER
 
     def __getattr__(self, op: str):
         def call(*args) -> None:

@@ -71,6 +71,7 @@ def test_tensor_loads(sizes, box, at, swizzle, schedule):
 @pytest.mark.parametrize("schedule", bench.SCHEDULES)
 @pytest.mark.parametrize(("sizes", "box", "at", "swizzle"), TILES)
 def test_tensor_stores(sizes, box, at, swizzle, schedule):
+    at = tuple(max(0, x) for x in at)
     tensor, where, inside, strides = tile(sizes, box, at)
     count = int(np.prod(box))
     address = swizzled(BASE + 2 * np.arange(count), SPAN[swizzle]) - BASE
@@ -79,6 +80,15 @@ def test_tensor_stores(sizes, box, at, swizzle, schedule):
     wanted[tuple(w[inside] for w in where)] = values[inside]
     bench.run("tensor_tile", [tensor, np.empty(1, np.uint16)], numbers(sizes, box, at, swizzle, strides, 1), schedule)
     assert np.array_equal(tensor, wanted)
+
+
+@pytest.mark.parametrize("at", [(-8, 0), (0, -4)])
+def test_a_store_begins_inside(at):
+    """A GPU loads zeros from before the tensor, but stores nothing there: it calls the instruction illegal."""
+    sizes, box = (40, 20), (16, 8)
+    tensor, _, _, strides = tile(sizes, box, at)
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        bench.run("tensor_tile", [tensor, np.empty(1, np.uint16)], numbers(sizes, box, at, 0, strides, 1))
 
 
 def test_tensor_maps_are_refused_as_the_driver_refuses():

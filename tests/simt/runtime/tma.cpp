@@ -182,6 +182,8 @@ void tensor_store(const CUtensorMap* map, const int* at, uint32_t rank, uint32_t
     int at[4];
   } where{};
   std::memcpy(where.at, at, rank * sizeof(int));
+  for (uint32_t i = 0; i < rank; ++i)  // seen on an H200, whatever the swizzle; a store may end beyond the tensor
+    if (at[i] < 0) fail("TMA store to a negative coordinate, %d: an illegal instruction on a GPU", at[i]);
   const CUtensorMap m = *map;
   const uint32_t bytes = tile_bytes(m, rank, "TMA store");
   const Target source = target(from, bytes, 128, "TMA store");

@@ -1,0 +1,121 @@
+// Tensors of rms_norm, of a dtype known to the compiler or only at the launch, and the choice between the two.
+#pragma once
+#include <utility>
+
+#include "device.cuh"
+#include "launch.h"
+#include "ptx.cuh"
+
+namespace igpt {
+namespace cuda {
+
+struct Typed {
+  void* data;
+  DType dtype;
+};
+
+struct Any {};
+
+template <class T>
+struct Matrix {
+  using Element = T;
+  T* data;
+
+  explicit Matrix(const View& v) : data(v.as<T>()) {}
+  template <int V>
+  __device__ Pack<T, V> fetch(int64_t i, bool given) const {
+    return load_once<T, V>(data, i, given);
+  }
+  template <int V>
+  __device__ void store(int64_t i, const Floats<V>& x) const {
+    store_as<T, V>(data, i, x);
+  }
+  template <int V>
+  __device__ Pack<T, V> rounded(const Floats<V>& x) const {
+    return pack_as<T, V>(x);
+  }
+  template <int V>
+  __device__ void stage(Pack<T, V>* to, int64_t i) const {
+    ptx::cp_async<sizeof(T) * V>(ptx::smem_u32(to), data + i);
+  }
+};
+
+template <>
+struct Matrix<Any> {
+  using Element = float;
+  void* data;
+  DType dtype;
+
+  explicit Matrix(const View& v) : data(v.data), dtype(v.dtype) {}
+  template <int V>
+  __device__ Pack<float, V> fetch(int64_t i, bool given) const {
+    const Floats<V> x = given ? load<V>(data, dtype, i) : Floats<V>{};
+    Pack<float, V> raw;
+#pragma unroll
+    for (int k = 0; k < V; ++k) raw.v[k] = x.v[k];
+    return raw;
+  }
+  template <int V>
+  __device__ void store(int64_t i, const Floats<V>& x) const {
+    cuda::store<V>(data, dtype, i, x);
+  }
+  template <int V>
+  __device__ Pack<float, V> rounded(const Floats<V>& x) const {  // absent, it is f32
+    Pack<float, V> raw;
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      raw.v[k] = dtype == DType::f32    ? x.v[k]
+                 : dtype == DType::bf16 ? float(__nv_bfloat16(x.v[k]))
+                                        : float(__half(x.v[k]));
+    return raw;
+  }
+  template <int V>
+  __device__ void stage(Pack<float, V>* to, int64_t i) const {
+    *to = fetch<V>(i, true);
+  }
+};
+
+template <class T, int V>
+using Raw = Pack<typename Matrix<T>::Element, V>;
+
+// In fours at most: floats of eight would have to be aligned to 32 bytes.
+template <int V>
+__device__ inline Floats<V> weight_of(const Typed& weight, int c) {
+  constexpr int kStep = V < 4 ? V : 4;
+  Floats<V> w;
+#pragma unroll
+  for (int k = 0; k < V; k += kStep) {
+    const Floats<kStep> part = load<kStep>(weight.data, weight.dtype, c + k);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) w.v[k + i] = part.v[i];
+  }
+  return w;
+}
+
+// Calls f.template operator()<X, S, V>(): branch and stream by name where both have one dtype and 16 bytes fit, else by
+// what the tensors carry, in fours or one by one. Absent tensors agree with all.
+template <class F>
+void by_types(std::initializer_list<View> branch, std::initializer_list<View> stream, const View& weight, int64_t C,
+              F f) {
+  const DType x = branch.begin()->dtype, s = stream.begin()->dtype;
+  bool known = true, aligned = reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
+  for (const auto& [views, dtype] : {std::pair{branch, x}, std::pair{stream, s}})
+    for (const View& v : views) {
+      known = known && (!v || v.dtype == dtype);
+      aligned = aligned && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
+    }
+  if (!aligned || C % 4) return f.template operator()<Any, Any, 1>();
+  if (known && s == DType::f32) {
+    if (x == DType::f32) return f.template operator()<float, float, 4>();
+    if (x == DType::bf16) return f.template operator()<__nv_bfloat16, float, 4>();
+    return f.template operator()<__half, float, 4>();
+  }
+  if (known && x == s && C % 8 == 0) {
+    if (x == DType::bf16) return f.template operator()<__nv_bfloat16, __nv_bfloat16, 8>();
+    return f.template operator()<__half, __half, 8>();
+  }
+  f.template operator()<Any, Any, 4>();
+}
+
+}  // namespace cuda
+}  // namespace igpt

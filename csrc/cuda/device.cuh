@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "../ops.h"
 #include "ptx.cuh"
@@ -34,88 +35,71 @@ struct alignas(sizeof(T) * V) Pack {
   T v[V];
 };
 
+// Their memory as it lies, in words: nvcc takes a struct apart into its elements, and moves each on its own.
+template <class T, int V>
+using Bits = std::conditional_t<
+    sizeof(T) * V == 16, uint4,
+    std::conditional_t<sizeof(T) * V == 8, uint2, std::conditional_t<sizeof(T) * V == 4, uint32_t, uint16_t>>>;
+
+template <class T, int V>
+__device__ inline Floats<V> floats_of(Bits<T, V> bits) {
+  T raw[V];
+  memcpy(raw, &bits, sizeof(bits));
+  Floats<V> out;
+#pragma unroll
+  for (int k = 0; k < V; ++k) out.v[k] = float(raw[k]);
+  return out;
+}
+
+// Rounded to nearest even; in pairs, since one alone is converted at a quarter of the rate.
+template <class T, int V>
+__device__ inline Bits<T, V> bits_of(const Floats<V>& x) {
+  Bits<T, V> bits;
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    uint32_t pairs[V / 2];
+#pragma unroll
+    for (int k = 0; k < V / 2; ++k) pairs[k] = ptx::pack2<T>(x.v[2 * k], x.v[2 * k + 1]);
+    memcpy(&bits, pairs, sizeof(bits));
+  } else {
+    T raw[V];
+#pragma unroll
+    for (int k = 0; k < V; ++k) raw[k] = T(x.v[k]);
+    memcpy(&bits, raw, sizeof(bits));
+  }
+  return bits;
+}
+
+// Evict-first, for what nobody reads again soon: L2 is left to what the kernel writes. Zeros unless `given`.
+template <class T, int V>
+__device__ inline Bits<T, V> load_once(const void* p, int64_t i, bool given = true) {
+  return given ? __ldcs(reinterpret_cast<const Bits<T, V>*>(static_cast<const T*>(p) + i)) : Bits<T, V>{};
+}
+
 template <class T, int V>
 __device__ inline Floats<V> load_as(const void* p, int64_t i) {
-  const Pack<T, V> raw = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(p) + i);
-  Floats<V> out;
-#pragma unroll
-  for (int k = 0; k < V; ++k) out.v[k] = float(raw.v[k]);
-  return out;
+  return floats_of<T, V>(__ldca(reinterpret_cast<const Bits<T, V>*>(static_cast<const T*>(p) + i)));
 }
 
-// Memory as it lies, to be converted when it is needed: then a load may be on its way for long. Whole vectors by
-// intrinsics, since nvcc may split a struct into its elements.
-template <class P>
-__device__ inline P load_raw(const P* at) {
-  P raw;
-  if constexpr (sizeof(P) == 16)
-    *reinterpret_cast<uint4*>(&raw) = *reinterpret_cast<const uint4*>(at);
-  else if constexpr (sizeof(P) == 8)
-    *reinterpret_cast<uint2*>(&raw) = *reinterpret_cast<const uint2*>(at);
-  else
-    raw = *at;
-  return raw;
-}
-
-// The same, evict-first, of what nobody reads again soon: L2 is left to what this kernel writes. Zeros unless `given`.
-template <class T, int V>
-__device__ inline Pack<T, V> load_once(const void* p, int64_t i, bool given = true) {
-  const Pack<T, V>* at = reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(p) + i);
-  if constexpr (sizeof(*at) == 16) {
-    const uint4 bits = given ? __ldcs(reinterpret_cast<const uint4*>(at)) : uint4{};
-    return reinterpret_cast<const Pack<T, V>&>(bits);
-  } else if constexpr (sizeof(*at) == 8) {
-    const uint2 bits = given ? __ldcs(reinterpret_cast<const uint2*>(at)) : uint2{};
-    return reinterpret_cast<const Pack<T, V>&>(bits);
-  } else {
-    return given ? *at : Pack<T, V>{};
-  }
-}
-
-template <class T, int V>
-__device__ inline Floats<V> floats_of(const Pack<T, V>& raw) {
-  Floats<V> out;
-#pragma unroll
-  for (int k = 0; k < V; ++k) out.v[k] = float(raw.v[k]);
-  return out;
-}
-
-// In pairs: one alone is converted at a quarter of the rate.
-template <class T, int V>
-__device__ inline Pack<T, V> pack_as(const Floats<V>& x) {
-  Pack<T, V> raw;
-  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
-#pragma unroll
-    for (int k = 0; k < V; k += 2) {
-      const uint32_t pair = ptx::pack2<T>(x.v[k], x.v[k + 1]);
-      memcpy(&raw.v[k], &pair, sizeof(pair));
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < V; ++k) raw.v[k] = T(x.v[k]);
-  }
-  return raw;
-}
-
-// Sixteen and eight bytes by intrinsics: nvcc may split the store of a struct into four.
 template <class T, int V>
 __device__ inline void store_as(void* p, int64_t i, const Floats<V>& x) {
-  const Pack<T, V> raw = pack_as<T, V>(x);
-  T* at = static_cast<T*>(p) + i;
-  if constexpr (sizeof(raw) == 16)
-    __stwb(reinterpret_cast<uint4*>(at), *reinterpret_cast<const uint4*>(&raw));
-  else if constexpr (sizeof(raw) == 8)
-    __stwb(reinterpret_cast<uint2*>(at), *reinterpret_cast<const uint2*>(&raw));
-  else
-    *reinterpret_cast<Pack<T, V>*>(at) = raw;
+  __stwb(reinterpret_cast<Bits<T, V>*>(static_cast<T*>(p) + i), bits_of<T, V>(x));
 }
 
-// The dtype is the same for the whole launch, so the branch never diverges.
+// The dtype is the same for the whole launch, so the branch never diverges. Addresses are multiples of four elements,
+// or of 16 bytes: eight floats go in two halves.
 template <int V>
 __device__ inline Floats<V> load(const void* p, DType t, int64_t i) {
-  if (t == DType::f32) return load_as<float, V>(p, i);
-  if (t == DType::bf16) return load_as<__nv_bfloat16, V>(p, i);
-  return load_as<__half, V>(p, i);
+  if constexpr (V == 8) {
+    const Floats<4> low = load<4>(p, t, i), high = load<4>(p, t, i + 4);
+    Floats<8> both;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) both.v[k] = low.v[k], both.v[k + 4] = high.v[k];
+    return both;
+  } else {
+    if (t == DType::f32) return load_as<float, V>(p, i);
+    if (t == DType::bf16) return load_as<__nv_bfloat16, V>(p, i);
+    return load_as<__half, V>(p, i);
+  }
 }
 
 template <int V>

@@ -72,13 +72,13 @@ __global__ void __launch_bounds__(32 * kForwardWarps) rms_norm_fwd_kernel(Matrix
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        Floats<V> t = floats_of(s[r][j]);
-        const Floats<V> m = floats_of(more[r][j]);
+        Floats<V> t = floats_in<S, V>(s[r][j]);
+        const Floats<V> m = floats_in<X, V>(more[r][j]);
 #pragma unroll
         for (int k = 0; k < V; ++k) t.v[k] += m.v[k];
         s[r][j] = sum.template rounded<V>(t);  // what is normalised is what the caller keeps
         if (n + r < N && first + 32 * V * j < C)
-          sum.template store<V>(at + r * int64_t(C) + 32 * V * j, floats_of(s[r][j]));
+          sum.template store<V>(at + r * int64_t(C) + 32 * V * j, floats_in<S, V>(s[r][j]));
       }
   }
 
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps) rms_norm_fwd_kernel(Matrix
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      const Floats<V> t = floats_of(s[r][j]);
+      const Floats<V> t = floats_in<S, V>(s[r][j]);
 #pragma unroll
       for (int k = 0; k < V; ++k) squares[r] += t.v[k] * t.v[k];
     }
@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(32 * kForwardWarps) rms_norm_fwd_kernel(Matrix
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (first + 32 * V * j >= C) continue;
-    const Floats<V> w = weight_of<V>(weight, first + 32 * V * j);
+    const Floats<V> w = load<V>(weight.data, weight.dtype, first + 32 * V * j);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      Floats<V> t = floats_of(s[r][j]);
+      Floats<V> t = floats_in<S, V>(s[r][j]);
 #pragma unroll
       for (int k = 0; k < V; ++k) t.v[k] *= squares[r] * w.v[k];
       if (n + r < N) y.template store<V>(at + r * int64_t(C) + 32 * V * j, t);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBlocksOf<X>)
   float next = fetch(begin + team, 0);
 #pragma unroll
   for (int j = 0; j < kVectors; ++j)
-    if (first + 32 * V * j < C) w[j] = weight_of<V>(weight, first + 32 * V * j);
+    if (first + 32 * V * j < C) w[j] = load<V>(weight.data, weight.dtype, first + 32 * V * j);
 
   const float inverse = 1.f / float(C);
   int stage = 0;
@@ -187,8 +187,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBlocksOf<X>)
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       if (n >= end || first + 32 * V * j >= C) continue;
-      const Floats<V> s = floats_of(load_raw(staged_s(stage) + 32 * j)),
-                      d = floats_of(load_raw(staged_dy(stage) + 32 * j));
+      const Floats<V> s = floats_in<S, V>(staged_s(stage)[32 * j]), d = floats_in<X, V>(staged_dy(stage)[32 * j]);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         const float ds = d.v[k] * s.v[k];
@@ -206,10 +205,9 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBlocksOf<X>)
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       if (n >= end || first + 32 * V * j >= C) continue;
-      const Floats<V> s = floats_of(load_raw(staged_s(stage) + 32 * j)),
-                      d = floats_of(load_raw(staged_dy(stage) + 32 * j));
+      const Floats<V> s = floats_in<S, V>(staged_s(stage)[32 * j]), d = floats_in<X, V>(staged_dy(stage)[32 * j]);
       Floats<V> out = {};
-      if (dsum.data) out = floats_of(load_raw(staged_dsum(stage) + 32 * j));
+      if (dsum.data) out = floats_in<S, V>(staged_dsum(stage)[32 * j]);
 #pragma unroll
       for (int k = 0; k < V; ++k) out.v[k] += r * (d.v[k] * w[j].v[k]) - s.v[k] * mean;
       if (dx.data) dx.template store<V>(n * C + first + 32 * V * j, out);

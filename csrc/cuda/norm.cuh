@@ -23,7 +23,7 @@ struct Matrix {
 
   explicit Matrix(const View& v) : data(v.as<T>()) {}
   template <int V>
-  __device__ Pack<T, V> fetch(int64_t i, bool given) const {
+  __device__ Bits<T, V> fetch(int64_t i, bool given) const {
     return load_once<T, V>(data, i, given);
   }
   template <int V>
@@ -31,11 +31,11 @@ struct Matrix {
     store_as<T, V>(data, i, x);
   }
   template <int V>
-  __device__ Pack<T, V> rounded(const Floats<V>& x) const {
-    return pack_as<T, V>(x);
+  __device__ Bits<T, V> rounded(const Floats<V>& x) const {
+    return bits_of<T, V>(x);
   }
   template <int V>
-  __device__ void stage(Pack<T, V>* to, int64_t i) const {
+  __device__ void stage(Bits<T, V>* to, int64_t i) const {
     ptx::cp_async<sizeof(T) * V>(ptx::smem_u32(to), data + i);
   }
 };
@@ -48,48 +48,31 @@ struct Matrix<Any> {
 
   explicit Matrix(const View& v) : data(v.data), dtype(v.dtype) {}
   template <int V>
-  __device__ Pack<float, V> fetch(int64_t i, bool given) const {
-    const Floats<V> x = given ? load<V>(data, dtype, i) : Floats<V>{};
-    Pack<float, V> raw;
-#pragma unroll
-    for (int k = 0; k < V; ++k) raw.v[k] = x.v[k];
-    return raw;
+  __device__ Bits<float, V> fetch(int64_t i, bool given) const {
+    return bits_of<float, V>(given ? load<V>(data, dtype, i) : Floats<V>{});
   }
   template <int V>
   __device__ void store(int64_t i, const Floats<V>& x) const {
     cuda::store<V>(data, dtype, i, x);
   }
   template <int V>
-  __device__ Pack<float, V> rounded(const Floats<V>& x) const {  // absent, it is f32
-    Pack<float, V> raw;
-#pragma unroll
-    for (int k = 0; k < V; ++k)
-      raw.v[k] = dtype == DType::f32    ? x.v[k]
-                 : dtype == DType::bf16 ? float(__nv_bfloat16(x.v[k]))
-                                        : float(__half(x.v[k]));
-    return raw;
+  __device__ Bits<float, V> rounded(const Floats<V>& x) const {  // absent, it is f32
+    if (dtype == DType::bf16) return bits_of<float, V>(floats_of<__nv_bfloat16, V>(bits_of<__nv_bfloat16, V>(x)));
+    if (dtype == DType::f16) return bits_of<float, V>(floats_of<__half, V>(bits_of<__half, V>(x)));
+    return bits_of<float, V>(x);
   }
   template <int V>
-  __device__ void stage(Pack<float, V>* to, int64_t i) const {
+  __device__ void stage(Bits<float, V>* to, int64_t i) const {
     *to = fetch<V>(i, true);
   }
 };
 
 template <class T, int V>
-using Raw = Pack<typename Matrix<T>::Element, V>;
+using Raw = Bits<typename Matrix<T>::Element, V>;
 
-// In fours at most: floats of eight would have to be aligned to 32 bytes.
-template <int V>
-__device__ inline Floats<V> weight_of(const Typed& weight, int c) {
-  constexpr int kStep = V < 4 ? V : 4;
-  Floats<V> w;
-#pragma unroll
-  for (int k = 0; k < V; k += kStep) {
-    const Floats<kStep> part = load<kStep>(weight.data, weight.dtype, c + k);
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) w.v[k + i] = part.v[i];
-  }
-  return w;
+template <class T, int V>
+__device__ inline Floats<V> floats_in(Raw<T, V> raw) {
+  return floats_of<typename Matrix<T>::Element, V>(raw);
 }
 
 // Calls f.template operator()<X, S, V>(): branch and stream by name where both have one dtype and 16 bytes fit, else by

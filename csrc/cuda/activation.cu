@@ -5,17 +5,19 @@
 // loads its four rows, then computes; blocks are many and short, so that others load meanwhile. Backward:
 // sg = sigmoid(1.702 z)    dx = dy sg (1 + 1.702 z (1 - sg))    row p of dbias = sum of dx over group p of rows
 // A block owns a group of rows and 128 vectors of columns; its three teams walk down the rows, two at a time, with the
-// next two on their way. A thread sums dbias of its columns in registers, the three teams' sums meet in shared memory
-// in one order at the end. Bound by bytes: x + y an element forward, x + dy + dx backward (bf16: 4 and 6). One exp2 and
-// one reciprocal an element: at 16 a clock and multiprocessor they take half the time of the bytes of bf16. Refuses:
-// other dtypes, tensors with gaps. Any dx may be the memory of dy or x. sass bias_quick_gelu_fwd_kernel<bf16, 8>:
-// LDG.128 = 4, STG.128 = 4, STG = 0, MUFU = 64, LDS = 0, BAR = 0, LOCAL = 0 sass bias_quick_gelu_bwd_kernel<bf16, 8>:
-// LDG.128 = 4, STG.128 = 2, STG = 0, MUFU = 32, SHFL = 0, BAR = 0, LOCAL = 0
+// next two on their way. A thread sums dbias of its columns in registers, the three sums meet in shared memory at the
+// end, and a kernel after it adds all rows of dbias into row 0: one order throughout.
+// Bound by bytes: x + y an element forward, x + dy + dx backward (bf16: 4 and 6). One exp2 and one reciprocal an
+// element: at 16 a clock and multiprocessor they take half the time of the bytes of bf16.
+// Refuses: other dtypes, tensors with gaps. Any dx may be the memory of dy or x.
+// sass bias_quick_gelu_fwd_kernel<bf16, 8>: LDG.128 = 4, STG.128 = 4, STG = 0, MUFU = 64, LDS = 0, BAR = 0, LOCAL = 0
+// sass bias_quick_gelu_bwd_kernel<bf16, 8>: LDG.128 = 4, STG.128 = 2, STG = 0, MUFU = 32, BAR = 0, LOCAL = 0
 #include <algorithm>
 
 #include "../common/check.h"
 #include "../common/math.h"
 #include "device.cuh"
+#include "groups.cuh"
 #include "launch.h"
 #include "ptx.cuh"
 
@@ -169,6 +171,7 @@ static void bias_quick_gelu_bwd(View dx, View dbias, View dy, View x, View bias,
     LAUNCH((bias_quick_gelu_bwd_kernel<T, V>), dim3(column_blocks(C, V), unsigned(groups)), dim3(kThreads, kTeams), 0,
            stream, dx.as<T>(), dbias.as<float>(), dy.as<T>(), x.as<T>(), Bias{bias.data, bias.dtype}, N, C);
   });
+  if (dbias) sum_groups(dbias, stream);
 }
 
 void fill_activation(Ops& t) {

@@ -43,11 +43,18 @@ using Bits = std::conditional_t<
 
 template <class T, int V>
 __device__ inline Floats<V> floats_of(Bits<T, V> bits) {
-  T raw[V];
-  memcpy(raw, &bits, sizeof(bits));
   Floats<V> out;
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && V % 2 == 0) {  // the upper half of a float
+    uint32_t pairs[V / 2];
+    memcpy(pairs, &bits, sizeof(bits));
 #pragma unroll
-  for (int k = 0; k < V; ++k) out.v[k] = float(raw[k]);
+    for (int k = 0; k < V; ++k) out.v[k] = __uint_as_float(k % 2 ? pairs[k / 2] & 0xffff0000u : pairs[k / 2] << 16);
+  } else {
+    T raw[V];
+    memcpy(raw, &bits, sizeof(bits));
+#pragma unroll
+    for (int k = 0; k < V; ++k) out.v[k] = float(raw[k]);
+  }
   return out;
 }
 
@@ -81,8 +88,13 @@ __device__ inline Floats<V> load_as(const void* p, int64_t i) {
 }
 
 template <class T, int V>
+__device__ inline void store_bits(void* p, int64_t i, Bits<T, V> bits) {
+  __stwb(reinterpret_cast<Bits<T, V>*>(static_cast<T*>(p) + i), bits);
+}
+
+template <class T, int V>
 __device__ inline void store_as(void* p, int64_t i, const Floats<V>& x) {
-  __stwb(reinterpret_cast<Bits<T, V>*>(static_cast<T*>(p) + i), bits_of<T, V>(x));
+  store_bits<T, V>(p, i, bits_of<T, V>(x));
 }
 
 // The dtype is the same for the whole launch, so the branch never diverges. Addresses are multiples of four elements,
@@ -109,11 +121,17 @@ __device__ inline void store(void* p, DType t, int64_t i, const Floats<V>& x) {
   return store_as<__half, V>(p, i, x);
 }
 
+// The sum over a warp, to every lane, in a fixed order.
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
 // The sum over a block of at most 1024 threads, to every thread, in a fixed order. `warps` is 32 floats of shared
 // memory.
 __device__ inline float block_sum(float x, float* warps) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  x = warp_sum(x);
   __syncthreads();  // the last sum's readers are done
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();

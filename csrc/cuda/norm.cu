@@ -8,15 +8,16 @@
 // only a team of more than one warp meets at a barrier. Forward: a team loads its two rows whole before it touches
 // them, and is done; bytes in flight come from the many teams of a multiprocessor. Backward:
 // g = dy weight    dx = rstd (g - s rstd^2 mean(g s)) (+ dsum)    dweight = sum over rows of dy s rstd
-// Block p owns a group of rows, its teams take turns at them; a lane sums dweight of its columns in registers, so that
-// one sum a block, over its teams in order, is left: row p of dweight. The next row is on its way (cp.async, into
-// places that only the lane itself reads) while this one is worked on.
+// Block p owns a group of rows, its teams take turns at them. A lane sums dweight of its columns in registers, a block
+// the sums of its teams in order, row p of dweight, and a kernel after it those of all blocks, row 0. The next row is
+// on its way (cp.async, into places that only the lane itself reads) while this one is worked on.
 // Refuses rows of more than 12,288 columns (forward) or 4,096 (backward).
 // sass rms_norm_fwd_kernel<bf16, bf16, 8>: LDG.128 >= 8, STG.128 = 8, STG.64 = 0, LOCAL = 0
 // sass rms_norm_bwd_kernel<bf16, bf16, 8>: LDG.128 = 0, STG.128 = 4, STG.64 = 0, LOCAL = 0
 #include <algorithm>
 
 #include "../common/check.h"
+#include "groups.cuh"
 #include "norm.cuh"
 
 namespace igpt {
@@ -32,12 +33,6 @@ constexpr size_t kMostShared = 96 * 1024;  // what a block of every card from sm
 
 template <class T>
 constexpr int kRowsOf = std::is_same_v<T, Any> ? 1 : 2;  // a team of the forward pass
-
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
 
 // ---- kernels ----
 
@@ -77,8 +72,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps) rms_norm_fwd_kernel(Matrix
 #pragma unroll
         for (int k = 0; k < V; ++k) t.v[k] += m.v[k];
         s[r][j] = sum.template rounded<V>(t);  // what is normalised is what the caller keeps
-        if (n + r < N && first + 32 * V * j < C)
-          sum.template store<V>(at + r * int64_t(C) + 32 * V * j, floats_in<S, V>(s[r][j]));
+        if (n + r < N && first + 32 * V * j < C) sum.template put<V>(at + r * int64_t(C) + 32 * V * j, s[r][j]);
       }
   }
 
@@ -285,6 +279,7 @@ static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View ds
            Matrix<X>(dx), Matrix<S>(dresidual), dweight.as<float>(), Matrix<X>(dy), Matrix<S>(dsum), Matrix<S>(s),
            (Typed{weight.data, weight.dtype}), rstd.as<float>(), N, int(C));
   });
+  sum_groups(dweight, stream);
 }
 
 void fill_norm(Ops& t) {

@@ -31,6 +31,10 @@ struct Matrix {
     store_as<T, V>(data, i, x);
   }
   template <int V>
+  __device__ void put(int64_t i, Bits<T, V> bits) const {
+    store_bits<T, V>(data, i, bits);
+  }
+  template <int V>
   __device__ Bits<T, V> rounded(const Floats<V>& x) const {
     return bits_of<T, V>(x);
   }
@@ -54,6 +58,10 @@ struct Matrix<Any> {
   template <int V>
   __device__ void store(int64_t i, const Floats<V>& x) const {
     cuda::store<V>(data, dtype, i, x);
+  }
+  template <int V>
+  __device__ void put(int64_t i, Bits<float, V> bits) const {
+    store<V>(i, floats_of<float, V>(bits));
   }
   template <int V>
   __device__ Bits<float, V> rounded(const Floats<V>& x) const {  // absent, it is f32

@@ -390,10 +390,6 @@ inline T __ldg(const T* p) {
   return *p;
 }
 template <class T>
-inline T __ldca(const T* p) {
-  return *p;
-}
-template <class T>
 inline T __ldcs(const T* p) {
   return *p;
 }

@@ -2,8 +2,8 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <string.h>
 
-#include <cstring>
 #include <type_traits>
 
 #include "../ops.h"
@@ -36,10 +36,12 @@ struct alignas(sizeof(T) * V) Pack {
 };
 
 // Their memory as it lies, in words: nvcc takes a struct apart into its elements, and moves each on its own.
+template <size_t N>
+using FourOrTwo = std::conditional_t<N == 4, uint32_t, uint16_t>;
+template <size_t N>
+using EightOrLess = std::conditional_t<N == 8, uint2, FourOrTwo<N>>;
 template <class T, int V>
-using Bits = std::conditional_t<
-    sizeof(T) * V == 16, uint4,
-    std::conditional_t<sizeof(T) * V == 8, uint2, std::conditional_t<sizeof(T) * V == 4, uint32_t, uint16_t>>>;
+using Bits = std::conditional_t<sizeof(T) * V == 16, uint4, EightOrLess<sizeof(T) * V>>;
 
 template <class T, int V>
 __device__ inline Floats<V> floats_of(Bits<T, V> bits) {

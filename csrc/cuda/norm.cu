@@ -5,7 +5,7 @@
 // Bound by bytes: C (x + y) a row, plus C (residual + sum); backward C (s + dy + dx), plus C dsum.
 //
 // A lane holds 16 elements of a row, a warp 512, and ceil(C / 512) warps are the team of a row: sums are shuffles, and
-// only a team of more than one warp meets at a barrier. Forward: a team loads its two rows whole before it touches
+// a team of more than one warp meets at a barrier. Forward: a team loads its two rows whole before it touches
 // them, and is done; bytes in flight come from the many teams of a multiprocessor. Backward:
 // g = dy weight    dx = rstd (g - s rstd^2 mean(g s)) (+ dsum)    dweight = sum over rows of dy s rstd
 // Block p owns a group of rows, its teams take turns at them. A lane sums dweight of its columns in registers, a block
@@ -173,14 +173,14 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBlocksOf<X>)
 
   const float inverse = 1.f / float(C);
   int stage = 0;
-  for (int64_t n = begin + team; n - team < end; n += teams, stage ^= 1) {  // as often in every team
+  for (int64_t n = begin + team; n < end; n += teams, stage ^= 1) {
     const float r = next;
     next = fetch(n + teams, stage ^ 1);
     ptx::cp_async_wait<1>();
     float dot = 0.f;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      if (n >= end || first + 32 * V * j >= C) continue;
+      if (first + 32 * V * j >= C) continue;
       const Floats<V> s = floats_in<S, V>(staged_s(stage)[32 * j]), d = floats_in<X, V>(staged_dy(stage)[32 * j]);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
@@ -192,18 +192,21 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBlocksOf<X>)
     dot = warp_sum(dot);
     if (warps > 1) {  // two places a warp, since one barrier a row does not tell when all have read
       if (lane == 0) parts[stage * kBackwardWarps + warp] = dot;
-      __syncthreads();
+      ptx::bar_sync(1 + team, 32 * warps);
       dot = warp_sum(lane < warps ? parts[stage * kBackwardWarps + team * warps + lane] : 0.f);
     }
     const float mean = dot * inverse * r * r * r;  // of g s, as s takes it
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      if (n >= end || first + 32 * V * j >= C) continue;
+      if (first + 32 * V * j >= C) continue;
       const Floats<V> s = floats_in<S, V>(staged_s(stage)[32 * j]), d = floats_in<X, V>(staged_dy(stage)[32 * j]);
       Floats<V> out = {};
       if (dsum.data) out = floats_in<S, V>(staged_dsum(stage)[32 * j]);
 #pragma unroll
-      for (int k = 0; k < V; ++k) out.v[k] += r * (d.v[k] * w[j].v[k]) - s.v[k] * mean;
+      for (int k = 0; k < V; ++k) {
+        out.v[k] += r * (d.v[k] * w[j].v[k]);
+        out.v[k] -= s.v[k] * mean;
+      }
       if (dx.data) dx.template store<V>(n * C + first + 32 * V * j, out);
       if (dresidual.data) dresidual.template store<V>(n * C + first + 32 * V * j, out);
     }

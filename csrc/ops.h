@@ -76,12 +76,12 @@ struct LayersView {
 struct Ops {
   const char* name = nullptr;
 
-  // norm: y = s * rstd * weight with s = x (+ residual), rstd = 1 / sqrt(mean(s^2) + eps); dweight f32 [P, C], P groups
-  // of rows
+  // norm: y = s * rstd * weight with s = x (+ residual), rstd = 1 / sqrt(mean(s^2) + eps); dweight f32 [P, C],
+  // row 0 of which receives the sum, the others are room for those of P groups of rows
   void (*rms_norm_fwd)(View y, View sum, View rstd, View x, View residual, View weight, float eps, Stream) = nullptr;
   void (*rms_norm_bwd)(View dx, View dresidual, View dweight, View dy, View dsum, View s, View weight, View rstd,
                        Stream) = nullptr;
-  // activation: y = z * sigmoid(1.702 z) with z = x (+ bias); dbias f32 [P, C], P groups of rows
+  // activation: y = z * sigmoid(1.702 z) with z = x (+ bias); dbias f32 [P, C] as dweight
   void (*bias_quick_gelu_fwd)(View y, View x, View bias, Stream) = nullptr;
   void (*bias_quick_gelu_bwd)(View dx, View dbias, View dy, View x, View bias, Stream) = nullptr;
   // cross_entropy: loss = lse - logits[target], one value a row; a target out of range is refused where the host reads

@@ -38,6 +38,12 @@ def test_float32_bias_under_bfloat16_activations(backend):
     check(ops.bias_quick_gelu, reference.activation.bias_quick_gelu, [x, bias], backend)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), served("bias_quick_gelu_bwd", F32, BF16, F16))
+def test_rows_of_several_blocks(backend, dtype):
+    args = [torch.randn(75, 2056), torch.randn(2056)]
+    check(ops.bias_quick_gelu, reference.activation.bias_quick_gelu, args, backend, dtype)
+
+
 @pytest.mark.parametrize("backend", backends("bias_quick_gelu_bwd"))
 def test_slices_that_no_vector_fits(backend):
     """Rows of 16 that begin 4 bytes after an aligned address; and no rows at all, whose dbias is zero."""

@@ -36,6 +36,18 @@ def test_fused_residual_of_mixed_dtypes(backend, rows, cols, stream, x):
     check(run(ops.rms_norm), run(reference.norm.rms_norm), args, backend)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), served("rms_norm_bwd", F32, BF16, F16))
+@pytest.mark.parametrize(("rows", "cols", "stream"), [(40, 1536, None), (70, 1032, F32), (3, 4096, F32)])
+def test_rows_of_several_warps(backend, dtype, rows, cols, stream):
+    """Columns in eights, as a model has them; the stream of the branch's dtype and, as under autocast, float32."""
+    args = [torch.randn(rows, cols).to(dtype), torch.randn(cols), torch.randn(rows, cols).to(stream or dtype)]
+
+    def run(norm):
+        return lambda a, w, r: norm(a, w, 1e-5, residual=r)
+
+    check(run(ops.rms_norm), run(reference.norm.rms_norm), args, backend)
+
+
 def test_shared_gradient_is_not_aliased():
     x, r = (torch.randn(4, 32, requires_grad=True) for _ in range(2))
     y, s = ops.rms_norm(x, torch.ones(32), residual=r)

@@ -2,7 +2,7 @@
 //
 // x, y [..., C] of one dtype (f32, bf16)   bias [C] f32 or bf16, may be absent.   Bound by the bytes of x and y.
 // Backward:  sg = sigmoid(1.702 z)    dx = dy sg (1 + 1.702 z (1 - sg))    dbias = sum over rows of dx: [P, C], the
-// rows are split into P equal groups, and row p is the sum of group p.
+// rows are split into P equal groups, and row p is the sum of group p, then row 0 that of all.
 #include "activation.h"
 
 #include "../common/check.h"
@@ -88,6 +88,7 @@ static void bias_quick_gelu_bwd(View dx, View dbias, View dy, View x, View bias,
     }
     if (db) std::memcpy(dbias.as<float>() + group * C, db, size_t(C) * sizeof(float));
   });
+  if (dbias) sum_groups(dbias.as<float>(), groups, C);
 }
 
 void fill_activation(Ops& t) {

@@ -4,7 +4,7 @@
 // bf16, mixed at will. A row is converted to float once, stays in the L1 cache, and is written once: the bytes of x,
 // residual, sum and y bound it. Backward:  g = dy weight    dx = rstd (g - s rstd^2 mean(g s)) (+ dsum)    dweight =
 // sum over rows of dy s rstd dweight is [P, C]: the rows are split into P equal groups, group p sums its own into row
-// p, and the caller adds the P rows. P is the caller's choice, so the bits do not depend on the number of threads.
+// p, and row 0 receives their sum. P is the caller's choice, so the bits do not depend on the number of threads.
 #include "../common/check.h"
 #include "parallel.h"
 #include "simd.h"
@@ -143,6 +143,7 @@ static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View ds
     }
     std::memcpy(dweight.as<float>() + group * C, dw, size_t(C) * sizeof(float));
   });
+  sum_groups(dweight.as<float>(), groups, C);
 }
 
 void fill_norm(Ops& t) {

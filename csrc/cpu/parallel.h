@@ -27,6 +27,16 @@ static inline void parallel_for(int64_t n, F&& body) {
   for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
 }
 
+// Row 0 of parts [groups, C] becomes the sum of its rows, in their order.
+static inline void sum_groups(float* parts, int64_t groups, int64_t C) {
+  constexpr int64_t kColumns = 256;
+  parallel_for((C + kColumns - 1) / kColumns, [&](int64_t i, int) {
+    const int64_t end = (i + 1) * kColumns < C ? (i + 1) * kColumns : C;
+    for (int64_t g = 1; g < groups; ++g)
+      for (int64_t c = i * kColumns; c < end; ++c) parts[c] += parts[g * C + c];
+  });
+}
+
 // body(begin, end, chunk) over [0, n) in chunks of `grain`: the chunks depend on n and grain alone, never on the number
 // of threads, so that partial sums kept per chunk add up to the same bits everywhere.
 template <class F>

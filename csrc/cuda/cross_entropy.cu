@@ -1,20 +1,16 @@
-// cross_entropy:  lse = log sum exp(logits)    loss = lse - logits[target] one
-// value a row, natural logarithm
+// cross_entropy:  lse = log sum exp(logits)    loss = lse - logits[target]    one value a row, natural logarithm
 //
-// logits [N, V] f32, bf16 or f16   targets [N] i64   loss, lse [N] f32.   One
-// warp a row, four rows a block. A lane holds 16 logits in registers, so 512 of
-// a row at a time: their maximum first, then their sum, and a longer row scales
-// the sum so far by exp(old maximum - new): device memory sees each logit once,
-// whatever V. Lanes and then steps add in one order. Bound by bytes: V logits a
-// row forward, 2 V backward; one exp2 a logit, at 16 a clock and
-// multiprocessor, takes less. Backward:  dlogits = (softmax(logits) -
-// onehot(target)) dloss;  dlogits may be the same memory as logits: a lane has
-// read what it overwrites, and nobody else reads that.
+// logits [N, V] f32, bf16 or f16   targets [N] i64   loss, lse [N] f32. A lane holds 16 logits of a row in registers, a
+// warp 512 at a time: their maximum first, then their sum, and a longer row scales the sum so far by exp(old maximum -
+// new): device memory sees each logit once, whatever V. Lanes and then steps add in one order. Forward, a warp has two
+// rows, loads their targets and pieces before it computes, and asks for the target's logit before the sums, so that no
+// load is waited for alone. Bound by bytes: V logits a row forward, 2 V backward; one exp2 a logit, at 16 a clock and
+// multiprocessor, takes less. Backward, one row a warp:  dlogits = (softmax(logits) - onehot(target)) dloss;  dlogits
+// may be the same memory as logits: a lane has read what it overwrites, and nobody else reads that.
 //
-// A target outside 0..V-1 cannot be refused here, since no host reads it: its
-// row has loss NaN and a gradient of NaN throughout, so that it shows in
-// whatever is summed from it. A row of nothing but -inf: lse -inf, loss NaN.
-// sass cross_entropy_fwd_kernel<bf16, 8>: LDG.128 = 2, LDG = 0, MUFU = 17, LDS = 0, BAR = 0, LOCAL = 0
+// A target outside 0..V-1 cannot be refused here, since no host reads it: its row has loss NaN and a gradient of NaN
+// throughout, so that it shows in whatever is summed from it. A row of nothing but -inf: lse -inf, loss NaN.
+// sass cross_entropy_fwd_kernel<bf16, 8>: LDG.128 = 4, LDG = 2, MUFU = 34, LDS = 0, BAR = 0, LOCAL = 0
 // sass cross_entropy_bwd_kernel<bf16, 8>: LDG.128 = 2, STG.128 = 2, STG = 0, MUFU = 16, BAR = 0, LOCAL = 0
 #include "../common/check.h"
 #include "../common/math.h"
@@ -25,30 +21,32 @@
 namespace igpt {
 namespace cuda {
 
-constexpr int kWarps = 4;  // rows a block
+constexpr int kWarps = 4;  // a block
+constexpr int kRows = 2;   // a warp, forward
 constexpr int kHeld = 16;  // logits a lane holds
 constexpr float kLargest = 3.402823466e+38f;
 
 // ---- a row in pieces of 512 ----
 
-// Calls f(piece, c) for each piece; piece[j] holds columns c + 32 j V and the V
-// - 1 after, -inf beyond the row.
-template <class T, int V, class F>
-__device__ inline void each_piece(const T* row, int C, F f) {
-  constexpr int kVectors = kHeld / V;
-  for (int c = int(threadIdx.x % 32) * V; c < C; c += 32 * kHeld) {
-    Floats<V> piece[kVectors];
+template <class T, int V>
+struct Piece {
+  Bits<T, V> vector[kHeld / V];  // vector j holds columns c + 32 j V and the V - 1 after
+};
+
+// The piece of `row` from column c on, c < C; -inf beyond the row, and throughout unless `given`.
+template <class T, int V>
+__device__ inline Piece<T, V> load_piece(const T* row, int c, int C, bool given = true) {
+  Floats<V> nothing;
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      if (c + 32 * j * V < C) {
-        piece[j] = load_as<T, V>(row, c + 32 * j * V);
-      } else {
+  for (int k = 0; k < V; ++k) nothing.v[k] = -INFINITY;
+  Piece<T, V> piece;
 #pragma unroll
-        for (int k = 0; k < V; ++k) piece[j].v[k] = -INFINITY;
-      }
-    }
-    f(piece, c);
+  for (int j = 0; j < kHeld / V; ++j) {
+    const bool inside = given && c + 32 * j * V < C;
+    piece.vector[j] =
+        inside ? __ldca(reinterpret_cast<const Bits<T, V>*>(row + c + 32 * j * V)) : bits_of<T, V>(nothing);
   }
+  return piece;
 }
 
 // ---- kernels ----
@@ -60,41 +58,63 @@ __global__ void __launch_bounds__(32 * kWarps) cross_entropy_fwd_kernel(float* l
                                                                         const int64_t* targets,  // [N]
                                                                         int64_t N, int C) {
   constexpr int kVectors = kHeld / V;
-  const int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (n >= N) return;  // whole warps, and no barrier follows
+  const int64_t n = (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32) * kRows;
+  const int lane = threadIdx.x % 32;
   const T* row = logits + n * C;
+  int64_t target[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) target[r] = n + r < N ? targets[n + r] : -1;
 
-  // The maximum stays finite: then no difference below is of two infinities,
-  // and rows with -inf or +inf come out right.
-  float top = -kLargest, sum = 0.f;
-  each_piece<T, V>(row, C, [&](const Floats<V>(&piece)[kVectors], int) {
-    float higher = top;
+  // The maximum stays finite: then no difference below is of two infinities, and rows with -inf or +inf come out right.
+  float top[kRows], sum[kRows], hit[kRows];
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j)
+  for (int r = 0; r < kRows; ++r) top[r] = -kLargest, sum[r] = 0.f, hit[r] = NAN;
+  for (int c = lane * V; c - lane * V < C; c += 32 * kHeld) {
+    Piece<T, V> piece[kRows];
 #pragma unroll
-      for (int k = 0; k < V; ++k) higher = fmaxf(higher, piece[j].v[k]);
-    higher = fminf(higher, kLargest);
-    sum *= ptx::ex2((top - higher) * kLog2e);
-    top = higher;
+    for (int r = 0; r < kRows; ++r) piece[r] = load_piece<T, V>(row + r * int64_t(C), c, C, n + r < N);
+    if (c == lane * V)
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j)
+      for (int r = 0; r < kRows; ++r)  // from the caches, while the sums are made
+        if (target[r] >= 0 && target[r] < C) hit[r] = load_as<T, 1>(row, r * int64_t(C) + target[r]).v[0];
 #pragma unroll
-      for (int k = 0; k < V; ++k) sum += ptx::ex2((piece[j].v[k] - top) * kLog2e);
-  });
-
-  float all = top;
+    for (int r = 0; r < kRows; ++r) {
+      float higher = top[r];
 #pragma unroll
-  for (int offset = 16; offset; offset /= 2) all = fmaxf(all, __shfl_xor_sync(0xffffffffu, all, offset));
-  sum *= ptx::ex2((top - all) * kLog2e);
+      for (int j = 0; j < kVectors; ++j) {
+        const Floats<V> z = floats_of<T, V>(piece[r].vector[j]);
 #pragma unroll
-  for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-
-  if (threadIdx.x % 32 == 0) {
-    const float l = all + logf(sum);
-    const int64_t t = targets[n];
-    lse[n] = l;
-    loss[n] = t >= 0 && t < C ? l - load_as<T, 1>(row, t).v[0] : NAN;
+        for (int k = 0; k < V; ++k) higher = fmaxf(higher, z.v[k]);
+      }
+      higher = fminf(higher, kLargest);
+      sum[r] *= ptx::ex2((top[r] - higher) * kLog2e);
+      top[r] = higher;
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        const Floats<V> z = floats_of<T, V>(piece[r].vector[j]);
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum[r] += ptx::ex2((z.v[k] - top[r]) * kLog2e);
+      }
+    }
   }
+
+  float all[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    all[r] = top[r];
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) all[r] = fmaxf(all[r], __shfl_xor_sync(0xffffffffu, all[r], offset));
+    sum[r] *= ptx::ex2((top[r] - all[r]) * kLog2e);
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], offset);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (lane == 0 && n + r < N) {
+      const float l = all[r] + logf(sum[r]);
+      lse[n + r] = l;
+      loss[n + r] = l - hit[r];
+    }
 }
 
 template <class T, int V>
@@ -111,19 +131,20 @@ __global__ void __launch_bounds__(32 * kWarps) cross_entropy_bwd_kernel(T* dlogi
   const bool valid = t >= 0 && t < C;
   const int target = valid ? int(t) : -1;
   const float g = valid ? dloss[n] : NAN, l = lse[n];
-  each_piece<T, V>(logits + n * C, C, [&](const Floats<V>(&piece)[kVectors], int c) {
+  for (int c = int(threadIdx.x % 32) * V; c < C; c += 32 * kHeld) {
+    const Piece<T, V> piece = load_piece<T, V>(logits + n * C, c, C);
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const int first = c + 32 * j * V;
-      Floats<V> d;
+      Floats<V> d = floats_of<T, V>(piece.vector[j]);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        d.v[k] = ptx::ex2((piece[j].v[k] - l) * kLog2e) * g;
+        d.v[k] = ptx::ex2((d.v[k] - l) * kLog2e) * g;
         if (first + k == target) d.v[k] -= g;
       }
       if (first < C) store_as<T, V>(dlogits, n * C + first, d);
     }
-  });
+  }
 }
 
 // ---- launchers ----
@@ -137,8 +158,8 @@ static void check_rows(const View& logits, const View& targets, const View& lse)
   IGPT_CHECK(logits.cols() <= INT32_MAX - 32 * kHeld, "cross_entropy: too many columns");
 }
 
-static unsigned blocks_of(int64_t N) {
-  return unsigned((N + kWarps - 1) / kWarps);
+static unsigned blocks_of(int64_t N, int rows) {
+  return unsigned((N + rows - 1) / rows);
 }
 
 static void cross_entropy_fwd(View loss, View lse, View logits, View targets, Stream stream) {
@@ -147,8 +168,8 @@ static void cross_entropy_fwd(View loss, View lse, View logits, View targets, St
   if (N == 0) return;
   const OnDevice device(logits);
   by_type(logits.dtype, in_sixteens(logits.dtype, C, {logits}), [&]<class T, int V>() {
-    LAUNCH((cross_entropy_fwd_kernel<T, V>), blocks_of(N), 32 * kWarps, 0, stream, loss.as<float>(), lse.as<float>(),
-           logits.as<T>(), targets.as<int64_t>(), N, int(C));
+    LAUNCH((cross_entropy_fwd_kernel<T, V>), blocks_of(N, kWarps * kRows), 32 * kWarps, 0, stream, loss.as<float>(),
+           lse.as<float>(), logits.as<T>(), targets.as<int64_t>(), N, int(C));
   });
 }
 
@@ -160,8 +181,8 @@ static void cross_entropy_bwd(View dlogits, View dloss, View logits, View target
   if (N == 0) return;
   const OnDevice device(logits);
   by_type(logits.dtype, in_sixteens(logits.dtype, C, {dlogits, logits}), [&]<class T, int V>() {
-    LAUNCH((cross_entropy_bwd_kernel<T, V>), blocks_of(N), 32 * kWarps, 0, stream, dlogits.as<T>(), dloss.as<float>(),
-           logits.as<T>(), targets.as<int64_t>(), lse.as<float>(), N, int(C));
+    LAUNCH((cross_entropy_bwd_kernel<T, V>), blocks_of(N, kWarps), 32 * kWarps, 0, stream, dlogits.as<T>(),
+           dloss.as<float>(), logits.as<T>(), targets.as<int64_t>(), lse.as<float>(), N, int(C));
   });
 }
 

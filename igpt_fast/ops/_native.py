@@ -7,6 +7,7 @@ IGPT_DEBUG     1: indices on a GPU are checked before a kernel reads them, for w
 """
 
 import contextlib
+import functools
 import logging
 import os
 import typing
@@ -153,6 +154,16 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     if _poison:
         out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
     return out
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors(t: Tensor) -> int:
+    """How many the tensor's device has; where it is no GPU, as many as keep any CPU's threads at work."""
+    return _multiprocessors(t.device) if t.is_cuda else 128
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, same_device, stream_of
+from igpt_fast.ops._native import backend_for, empty, multiprocessors, needs_grad, same_device, stream_of
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,12 +40,15 @@ def _forward(native, x, bias):
 
 
 def _backward(native, dy, x, bias):
-    groups = max(1, min(256, x.numel() // max(1, x.size(-1)) // 32))  # of rows; each sums its own part of dbias
+    columns = max(1, x.size(-1))
+    groups = min(
+        2 * multiprocessors(x) * 1024 // columns, 1024, x.numel() // columns // 32
+    )  # of rows, each with room for its own dbias
     dx = empty(x.shape, x)
-    dbias = None if bias is None else empty((groups, x.size(-1)), x, torch.float32)
+    dbias = None if bias is None else empty((max(1, groups), x.size(-1)), x, torch.float32)
     bias_in = None if bias is None else bias.contiguous()
     native.bias_quick_gelu_bwd(dx, dbias, dy.contiguous(), x.contiguous(), bias_in, stream_of(x))
-    return dx, None if bias is None else dbias.sum(0).to(bias.dtype)
+    return dx, None if bias is None else dbias[0].to(bias.dtype, copy=True)
 
 
 class _BiasQuickGelu(torch.autograd.Function):

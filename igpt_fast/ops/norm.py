@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, needs_grad, same_device, stream_of
+from igpt_fast.ops._native import backend_for, empty, multiprocessors, needs_grad, same_device, stream_of
 
 
 def rms_norm(
@@ -56,13 +56,14 @@ def _forward(native, x, weight, residual, eps, dtype):
 
 def _backward(native, dy, ds, s, weight, rstd, x_dtype, has_residual):
     """→ dx, dweight, dresidual. One tensor serves both inputs of the sum when their dtypes agree."""
-    groups = max(1, min(256, s.numel() // max(1, s.size(-1)) // 32))  # of rows; each sums its own part of dweight
+    rows = s.numel() // max(1, s.size(-1))
+    groups = max(1, min(2 * multiprocessors(s), rows // 32))  # of rows, each with room for its own dweight
     dx, dweight = empty(s.shape, s, x_dtype), empty((groups, s.size(-1)), s, torch.float32)
     apart = has_residual and s.dtype is not x_dtype
     dresidual = empty(s.shape, s) if apart else None
     ds = None if ds is None else ds.contiguous()
     native.rms_norm_bwd(dx, dresidual, dweight, dy.contiguous(), ds, s, weight.contiguous(), rstd, stream_of(s))
-    return dx, dweight.sum(0).to(weight.dtype), (dresidual if apart else dx) if has_residual else None
+    return dx, dweight[0].to(weight.dtype, copy=True), (dresidual if apart else dx) if has_residual else None
 
 
 class _RmsNorm(torch.autograd.Function):

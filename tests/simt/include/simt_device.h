@@ -224,6 +224,10 @@ inline unsigned atomicInc(unsigned* p, unsigned limit) {
 }
 
 template <class T>
+inline T __ldca(const T* p) {
+  return *p;
+}
+template <class T>
 inline void __stwb(T* p, T v) {
   *p = v;
 }

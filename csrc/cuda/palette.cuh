@@ -1,6 +1,6 @@
 // What the palette's kernels share: 8-bit levels, distances rounded as on the CPU, the table's order, checks.
 #pragma once
-#include "../common/check.h"
+#include "../common/palette.h"
 #include "device.cuh"
 #include "launch.h"
 

@@ -1,18 +1,11 @@
 // palette_decode:   pixels[i] = colors[tokens[i]]                        tokens i64, i32 or i16 [N]   colors u8 [K, 3]
-// color_histogram:  counts[r << 16 | g << 8 | b] += 1 for every pixel    counts i64 [2^24]   pixels u8 [N, 3]
 //
 // Decoding moves 5 bytes a pixel from int16 tokens, 11 from int64: bound by bandwidth, 860 and 390 Gpixel/s at 4.3
 // TB/s. A warp has 512 pixels. Its lanes load 4 or 8 tokens at a time, find the colours in shared memory, as words, and
 // leave them packed in shared memory too, from where the warp stores 512 neighbouring bytes at a time. A token out of
 // range writes black; bad becomes the least index of one, which is a minimum and has no order.
 //
-// The histogram reads 3 bytes a pixel and is bound by atomics in L2: equal addresses take turns, one a clock, and all
-// together some 40 G/s. So equal neighbours among a thread's 16 are one addition, and a block counts the 8192 colours
-// that it meets first in shared memory, anew every 65,536 pixels: black, white, flat and smooth pictures stay there.
-// What is left are colours that are rare, one atomic a pixel. They add whole numbers, so their order changes no bit,
-// nor does it matter which colours a block keeps.
-//
-// Where a tensor does not start at 16 bytes, and for the last pixels, both go byte by byte.
+// Where a tensor does not start at 16 bytes, and for the last pixels, it goes byte by byte.
 //
 // sass palette_decode_kernel<i16>: LDG.128 = 2, LDG = 0, STG.128 = 3, STG = 0, LDS = 16, LOCAL = 0
 #include <algorithm>
@@ -101,68 +94,6 @@ __global__ void __launch_bounds__(kThreads) palette_decode_kernel(uint8_t* pixel
   if (first != ~Sum(0)) atomicMin(bad, first);
 }
 
-constexpr int kCountThreads = 512, kCountRounds = 8;  // packs of 16 pixels of a thread, between two flushes
-constexpr int64_t kMostCountBlocks = 528;             // four for each multiprocessor of an H200
-constexpr int kSlots = 1 << 13, kTagShift = 21;       // a slot: 11 bits of its colour's hash, which the other 13 found,
-constexpr uint32_t kCountOf = (1u << kTagShift) - 1;  // and how many pixels
-static_assert(kCountRounds * kCountThreads * kPixels <= kCountOf, "a block's pixels between two flushes");
-constexpr uint32_t kHash = 0x9e3779, kHashBack = 0xb382c9, kHashed = kTableColors - 1;
-static_assert((kHash * kHashBack & kHashed) == 1, "colours follow from their hashes");
-
-__device__ inline void count(Sum* counts, uint32_t* slots, uint32_t color, uint32_t run) {
-  const uint32_t hash = color * kHash & kHashed, tag = hash << kTagShift;
-  uint32_t* slot = slots + (hash >> 11);
-  const uint32_t found = atomicCAS(slot, 0u, tag | run);
-  if (found == 0) return;
-  if ((found ^ tag) >> kTagShift == 0)
-    atomicAdd(slot, run);
-  else
-    atomicAdd(&counts[color], Sum(run));
-}
-
-__global__ void __launch_bounds__(kCountThreads) color_histogram_kernel(Sum* counts,            // [2^24]
-                                                                        const uint8_t* pixels,  // [N, 3]
-                                                                        int64_t N, bool wide) {
-  STATIC_SMEM(uint32_t, slots, kSlots);
-  for (int s = threadIdx.x; s < kSlots; s += kCountThreads) slots[s] = 0;
-  __syncthreads();
-  const int64_t packs = (N + kPixels - 1) / kPixels, each = (packs + gridDim.x - 1) / gridDim.x;
-  const int64_t end = min(packs, each * (blockIdx.x + 1));
-  for (int64_t begin = each * blockIdx.x; begin < end; begin += kCountRounds * kCountThreads) {
-    const int64_t stop = min(end, begin + kCountRounds * kCountThreads);
-    for (int64_t p = begin + threadIdx.x; p < stop; p += kCountThreads) {
-      if (!wide || p * kPixels + kPixels > N) {
-        for (int64_t i = p * kPixels; i < min(N, p * kPixels + kPixels); ++i)
-          count(counts, slots, color_at(pixels, i), 1);
-        continue;
-      }
-      uint32_t colors[kPixels];
-      const uint4* from = reinterpret_cast<const uint4*>(pixels + p * 48);
-      const uint4 x = __ldcs(from), y = __ldcs(from + 1), z = __ldcs(from + 2);
-      const uint32_t word[12] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w, z.x, z.y, z.z, z.w};
-      unpack(colors, word);
-      uint32_t run = 1;
-#pragma unroll
-      for (int k = 1; k < kPixels; ++k) {
-        if (colors[k] != colors[k - 1]) {
-          count(counts, slots, colors[k - 1], run);
-          run = 0;
-        }
-        ++run;
-      }
-      count(counts, slots, colors[kPixels - 1], run);
-    }
-    __syncthreads();
-    for (uint32_t s = threadIdx.x; s < kSlots; s += kCountThreads) {
-      const uint32_t found = slots[s];
-      if (found == 0) continue;
-      slots[s] = 0;
-      atomicAdd(&counts[(s << 11 | found >> kTagShift) * kHashBack & kHashed], Sum(found & kCountOf));
-    }
-    __syncthreads();
-  }
-}
-
 // ---- launchers ----
 
 static unsigned blocks_for(int64_t N, bool wide) {
@@ -172,12 +103,7 @@ static unsigned blocks_for(int64_t N, bool wide) {
 
 static void palette_decode(View pixels, View bad, View tokens, View colors, Stream stream) {
   const int64_t N = tokens.numel(), K = colors.rows();
-  IGPT_CHECK(tokens.dense(), "palette_decode: tokens must be dense");
-  IGPT_CHECK(pixels.dtype == DType::u8 && pixels.dense() && pixels.numel() == 3 * N,
-             "palette_decode: pixels must be dense uint8, three a token");
-  IGPT_CHECK(colors.dtype == DType::u8 && colors.dense() && colors.cols() == 3 && K >= 1 && K <= kMaxColors,
-             "palette_decode: colors must be dense uint8 [K, 3] with 1 <= K <= 4096");
-  IGPT_CHECK(bad.dtype == DType::i64 && bad.numel() == 1, "palette_decode: bad must be one int64");
+  check_decode(pixels, bad, tokens, colors);
   const OnDevice device(tokens);
   check_cuda(cudaMemsetAsync(bad.data, 0xff, 8, stream_of(stream)), "cudaMemsetAsync");
   if (N == 0) return;
@@ -192,23 +118,8 @@ static void palette_decode(View pixels, View bad, View tokens, View colors, Stre
   refuse("palette_decode: tokens must be int64, int32 or int16");
 }
 
-static void color_histogram(View counts, View pixels, Stream stream) {
-  IGPT_CHECK(pixels.dtype == DType::u8 && pixels.dense() && pixels.cols() == 3,
-             "color_histogram: pixels must be dense uint8 [N, 3]");
-  IGPT_CHECK(counts.dtype == DType::i64 && counts.dense() && counts.numel() == kTableColors,
-             "color_histogram: counts must be dense int64 [2^24]");
-  const int64_t N = pixels.rows();
-  if (N == 0) return;
-  const OnDevice device(pixels);
-  const bool wide = starts_at_sixteen(pixels);
-  const int64_t block = kCountThreads * kPixels, blocks = std::min((N + block - 1) / block, kMostCountBlocks);
-  LAUNCH(color_histogram_kernel, unsigned(blocks), kCountThreads, 0, stream, counts.as<Sum>(), pixels.as<uint8_t>(), N,
-         wide);
-}
-
 void fill_palette_decode(Ops& t) {
   t.palette_decode = palette_decode;
-  t.color_histogram = color_histogram;
 }
 
 }  // namespace cuda

@@ -188,6 +188,9 @@ def test_ops_refuse_what_does_not_fit():
         with pytest.raises(ValueError, match="table"):  # a table of the wrong size, or where none is taken
             BACKENDS[name].palette_assign(tokens, colors[:4], torch.zeros(2, 3), torch.zeros(7, dtype=torch.int16), 0)
     for name in WITH_TABLE:
+        with pytest.raises(ValueError, match="workspace"):
+            counts, narrow = torch.zeros(1 << 24, dtype=torch.int64), torch.zeros(2, 16384, dtype=torch.int16)
+            BACKENDS[name].color_histogram(counts, colors, narrow, 0)
         for boxes, first in ((1, 4096), (2, 4095), (1, -1)):
             with pytest.raises(ValueError, match="are not among 0 to 4095"):
                 table = torch.zeros(boxes, 4096, dtype=torch.int16)

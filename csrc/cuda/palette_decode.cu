@@ -7,7 +7,7 @@
 //
 // Where a tensor does not start at 16 bytes, and for the last pixels, it goes byte by byte.
 //
-// sass palette_decode_kernel<i16>: LDG.128 = 2, LDG = 0, STG.128 = 3, STG = 0, LDS = 16, LOCAL = 0
+// sass palette_decode_kernel<i16>: LDG.128 = 2, LDG = 0, STG.128 = 3, STG = 0, LDS = 19, LOCAL = 0
 #include <algorithm>
 
 #include "palette.cuh"

@@ -90,7 +90,8 @@ def kmeans_step(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor],
     integers = [torch.full((cols, 3), -9), torch.full((cols,), -9), torch.full((cols,), -9)]
     colors = torch.randint(256, (200 * rows, 3)).to(torch.uint8)
     inertia = outputs((), dtype=torch.float64)
-    return integers + inertia, [colors, torch.randint(99, (200 * rows,)), torch.rand(cols, 3), None, 0]
+    table = torch.randint(cols, (4096, 4096)).to(torch.int16) if dtype is torch.bfloat16 else None
+    return integers + inertia, [colors, torch.randint(99, (200 * rows,)), torch.rand(cols, 3), table, 0]
 
 
 def palette_table(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:

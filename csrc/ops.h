@@ -119,8 +119,9 @@ struct Ops {
   void (*palette_table)(View table, View palette, int64_t first, Stream) = nullptr;
   // pixels u8 [N, 3] = colors u8 [K, 3] by token; bad i64 [1]: the first token out of range is at this index, or -1
   void (*palette_decode)(View pixels, View bad, View tokens, View colors, Stream) = nullptr;
-  // adds to counts i64 [2^24], by r << 16 | g << 8 | b
-  void (*color_histogram)(View counts, View pixels, Stream) = nullptr;
+  // adds to counts i64 [2^24], by r << 16 | g << 8 | b; workspace i16 [tiles, 16896], optional: where CUDA sorts that
+  // many tiles of 16,384 pixels at a time
+  void (*color_histogram)(View counts, View pixels, View workspace, Stream) = nullptr;
 };
 
 // Every field of Ops but its name: what walks over the ops (the bindings, the bench, the sanitizers' driver) has no

@@ -162,6 +162,18 @@ def test_color_histogram(backend, n, start):
         assert both is counts and int(both.sum()) == n + n // 2
 
 
+@pytest.mark.parametrize("backend", WITH_TABLE)
+@pytest.mark.parametrize(("n", "start", "tiles"), [(1, 0, 1), (50_001, 0, 2), (100_000, 1, 9)])
+def test_color_histogram_sorts_many_pixels(backend, n, start, tiles, monkeypatch):
+    monkeypatch.setattr(palette_ops, "SORTING_PAYS", 1)
+    monkeypatch.setattr(palette_ops, "MOST_TILES", tiles)
+    pixels = image(n, n, start)
+    pixels[: n // 2] = torch.randint(256, (n // 2, 3), generator=torch.Generator().manual_seed(n)).byte()
+    pixels[n // 3 : n // 3 + n // 20, 1:] = 7  # runs, and more keys of one bucket in a tile than a warp reads at once
+    with use_backend(backend, poison=True):
+        assert torch.equal(ops.color_histogram(pixels), reference.palette.color_histogram(pixels))
+
+
 def test_ops_refuse_what_does_not_fit():
     tokens, colors = torch.zeros(4, dtype=torch.int64), torch.zeros(5, 3, dtype=torch.uint8)
     for bad in (colors.float(), colors[:, :2], colors[:0], colors[0], torch.zeros(4097, 3, dtype=torch.uint8)):
@@ -176,6 +188,9 @@ def test_ops_refuse_what_does_not_fit():
         with pytest.raises(ValueError, match="table"):  # a table of the wrong size, or where none is taken
             BACKENDS[name].palette_assign(tokens, colors[:4], torch.zeros(2, 3), torch.zeros(7, dtype=torch.int16), 0)
     for name in WITH_TABLE:
+        with pytest.raises(ValueError, match="workspace"):
+            counts, narrow = torch.zeros(1 << 24, dtype=torch.int64), torch.zeros(2, 16384, dtype=torch.int16)
+            BACKENDS[name].color_histogram(counts, colors, narrow, 0)
         for boxes, first in ((1, 4096), (2, 4095), (1, -1)):
             with pytest.raises(ValueError, match="are not among 0 to 4095"):
                 table = torch.zeros(boxes, 4096, dtype=torch.int16)

@@ -6,7 +6,7 @@
 // 128 MB that no cache holds; runs of one colour become one addition, and additions of whole numbers have no order.
 #include <cstring>
 
-#include "../common/check.h"
+#include "../common/palette.h"
 #include "parallel.h"
 
 namespace igpt {
@@ -37,12 +37,7 @@ static int64_t decode(uint8_t* pixels, const Token* tokens, int64_t N, const uin
 
 static void palette_decode(View pixels, View bad, View tokens, View colors, Stream) {
   const int64_t N = tokens.numel(), K = colors.rows();
-  IGPT_CHECK(tokens.dense(), "palette_decode: tokens must be dense");
-  IGPT_CHECK(pixels.dtype == DType::u8 && pixels.dense() && pixels.numel() == 3 * N,
-             "palette_decode: pixels must be dense uint8, three a token");
-  IGPT_CHECK(colors.dtype == DType::u8 && colors.dense() && colors.cols() == 3 && K >= 1 && K <= kMaxColors,
-             "palette_decode: colors must be dense uint8 [K, 3] with 1 <= K <= 4096");
-  IGPT_CHECK(bad.dtype == DType::i64 && bad.numel() == 1, "palette_decode: bad must be one int64");
+  check_decode(pixels, bad, tokens, colors);
   const auto run = [&](const auto* in) {
     *bad.as<int64_t>() = decode(pixels.as<uint8_t>(), in, N, colors.as<uint8_t>(), K);
   };
@@ -52,18 +47,16 @@ static void palette_decode(View pixels, View bad, View tokens, View colors, Stre
   refuse("palette_decode: tokens must be int64, int32 or int16");
 }
 
-static void color_histogram(View counts, View pixels, Stream) {
-  IGPT_CHECK(pixels.dtype == DType::u8 && pixels.dense() && pixels.cols() == 3,
-             "color_histogram: pixels must be dense uint8 [N, 3]");
-  IGPT_CHECK(counts.dtype == DType::i64 && counts.dense() && counts.numel() == 1 << 24,
-             "color_histogram: counts must be dense int64 [2^24]");
+static void color_histogram(View counts, View pixels, View, Stream) {
+  check_histogram(counts, pixels);
   const uint8_t* u = pixels.as<uint8_t>();
   int64_t* n = counts.as<int64_t>();
   parallel_chunks(pixels.rows(), kGrain, [&](int64_t begin, int64_t end, int64_t) {
-    int last = u[3 * begin] << 16 | u[3 * begin + 1] << 8 | u[3 * begin + 2];
+    const auto color_at = [=](int64_t i) { return u[3 * i] << 16 | u[3 * i + 1] << 8 | u[3 * i + 2]; };
+    int last = color_at(begin);
     int64_t run = 0;
     for (int64_t i = begin; i < end; ++i) {
-      const int color = u[3 * i] << 16 | u[3 * i + 1] << 8 | u[3 * i + 2];
+      const int color = color_at(i);
       if (color != last) {
         __atomic_fetch_add(n + last, run, __ATOMIC_RELAXED);
         last = color, run = 0;

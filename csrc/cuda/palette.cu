@@ -7,15 +7,14 @@
 // Every operation of d is rounded to float32 on its own, so that tokens are the CPU's to the bit. Without a table every
 // distance is computed (nearest.cuh): 5,632 operations a pixel of K = 512, beside 5 to 20 bytes.
 //
-// With it a pixel costs some 30 operations, 3 bytes read, 2 (or 8) written, and a gather from 33.5 MB that L2 holds. A
-// thread has 16 neighbouring pixels in three loads of 16 bytes. The gather decides: its sectors of 32 bytes come at
-// about 5.5 TB/s from L2, and L1 finds one line a cycle. Random colours take a sector a pixel, 170 Gpixel/s. A sector
-// holds 2 x 2 x 4 colours, a line 4^3: where neighbours differ by a few levels and a sector serves 3 pixels, 32 / 3 + 5
-// bytes a pixel through L2 are 350 Gpixel/s, where it serves 5, 480. Colourful thumbnails are far from that: of the
-// benchmarks' photographs, 16 neighbours touch 15.6 sectors and a warp's gather 30 lines; an L1 of 1,400 lines leaves
-// 0.79 sectors a pixel to L2, 180 Gpixel/s. The 5 bytes of HBM alone would allow 860. A table of 32^3 cells in shared
-// memory would need no L2, but most cells of 512 centres have 2 to 5 candidates, whose exact distances cost 16 bytes of
-// shared memory and 11 operations each: 126 Gpixel/s of any kind.
+// With it a pixel costs some 36 operations, 3 bytes read, 2 (or 8) written, and a gather from 33.5 MB that L2 holds.
+// The gather decides: L1 finds its lines one after the other, so lanes are neighbours in the picture, and where those
+// differ by a few levels, 32 of them need a few lines of 4^3 colours. A pixel's bytes are loaded one by one,
+// wherever the tensor starts; all gathers of a thread are under way before the first is used. Colourful thumbnails and
+// random colours need a line a lane whatever the order: of the benchmarks' photographs 30 in 32, and an L1 of 1,400
+// lines leaves 0.79 sectors of 32 bytes a pixel to L2. A table of 32^3 cells in shared memory would need no L2, but
+// most cells of 512 centres have 2 to 5 candidates, whose exact distances cost 16 bytes of shared memory and 11
+// operations each: 126 Gpixel/s of any kind.
 //
 // sass palette_assign_kernel<u8, i16>: LDS = 4, LOCAL = 0
 #include <algorithm>
@@ -24,6 +23,9 @@
 
 namespace igpt {
 namespace cuda {
+
+constexpr int kEach = 8;  // pixels of a thread in the lookup, 32 apart
+constexpr int kLookupThreads = 256, kLookupBlock = kLookupThreads * kEach;
 
 template <class T, class Token>
 __global__ void __launch_bounds__(kThreads) palette_assign_kernel(Token* tokens,         // [N]
@@ -43,37 +45,40 @@ __global__ void __launch_bounds__(kThreads) palette_assign_kernel(Token* tokens,
 }
 
 template <class Token>
-__global__ void __launch_bounds__(kThreads) palette_lookup_kernel(Token* tokens,          // [N]
-                                                                  const uint8_t* pixels,  // [N, 3]
-                                                                  const uint16_t* table,  // [2^24]
-                                                                  int64_t N, bool wide) {
-  const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t begin = p * kPack, end = min(begin + kPack, N);
-  if (!wide || begin + kPack > N) {
-    for (int64_t i = begin; i < end; ++i)
-      tokens[i] = Token(
-          table[table_index(uint32_t(pixels[3 * i]) << 16 | uint32_t(pixels[3 * i + 1]) << 8 | pixels[3 * i + 2])]);
-    return;
-  }
-  uint32_t colors[kPack];
-  unpack48(colors, pixels + 3 * begin);
-  constexpr int V = 16 / sizeof(Token);
-  Pack<Token, V> out[kPack / V];
+__global__ void __launch_bounds__(kLookupThreads) palette_lookup_kernel(Token* tokens,          // [N]
+                                                                        const uint8_t* pixels,  // [N, 3]
+                                                                        const uint16_t* table,  // [2^24]
+                                                                        int64_t N) {
+  const int64_t first = int64_t(blockIdx.x) * kLookupBlock + threadIdx.x / 32 * (32 * kEach) + threadIdx.x % 32;
+  const auto look_up = [&]<bool kWhole>() {
+    uint32_t at[kEach];
+    uint16_t token[kEach];
 #pragma unroll
-  for (int k = 0; k < kPack; ++k) out[k / V].v[k % V] = Token(table[table_index(colors[k])]);
-  auto* to = reinterpret_cast<Pack<Token, V>*>(tokens + begin);
+    for (int k = 0; k < kEach; ++k) {
+      const uint8_t* rgb = pixels + 3 * first + 96 * k;
+      at[k] = 0;
+      if (kWhole || first + 32 * k < N)
+        at[k] = uint32_t(__ldcs(rgb)) << 16 | uint32_t(__ldcs(rgb + 1)) << 8 | __ldcs(rgb + 2);
+    }
 #pragma unroll
-  for (int v = 0; v < kPack / V; ++v) to[v] = out[v];
+    for (int k = 0; k < kEach; ++k) token[k] = table[table_index(at[k])];
+#pragma unroll
+    for (int k = 0; k < kEach; ++k)
+      if (kWhole || first + 32 * k < N) __stcs(tokens + first + 32 * k, Token(token[k]));
+  };
+  if (first - threadIdx.x % 32 + 32 * kEach <= N)
+    look_up.template operator()<true>();
+  else
+    look_up.template operator()<false>();
 }
 
 // ---- launchers ----
 
 template <class Token>
 static void lookup(const View& tokens, const View& pixels, const View& table, Stream stream) {
-  const int64_t N = pixels.rows(), threads = (N + kPack - 1) / kPack;
-  const bool wide = starts_at_sixteen(pixels) && starts_at_sixteen(tokens);
-  LAUNCH((palette_lookup_kernel<Token>), unsigned((threads + kThreads - 1) / kThreads), kThreads, 0, stream,
-         tokens.as<Token>(), pixels.as<uint8_t>(), table.as<uint16_t>(), N, wide);
+  const int64_t N = pixels.rows();
+  LAUNCH((palette_lookup_kernel<Token>), unsigned((N + kLookupBlock - 1) / kLookupBlock), kLookupThreads, 0, stream,
+         tokens.as<Token>(), pixels.as<uint8_t>(), table.as<uint16_t>(), N);
 }
 
 template <class T, class Token>

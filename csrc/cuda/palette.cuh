@@ -1,6 +1,6 @@
 // What the palette's kernels share: 8-bit levels, distances rounded as on the CPU, the table's order, checks.
 #pragma once
-#include "../common/check.h"
+#include "../common/palette.h"
 #include "device.cuh"
 #include "launch.h"
 
@@ -36,14 +36,16 @@ __device__ inline uint32_t table_index(uint32_t p) {
          (p & 0x000003);
 }
 
-// 48 bytes as 16 colours 0xrrggbb; p at 16 bytes.
-constexpr int kPack = 16;
-__device__ inline void unpack48(uint32_t (&colors)[kPack], const uint8_t* p) {
-  const uint4* from = reinterpret_cast<const uint4*>(p);
-  const uint4 x = from[0], y = from[1], z = from[2];
-  const uint32_t word[12] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w, z.x, z.y, z.z, z.w};
+// Pixel i as 0xrrggbb, wherever it lies.
+__device__ inline uint32_t color_at(const uint8_t* pixels, int64_t i) {
+  return uint32_t(pixels[3 * i]) << 16 | uint32_t(pixels[3 * i + 1]) << 8 | pixels[3 * i + 2];
+}
+
+// Bytes rgbrgb... as colours 0xrrggbb, four to three words.
+template <int N>
+__device__ inline void unpack(uint32_t (&colors)[N], const uint32_t* word) {
 #pragma unroll
-  for (int k = 0; k < kPack; ++k) {
+  for (int k = 0; k < N; ++k) {
     const int at = k / 4 * 3, q = k % 4;  // its bytes, r lowest, start in byte 3 q of three words
     const uint32_t v = q == 0   ? word[at]
                        : q == 1 ? word[at] >> 24 | word[at + 1] << 8

@@ -8,6 +8,8 @@
 // their differences: 84 operations a candidate. Distances are rounded as in palette_assign's plain loop, and what the
 // lists leave out cannot win: the same tokens to the bit.
 //
+// Levels are divided once a block, and a warp's lanes hand each other the centres that they compare.
+//
 // Operations, K = 512, lists of some 40 and 5 centres: 20 K a box (2^12) for the block's list, 20 * 40 a cell (2^15)
 // for the warp's, 84 * 5 for 16 colours (2^20): 5 * 10^8 in all, 20 us at 28 T/s; the 33.5 MB written take 8 us and
 // stay in L2. A cell whose list would be longer than kMost goes by the box's: K centres in one cell cost K distances.
@@ -26,9 +28,9 @@ struct Region {  // all colours x with |x - middle| <= half, a little more for t
   float4 middle, half;
 };
 
-__device__ inline Region region(int r, int g, int b, int levels) {
-  const auto middle = [=](int u) { return 0.5f * (level(u) + level(u + levels - 1)); };
-  const auto half = [=](int u) { return 0.5f * (level(u + levels - 1) - level(u)) + 1e-6f; };
+__device__ inline Region region(const float* levels, int r, int g, int b, int side) {
+  const auto middle = [=](int u) { return 0.5f * (levels[u] + levels[u + side - 1]); };
+  const auto half = [=](int u) { return 0.5f * (levels[u + side - 1] - levels[u]) + 1e-6f; };
   return {make_float4(middle(r), middle(g), middle(b), 0.f), make_float4(half(r), half(g), half(b), 0.f)};
 }
 
@@ -125,8 +127,10 @@ __device__ inline int list_of_cell(uint16_t* list, const Region& cell, const uin
   const float near = from_middle(cell, c);
   bool keep = lane < n;
   for (int i = 0; i < n; ++i) {
-    const float4 other = center_of(palette, list[i]);
-    keep = keep && !outdone(cell, c, near, other, from_middle(cell, other));
+    const float4 other =
+        make_float4(__shfl_sync(kAll, c.x, i), __shfl_sync(kAll, c.y, i), __shfl_sync(kAll, c.z, i), 0.f);
+    const float others = __shfl_sync(kAll, near, i);
+    keep = keep && !outdone(cell, c, near, other, others);
   }
   __syncwarp();  // the list has been read
   n = append(0, keep, uint16_t(j));
@@ -136,7 +140,7 @@ __device__ inline int list_of_cell(uint16_t* list, const Region& cell, const uin
 
 // The tokens of 2 x 2 x 4 levels from (r, g, b), which are neighbours in the table.
 __device__ inline void nearest16(uint16_t* out, int r, int g, int b, const uint16_t* list, int count,
-                                 const float* palette) {
+                                 const float* palette, const float* levels) {
   float best[16];
   uint32_t token[16];
 #pragma unroll
@@ -144,8 +148,8 @@ __device__ inline void nearest16(uint16_t* out, int r, int g, int b, const uint1
   float x[2], y[2], z[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    z[k] = level(b + k);
-    if (k < 2) x[k] = level(r + k), y[k] = level(g + k);
+    z[k] = levels[b + k];
+    if (k < 2) x[k] = levels[r + k], y[k] = levels[g + k];
   }
   for (int i = 0; i < count; ++i) {
     const int j = list[i];
@@ -175,18 +179,22 @@ __global__ void __launch_bounds__(kThreads) palette_table_kernel(uint16_t* table
   STATIC_SMEM(uint16_t, of_cells, kWarps* kMost);
   STATIC_SMEM(uint64_t, keys, kWarps);
   STATIC_SMEM(int, counts, kWarps);
+  STATIC_SMEM(float, levels, 256);  // divisions are many operations
+  static_assert(kThreads == 256);
+  levels[threadIdx.x] = level(int(threadIdx.x));
+  __syncthreads();
   const int box = first + int(blockIdx.x), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int r = box / 256 * kBoxLevels, g = box / 16 % 16 * kBoxLevels, b = box % 16 * kBoxLevels;
-  const int in_box = list_of_box(of_box, keys, counts, region(r, g, b, kBoxLevels), palette, K);
+  const int in_box = list_of_box(of_box, keys, counts, region(levels, r, g, b, kBoxLevels), palette, K);
 
   r += warp / 4 * kCellLevels, g += warp / 2 % 2 * kCellLevels, b += warp % 2 * kCellLevels;
   uint16_t* list = of_cells + warp * kMost;
-  const int in_cell = list_of_cell(list, region(r, g, b, kCellLevels), of_box, in_box, palette);
+  const int in_cell = list_of_cell(list, region(levels, r, g, b, kCellLevels), of_box, in_box, palette);
 
   r += lane / 16 * 4 + lane / 2 % 2 * 2, g += lane / 8 % 2 * 4 + lane % 2 * 2, b += lane / 4 % 2 * 4;
   uint16_t* out = table + int64_t(blockIdx.x) * kBoxColors + warp * kCellColors + lane * 16;
   const bool own = in_cell <= kMost;
-  nearest16(out, r, g, b, own ? list : of_box, own ? in_cell : in_box, palette);
+  nearest16(out, r, g, b, own ? list : of_box, own ? in_cell : in_box, palette, levels);
 }
 
 // ---- launcher ----

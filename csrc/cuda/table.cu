@@ -7,6 +7,7 @@ namespace igpt {
 namespace cuda {
 
 void fill_activation(Ops&);
+void fill_color_histogram(Ops&);
 void fill_cross_entropy(Ops&);
 void fill_attention_bwd(Ops&);
 void fill_attention_fwd(Ops&);
@@ -23,6 +24,7 @@ static const Ops& table() {
     Ops ops;
     ops.name = "cuda";
     fill_activation(ops);
+    fill_color_histogram(ops);
     fill_cross_entropy(ops);
     fill_attention_bwd(ops);
     fill_attention_fwd(ops);

@@ -1,5 +1,6 @@
 """Attention forward, backward and decode on every backend, dense and by pattern, against the dense reference."""
 
+import copies
 import pytest
 import torch
 from check import CUDA_KERNELS, backends, check, served
@@ -97,6 +98,37 @@ def test_any_mask(backend, dtype, tokens, head_dim, density):
         out.sum().backward()
     assert out[:, :, ~seen.any(1)].eq(0).all() and q.grad[:, :, ~seen.any(1)].eq(0).all()
     assert k.grad[:, :, ~seen.any(0)].eq(0).all() and v.grad[:, :, ~seen.any(0)].eq(0).all()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [c for c in CASES if c[1] is torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_neighbours_of_whom_one_waits_long(backend, dtype, head_dim):
+    """Three rows of tiles, and three columns, of which the first has the two ends and the second all between."""
+    tiles = 10
+    seen = torch.zeros(tiles, tiles, dtype=torch.bool)
+    seen[0, [0, -1]] = seen[1] = seen[2, ::4] = True
+    seen = (seen | seen.T).repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
+    mask = BlockMask.from_dense(seen)
+    args = heads(1, 1, len(seen), head_dim)
+    check(lambda q, k, v: ops.attention(q, k, v, mask, False), dense(seen), args, backend, dtype)
+
+
+@pytest.mark.parametrize("backend", [b for b, dtype in CASES if b in CUDA_KERNELS and dtype is torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_a_head_does_not_know_how_many_there_are(backend, head_dim):
+    """Where there is work for many, a block of Hopper's kernels takes two places of a head."""
+    batch = 300 if backend == copies.NAME else 8
+    inputs = [t.bfloat16().requires_grad_() for t in heads(batch, 2, 200, head_dim)]
+    dout = torch.randn(batch, 2, 200, head_dim).bfloat16()
+
+    def results(images):
+        some = [t[images] for t in inputs]
+        out = ops.attention(*some)
+        return [out, *torch.autograd.grad(out, some, dout[images])]
+
+    with use_backend(backend, poison=True):
+        for all_, few in zip(results(slice(None)), results(slice(2, 4)), strict=True):
+            assert torch.equal(all_[2:4], few)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)

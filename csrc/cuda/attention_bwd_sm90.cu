@@ -23,14 +23,14 @@ template <int D>
 constexpr int kBytes = Panels<D>::kTileBytes;
 constexpr int kStatsBytes = kTile * 16;  // sixteen bytes a row are the least that TMA brings
 template <int D>
-using KeysShape = Layout<2, 2 * kBytes<D>, 4, 2 * kBytes<D> + kStatsBytes, 1, 240, 24>;
+using KeysShape = Layout<2, 2 * kBytes<D>, D == 128 ? 1 : 2, 4, 2 * kBytes<D> + kStatsBytes, 1, 240, 24>;
 template <int D>
-using QueriesShape = std::conditional_t<D == 128, Layout<2, 2 * kBytes<D>, 4, 2 * kBytes<D>, 1, 240, 24>,
-                                        Layout<3, 2 * kBytes<D>, 5, 2 * kBytes<D>, 1, 160, 32>>;
+using QueriesShape = std::conditional_t<D == 128, Layout<2, 2 * kBytes<D>, 2, 3, 2 * kBytes<D>, 1, 240, 24>,
+                                        Layout<3, 2 * kBytes<D>, 2, D == 96 ? 3 : 5, 2 * kBytes<D>, 1, 160, 32>>;
 
-// Asks for a warpgroup's own two tiles.
+// Asks for the same rows of two tensors.
 template <int D>
-__device__ inline void bring_own(uint32_t to, const CUtensorMap* a, const CUtensorMap* b, uint32_t bar, int tile,
+__device__ inline void bring_two(uint32_t to, const CUtensorMap* a, const CUtensorMap* b, uint32_t bar, int tile,
                                  int head, int image) {
   bring_tile<D>(to, a, bar, tile * kTile, head, image);
   bring_tile<D>(to + kBytes<D>, b, bar, tile * kTile, head, image);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(128)
     ptx::mbar_init(full, 1);
     ptx::mbar_fence_init();
     ptx::mbar_arrive_expect_tx(full, 2 * kBytes<D>);
-    bring_own<D>(tiles, &dout, &o, full, tile, bh % dq.count, bh / dq.count);
+    bring_two<D>(tiles, &dout, &o, full, tile, bh % dq.count, bh / dq.count);
   }
   __syncthreads();
   ptx::mbar_wait(full, 0);
@@ -85,83 +85,93 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
                                const __grid_constant__ CUtensorMap q,      // [B, H, Tq, D]
                                const __grid_constant__ CUtensorMap k,      // [B, H, Tk, D]
                                const __grid_constant__ CUtensorMap v,      // [B, H, Tk, D]
-                               Pattern pattern, float scale) {
+                               Pattern pattern, Work work, float scale) {
   using L = KeysShape<D>;
   ATTENTION_RING(L, ring);
   ring.begin();
-
-  // Indices. Keys that most queries see come first in causal attention.
-  constexpr int kOwn = L::kGroups * kTile;
-  const int blocks = (pattern.Tk + kOwn - 1) / kOwn;
-  const int bh = int(blockIdx.x / blocks), first = int(blockIdx.x % blocks) * L::kGroups;
+  const int bh = work.head(), count = work.count();
+  // Keys that most queries see come first in causal attention.
+  const auto first_tile = [&](int n) { return work.place(n, false) * L::kGroups; };
 
   if (threadIdx.x >= L::kMath) {
     ptx::reg_dealloc<L::kBringRegisters>();
     if (threadIdx.x > L::kMath) return;
     const int head = bh % dk.count, image = bh / dk.count;
-    Line lines[L::kGroups];
-    ptx::mbar_arrive_expect_tx(ring.own_full(), L::kGroups * L::kOwn);
+    Place<L> at;
+    for (int n = 0; n < count; ++n) {
+      Line lines[L::kGroups];
+      ptx::mbar_arrive_expect_tx(ring.own_full(n), L::kGroups * L::kOwn);
 #pragma unroll
-    for (int g = 0; g < L::kGroups; ++g) {
-      lines[g] = pattern.col(first + g);
-      bring_own<D>(ring.own(g), &k, &v, ring.own_full(), first + g, head, image);
+      for (int g = 0; g < L::kGroups; ++g) {
+        lines[g] = pattern.col(first_tile(n) + g);
+        bring_two<D>(ring.own(n, g), &k, &v, ring.own_full(n), first_tile(n) + g, head, image);
+      }
+      bring(at, ring, lines, pattern.col_tile, pattern.col_mask, [&](uint32_t to, uint32_t bar, int i) {
+        bring_two<D>(to, &q, &dout, bar, i, head, image);
+        ptx::tma_load(to + 2 * kBytes<D>, &stats, bar, 0, i * kTile, head, image);
+      });
     }
-    return bring(ring, ring_notes, lines, pattern.col_tile, pattern.col_mask, [&](uint32_t to, uint32_t bar, int i) {
-      bring_own<D>(to, &q, &dout, bar, i, head, image);
-      ptx::tma_load(to + 2 * kBytes<D>, &stats, bar, 0, i * kTile, head, image);
-    });
+    return;
   }
 
-  // The warpgroup's keys.
   ptx::reg_alloc<L::kMathRegisters>();
-  const int group = threadIdx.x / 128, j = first + group;
-  const uint32_t own = ring.own(group);
+  const int group = threadIdx.x / 128;
   const float scale2 = scale * kLog2e;
-  Scores64 s, ds;  // transposed: rows are keys
-  Packed p;
-  Sums64<D> sums_k = {}, sums_v = {};
-  Place place;
-  ptx::mbar_wait(ring.own_full(), 0);
-  if (find(place, ring, group)) {
-    ptx::hold_registers(sums_k);
-    ptx::hold_registers(sums_v);
-    for (uint32_t before = kNone;;) {
-      const uint32_t from = ring.stage(place.step);
-      start_scores<D, T>(s, own, from);
-      start_scores<D, T>(ds, own + kBytes<D>, from + kBytes<D>);
-      ptx::wgmma_wait<1>();
-      ptx::hold_registers(s);
+  Met<L> tile;
+#pragma unroll 1
+  for (int n = 0; n < count; ++n) {
+    const int j = first_tile(n) + group;
+    const uint32_t own = ring.own(n, group);
+    Scores64 s, ds;  // transposed: rows are keys
+    Packed p;
+    Sums64<D> sums_k = {}, sums_v = {};
+    ptx::mbar_wait(ring.own_full(n), 0);
+    int held = -1;  // the stage of the products in flight
+    const auto finish = [&] {
+      ptx::wgmma_wait<0>();
       ptx::hold_registers(sums_v);
       ptx::hold_registers(sums_k);
-      if (before != kNone) ring.release(before);
-      if (!pattern.whole(place.index, j, place.id))
-        hide(s, [&](int r) { return pattern.col_bits(place.index, j, place.id, first_row() + 8 * r); });
-      // Of the thread's queries 8 n + e, e of 2: a row of the tile has 16 bytes, which hold two of these.
-      const Stats* of =
-          reinterpret_cast<const Stats*>(ring_shared + (from - ring.shared) + 2 * kBytes<D>) + threadIdx.x % 4 * 4;
+      if (held >= 0) ring.release(held);
+      held = -1;
+    };
+    if (find(tile, ring, group, finish)) {
+      ptx::hold_registers(sums_k);
+      ptx::hold_registers(sums_v);
+      for (;;) {
+        const uint32_t from = ring.stage(tile.stage);
+        start_scores<D, T>(s, own, from);
+        start_scores<D, T>(ds, own + kBytes<D>, from + kBytes<D>);
+        ptx::wgmma_wait<1>();
+        ptx::hold_registers(s);
+        ptx::hold_registers(sums_v);
+        ptx::hold_registers(sums_k);
+        if (held >= 0) ring.release(held);
+        if (!pattern.whole(tile.index, j, tile.id))
+          hide(s, [&](int r) { return pattern.col_bits(tile.index, j, tile.id, first_row() + 8 * r); });
+        // Of the thread's queries 8 n + e, e of 2: a row of the tile has 16 bytes, which hold two of these.
+        const Stats* of =
+            reinterpret_cast<const Stats*>(ring_shared + (from - ring.shared) + 2 * kBytes<D>) + threadIdx.x % 4 * 4;
 #pragma unroll
-      for (int i = 0; i < kTile / 2; ++i) s[i] = ptx::ex2(fmaf(s[i], scale2, -of[i / 4 * 16 + i % 2 * 2].lse2));
-      pack<T>(p, s);
-      start_mix<D, T>(sums_v, p, from + kBytes<D>);
-      ptx::wgmma_wait<1>();
-      ptx::hold_registers(ds);
+        for (int i = 0; i < kTile / 2; ++i) s[i] = ptx::ex2(fmaf(s[i], scale2, -of[i / 4 * 16 + i % 2 * 2].lse2));
+        pack<T>(p, s);
+        start_mix<D, T>(sums_v, p, from + kBytes<D>);
+        ptx::wgmma_wait<1>();
+        ptx::hold_registers(ds);
 #pragma unroll
-      for (int i = 0; i < kTile / 2; ++i) ds[i] = s[i] * (ds[i] - of[i / 4 * 16 + i % 2 * 2].delta);
-      Packed g;
-      pack<T>(g, ds);
-      start_mix<D, T>(sums_k, g, from);
-      if constexpr (D == 128) ptx::wgmma_wait<0>(), ptx::hold_registers(sums_v), ptx::hold_registers(sums_k);
-      before = place.step++;
-      if (!find(place, ring, group)) break;
+        for (int i = 0; i < kTile / 2; ++i) ds[i] = s[i] * (ds[i] - of[i / 4 * 16 + i % 2 * 2].delta);
+        Packed g;
+        pack<T>(g, ds);
+        start_mix<D, T>(sums_k, g, from);
+        held = int(tile.stage), tile.advance();
+        if constexpr (D == 128) finish();  // the next scores and these packed ones want more registers than there are
+        if (!find(tile, ring, group, finish)) break;
+      }
     }
-    ptx::wgmma_wait<0>();
-    ptx::hold_registers(sums_v);
-    ptx::hold_registers(sums_k);
-  }
 
-  const int64_t t = int64_t(j) * kTile + first_row();
-  store_rows<D>(dk[bh], t, pattern.Tk, sums_k, {scale, scale});
-  store_rows<D>(dv[bh], t, pattern.Tk, sums_v, {1.f, 1.f});
+    const int64_t t = int64_t(j) * kTile + first_row();
+    store_rows<D>(dk[bh], t, pattern.Tk, sums_k, {scale, scale});
+    store_rows<D>(dv[bh], t, pattern.Tk, sums_v, {1.f, 1.f});
+  }
 }
 
 // ---- (3) dq ----
@@ -173,74 +183,84 @@ __global__ void __launch_bounds__(QueriesShape<D>::kThreads, 1)
                              const __grid_constant__ CUtensorMap q,     // [B, H, Tq, D]
                              const __grid_constant__ CUtensorMap k,     // [B, H, Tk, D]
                              const __grid_constant__ CUtensorMap v,     // [B, H, Tk, D]
-                             Pattern pattern, float scale) {
+                             Pattern pattern, Work work, float scale) {
   using L = QueriesShape<D>;
   ATTENTION_RING(L, ring);
   ring.begin();
-
-  // Indices. The longest rows first.
-  constexpr int kOwn = L::kGroups * kTile;
-  const int blocks = (pattern.Tq + kOwn - 1) / kOwn;
-  const int bh = int(blockIdx.x / blocks), first = (blocks - 1 - int(blockIdx.x % blocks)) * L::kGroups;
+  const int bh = work.head(), count = work.count();
+  const auto first_tile = [&](int n) { return work.place(n, true) * L::kGroups; };  // the longest rows first
 
   if (threadIdx.x >= L::kMath) {
     ptx::reg_dealloc<L::kBringRegisters>();
     if (threadIdx.x > L::kMath) return;
     const int head = bh % dq.count, image = bh / dq.count;
-    Line lines[L::kGroups];
-    ptx::mbar_arrive_expect_tx(ring.own_full(), L::kGroups * L::kOwn);
+    Place<L> at;
+    for (int n = 0; n < count; ++n) {
+      Line lines[L::kGroups];
+      ptx::mbar_arrive_expect_tx(ring.own_full(n), L::kGroups * L::kOwn);
 #pragma unroll
-    for (int g = 0; g < L::kGroups; ++g) {
-      lines[g] = pattern.row(first + g);
-      bring_own<D>(ring.own(g), &q, &dout, ring.own_full(), first + g, head, image);
+      for (int g = 0; g < L::kGroups; ++g) {
+        lines[g] = pattern.row(first_tile(n) + g);
+        bring_two<D>(ring.own(n, g), &q, &dout, ring.own_full(n), first_tile(n) + g, head, image);
+      }
+      bring(at, ring, lines, pattern.row_tile, pattern.row_mask,
+            [&](uint32_t to, uint32_t bar, int j) { bring_two<D>(to, &k, &v, bar, j, head, image); });
     }
-    return bring(ring, ring_notes, lines, pattern.row_tile, pattern.row_mask,
-                 [&](uint32_t to, uint32_t bar, int j) { bring_own<D>(to, &k, &v, bar, j, head, image); });
+    return;
   }
 
-  // The warpgroup's queries.
   ptx::reg_alloc<L::kMathRegisters>();
-  const int group = threadIdx.x / 128, i = first + group;
-  const uint32_t own = ring.own(group);
-  const int64_t t = int64_t(i) * kTile + first_row();
+  const int group = threadIdx.x / 128;
   const float scale2 = scale * kLog2e;
-  Stats of[2];
+  Met<L> tile;
+#pragma unroll 1
+  for (int n = 0; n < count; ++n) {
+    const int i = first_tile(n) + group;
+    const uint32_t own = ring.own(n, group);
+    const int64_t t = int64_t(i) * kTile + first_row();
+    Stats of[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r)
-    of[r] = t + 8 * r < pattern.Tq ? *reinterpret_cast<const Stats*>(dq[bh].row(t + 8 * r)) : Stats{0.f, 0.f};
-  __syncwarp();  // all four lanes of a row have read it before any writes
-  Scores64 s, ds;
-  Sums64<D> sums = {};
-  Place place;
-  ptx::mbar_wait(ring.own_full(), 0);
-  if (find(place, ring, group)) {
-    ptx::hold_registers(sums);
-    for (uint32_t before = kNone;;) {
-      const uint32_t from = ring.stage(place.step);
-      start_scores<D, T>(s, own, from);
-      start_scores<D, T>(ds, own + kBytes<D>, from + kBytes<D>);
-      ptx::wgmma_wait<1>();
-      ptx::hold_registers(s);
-      ptx::hold_registers(sums);
-      if (before != kNone) ring.release(before);
-      if (!pattern.whole(i, place.index, place.id))
-        hide(s, [&](int r) { return pattern.row_bits(i, place.index, place.id, first_row() + 8 * r); });
-#pragma unroll
-      for (int j = 0; j < kTile / 2; ++j) s[j] = ptx::ex2(fmaf(s[j], scale2, -of[of_row(j)].lse2));
+    for (int r = 0; r < 2; ++r)
+      of[r] = t + 8 * r < pattern.Tq ? *reinterpret_cast<const Stats*>(dq[bh].row(t + 8 * r)) : Stats{0.f, 0.f};
+    __syncwarp();  // all four lanes of a row have read it before any writes
+    Scores64 s, ds;
+    Sums64<D> sums = {};
+    ptx::mbar_wait(ring.own_full(n), 0);
+    int held = -1;  // the stage of the product in flight
+    const auto finish = [&] {
       ptx::wgmma_wait<0>();
-      ptx::hold_registers(ds);
+      ptx::hold_registers(sums);
+      if (held >= 0) ring.release(held);
+      held = -1;
+    };
+    if (find(tile, ring, group, finish)) {
+      ptx::hold_registers(sums);
+      for (;;) {
+        const uint32_t from = ring.stage(tile.stage);
+        start_scores<D, T>(s, own, from);
+        start_scores<D, T>(ds, own + kBytes<D>, from + kBytes<D>);
+        ptx::wgmma_wait<1>();
+        ptx::hold_registers(s);
+        ptx::hold_registers(sums);
+        if (held >= 0) ring.release(held);
+        if (!pattern.whole(i, tile.index, tile.id))
+          hide(s, [&](int r) { return pattern.row_bits(i, tile.index, tile.id, first_row() + 8 * r); });
 #pragma unroll
-      for (int j = 0; j < kTile / 2; ++j) ds[j] = s[j] * (ds[j] - of[of_row(j)].delta);
-      Packed g;
-      pack<T>(g, ds);
-      start_mix<D, T>(sums, g, from);
-      before = place.step++;
-      if (!find(place, ring, group)) break;
+        for (int j = 0; j < kTile / 2; ++j) s[j] = ptx::ex2(fmaf(s[j], scale2, -of[of_row(j)].lse2));
+        ptx::hold_registers(s);  // made here, while dP is multiplied
+        ptx::wgmma_wait<0>();
+        ptx::hold_registers(ds);
+#pragma unroll
+        for (int j = 0; j < kTile / 2; ++j) ds[j] = s[j] * (ds[j] - of[of_row(j)].delta);
+        Packed g;
+        pack<T>(g, ds);
+        start_mix<D, T>(sums, g, from);
+        held = int(tile.stage), tile.advance();
+        if (!find(tile, ring, group, finish)) break;
+      }
     }
-    ptx::wgmma_wait<0>();
-    ptx::hold_registers(sums);
+    store_rows<D>(dq[bh], t, pattern.Tq, sums, {scale, scale});
   }
-  store_rows<D>(dq[bh], t, pattern.Tq, sums, {scale, scale});
 }
 
 // The first sixteen bytes of each row.
@@ -261,18 +281,17 @@ void attention_bwd_sm90(View dq, View dk, View dv, View dout, View q, View k, Vi
     if constexpr (D >= 64) {
       using K = KeysShape<D>;
       using Q = QueriesShape<D>;
-      const auto blocks = [&](int64_t tokens, int groups) {
-        return unsigned(q.size[0] * q.size[1] * ((tokens + groups * kTile - 1) / (groups * kTile)));
-      };
+      const int64_t heads = q.size[0] * q.size[1];
+      const Work keys = Work::of<K>(heads, k.size[2]), queries = Work::of<Q>(heads, q.size[2]);
       allow_shared(attention_dkdv_sm90_kernel<D, T>, K::kShared);
       allow_shared(attention_dq_sm90_kernel<D, T>, Q::kShared);
       const CUtensorMap mq = map_of<D>(q), mk = map_of<D>(k), mv = map_of<D>(v), mdout = map_of<D>(dout);
-      LAUNCH((attention_stats_sm90_kernel<D, T>), blocks(q.size[2], 1), 128, 2 * kBytes<D>, stream, Heads<T>(dq), mdout,
-             map_of<D>(o), lse.as<float>(), int(q.size[2]));
-      LAUNCH((attention_dkdv_sm90_kernel<D, T>), blocks(k.size[2], K::kGroups), K::kThreads, K::kShared, stream,
-             Heads<T>(dk), Heads<T>(dv), map_of_stats(dq), mdout, mq, mk, mv, pattern, scale);
-      LAUNCH((attention_dq_sm90_kernel<D, T>), blocks(q.size[2], Q::kGroups), Q::kThreads, Q::kShared, stream,
-             Heads<T>(dq), mdout, mq, mk, mv, pattern, scale);
+      LAUNCH((attention_stats_sm90_kernel<D, T>), unsigned(heads * pattern.nq), 128, 2 * kBytes<D>, stream,
+             Heads<T>(dq), mdout, map_of<D>(o), lse.as<float>(), int(q.size[2]));
+      LAUNCH((attention_dkdv_sm90_kernel<D, T>), unsigned(heads * keys.blocks()), K::kThreads, K::kShared, stream,
+             Heads<T>(dk), Heads<T>(dv), map_of_stats(dq), mdout, mq, mk, mv, pattern, keys, scale);
+      LAUNCH((attention_dq_sm90_kernel<D, T>), unsigned(heads * queries.blocks()), Q::kThreads, Q::kShared, stream,
+             Heads<T>(dq), mdout, mq, mk, mv, pattern, queries, scale);
     }
   });
 }

@@ -26,8 +26,8 @@ namespace {
 template <int D>
 constexpr int kBytes = Panels<D>::kTileBytes;
 template <int D>
-using Shape = std::conditional_t<D == 64, Layout<2, kBytes<D>, 4, 2 * kBytes<D>, 2, 104, 32>,
-                                 Layout<3, kBytes<D>, D == 96 ? 6 : 5, 2 * kBytes<D>, 1, 160, 32>>;
+using Shape = std::conditional_t<D == 64, Layout<2, kBytes<D>, 2, 4, 2 * kBytes<D>, 2, 104, 32>,
+                                 Layout<3, kBytes<D>, 2, D == 96 ? 6 : 4, 2 * kBytes<D>, 1, 160, 32>>;
 
 // Whether the next tile's scores are queued behind P V: P and S want registers side by side, which four warpgroups on a
 // multiprocessor do not have, nor need.
@@ -45,10 +45,11 @@ __device__ inline void softmax(Softmax& rows, Sums64<D>& o, Packed& p, const Sco
   float base[2], fade[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float top = -INFINITY;
+    float tops[2] = {-INFINITY, -INFINITY};  // two chains are shorter than one
 #pragma unroll
     for (int j = 0; j < kTile / 2; ++j)
-      if (of_row(j) == r) top = fmaxf(top, s[j]);
+      if (of_row(j) == r) tops[j % 2] = fmaxf(tops[j % 2], s[j]);
+    float top = fmaxf(tops[0], tops[1]);
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
     top = fmaxf(rows.top[r], top * scale2);
@@ -70,17 +71,6 @@ __device__ inline void softmax(Softmax& rows, Sums64<D>& o, Packed& p, const Sco
   }
 }
 
-// Calls with (head, image, block): the longest rows of a head first.
-template <int D>
-struct Where {
-  int bh, block;
-  __device__ explicit Where(int queries) {
-    constexpr int kRows = Shape<D>::kGroups * kTile;
-    const int blocks = (queries + kRows - 1) / kRows;
-    bh = int(blockIdx.x / blocks), block = blocks - 1 - int(blockIdx.x % blocks);
-  }
-};
-
 template <int D, class T>
 __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
     attention_fwd_sm90_kernel(Heads<T> o,                             // [B, H, Tq, D]
@@ -88,73 +78,85 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
                               const __grid_constant__ CUtensorMap q,  // [B, H, Tq, D]
                               const __grid_constant__ CUtensorMap k,  // [B, H, Tk, D]
                               const __grid_constant__ CUtensorMap v,  // [B, H, Tk, D]
-                              Pattern pattern, float scale2) {
+                              Pattern pattern, Work work, float scale2) {
   using L = Shape<D>;
   ATTENTION_RING(L, ring);
   ring.begin();
+  const int bh = work.head(), count = work.count();
+  const auto first_tile = [&](int n) { return work.place(n, true) * L::kGroups; };  // the longest rows first
 
   if (threadIdx.x >= L::kMath) {
     ptx::reg_dealloc<L::kBringRegisters>();
     if (threadIdx.x > L::kMath) return;
-    const Where<D> at(pattern.Tq);
-    const int head = at.bh % o.count, image = at.bh / o.count, first = at.block * L::kGroups;
-    Line lines[L::kGroups];
-    ptx::mbar_arrive_expect_tx(ring.own_full(), L::kGroups * L::kOwn);
+    const int head = bh % o.count, image = bh / o.count;
+    Place<L> at;
+    for (int n = 0; n < count; ++n) {
+      Line lines[L::kGroups];
+      ptx::mbar_arrive_expect_tx(ring.own_full(n), L::kGroups * L::kOwn);
 #pragma unroll
-    for (int g = 0; g < L::kGroups; ++g) {
-      lines[g] = pattern.row(first + g);
-      bring_tile<D>(ring.own(g), &q, ring.own_full(), (first + g) * kTile, head, image);
+      for (int g = 0; g < L::kGroups; ++g) {
+        lines[g] = pattern.row(first_tile(n) + g);
+        bring_tile<D>(ring.own(n, g), &q, ring.own_full(n), (first_tile(n) + g) * kTile, head, image);
+      }
+      bring(at, ring, lines, pattern.row_tile, pattern.row_mask, [&](uint32_t to, uint32_t bar, int j) {
+        bring_tile<D>(to, &k, bar, j * kTile, head, image);
+        bring_tile<D>(to + kBytes<D>, &v, bar, j * kTile, head, image);
+      });
     }
-    return bring(ring, ring_notes, lines, pattern.row_tile, pattern.row_mask, [&](uint32_t to, uint32_t bar, int j) {
-      bring_tile<D>(to, &k, bar, j * kTile, head, image);
-      bring_tile<D>(to + kBytes<D>, &v, bar, j * kTile, head, image);
-    });
+    return;
   }
 
-  // The warpgroup's tiles.
   ptx::reg_alloc<L::kMathRegisters>();
   const int group = threadIdx.x / 128;
-  Scores64 s;
-  Packed p;
-  Sums64<D> o_sums = {};
-  Softmax rows;
-  Place place;
-  ptx::mbar_wait(ring.own_full(), 0);
-  if (find(place, ring, group)) {
-    ptx::hold_registers(o_sums);
-    start_scores<D, T>(s, ring.own(group), ring.stage(place.step));
-    for (uint32_t before = kNone;;) {
+  Met<L> tile;
+#pragma unroll 1
+  for (int n = 0; n < count; ++n) {
+    const int i = first_tile(n) + group;
+    const uint32_t own = ring.own(n, group);
+    Scores64 s;
+    Packed p;
+    Sums64<D> sums = {};
+    Softmax rows;
+    ptx::mbar_wait(ring.own_full(n), 0);
+    int held = -1;  // the stage of the product in flight
+    const auto finish = [&] {
       ptx::wgmma_wait<0>();
-      ptx::hold_registers(s);
-      ptx::hold_registers(o_sums);
-      if (before != kNone) ring.release(before);
-      const int i = Where<D>(pattern.Tq).block * L::kGroups + group;
-      if (!pattern.whole(i, place.index, place.id))
-        hide(s, [&](int r) { return pattern.row_bits(i, place.index, place.id, first_row() + 8 * r); });
-      softmax<D, T>(rows, o_sums, p, s, scale2);
-      start_mix<D, T>(o_sums, p, ring.stage(place.step) + kBytes<D>);
-      if constexpr (!kAhead<D>) ptx::wgmma_wait<0>(), ptx::hold_registers(o_sums);
-      before = place.step++;
-      if (!find(place, ring, group)) break;
-      start_scores<D, T>(s, ring.own(group), ring.stage(place.step));
+      ptx::hold_registers(sums);
+      if (held >= 0) ring.release(held);
+      held = -1;
+    };
+    if (find(tile, ring, group, finish)) {
+      ptx::hold_registers(sums);
+      start_scores<D, T>(s, own, ring.stage(tile.stage));
+      for (;;) {
+        ptx::wgmma_wait<0>();
+        ptx::hold_registers(s);
+        ptx::hold_registers(sums);
+        if (held >= 0) ring.release(held);
+        if (!pattern.whole(i, tile.index, tile.id))
+          hide(s, [&](int r) { return pattern.row_bits(i, tile.index, tile.id, first_row() + 8 * r); });
+        softmax<D, T>(rows, sums, p, s, scale2);
+        start_mix<D, T>(sums, p, ring.stage(tile.stage) + kBytes<D>);
+        held = int(tile.stage), tile.advance();
+        if constexpr (!kAhead<D>) finish();
+        if (!find(tile, ring, group, finish)) break;
+        start_scores<D, T>(s, own, ring.stage(tile.stage));
+      }
     }
-    ptx::wgmma_wait<0>();
-    ptx::hold_registers(o_sums);
-  }
 
-  const Where<D> at(pattern.Tq);
-  const int64_t t = (int64_t(at.block) * L::kGroups + group) * kTile + first_row();
-  float inverse[2];
+    const int64_t t = int64_t(i) * kTile + first_row();
+    float inverse[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float sum = rows.sum[r];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    inverse[r] = sum > 0.f ? 1.f / sum : 0.f;
-    if (threadIdx.x % 4 == 0 && t + 8 * r < pattern.Tq)
-      lse[int64_t(at.bh) * pattern.Tq + t + 8 * r] = sum > 0.f ? (rows.top[r] + log2f(sum)) * kLn2 : kEmptyLse;
+    for (int r = 0; r < 2; ++r) {
+      float sum = rows.sum[r];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      inverse[r] = sum > 0.f ? 1.f / sum : 0.f;
+      if (threadIdx.x % 4 == 0 && t + 8 * r < pattern.Tq)
+        lse[int64_t(bh) * pattern.Tq + t + 8 * r] = sum > 0.f ? (rows.top[r] + log2f(sum)) * kLn2 : kEmptyLse;
+    }
+    store_rows<D>(o[bh], t, pattern.Tq, sums, inverse);
   }
-  store_rows<D>(o[at.bh], t, pattern.Tq, o_sums, inverse);
 }
 
 }  // namespace
@@ -164,11 +166,11 @@ void attention_fwd_sm90(View o, View lse, View q, View k, View v, BlockMaskView 
   by_head(q, [&]<class T, int D>() {
     if constexpr (D >= 64) {
       using L = Shape<D>;
-      const int64_t blocks = q.size[0] * q.size[1] * ((q.size[2] + L::kGroups * kTile - 1) / (L::kGroups * kTile));
+      const Work work = Work::of<L>(q.size[0] * q.size[1], q.size[2]);
       allow_shared(attention_fwd_sm90_kernel<D, T>, L::kShared);
-      LAUNCH((attention_fwd_sm90_kernel<D, T>), unsigned(blocks), L::kThreads, L::kShared, stream, Heads<T>(o),
-             lse.as<float>(), map_of<D>(q), map_of<D>(k), map_of<D>(v), Pattern(q.size[2], k.size[2], causal, mask),
-             scale * kLog2e);
+      LAUNCH((attention_fwd_sm90_kernel<D, T>), unsigned(q.size[0] * q.size[1] * work.blocks()), L::kThreads,
+             L::kShared, stream, Heads<T>(o), lse.as<float>(), map_of<D>(q), map_of<D>(k), map_of<D>(v),
+             Pattern(q.size[2], k.size[2], causal, mask), work, scale * kLog2e);
     }
   });
 }

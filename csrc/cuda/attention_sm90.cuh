@@ -36,42 +36,73 @@ __device__ inline void bring_tile(uint32_t to, const CUtensorMap* map, uint32_t 
     ptx::tma_load(to + d / Panels<D>::kWidth * Panels<D>::kBytes, map, bar, d, t, head, image);
 }
 
-// ---- the ring: own tiles of a block, then stages; their mbarriers; notes ----
+// ---- a block's work: the rows of one place in a head, or of two ----
 
-// kMath threads compute, in warpgroups of 64 rows that keep kOwn bytes each; a warpgroup beside them brings kStages
-// stages of kStage bytes. kMathRegisters and kBringRegisters are what setmaxnreg gives them: together no more than the
-// block was launched with, or it would wait for ever.
-template <int groups, int own, int stages, int stage, int blocks, int math_registers, int bring_registers>
+// kMath threads compute, in warpgroups of 64 rows that keep kOwn bytes each for every one of kItems places; a warpgroup
+// beside them brings kStages stages of kStage bytes. kMathRegisters and kBringRegisters are what setmaxnreg gives them:
+// together no more than the block was launched with, or it would wait for ever. kBlocks run on a multiprocessor.
+template <int groups, int own, int items, int stages, int stage, int blocks, int math_registers, int bring_registers>
 struct Layout {
-  static constexpr int kGroups = groups, kOwn = own, kStages = stages, kStage = stage, kBlocks = blocks;
+  static constexpr int kGroups = groups, kOwn = own, kItems = items, kStages = stages, kStage = stage, kBlocks = blocks;
   static constexpr int kMath = 128 * groups, kThreads = kMath + 128;
   static constexpr int kMathRegisters = math_registers, kBringRegisters = bring_registers;
-  static constexpr int kShared = groups * own + stages * stage;
+  static constexpr int kShared = items * groups * own + stages * stage;
   static constexpr int kLaunched = 65536 / (kThreads * blocks) / 8 * 8;
   static_assert(groups * math_registers + bring_registers <= (groups + 1) * kLaunched);
   static_assert(own % 1024 == 0 && stage % 1024 == 0, "swizzles repeat after 1024 bytes");
+  static_assert(blocks * (kShared + 2048) <= 228 * 1024);
 };
 
-constexpr int kNoMore = -1;  // the index of a note that ends the walk
-constexpr uint32_t kNone = ~0u;
+// Places of a head, 64 rows a warpgroup, and how many a block takes: one, or where there is work for many a long one
+// and the short one from the other end, so that blocks end together and the second begins while the first one ends.
+struct Work {
+  int places, items;
+  template <class L>
+  static Work of(int64_t heads, int64_t rows) {
+    const int places = int((rows + L::kGroups * kTile - 1) / (L::kGroups * kTile));
+    const int64_t slots = int64_t(device_attribute(cudaDevAttrMultiProcessorCount)) * L::kBlocks;
+    return {places, L::kItems == 2 && heads * places >= 4 * slots ? 2 : 1};
+  }
+  __host__ __device__ int blocks() const { return (places + items - 1) / items; }  // of a head
+  __device__ int head() const { return int(blockIdx.x) / blocks(); }
+  // How many of its items this block has.
+  __device__ int count() const { return items == 2 && 2 * (int(blockIdx.x) % blocks()) + 1 < places ? 2 : 1; }
+  // The place of item n; from the last one on where those are the long ones.
+  __device__ int place(int n, bool last_first) const {
+    const int at = int(blockIdx.x) % blocks();
+    return (n == 1) != last_first ? places - 1 - at : at;
+  }
+};
+
+// ---- the ring: own tiles of a block, then stages; their mbarriers; notes ----
+
+// Where one is in the ring: stages follow one another, and after the last of them the phase of their mbarriers changes.
+template <class L>
+struct Place {
+  uint32_t stage = 0, phase = 0;
+  __device__ void advance() {
+    if (++stage == L::kStages) stage = 0, phase ^= 1;
+  }
+};
 
 template <class L>
 struct Ring {
-  uint32_t shared, bars;
-  const Meeting<L::kGroups>* notes;  // of the stages
-  __device__ uint32_t own(int group) const { return shared + group * L::kOwn; }
-  __device__ uint32_t stage(uint32_t step) const {
-    return shared + L::kGroups * L::kOwn + step % L::kStages * L::kStage;
-  }
-  __device__ uint32_t own_full() const { return bars; }
-  __device__ uint32_t full(uint32_t step) const { return bars + 8 + step % L::kStages * 16; }
-  __device__ uint32_t empty(uint32_t step) const { return full(step) + 8; }
-  __device__ static uint32_t phase(uint32_t step) { return step / L::kStages % 2; }
+  static constexpr int kWordsOfStage = 2 + L::kGroups, kWords = L::kItems + L::kStages * kWordsOfStage;
+  static constexpr int kOwnBytes = L::kItems * L::kGroups * L::kOwn;
+  uint32_t shared;
+  uint64_t* words;  // mbarriers of the items' own tiles, then of each stage: mbarriers full and empty, notes
+  __device__ uint32_t own(int item, int group) const { return shared + (item * L::kGroups + group) * L::kOwn; }
+  __device__ uint32_t stage(uint32_t i) const { return shared + kOwnBytes + i * L::kStage; }
+  __device__ uint32_t own_full(int item) const { return ptx::smem_u32(words) + item * 8; }
+  __device__ uint32_t full(uint32_t i) const { return own_full(L::kItems) + i * kWordsOfStage * 8; }
+  __device__ uint32_t empty(uint32_t i) const { return full(i) + 8; }
+  // Of warpgroup g: the tile's index, and its mask's number in the upper half.
+  __device__ uint64_t& note(uint32_t i, int g) const { return words[L::kItems + i * kWordsOfStage + 2 + g]; }
 
   // By all threads of the block.
   __device__ void begin() const {
     if (threadIdx.x == 0) {
-      ptx::mbar_init(own_full(), 1);
+      for (int i = 0; i < L::kItems; ++i) ptx::mbar_init(own_full(i), 1);
       for (int i = 0; i < L::kStages; ++i) {
         ptx::mbar_init(full(i), 1);
         ptx::mbar_init(empty(i), L::kMath / 32);  // every warp that reads it
@@ -81,49 +112,56 @@ struct Ring {
     __syncthreads();
   }
   // A lane for its warp, when all of it has read the stage.
-  __device__ void release(uint32_t step) const {
-    if (threadIdx.x % 32 == 0) ptx::mbar_arrive(empty(step));
+  __device__ void release(uint32_t i) const {
+    if (threadIdx.x % 32 == 0) ptx::mbar_arrive(empty(i));
   }
 };
-#define ATTENTION_RING(L, ring)                             \
-  DYN_SMEM_1024(unsigned char, ring_shared);                \
-  STATIC_SMEM(uint64_t, ring_bars, 1 + 2 * L::kStages);     \
-  STATIC_SMEM(Meeting<L::kGroups>, ring_notes, L::kStages); \
-  const Ring<L> ring = {ptx::smem_u32(ring_shared), ptx::smem_u32(ring_bars), ring_notes}
+#define ATTENTION_RING(L, ring)                       \
+  DYN_SMEM_1024(unsigned char, ring_shared);          \
+  STATIC_SMEM(uint64_t, ring_words, Ring<L>::kWords); \
+  const Ring<L> ring = {ptx::smem_u32(ring_shared), ring_words}
+
+constexpr int kNoMore = -1;  // the index of a note that ends an item
 
 // By one thread: walks over the tiles that any of the warpgroups meets, load(stage's address, mbarrier, tile's index)
 // asking for kStage bytes of each; a note without bytes ends the walk.
 template <class L, class Load>
-__device__ inline void bring(const Ring<L>& ring, Meeting<L::kGroups>* notes, Line (&lines)[L::kGroups],
-                             const int* tile, const int* mask, Load load) {
-  for (uint32_t step = 0;; ++step) {
+__device__ inline void bring(Place<L>& at, const Ring<L>& ring, Line (&lines)[L::kGroups], const int* tile,
+                             const int* mask, Load load) {
+  for (bool more = true; more; at.advance()) {
     Meeting<L::kGroups> met;
-    const bool more = next(met, lines, tile, mask);
-    if (!more) met.index = kNoMore;
-    ptx::mbar_wait(ring.empty(step), ring.phase(step) ^ 1u);
-    notes[step % L::kStages] = met;
-    if (!more) return ptx::mbar_arrive(ring.full(step));
-    ptx::mbar_arrive_expect_tx(ring.full(step), L::kStage);
-    load(ring.stage(step), ring.full(step), met.index);
+    more = next(met, lines, tile, mask);
+    ptx::mbar_wait(ring.empty(at.stage), at.phase ^ 1u);
+#pragma unroll
+    for (int g = 0; g < L::kGroups; ++g)
+      ring.note(at.stage, g) = more ? uint64_t(uint32_t(met.id[g])) << 32 | uint32_t(met.index) : uint32_t(kNoMore);
+    if (more) {
+      ptx::mbar_arrive_expect_tx(ring.full(at.stage), L::kStage);
+      load(ring.stage(at.stage), ring.full(at.stage), met.index);
+    } else {
+      ptx::mbar_arrive(ring.full(at.stage));
+    }
   }
 }
 
-// A warpgroup's place in the walk.
-struct Place {
-  uint32_t step = 0;
-  int index, id;  // of the tile, of its mask
-};
-// From place.step on, the first stage that this warpgroup meets; false when there is none.
+// A warpgroup's tile: where it lies, its index, its mask's number.
 template <class L>
-__device__ inline bool find(Place& place, const Ring<L>& ring, int group) {
-  for (;; ++place.step) {
-    ptx::mbar_wait(ring.full(place.step), ring.phase(place.step));
-    const Meeting<L::kGroups>& note = ring.notes[place.step % L::kStages];
-    place.index = __shfl_sync(0xffffffffu, note.index, 0);  // the compiler shall know that a warp agrees
-    place.id = __shfl_sync(0xffffffffu, note.id[group], 0);
-    if (place.index == kNoMore) return false;
-    if (place.id != -2) return true;
-    ring.release(place.step);
+struct Met : Place<L> {
+  int index, id;
+};
+// From here on, the first stage that this warpgroup meets; false at the item's end, and the next item's first stage.
+// Before it passes one by it calls idle(), which must release what is held: the stages to come may want its place.
+template <class L, class Idle>
+__device__ inline bool find(Met<L>& tile, const Ring<L>& ring, int group, Idle idle) {
+  for (;; tile.advance()) {
+    ptx::mbar_wait(ring.full(tile.stage), tile.phase);
+    const uint64_t note = ring.note(tile.stage, group);
+    tile.index = int(uint32_t(note)), tile.id = int(note >> 32);
+    if (tile.index != kNoMore && tile.id != -2) return true;
+    idle();
+    __syncwarp();
+    ring.release(tile.stage);
+    if (tile.index == kNoMore) return tile.advance(), false;
   }
 }
 
@@ -142,6 +180,12 @@ __device__ inline int first_row() {
   return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
+// The descriptor of what lies `bytes` behind another, in the half of the word that holds the address: a sum of 64 bits
+// would take three times the instructions.
+__device__ inline uint64_t behind(uint64_t descriptor, int bytes) {
+  return (descriptor & ~uint64_t(0xffffffffu)) | uint32_t(uint32_t(descriptor) + bytes / 16);
+}
+
 // s = a b^T of two tiles.
 template <int D, class T>
 __device__ inline void start_scores(Scores64& s, uint32_t a, uint32_t b) {
@@ -151,8 +195,8 @@ __device__ inline void start_scores(Scores64& s, uint32_t a, uint32_t b) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int d = 0; d < D; d += 16) {
-    const int at = (d / P::kWidth * P::kBytes + d % P::kWidth * 2) / 16;  // descriptors count in 16 bytes
-    ptx::wgmma<kTile, T>(s, x + at, y + at, d > 0);
+    const int at = d / P::kWidth * P::kBytes + d % P::kWidth * 2;
+    ptx::wgmma<kTile, T>(s, behind(x, at), behind(y, at), d > 0);
   }
   ptx::wgmma_commit();
 }
@@ -170,7 +214,7 @@ __device__ inline void start_mix(Sums64<D>& o, const Packed& p, uint32_t b) {
   const uint64_t y = ptx::matrix_descriptor(b, P::kBytes, 8 * P::kSpan, P::kSwizzle);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < kTile / 16; ++i) ptx::wgmma<D, T, 1>(o, p[i], y + i * P::kSpan, 1);
+  for (int i = 0; i < kTile / 16; ++i) ptx::wgmma<D, T, 1>(o, p[i], behind(y, 16 * i * P::kSpan), 1);
   ptx::wgmma_commit();
 }
 

@@ -52,12 +52,16 @@ class OnDevice {
   int before_ = 0;
 };
 
-// Of the current device: 8 for Ampere and Ada, 9 for Hopper, whose files end in _sm90.cu.
-inline int compute_capability() {
-  int device = 0, major = 0;
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  return major;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+// 8 for Ampere and Ada, 9 for Hopper, whose files end in _sm90.cu.
+inline int compute_capability() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor);
 }
 
 // Lets a kernel have more than the 48 KB of dynamic shared memory that every kernel may.

@@ -75,27 +75,49 @@ def case(op, field, qkv, ours, others, judge, flop, **more):
     )
 
 
-@SIZES
 @torch.no_grad()
-def test_forward(compare, device, quick, batch, heads, head_dim, dtype):
-    qkv = qkv_of(batch, side(quick) ** 2, heads, head_dim, dtype, device)
+def forward(compare, qkv, **more):
     ours, args = peers.call(ops.attention, *views(qkv)), copies(qkv)
-    others = {"torch SDPA": peers.call(causal, *args)}
+    others = {name: peers.call(fn, *args) for name, fn in peers.sdpa(causal, qkv.device.type).items()}
     flop = 4 * pairs(qkv.shape[1])
-    judge = Close(float64(truth, *args), dtype)
-    compare(case("attention, causal", "attention_fwd", qkv, ours, others, judge, flop))
+    judge = Close(float64(truth, *args), qkv.dtype)
+    compare(case("attention, causal", "attention_fwd", qkv, ours, others, judge, flop, **more))
+
+
+def backward(compare, qkv, **more):
+    mine, args = ([t.requires_grad_() for t in found] for found in (views(qkv), copies(qkv)))
+    dout = torch.randn_like(args[0])
+    ours = peers.backward(peers.call(ops.attention, *mine), mine, dout)
+    kernels = peers.sdpa(causal, qkv.device.type)
+    others = {name: peers.backward(peers.call(fn, *args), args, dout) for name, fn in kernels.items()}
+    flop = 10 * pairs(qkv.shape[1])
+    judge = Close(gradients64(truth, args, [dout]), qkv.dtype)
+    compare(case("attention, causal, backward", "attention_bwd", qkv, ours, others, judge, flop, **more))
+
+
+@SIZES
+def test_forward(compare, device, quick, batch, heads, head_dim, dtype):
+    if device == "cuda" and dtype is torch.float32:
+        pytest.skip("the GPU's kernels are of 16 bits")
+    forward(compare, qkv_of(batch, side(quick) ** 2, heads, head_dim, dtype, device))
 
 
 @SIZES
 def test_backward(compare, device, quick, batch, heads, head_dim, dtype):
-    qkv = qkv_of(batch, side(quick) ** 2, heads, head_dim, dtype, device)
-    mine, args = ([t.requires_grad_() for t in found] for found in (views(qkv), copies(qkv)))
-    dout = torch.randn_like(args[0])
-    ours = peers.backward(peers.call(ops.attention, *mine), mine, dout)
-    others = {"torch SDPA": peers.backward(peers.call(causal, *args), args, dout)}
-    flop = 10 * pairs(qkv.shape[1])
-    judge = Close(gradients64(truth, args, [dout]), dtype)
-    compare(case("attention, causal, backward", "attention_bwd", qkv, ours, others, judge, flop))
+    if device == "cuda" and dtype is torch.float32:
+        pytest.skip("the GPU's kernels are of 16 bits")
+    backward(compare, qkv_of(batch, side(quick) ** 2, heads, head_dim, dtype, device))
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(32, 1024), (16, 2304), (8, 4096)])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("direction", [forward, backward], ids=lambda f: f.__name__)
+def test_batches_of_a_gpu(compare, device, quick, direction, head_dim, batch, tokens):
+    if device != "cuda":
+        pytest.skip("a GPU's batches")
+    direction(
+        compare, qkv_of(batch, tokens // 16 if quick else tokens, 8, head_dim, torch.bfloat16, device), seconds=0.7
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)

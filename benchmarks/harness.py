@@ -240,13 +240,13 @@ def interleave(
             if once < 0.5 and not quick:
                 once = max(seconds_per_call(run, calls, case.device), 1e-7)
         if on_gpu:  # each call has its events, and is kept waiting for half a millisecond before it
-            loops[name], once = max(1, min(10, round(0.005 / once))), once + 5e-4
+            loops[name], once = max(1, min(4, round(0.005 / once))), once + 5e-4
         else:
             loops[name] = max(1, round(0.01 / once))  # a round of 10 ms or more is above the clock's noise
         loops[name] = 1 if quick else loops[name]
         round_seconds += loops[name] * once
     least, most = (2, 2) if quick else case.rounds
-    seconds = min(case.seconds, 1.5) if on_gpu else case.seconds
+    seconds = min(case.seconds, 0.8) if on_gpu else case.seconds  # all of them are to fit into two minutes
     rounds = min(most, max(least, int(seconds / round_seconds)))
     times: dict[str, list[float]] = {name: [] for name in sides}
 

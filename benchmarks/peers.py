@@ -49,8 +49,8 @@ def compiled(fn: Callable, quick: bool, **options: Any) -> Callable | Missing:
         return Missing("left out of a quick run")
     global _toolchain
     if _toolchain is None:
-        try:
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(64))
+        try:  # where the peers will run: a CPU's compiler takes half a minute that a GPU's peers need not wait for
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device="cuda" if torch.cuda.is_available() else "cpu"))
             _toolchain = ""
         except Exception as error:  # there is no one kind of error for a machine where it cannot work
             _toolchain = (

@@ -18,10 +18,9 @@ static inline vf dots(const float* q, const Head<const T>& k, int64_t t, int64_t
   const T* row[kLanes];
   clear(acc);
   for (int j = 0; j < kLanes; ++j) row[j] = k.row(std::min(t + j, length - 1));
-  for (int64_t c = 0; c < whole; c += kLanes) {
-    const vf qv = load(q + c);
-    for (int j = 0; j < kLanes; ++j) acc[j] += qv * load(row[j] + c);
-  }
+  // A key at a time, so that memory is read in its order: what no cache holds comes faster then.
+  for (int j = 0; j < kLanes; ++j)
+    for (int64_t c = 0; c < whole; c += kLanes) acc[j] += load(q + c) * load(row[j] + c);
   if (whole < D) {
     const vf qv = load(q + whole);
     for (int j = 0; j < kLanes; ++j) acc[j] += qv * load_n(row[j] + whole, D - whole);

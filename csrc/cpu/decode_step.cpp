@@ -100,12 +100,13 @@ static void add_and_norm(X* x, int64_t dx, float* h, int64_t wide, const float* 
 }
 
 // y = f(x weight^T + bias): its rows are shared out among the threads, which all have to come here and leave together.
+// Four tasks at a time: rows that a task asks for ahead of it are then its thread's own.
 template <class E, class T, class Y, class F>
 static void share_linear(Y* y, int64_t ldy, const typename E::X* x, int64_t Kp, int64_t B, const View& weight,
                          const View& bias, F&& f) {
   const int64_t M = weight.size[0], K = weight.size[1];
   const T* offset = bias.as<T>();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 4)
   for (int64_t m0 = 0; m0 < M; m0 += kOutputs) {
     const int64_t end = std::min(m0 + kOutputs, M);
     multiply<E>(x, B, Kp, weight.as<T>(), K, m0, end, [&](int64_t n, const float* out) {

@@ -177,7 +177,7 @@ def run() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "igpt_fast", "csrc", "benchmarks/*.py")
-    commit = git("rev-parse", "HEAD") or os.environ.get("IGPT_COMMIT") or "unknown"
+    commit = os.environ.get("IGPT_COMMIT") or git("rev-parse", "HEAD") or "unknown"  # who copies a tree knows best
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -43,7 +43,7 @@ def sources(root: Path) -> str:
 def heading(root: Path) -> dict[str, Any]:
     """Which sources a report is about."""
     changed = git(root, "status", "--porcelain", "--untracked-files=no")
-    commit = git(root, "rev-parse", "HEAD") or os.environ.get("IGPT_COMMIT")  # a copy may have come without git
+    commit = os.environ.get("IGPT_COMMIT") or git(root, "rev-parse", "HEAD")  # a copy may have another's .git, or none
     return {"commit": commit, "changed": bool(changed), "sources": sources(root)}
 
 

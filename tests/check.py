@@ -11,7 +11,8 @@ from igpt_fast.ops._native import BACKENDS, use_backend, why_not
 
 # The backends that run the CUDA kernels on CPU tensors: on the bench, and on a GPU. Where no host reads the data, they
 # do otherwise than the CPU's.
-CUDA_KERNELS = ("simt", "simt_sm90", copies.NAME)
+BENCH = ("simt", "simt_sm90")
+CUDA_KERNELS = (*BENCH, copies.NAME)
 
 
 def backends(op: str, device: str = "cpu") -> list[str]:

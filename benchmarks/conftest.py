@@ -187,7 +187,7 @@ def run() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()) + " UTC",
         "commit": commit + (" with uncommitted changes" if changed else ""),
-        "command": " ".join(["pytest", *sys.argv[1:]]),
+        "command": " ".join(["pytest", *(re.sub(r"/\S*/", "", arg) for arg in sys.argv[1:])]),  # no place of a machine
         "load": round(os.getloadavg()[0], 2),
         "versions": versions,
     }

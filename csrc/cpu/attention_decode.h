@@ -20,7 +20,10 @@ static inline vf dots(const float* q, const Head<const T>& k, int64_t t, int64_t
   for (int j = 0; j < kLanes; ++j) row[j] = k.row(std::min(t + j, length - 1));
   // A key at a time, so that memory is read in its order: what no cache holds comes faster then.
   for (int j = 0; j < kLanes; ++j)
-    for (int64_t c = 0; c < whole; c += kLanes) acc[j] += load(q + c) * load(row[j] + c);
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      prefetch(row[j], c);
+      acc[j] += load(q + c) * load(row[j] + c);
+    }
   if (whole < D) {
     const vf qv = load(q + whole);
     for (int j = 0; j < kLanes; ++j) acc[j] += qv * load_n(row[j] + whole, D - whole);
@@ -35,7 +38,10 @@ static inline void mix(float* out, const float* p, const Head<const T>& v, int64
   int64_t t = 0;
   for (; t + kStreams <= length; t += kStreams)
     for (int s = 0; s < kStreams; ++s)
-      for (int i = 0; i < vectors; ++i) acc[s][i] += p[t + s] * load(v.row(t + s) + c + i * kLanes);
+      for (int i = 0; i < vectors; ++i) {
+        prefetch(v.row(t + s) + c, i * kLanes);
+        acc[s][i] += p[t + s] * load(v.row(t + s) + c + i * kLanes);
+      }
   for (; t < length; ++t)
     for (int i = 0; i < vectors; ++i) acc[0][i] += p[t] * load(v.row(t) + c + i * kLanes);
   for (int i = 0; i < vectors; ++i) {

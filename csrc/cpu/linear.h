@@ -53,25 +53,21 @@ template <class E, int N, class W>
 static inline vf dots(const typename E::X* x, int64_t Kp, const W* w, int64_t K, int64_t ms) {
   constexpr int M = kLanes / N;
   vf acc[kLanes];
-  const W* row[M];
-  typename E::Vector v[M];
   clear(acc);
-  for (int j = 0; j < M; ++j) row[j] = w + std::min<int64_t>(j, ms - 1) * K;
-  int64_t k = 0;
-  for (; k + E::kStep <= K; k += E::kStep) {
-    for (int j = 0; j < M; ++j) {
-      prefetch(row[j] + k);
-      v[j] = E::load(row[j] + k);
+  // A row at a time, so that memory is read in its order: what no cache holds comes faster then.
+#pragma GCC unroll 16
+  for (int j = 0; j < M; ++j) {
+    const W* row = w + std::min<int64_t>(j, ms - 1) * K;
+    int64_t k = 0;
+    for (; k + E::kStep <= K; k += E::kStep) {
+      prefetch<E::kStep>(row, k);
+      const auto v = E::load(row + k);
+      for (int i = 0; i < N; ++i) acc[i * M + j] = E::dot(acc[i * M + j], E::load_x(x + i * Kp + k), v);
     }
-    for (int i = 0; i < N; ++i) {
-      const auto xi = E::load_x(x + i * Kp + k);
-      for (int j = 0; j < M; ++j) acc[i * M + j] = E::dot(acc[i * M + j], xi, v[j]);
+    if (k < K) {
+      const auto v = E::load_n(row + k, K - k);
+      for (int i = 0; i < N; ++i) acc[i * M + j] = E::dot(acc[i * M + j], E::load_x(x + i * Kp + k), v);
     }
-  }
-  if (k < K) {
-    for (int j = 0; j < M; ++j) v[j] = E::load_n(row[j] + k, K - k);
-    for (int i = 0; i < N; ++i)
-      for (int j = 0; j < M; ++j) acc[i * M + j] = E::dot(acc[i * M + j], E::load_x(x + i * Kp + k), v[j]);
   }
   return sums(acc);
 }

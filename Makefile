@@ -29,9 +29,10 @@ format: $(VENV)/dependencies
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# Every comparison, then the README's table of them.
 bench: $(VENV)/installed
 	$(BIN)/pytest benchmarks --benchmark-only
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.report --write README.md
 
 # Rebuilds the extension in the tree (the install is editable); what has not changed is not compiled again.
 build: $(VENV)/installed

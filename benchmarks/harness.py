@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.floors import floor
 from benchmarks.measure import Call, gpu_load, peak_memory_mb, seconds_per_call, wait
 from igpt_fast.ops._native import backend_for
 
@@ -214,6 +215,9 @@ def finish(entry: dict[str, Any], reports: dict[str, dict[str, Any]], case: Case
         if report.get("seconds") and entry.get("seconds"):
             report["ratio"] = report["seconds"] / entry["seconds"]
     entry |= {"peers": reports, **best_of(reports)}
+    name = torch.cuda.get_device_name() if case.device == "cuda" else None
+    if entry.get("seconds") and case.dtype != "float32" and (least := floor(case.work, name)):
+        entry["floor"] = {"seconds": least[0], "by": least[1], "share": least[0] / entry["seconds"]}
     entry["goals"] = [goal.verdict(entry, not quick) for goal in case.goals]
     return entry
 

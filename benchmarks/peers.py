@@ -3,7 +3,6 @@
 A peer is a callable of no arguments, ready to be timed. The peers of whole models are in peer_models.py.
 """
 
-import functools
 import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,27 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Call, Missing, Once
 
 Peers = dict[str, Call | Once | Missing]
 
 SDPA = F.scaled_dot_product_attention
-
-
-def sdpa(fn: Callable, device: str) -> dict[str, Callable]:
-    """fn, a call of SDPA, as torch would run it, and on a GPU by each of the kernels that it can be told to take."""
-    found = {"torch SDPA": fn}
-    if device == "cuda":
-        for name, kernel in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FlashAttention", SDPBackend.FLASH_ATTENTION)):
-            found[f"torch SDPA, {name}"] = functools.partial(_told, kernel, fn)
-    return found
-
-
-def _told(kernel: SDPBackend, fn: Callable, *args: Any) -> Any:
-    with sdpa_kernel(kernel):
-        return fn(*args)
 
 
 def optional(module: str) -> Any:

@@ -146,12 +146,17 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
         entry["op"],
         sizes,
         duration(entry["seconds"]) if entry.get("seconds") else "",
-        "; ".join(f"{figure(value)} {unit}" for unit, value in entry.get("rates", {}).items()),
+        "; ".join([f"{figure(value)} {unit}" for unit, value in entry.get("rates", {}).items()] + _floor(entry)),
         entry["best_peer"] or "none",
         f"{figure(entry['ratio'])} ×" if entry["ratio"] else "",
         _memory(entry),
         _memory(best),
     ]
+
+
+def _floor(entry: Mapping[str, Any]) -> list[str]:
+    least = entry.get("floor")
+    return [f"{least['share']:.0%} of the floor by {least['by']}"] if least else []
 
 
 def _memory(report: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ FLOP are those of the pairs that are seen: half of the square for causal attenti
 import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import attention_peers, peers
 from benchmarks.harness import Case, Close, dtype_name, float64, gradients64, served_by
 from igpt_fast import ops, patterns
 from igpt_fast.reference.attention import attention as reference
@@ -47,8 +47,15 @@ def copies(qkv):
     return [t.contiguous() for t in views(qkv)]
 
 
-def causal(q, k, v):
-    return SDPA(q, k, v, is_causal=True)
+def rivals(args, compiler, dout=None):
+    """Who runs on these inputs, by name; with dout, backward too."""
+    everybody = attention_peers.causal(args[0].shape[2], args[0].device.type, compiler)
+    return {name: attention_peers.tried(fn, dout, *args) for name, fn in everybody.items()}
+
+
+def moved(qkv, tensors):
+    """Bytes of that many tensors of q's size, each once, and of lse."""
+    return tensors * qkv.numel() // 3 * qkv.element_size() + 4 * qkv.numel() // (3 * qkv.shape[-1])
 
 
 def truth(q, k, v):
@@ -59,7 +66,7 @@ def pairs(tokens):
     return tokens * (tokens + 1) / 2
 
 
-def case(op, field, qkv, ours, others, judge, flop, **more):
+def case(op, field, qkv, ours, others, judge, flop, bytes_=0, **more):
     batch, tokens, _, heads, head_dim = qkv.shape
     return Case(
         op=op,
@@ -70,29 +77,29 @@ def case(op, field, qkv, ours, others, judge, flop, **more):
         ours=ours,
         peers=others,
         judge=judge,
-        work={"GFLOP/s": batch * heads * head_dim * flop},
+        work={"GFLOP/s": batch * heads * head_dim * flop, **({"GB/s": bytes_} if bytes_ else {})},
         **more,
     )
 
 
 @torch.no_grad()
-def forward(compare, qkv, **more):
+def forward(compare, qkv, compiler=False, **more):
     ours, args = peers.call(ops.attention, *views(qkv)), copies(qkv)
-    others = {name: peers.call(fn, *args) for name, fn in peers.sdpa(causal, qkv.device.type).items()}
+    others = {name: peers.call(fn, *args) for name, fn in rivals(args, compiler).items()}
     flop = 4 * pairs(qkv.shape[1])
     judge = Close(float64(truth, *args), qkv.dtype)
-    compare(case("attention, causal", "attention_fwd", qkv, ours, others, judge, flop, **more))
+    compare(case("attention, causal", "attention_fwd", qkv, ours, others, judge, flop, moved(qkv, 4), **more))
 
 
-def backward(compare, qkv, **more):
+def backward(compare, qkv, compiler=False, **more):
     mine, args = ([t.requires_grad_() for t in found] for found in (views(qkv), copies(qkv)))
     dout = torch.randn_like(args[0])
     ours = peers.backward(peers.call(ops.attention, *mine), mine, dout)
-    kernels = peers.sdpa(causal, qkv.device.type)
-    others = {name: peers.backward(peers.call(fn, *args), args, dout) for name, fn in kernels.items()}
+    others = {n: peers.backward(peers.call(fn, *args), args, dout) for n, fn in rivals(args, compiler, dout).items()}
     flop = 10 * pairs(qkv.shape[1])
     judge = Close(gradients64(truth, args, [dout]), qkv.dtype)
-    compare(case("attention, causal, backward", "attention_bwd", qkv, ours, others, judge, flop, **more))
+    name = "attention, causal, backward"
+    compare(case(name, "attention_bwd", qkv, ours, others, judge, flop, moved(qkv, 8), **more))
 
 
 @SIZES
@@ -115,9 +122,8 @@ def test_backward(compare, device, quick, batch, heads, head_dim, dtype):
 def test_batches_of_a_gpu(compare, device, quick, direction, head_dim, batch, tokens):
     if device != "cuda":
         pytest.skip("a GPU's batches")
-    direction(
-        compare, qkv_of(batch, tokens // 16 if quick else tokens, 8, head_dim, torch.bfloat16, device), seconds=0.7
-    )
+    qkv = qkv_of(batch, tokens // 16 if quick else tokens, 8, head_dim, torch.bfloat16, device)
+    direction(compare, qkv, compiler=not quick, seconds=0.7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
@@ -129,7 +135,7 @@ def test_fused_buffer(compare, device, quick, dtype):
     def packed():
         return torch.autograd.grad(ops.attention_packed(qkv), qkv, dout)
 
-    def theirs(fn=causal):
+    def theirs(fn=attention_peers.sdpa):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return torch.autograd.grad(fn(q, k, v).transpose(1, 2), qkv, dout)
 

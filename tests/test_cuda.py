@@ -66,7 +66,16 @@ def lloyd(x, y):
     )
 
 
-FUNCTIONS = [norm, gelu, loss, draw, nearest, lloyd]
+def head(x, y):
+    return (ops.linear_cross_entropy(x.bfloat16(), y.bfloat16(), y.argmax(1)),)
+
+
+def attend(x, y):
+    q, k, v = (t.bfloat16().view(1, len(t), -1, 64).transpose(1, 2) for t in (x, y, x))
+    return (ops.attention(q, k, v),)
+
+
+FUNCTIONS = [norm, gelu, loss, draw, nearest, lloyd, head, attend]
 
 
 def both_passes(fn, x, y):

@@ -67,7 +67,7 @@ def lloyd(x, y):
 
 
 def head(x, y):
-    return (ops.linear_cross_entropy(x.bfloat16(), y.bfloat16(), y.argmax(1)),)
+    return (ops.linear_cross_entropy(x.bfloat16(), y.bfloat16(), y.argmax(1) % len(y)),)
 
 
 def attend(x, y):

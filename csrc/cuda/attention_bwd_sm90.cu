@@ -31,14 +31,6 @@ template <int D>
 using QueriesShape = std::conditional_t<D == 128, Layout<2, 2 * kBytes<D>, 2, 3, 2 * kBytes<D>, 1, 240, 24>,
                                         Layout<3, 2 * kBytes<D>, 2, D == 96 ? 3 : 5, 2 * kBytes<D>, 1, 160, 32>>;
 
-// Asks for the same rows of two tensors.
-template <int D>
-__device__ inline void bring_two(uint32_t to, const CUtensorMap* a, const CUtensorMap* b, uint32_t bar, int tile,
-                                 int head, int image) {
-  bring_tile<D>(to, a, bar, tile * kTile, head, image);
-  bring_tile<D>(to + kBytes<D>, b, bar, tile * kTile, head, image);
-}
-
 // ---- (1) stats: a warpgroup owns 64 queries ----
 
 template <int D, class T>
@@ -97,23 +89,14 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
   const auto first_tile = [&](int n) { return work.place(n, false) * L::kGroups; };
 
   if (threadIdx.x >= L::kMath) {
-    ptx::reg_dealloc<L::kBringRegisters>();
-    if (threadIdx.x > L::kMath) return;
     const int head = bh % dk.count, image = bh / dk.count;
-    Place<L> at;
-    for (int n = 0; n < count; ++n) {
-      Line lines[L::kGroups];
-      ptx::mbar_arrive_expect_tx(ring.own_full(n), L::kGroups * L::kOwn);
-#pragma unroll
-      for (int g = 0; g < L::kGroups; ++g) {
-        lines[g] = pattern.col(first_tile(n) + g);
-        bring_two<D>(ring.own(n, g), &k, &v, ring.own_full(n), first_tile(n) + g, head, image);
-      }
-      bring(at, ring, lines, pattern.col_tile, pattern.col_mask, [&](uint32_t to, uint32_t bar, int i) {
-        bring_two<D>(to, &q, &dout, bar, i, head, image);
-        ptx::tma_load(to + 2 * kBytes<D>, &stats, bar, 0, i * kTile, head, image);
-      });
-    }
+    bring_items(
+        ring, count, first_tile, [&](int j) { return pattern.col(j); }, pattern.col_tile, pattern.col_mask,
+        [&](uint32_t to, uint32_t bar, int j) { bring_two<D>(to, &k, &v, bar, j, head, image); },
+        [&](uint32_t to, uint32_t bar, int i) {
+          bring_two<D>(to, &q, &dout, bar, i, head, image);
+          ptx::tma_load(to + 2 * kBytes<D>, &stats, bar, 0, i * kTile, head, image);
+        });
     return;
   }
 
@@ -130,13 +113,7 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
     Sums64<D> sums_k = {}, sums_v = {};
     ptx::mbar_wait(ring.own_full(n), 0);
     int held = -1;  // the stage of the products in flight
-    const auto finish = [&] {
-      ptx::wgmma_wait<0>();
-      ptx::hold_registers(sums_v);
-      ptx::hold_registers(sums_k);
-      if (held >= 0) ring.release(held);
-      held = -1;
-    };
+    const auto finish = [&] { finish_products(ring, held, sums_v, sums_k); };
     if (find(tile, ring, group, finish)) {
       ptx::hold_registers(sums_k);
       ptx::hold_registers(sums_v);
@@ -194,21 +171,11 @@ __global__ void __launch_bounds__(QueriesShape<D>::kThreads, 1)
   const auto first_tile = [&](int n) { return work.place(n, true) * L::kGroups; };  // the longest rows first
 
   if (threadIdx.x >= L::kMath) {
-    ptx::reg_dealloc<L::kBringRegisters>();
-    if (threadIdx.x > L::kMath) return;
     const int head = bh % dq.count, image = bh / dq.count;
-    Place<L> at;
-    for (int n = 0; n < count; ++n) {
-      Line lines[L::kGroups];
-      ptx::mbar_arrive_expect_tx(ring.own_full(n), L::kGroups * L::kOwn);
-#pragma unroll
-      for (int g = 0; g < L::kGroups; ++g) {
-        lines[g] = pattern.row(first_tile(n) + g);
-        bring_two<D>(ring.own(n, g), &q, &dout, ring.own_full(n), first_tile(n) + g, head, image);
-      }
-      bring(at, ring, lines, pattern.row_tile, pattern.row_mask,
-            [&](uint32_t to, uint32_t bar, int j) { bring_two<D>(to, &k, &v, bar, j, head, image); });
-    }
+    bring_items(
+        ring, count, first_tile, [&](int i) { return pattern.row(i); }, pattern.row_tile, pattern.row_mask,
+        [&](uint32_t to, uint32_t bar, int i) { bring_two<D>(to, &q, &dout, bar, i, head, image); },
+        [&](uint32_t to, uint32_t bar, int j) { bring_two<D>(to, &k, &v, bar, j, head, image); });
     return;
   }
 
@@ -230,12 +197,7 @@ __global__ void __launch_bounds__(QueriesShape<D>::kThreads, 1)
     Sums64<D> sums = {};
     ptx::mbar_wait(ring.own_full(n), 0);
     int held = -1;  // the stage of the product in flight
-    const auto finish = [&] {
-      ptx::wgmma_wait<0>();
-      ptx::hold_registers(sums);
-      if (held >= 0) ring.release(held);
-      held = -1;
-    };
+    const auto finish = [&] { finish_products(ring, held, sums); };
     if (find(tile, ring, group, finish)) {
       ptx::hold_registers(sums);
       for (;;) {

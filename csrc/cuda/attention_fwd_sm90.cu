@@ -89,23 +89,11 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
   const auto first_tile = [&](int n) { return work.place(n, true) * L::kGroups; };  // the longest rows first
 
   if (threadIdx.x >= L::kMath) {
-    ptx::reg_dealloc<L::kBringRegisters>();
-    if (threadIdx.x > L::kMath) return;
     const int head = bh % o.count, image = bh / o.count;
-    Place<L> at;
-    for (int n = 0; n < count; ++n) {
-      Line lines[L::kGroups];
-      ptx::mbar_arrive_expect_tx(ring.own_full(n), L::kGroups * L::kOwn);
-#pragma unroll
-      for (int g = 0; g < L::kGroups; ++g) {
-        lines[g] = pattern.row(first_tile(n) + g);
-        bring_tile<D>(ring.own(n, g), &q, ring.own_full(n), (first_tile(n) + g) * kTile, head, image);
-      }
-      bring(at, ring, lines, pattern.row_tile, pattern.row_mask, [&](uint32_t to, uint32_t bar, int j) {
-        bring_tile<D>(to, &k, bar, j * kTile, head, image);
-        bring_tile<D>(to + kBytes<D>, &v, bar, j * kTile, head, image);
-      });
-    }
+    bring_items(
+        ring, count, first_tile, [&](int i) { return pattern.row(i); }, pattern.row_tile, pattern.row_mask,
+        [&](uint32_t to, uint32_t bar, int i) { bring_tile<D>(to, &q, bar, i * kTile, head, image); },
+        [&](uint32_t to, uint32_t bar, int j) { bring_two<D>(to, &k, &v, bar, j, head, image); });
     return;
   }
 
@@ -122,12 +110,7 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
     Softmax rows;
     ptx::mbar_wait(ring.own_full(n), 0);
     int held = -1;  // the stage of the product in flight
-    const auto finish = [&] {
-      ptx::wgmma_wait<0>();
-      ptx::hold_registers(sums);
-      if (held >= 0) ring.release(held);
-      held = -1;
-    };
+    const auto finish = [&] { finish_products(ring, held, sums); };
     if (find(tile, ring, group, finish)) {
       ptx::hold_registers(sums);
       start_scores<D, T>(s, own, ring.stage(tile.stage));

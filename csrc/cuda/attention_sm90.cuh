@@ -36,6 +36,14 @@ __device__ inline void bring_tile(uint32_t to, const CUtensorMap* map, uint32_t 
     ptx::tma_load(to + d / Panels<D>::kWidth * Panels<D>::kBytes, map, bar, d, t, head, image);
 }
 
+// The same rows of two tensors, one tile behind the other.
+template <int D>
+__device__ inline void bring_two(uint32_t to, const CUtensorMap* a, const CUtensorMap* b, uint32_t bar, int tile,
+                                 int head, int image) {
+  bring_tile<D>(to, a, bar, tile * kTile, head, image);
+  bring_tile<D>(to + Panels<D>::kTileBytes, b, bar, tile * kTile, head, image);
+}
+
 // ---- a block's work: the rows of one place in a head, or of two ----
 
 // kMath threads compute, in warpgroups of 64 rows that keep kOwn bytes each for every one of kItems places; a warpgroup
@@ -144,6 +152,27 @@ __device__ inline void bring(Place<L>& at, const Ring<L>& ring, Line (&lines)[L:
   }
 }
 
+// All of the bringing warpgroup's work, which one thread does. Of each of the block's `count` items: the warpgroups'
+// own tiles by own(address, mbarrier, tile's index), kOwn bytes each, then by load(...) what any of them meets, which
+// line(tile's index) begins to tell.
+template <class L, class First, class LineOf, class Own, class Load>
+__device__ inline void bring_items(const Ring<L>& ring, int count, First first_tile, LineOf line, const int* tile,
+                                   const int* mask, Own own, Load load) {
+  ptx::reg_dealloc<L::kBringRegisters>();
+  if (threadIdx.x > L::kMath) return;
+  Place<L> at;
+  for (int n = 0; n < count; ++n) {
+    Line lines[L::kGroups];
+    ptx::mbar_arrive_expect_tx(ring.own_full(n), L::kGroups * L::kOwn);
+#pragma unroll
+    for (int g = 0; g < L::kGroups; ++g) {
+      lines[g] = line(first_tile(n) + g);
+      own(ring.own(n, g), ring.own_full(n), first_tile(n) + g);
+    }
+    bring(at, ring, lines, tile, mask, load);
+  }
+}
+
 // A warpgroup's tile: where it lies, its index, its mask's number.
 template <class L>
 struct Met : Place<L> {
@@ -163,6 +192,15 @@ __device__ inline bool find(Met<L>& tile, const Ring<L>& ring, int group, Idle i
     ring.release(tile.stage);
     if (tile.index == kNoMore) return tile.advance(), false;
   }
+}
+
+// Waits for the products in flight, into `sums`, and releases the stage `held` that they read; none is held then.
+template <class L, class... Sums>
+__device__ inline void finish_products(const Ring<L>& ring, int& held, Sums&... sums) {
+  ptx::wgmma_wait<0>();
+  (ptx::hold_registers(sums), ...);
+  if (held >= 0) ring.release(held);
+  held = -1;
 }
 
 // ---- products of a warpgroup: 64 x 64 scores, and 64 x D sums ----

@@ -1,40 +1,79 @@
-"""The tile tables of every pattern against the predicate, by brute force."""
+"""Patterns: the tile tables against definitions on two pixels, by brute force; the parser; orders; the command."""
+
+import json
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from igpt_fast import BlockMask, InputError
-from igpt_fast.patterns import PATTERNS, compiled, unpack
+from igpt_fast.patterns import PATTERNS, compiled, parse, row, unpack
+from igpt_fast.patterns.__main__ import main
+from igpt_fast.patterns.orders import ORDERS, tiles_by_order
+from igpt_fast.patterns.predicates import _drawn
+
+SIZES = [(1, 1), (8, 8), (5, 13), (20, 9), (16, 16)]
 
 
-@pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize("size", [(1, 1), (8, 8), (5, 13), (20, 9), (16, 16)])
-@pytest.mark.parametrize("causal", [True, False])
-def test_tables_hold_the_predicate(name, size, causal):
-    mask = compiled(name, size, causal)
+def block_of(i, length):
+    return i // length
+
+
+# What a pattern means for the pixel at (r, c) and the pixel at (s, d), i and j in raster order, on a grid h × w.
+MEANING = {
+    "row": lambda r, c, s, d, i, j, h, w: r == s,
+    "column": lambda r, c, s, d, i, j, h, w: c == d,
+    "axial": lambda r, c, s, d, i, j, h, w: r == s or c == d,
+    "strided": lambda r, c, s, d, i, j, h, w: abs(i - j) < w or (i - j) % w == 0,
+    "strided(5)": lambda r, c, s, d, i, j, h, w: abs(i - j) < 5 or (i - j) % 5 == 0,
+    "fixed": lambda r, c, s, d, i, j, h, w: r == s or d >= w - 8,
+    "fixed(10, 3)": lambda r, c, s, d, i, j, h, w: i // 10 == j // 10 or j % 10 >= 7,
+    "local": lambda r, c, s, d, i, j, h, w: abs(i - j) <= 128,
+    "local(3)": lambda r, c, s, d, i, j, h, w: abs(i - j) <= 3,
+    "neighborhood": lambda r, c, s, d, i, j, h, w: max(abs(r - s), abs(c - d)) <= 3,
+    "neighborhood(3)": lambda r, c, s, d, i, j, h, w: max(abs(r - s), abs(c - d)) <= 1,
+    "dilated": lambda r, c, s, d, i, j, h, w: abs(r - s) in (0, 2, 4, 6) and abs(c - d) in (0, 2, 4, 6),
+    "dilated(3, 5)": lambda r, c, s, d, i, j, h, w: abs(r - s) in (0, 5) and abs(c - d) in (0, 5),
+    "blocks": lambda r, c, s, d, i, j, h, w: (r // 8, c // 8) == (s // 8, d // 8),
+    "blocks(2, 3)": lambda r, c, s, d, i, j, h, w: (r // 2, c // 3) == (s // 2, d // 3),
+    "global_tokens": lambda r, c, s, d, i, j, h, w: min(i, j) < 16,
+    "global_tokens(1)": lambda r, c, s, d, i, j, h, w: min(i, j) < 1,
+    "random_blocks(2, 10)": lambda r, c, s, d, i, j, h, w: bool(
+        _drawn(-(-h * w // 10), 2, 0)[max(i, j) // 10, min(i, j) // 10]
+    ),
+    "row | column & local(7)": lambda r, c, s, d, i, j, h, w: r == s or (c == d and abs(i - j) <= 7),
+    "(row | column) & local(7)": lambda r, c, s, d, i, j, h, w: (r == s or c == d) and abs(i - j) <= 7,
+}
+
+
+def brute(meaning, size, causal):
     n, width = size[0] * size[1], size[1]
     expected = torch.zeros(n, n, dtype=torch.bool)
-    tests = {
-        "row": lambda r, c: r == 0,
-        "column": lambda r, c: c == 0,
-        "neighborhood": lambda r, c: abs(r) <= 3 and abs(c) <= 3,
-    }
-    for q in range(n):
-        for slot in range(n):
-            k = slot - 1 if causal else slot
-            if causal and slot == 0:
-                expected[q, slot] = True  # sos
-            elif not causal or slot <= q:
-                near = (
-                    abs(q - k) <= 128
-                    if name == "local"
-                    else tests[name](q // width - k // width, q % width - k % width)
-                )
-                expected[q, slot] = near
+    for i in range(n):
+        for slot in range(i + 1) if causal else range(n):
+            j = slot - 1 if causal else slot
+            always = slot == i or (causal and slot == 0)  # itself, or the neighbour in raster order; sos
+            expected[i, slot] = always or meaning(*divmod(i, width), *divmod(j, width), i, j, *size)
+    return expected
+
+
+def test_every_pattern_has_a_meaning_here():
+    assert {text.split("(")[0] for text in MEANING if "|" not in text} == set(PATTERNS)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("text", MEANING)
+def test_tables_hold_the_pattern(text, size, causal):
+    mask = compiled(text, size, causal)
+    expected = brute(MEANING[text], size, causal)
     assert torch.equal(mask.dense(), expected)
-    assert torch.equal(unpack(list(mask.tensors), n), expected)
+    assert torch.equal(unpack(list(mask.tensors), mask.tokens), expected)
+    assert mask.pairs == int(expected.sum())
+    assert mask.pair_density() == pytest.approx(float(expected.sum() / torch.ones_like(expected).tril().sum()
+                                                      if causal else expected.float().mean()))  # fmt: skip
 
 
 @given(tokens=st.integers(1, 200), density=st.floats(0, 1))
@@ -50,10 +89,94 @@ def test_full_tiles_carry_no_bits():
     assert mask.tensors[6].numel() == 0 and mask.density() == 1.0
 
 
+def test_a_pattern_is_compiled_once():
+    assert compiled("row|neighborhood(7)", (6, 6)) is compiled(parse(" row | neighborhood(7)"), (6, 6))
+    assert compiled("row", (6, 6)) is compiled(row(), (6, 6))
+    assert compiled("local(3)", (6, 6)) is not compiled("local(4)", (6, 6))
+
+
+def test_a_predicate_of_ones_own():
+    def above(q, k):
+        return (q.col == k.col) & (k.index < q.index)
+
+    mask = BlockMask.compile(above, (6, 7))
+    assert torch.equal(mask.dense(), compiled("column", (6, 7)).dense())
+    assert torch.equal(BlockMask.compile(above, (6, 7)).dense(), mask.dense())
+    with pytest.raises(InputError, match=r"looks ahead: pixel \(0, 0\) may not see pixel \(0, 0\).*k.index < q.index"):
+        BlockMask.compile(lambda q, k: q.col == k.col, (6, 7))
+    BlockMask.compile(lambda q, k: q.col == k.col, (6, 7), causal=False)
+    with pytest.raises(InputError, match="gives int; it must give a bool"):
+        BlockMask.compile(lambda q, k: 1, (6, 7))
+
+
+def test_parts_that_look_ahead_are_found_in_unions():
+    from igpt_fast.patterns import Pattern
+
+    with pytest.raises(InputError, match="looks ahead"):
+        BlockMask.compile(row() | Pattern.own(lambda q, k: q.col == k.col), (6, 7))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("diagonal", "no pattern named 'diagonal'. There are row, column"),
+        ("neighborhod(7)", r"did you mean 'neighborhood\(7\)'\?"),
+        ("row|", "cannot be read; write names joined by"),
+        ("", "cannot be read"),
+        ("row + column", "'row \\+ column' is not a pattern"),
+        ("'row'", "is not a pattern"),
+        ("neighborhood(6)", "neighborhood: side is 6; use an odd whole number of at least 1, such as 7"),
+        ("local(0)", "local: window is 0; use a whole number of at least 1, such as 1"),
+        ("local(-3)", "local: window is -3"),
+        ("local(1.5)", "1.5 is not a whole number"),
+        ("row(3)", r"row\(3\): row takes no numbers"),
+        ("local(far=3)", r"local takes window \(128\)"),
+        ("strided(1, 2)", r"strided takes stride \(the width\)"),
+    ],
+)
+def test_texts_that_are_no_pattern(text, message):
+    with pytest.raises(InputError, match=message):
+        parse(text)
+
+
 def test_refusals():
-    with pytest.raises(InputError, match="no pattern named"):
-        compiled("diagonal", (4, 4))
     with pytest.raises(InputError, match="later slot"):
         BlockMask.from_dense(torch.ones(3, 3, dtype=torch.bool), causal=True)
     with pytest.raises(InputError, match="square"):
         BlockMask.from_dense(torch.ones(3, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("size", [*SIZES, (3, 40)])
+@pytest.mark.parametrize("name", ORDERS)
+def test_an_order_has_every_slot_once(name, size):
+    assert torch.equal(ORDERS[name](size).sort().values, torch.arange(size[0] * size[1]))
+
+
+def test_hilberts_curve_never_jumps():
+    at = ORDERS["Hilbert"]((16, 16))
+    row, column = at // 16, at % 16
+    assert torch.equal(row.diff().abs() + column.diff().abs(), torch.ones(255, dtype=torch.long))
+
+
+@pytest.mark.parametrize("text", ["column", "neighborhood(5)", "global_tokens(3)"])
+@pytest.mark.parametrize("size", [(12, 20), (5, 13)])
+def test_tiles_by_order_are_those_of_the_permuted_matrix(text, size):
+    mask = compiled(text, size)
+    for name, count in tiles_by_order(mask, size).items():
+        order = ORDERS[name](size)
+        assert count == len(BlockMask.from_dense(mask.dense()[order][:, order]).tensors[1])
+    assert tiles_by_order(mask, size)["raster"] == len(mask.tensors[1])
+
+
+def test_the_command(tmp_path, capsys):
+    out = tmp_path / "p.png"
+    assert main(["row|neighborhood(7)", "--side", "12", "20", "-o", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "row | neighborhood(7) on 12 x 20: 240 tokens" in printed and "Hilbert" in printed
+    assert Image.open(out).size == (1096, 588)
+    assert main(["column", "--side", "8", "--json", "-o", str(out)]) == 0
+    costs = json.loads(capsys.readouterr().out)
+    assert costs["tiles"]["transposed"] == 1 and costs["masks"] == 1 and costs["picture"] == str(out)
+    for wrong in (["colum"], ["row", "--side", "0"], ["row", "--side", "1", "2", "3"], ["row", "-o", "/nowhere/p.png"]):
+        assert main(wrong) == 2
+        assert capsys.readouterr().err.startswith("error: ")

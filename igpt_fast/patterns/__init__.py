@@ -1,0 +1,44 @@
+"""Sparse attention patterns: predicates on two pixels by name, compiled into tiles that the kernels walk over."""
+
+from igpt_fast.patterns.block_mask import TILE, BlockMask, compiled, unpack
+from igpt_fast.patterns.parse import parse
+from igpt_fast.patterns.predicates import (
+    PATTERNS,
+    Pattern,
+    Pixels,
+    Predicate,
+    axial,
+    blocks,
+    column,
+    dilated,
+    fixed,
+    global_tokens,
+    local,
+    neighborhood,
+    random_blocks,
+    row,
+    strided,
+)
+
+__all__ = [
+    "PATTERNS",
+    "TILE",
+    "BlockMask",
+    "Pattern",
+    "Pixels",
+    "Predicate",
+    "axial",
+    "blocks",
+    "column",
+    "compiled",
+    "dilated",
+    "fixed",
+    "global_tokens",
+    "local",
+    "neighborhood",
+    "parse",
+    "random_blocks",
+    "row",
+    "strided",
+    "unpack",
+]

@@ -20,16 +20,16 @@ namespace {
 
 // Attribute names and dtype objects, looked up once.
 struct Names {
-  static constexpr const char* kDtypes[] = {"float32", "float16", "bfloat16", "float64",
-                                            "int64",   "int32",   "int16",    "uint8"};
+  static constexpr const char* kDtypes[] = {"float32", "float16", "bfloat16", "float64",      "int64",
+                                            "int32",   "int16",   "uint8",    "float8_e4m3fn"};
   PyObject *data_ptr, *shape, *stride, *dtype, *is_cuda, *get_device;
-  PyObject* dtypes[8];
+  PyObject* dtypes[9];
   Names() {
     auto name = [](const char* s) { return PyUnicode_InternFromString(s); };
     data_ptr = name("data_ptr"), shape = name("shape"), stride = name("stride");
     dtype = name("dtype"), is_cuda = name("is_cuda"), get_device = name("get_device");
     const py::module_ torch = py::module_::import("torch");
-    for (int i = 0; i < 8; ++i) dtypes[i] = py::object(torch.attr(kDtypes[i])).release().ptr();
+    for (int i = 0; i < 9; ++i) dtypes[i] = py::object(torch.attr(kDtypes[i])).release().ptr();
   }
   static const Names& get() {
     static const Names& names = *new Names();  // never destroyed: Python may be gone before static destructors run
@@ -61,8 +61,8 @@ View view_of(PyObject* o) {
   if (v.numel() && v.cols() > 1 && v.stride[v.ndim - 1] != 1)
     throw py::value_error("expected a tensor whose last dimension is contiguous");
   int d = 0;
-  while (d < 8 && names.dtypes[d] != dtype.ptr()) ++d;
-  if (d == 8) throw py::value_error("unsupported dtype " + std::string(py::str(dtype)));
+  while (d < 9 && names.dtypes[d] != dtype.ptr()) ++d;
+  if (d == 9) throw py::value_error("unsupported dtype " + std::string(py::str(dtype)));
   v.dtype = DType(d);
   if (attribute(o, names.is_cuda).ptr() == Py_True) v.device = int(PyLong_AsLong(call(o, names.get_device).ptr()));
   v.data = PyLong_AsVoidPtr(call(o, names.data_ptr).ptr());

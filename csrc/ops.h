@@ -12,7 +12,7 @@
 
 namespace igpt {
 
-enum class DType : int { f32, f16, bf16, f64, i64, i32, i16, u8 };
+enum class DType : int { f32, f16, bf16, f64, i64, i32, i16, u8, e4m3 };
 
 // A tensor that somebody else owns. Strides count elements; the last dimension is contiguous.
 struct View {
@@ -56,6 +56,7 @@ struct Stream {
 // increasing row for the backward pass. A mask index of -1 is a full tile; else it names 64 words: bit k of bits[m][q]
 // says whether query q sees key k, bit q of bits_t[m][k] the same seen from the key.
 constexpr int kTile = 64;
+constexpr int kDecodeChunk = 2 * kTile;  // slots whose part of a decoding query's output is made by itself, always
 struct BlockMaskView {
   View row_start, row_tile, row_mask;  // i32 [tiles + 1], i32 [entries], i32 [entries]
   View col_start, col_tile, col_mask;  // the same by columns
@@ -98,7 +99,20 @@ struct Ops {
                         Stream) = nullptr;
   void (*attention_bwd)(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
                         BlockMaskView mask, bool causal, float scale, Stream) = nullptr;
-  void (*attention_decode)(View o, View q, View k, View v, int64_t length, float scale, Stream) = nullptr;
+  // attention_decode: one query a head over the first `length` slots of a cache [B, H, T, D], of image b over the first
+  // lengths[b] where lengths i32 [B] is given. k_scale, v_scale f32 [B, H, pages of kTile slots]: what the elements of
+  // an e4m3 cache are multiplied with. mask: the query is row prefix + lengths[b] - 1. partials f32 [B, H, chunks, D +
+  // 2]: o, maximum and sum of each kDecodeChunk slots: those of a shared prefix of so many slots, which
+  // attention_prefix has made, then room for the cache's own, without which the sequence is not split over blocks
+  void (*attention_decode)(View o, View partials, View q, View k, View v, View k_scale, View v_scale, View lengths,
+                           BlockMaskView mask, int64_t length, int64_t prefix, float scale, Stream) = nullptr;
+  // attention_prefix: the first partials of B queries over a prefix [M, H, P, D] that each B / M neighbours share
+  void (*attention_prefix)(View partials, View q, View k, View v, View k_scale, View v_scale, View lengths,
+                           BlockMaskView mask, int64_t length, float scale, Stream) = nullptr;
+  // cache_append: k, v [B, H, n, D] into the slots from `slot`, or lengths[b], on. Scales of an e4m3 cache are powers
+  // of two; where a page's must grow, what the page holds already is rounded anew
+  void (*cache_append)(View k_cache, View v_cache, View k_scale, View v_scale, View k, View v, View lengths,
+                       int64_t slot, Stream) = nullptr;
   // linear: y = x weight^T (+ bias) for the few rows of a decoding step; a row's bits do not depend on its neighbours
   void (*linear_fwd)(View y, View x, View weight, View bias, Stream) = nullptr;
   // decode_step: one pixel more through all layers; logits [B, V], cache [L, B * 2 * H, T, D] with k before v, which
@@ -132,7 +146,8 @@ struct Ops {
   F(bias_quick_gelu_fwd) F(bias_quick_gelu_bwd) \
   F(cross_entropy_fwd) F(cross_entropy_bwd) \
   F(linear_cross_entropy_fwd) F(linear_cross_entropy_dlogits) \
-  F(attention_fwd) F(attention_bwd) F(attention_decode) \
+  F(attention_fwd) F(attention_bwd) F(attention_decode) F(attention_prefix) \
+  F(cache_append) \
   F(linear_fwd) \
   F(decode_step) \
   F(sample_tokens) \

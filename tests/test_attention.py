@@ -1,4 +1,4 @@
-"""Attention forward, backward and decode on every backend, dense and by pattern, against the dense reference."""
+"""Attention forward and backward on every backend, dense and by pattern, against the dense reference."""
 
 import copies
 import pytest
@@ -12,7 +12,6 @@ from igpt_fast import BlockMask, InputError, ops, reference
 from igpt_fast.ops._native import use_backend
 from igpt_fast.patterns import TILE, compiled
 
-DTYPES = [torch.float32, torch.bfloat16]
 CASES = [  # on the GPU's kernels 16-bit dtypes only
     (backend, dtype)
     for backend, dtype in served("attention_bwd", torch.float32, torch.bfloat16, torch.float16)
@@ -165,35 +164,6 @@ def test_agrees_with_torch():
     assert (ops.attention(q, k, v) - theirs).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("backend", backends("attention_decode"))
-@settings(max_examples=15)
-@given(
-    length=st.integers(1, 150),
-    spare=st.integers(0, 20),
-    head_dim=st.sampled_from([8, 40, 64, 96, 128]),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_decode(backend, length, spare, head_dim, dtype):
-    q, k, v = heads(2, 3, length + spare, head_dim, seed=length)
-    k[:, :, length:], v[:, :, length:] = float("nan"), float("nan")  # rows not yet written must not be read
-
-    def plain(q, k, v):
-        return reference.attention.attention_decode(q, k, v, length)
-
-    check(
-        lambda q, k, v: ops.attention_decode(q, k, v, length), plain, [q[:, :, :1], k, v], backend, dtype, grads=False
-    )
-
-
-@pytest.mark.parametrize("backend", backends("attention_decode")[1:])
-def test_decode_does_not_know_its_batch(backend):
-    q, k, v = heads(5, 2, 77, 32)
-    with use_backend(backend):
-        whole = ops.attention_decode(q[:, :, :1], k, v, 60)
-        alone = ops.attention_decode(q[3:4, :, :1], k[3:4], v[3:4], 60)
-    assert torch.equal(whole[3:4], alone)
-
-
 def test_unserved_head_dim_takes_the_reference_and_says_why(caplog):
     q, k, v = heads(1, 1, 5, 12)
     assert (ops.attention(q, k, v) - dense()(q, k, v)).abs().max() < 1e-6
@@ -208,7 +178,6 @@ def test_bad_arguments():
         lambda: ops.attention(q[:, :, :3], k, v),
         lambda: ops.attention(q, k, v, mask, causal=False),
         lambda: ops.attention(*heads(1, 2, 7, 8), mask),
-        lambda: ops.attention_decode(q[:, :, :1], k, v, 7),
         lambda: ops.attention_packed(torch.zeros(1, 2, 2, 1, 8)),
     ):
         with pytest.raises(InputError):

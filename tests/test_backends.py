@@ -32,6 +32,10 @@ def step_call():
     return (cache, torch.arange(3), tables[0], tables[1], layers, floats(d, grad=False), tables[2], 5, 1e-5)
 
 
+def decode_call(slots=9):
+    return floats(1, 2, 1, 16, grad=False), *(floats(1, 2, slots, 16, grad=False) for _ in range(2))
+
+
 def calls():
     q, k, v = (floats(1, 2, 70, 16) for _ in range(3))
     mask = list(compiled("row", (7, 10)).tensors)
@@ -46,8 +50,10 @@ def calls():
         "linear_cross_entropy": [(floats(5, 8), floats(7, 8), torch.arange(5))],
         "attention": [(q, k, v, [], True, 0.25), (q, k, v, mask, True, 0.25)],
         "attention_decode": [
-            (floats(1, 2, 1, 16, grad=False), floats(1, 2, 9, 16, grad=False), floats(1, 2, 9, 16, grad=False), 7, 0.25)
+            (*decode_call(), 7, 0.25, None, [], [], []),
+            (*decode_call(), 7, 0.25, torch.tensor([4], dtype=torch.int32), mask, list(decode_call()[1:]), []),
         ],
+        "cache_append": [(*decode_call()[1:], *decode_call(2)[1:], 5, None, [])],
         "decode_step": [step_call()],
         "sample_tokens": [
             (floats(3, 8, grad=False), torch.rand(3, dtype=torch.float64), 1.0, 4, 0.9),

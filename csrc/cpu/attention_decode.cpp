@@ -1,6 +1,7 @@
 // attention_decode:  o = softmax(scale q K^T) V for one query a head over the first `length` rows of a cache
 //
-// q, o [B, H, 1, D]   k, v [B, H, Tmax, D], any strides, f32 or bf16.   Every byte of the cached keys and values is
+// q, o [B, H, 1, D]   k, v [B, H, Tmax, D], any strides, f32 or bf16; no lengths,
+// mask, prefix or 8 bits.   Every byte of the cached keys and values is
 // read once: they bound it. A task owns one head: scores into a row of floats, softmax, weighted sum of the values. No
 // reduction crosses heads or images, so a batch gives the bits that its images give alone.
 #include "attention_decode.h"
@@ -21,7 +22,10 @@ static void decode(const View& o, const View& q, const View& k, const View& v, i
   });
 }
 
-static void attention_decode(View o, View q, View k, View v, int64_t length, float scale, Stream) {
+static void attention_decode(View o, View partials, View q, View k, View v, View k_scale, View v_scale, View lengths,
+                             BlockMaskView mask, int64_t length, int64_t prefix, float scale, Stream) {
+  IGPT_CHECK(!partials && !k_scale && !v_scale && !lengths && !mask && prefix == 0,
+             "attention_decode: the CPU's kernel serves neither lengths, masks, prefixes nor caches of 8 bits");
   check_attention(q, k, v);
   check_heads(o, q, "o");
   IGPT_CHECK(q.size[2] == 1 && o.size[2] == 1, "attention_decode: one query a head");

@@ -278,6 +278,7 @@ static inline void store_row(void* dst, const float* src, DType dtype, int64_t n
 static inline int64_t bytes_of(DType t) {
   switch (t) {
     case DType::u8:
+    case DType::e4m3:
       return 1;
     case DType::f16:
     case DType::bf16:

@@ -1,7 +1,8 @@
 """What a user calls: every op of Image GPT, served by the best backend that can, else by its reference."""
 
 from igpt_fast.ops.activation import bias_quick_gelu
-from igpt_fast.ops.attention import attention, attention_decode, attention_packed
+from igpt_fast.ops.attention import attention, attention_packed
+from igpt_fast.ops.attention_decode import attention_decode, cache_append
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.decode_step import decode_step
 from igpt_fast.ops.linear import linear
@@ -16,6 +17,7 @@ __all__ = [
     "attention_decode",
     "attention_packed",
     "bias_quick_gelu",
+    "cache_append",
     "color_histogram",
     "cross_entropy",
     "decode_step",

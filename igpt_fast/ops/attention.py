@@ -61,21 +61,6 @@ def attention_packed(
     return attention(q, k, v, mask, causal, scale).transpose(1, 2)
 
 
-def attention_decode(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float | None = None) -> Tensor:
-    """One query a head over the first `length` rows of a cache; no gradient.
-
-    q [B, H, 1, D]   k, v [B, H, Tmax, D], any strides   → [B, H, 1, D]
-    Raises InputError for shapes that do not fit, or a length outside 1..Tmax.
-    """
-    _check(q, k, v, None, False)
-    if q.size(2) != 1 or not 1 <= length <= k.size(2):
-        raise InputError(f"attention_decode: one query and 1..{k.size(2)} keys, got {q.size(2)} and length {length}")
-    scale = q.size(-1) ** -0.5 if scale is None else scale
-    if torch.compiler.is_compiling():
-        return torch.ops.igpt.attention_decode(q, k, v, length, scale)
-    return _decode(q, k, v, length, scale)
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool) -> None:
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3:] != k.shape[3:]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -183,15 +168,6 @@ class _AttentionPacked(torch.autograd.Function):
         return None, dqkv, None, None, None
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> Tensor:
-    native = _native(q, k, v, "attention_decode")
-    if native is None:
-        return reference.attention.attention_decode(q, k, v, length, scale)
-    o = empty(q.shape, q)
-    native.attention_decode(o, rows(q), rows(k), rows(v), length, scale, stream_of(q))
-    return o
-
-
 def _seen(mask: Tensors, q: Tensor) -> Tensor | None:
     return unpack(mask, q.size(2)).to(q.device) if mask else None
 
@@ -251,13 +227,3 @@ def _autograd(ctx, dout, _):
 
 
 _attention_op.register_autograd(_autograd, setup_context=_setup)
-
-
-@torch.library.custom_op("igpt::attention_decode", mutates_args=())
-def _attention_decode_op(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> Tensor:
-    return _decode(q, k, v, length, scale)
-
-
-@_attention_decode_op.register_fake
-def _(q, k, v, length, scale):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -11,7 +11,8 @@ from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._native import OptionalTensors, backend_for, empty, native_layers, same_device, stream_of
 from igpt_fast.ops.activation import bias_quick_gelu
-from igpt_fast.ops.attention import attention_decode, refused_head_dim
+from igpt_fast.ops.attention import refused_head_dim
+from igpt_fast.ops.attention_decode import attention_decode
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.norm import rms_norm
 from igpt_fast.reference.decode_step import Kit, LayerWeights

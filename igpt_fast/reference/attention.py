@@ -43,8 +43,3 @@ def attention_backward(
     dp = dout @ v.transpose(-1, -2)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
     return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout
-
-
-def attention_decode(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float | None = None) -> Tensor:
-    """One query over the first `length` rows of a cache.   q [B, H, 1, D]   k, v [B, H, Tmax, D]   → [B, H, 1, D]"""
-    return attention(q, k[:, :, :length], v[:, :, :length], causal=False, scale=scale)[0]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from igpt_fast.reference import activation, attention, linear, norm
+from igpt_fast.reference import activation, attention_decode, linear, norm
 
 
 class LayerWeights(NamedTuple):
@@ -28,7 +28,7 @@ class Kit(NamedTuple):
 
     rms_norm: Callable = norm.rms_norm
     linear: Callable = linear.linear
-    attention_decode: Callable = attention.attention_decode
+    attention_decode: Callable = attention_decode.attention_decode
     bias_quick_gelu: Callable = activation.bias_quick_gelu
 
 

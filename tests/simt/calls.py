@@ -19,6 +19,7 @@ from simt.test_schedules import CASES
 # As DType in csrc/ops.h.
 DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.uint8,
+    torch.float8_e4m3fn,
 )  # fmt: skip
 SHAPES = [(3, 128, torch.bfloat16), (2, 129, torch.float32)]  # in vectors of 16 bytes, and one element at a time
 

@@ -28,7 +28,7 @@ using igpt::Ops;
 using igpt::View;
 
 size_t element_bytes(DType t) {
-  constexpr size_t bytes[] = {4, 2, 2, 8, 8, 4, 2, 1};
+  constexpr size_t bytes[] = {4, 2, 2, 8, 8, 4, 2, 1, 1};
   return bytes[int(t)];
 }
 

@@ -77,6 +77,41 @@ def attention_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor
     return grads, [dout, q, k, v, o, torch.rand(*lse.shape) + 12, *rest]
 
 
+def cache(rows: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, list]:
+    """Keys and values of rows images and cols slots at D = 32, of bytes with scales for float16; mostly lengths."""
+    shape, pages = (2, rows, 2, cols, 32), (2, rows, 2, -(-cols // 64))
+    lengths = None if cols == 128 else torch.arange(cols, cols - rows, -1, dtype=torch.int32)
+    if dtype is torch.float16:
+        return floats(*shape).to(torch.float8_e4m3fn), [*(torch.rand(pages) + 0.5), lengths]
+    return floats(*shape, dtype=torch.bfloat16), [None, None, lengths]
+
+
+def attention_decode(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    """Split over the sequence where its dtype is bfloat16."""
+    cols = min(cols, 400)
+    kv, [k_scale, v_scale, lengths] = cache(rows, cols, dtype)
+    split = outputs((rows, 2, -(-cols // 128), 34)) if dtype is torch.bfloat16 else [None]
+    q = floats(rows, 2, 1, 32, dtype=torch.bfloat16)
+    inputs = [*split, q, *kv, k_scale, v_scale, lengths, None, cols, 0, 0.3, 0]
+    return outputs((rows, 2, 1, 32), dtype=torch.bfloat16), inputs
+
+
+def attention_prefix(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    cols = min(cols, 400)
+    kv, [k_scale, v_scale, lengths] = cache(1, cols, dtype)
+    q = floats(3 * rows, 2, 1, 32, dtype=torch.bfloat16)
+    lengths = None if lengths is None else torch.full((3 * rows,), 4, dtype=torch.int32)
+    return outputs((3 * rows, 2, -(-cols // 128), 34)), [q, *kv, k_scale, v_scale, lengths, None, 5, 0.3, 0]
+
+
+def cache_append(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    cols = min(cols, 400)
+    kv, [k_scale, v_scale, lengths] = cache(rows, cols + 70, dtype)
+    new = floats(2, rows, 2, cols, 32, dtype=torch.bfloat16)
+    starts = None if lengths is None else lengths - cols
+    return [*kv], [k_scale, v_scale, *new, starts, 3, 0]
+
+
 def sample_tokens(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
     tokens = torch.full((rows,), -9)
     return [tokens], [floats(rows, cols, dtype=dtype), torch.rand(rows, dtype=torch.float64), 0.8, 100, 0.9, 0]
@@ -112,6 +147,11 @@ def color_histogram(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tens
     return [torch.zeros(1 << 24, dtype=torch.int64)], [pixels, workspace, 0]
 
 
+def bytes_of(t: Tensor) -> Tensor:
+    """8-bit floats, which torch does not compare, as the codes that they are."""
+    return t.view(torch.uint8).int() if t.dtype is torch.float8_e4m3fn else t
+
+
 # Of each op: outputs and the arguments after them. Shapes: one, less than a tile, a tile, one more, three and a rest.
 CASES: dict[str, Callable] = {
     "rms_norm_fwd": rms_norm_fwd,
@@ -124,6 +164,9 @@ CASES: dict[str, Callable] = {
     "linear_cross_entropy_dlogits": linear_cross_entropy_dlogits,
     "attention_fwd": attention_fwd,
     "attention_bwd": attention_bwd,
+    "attention_decode": attention_decode,
+    "attention_prefix": attention_prefix,
+    "cache_append": cache_append,
     "sample_tokens": sample_tokens,
     "palette_assign": palette_assign,
     "kmeans_step": kmeans_step,
@@ -152,11 +195,11 @@ def test_schedules_agree_to_the_bit(op, capability, shape, dtype):
         outs, args = CASES[op](*shape, dtype)
         with bench.scheduled(*schedule), bench.capability(capability):
             getattr(backend, op)(*outs, *args)
-        assert not any((o.isnan() | o.eq(-9)).any() for o in outs), schedule
+        assert not any((o.isnan() | o.eq(-9)).any() for o in map(bytes_of, outs)), schedule
         results[schedule] = outs
     first = results[bench.IN_ORDER]
     for schedule, outs in results.items():
-        assert all(torch.equal(a, b) for a, b in zip(first, outs, strict=True)), schedule
+        assert all(torch.equal(bytes_of(a), bytes_of(b)) for a, b in zip(first, outs, strict=True)), schedule
 
 
 def test_what_a_kernel_does_beside_a_tensor_is_reported():

@@ -111,7 +111,7 @@ def test_dtype_and_classifier_come_along():
             lambda s: s.update({"transformer.h.0.attn.q_attn.weight": torch.ones(3)}),
             "holds transformer.h.0.attn.q_attn",
         ),
-        (lambda s: s.update({"lm_head.weight": torch.ones(9, 32)}), r"wtet would be \[9, 32\], not \[11, 32\]"),
+        (lambda s: s.update({"lm_head.weight": torch.ones(9, 32)}), r"lm_head.weight as \[9, 32\], not \[11, 32\]"),
     ],
 )
 def test_state_dicts_that_are_not_whole_are_refused(change, message):

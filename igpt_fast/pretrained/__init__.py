@@ -66,8 +66,8 @@ def read_pretrained(source: str | Path, size: tuple[int, int] | None = None, hea
     if path.exists() or not is_hub_name(str(source)):
         what = f"has no {CONFIG}" if path.is_dir() else "is no directory" if path.exists() else "is not there"
         raise InputError(
-            f"{source} {what}; give a directory with {CONFIG} and {SAFETENSORS}, a name on the Hugging Face hub such as "
-            "openai/imagegpt-small, or the prefix of a TensorFlow checkpoint such as model.ckpt-1000000"
+            f"{source} {what}; give a directory with {CONFIG} and {SAFETENSORS}, a name on the Hugging Face hub such "
+            "as openai/imagegpt-small, or the prefix of a TensorFlow checkpoint such as model.ckpt-1000000"
         )
     return _read_layout(find_in_hub(str(source)), str(source), size)
 

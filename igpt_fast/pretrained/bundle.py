@@ -1,9 +1,9 @@
 """TensorFlow's tensor bundle, the format of its checkpoints, read without TensorFlow.
 
-PREFIX.index is a table of sorted keys in LevelDB's format: blocks, an index of them, a footer of 48 bytes. The empty key
-holds a BundleHeaderProto (number of shards, byte order), every other a BundleEntryProto (dtype, shape, shard, offset,
-length, CRC-32C). PREFIX.data-00000-of-00032 and so on hold the tensors, raw. Every block and every tensor has a masked
-CRC-32C, and all of them are checked.
+PREFIX.index is a table of sorted keys in LevelDB's format: blocks, an index of them, a footer of 48 bytes. The empty
+key holds a BundleHeaderProto (number of shards, byte order), every other a BundleEntryProto (dtype, shape, shard,
+offset, length, CRC-32C). PREFIX.data-00000-of-00032 and so on hold the tensors, raw. Every block and every tensor has
+a masked CRC-32C, and all of them are checked.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Weights out of the files of Hugging Face's layout: safetensors first, else a pickle that may hold nothing but tensors.
+"""Weights out of the files of Hugging Face's layout: safetensors first, else a pickle that may hold only tensors.
 
 A large model lies in several files; an index says which key lies in which.
 """
@@ -90,9 +90,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 6):  # CVE-2025-32434: before, weights_only could be made to run code
-        raise InputError(
-            f"{path} is a pickle, which torch {torch.__version__} cannot read safely; use torch 2.6 or later"
-        )
+        raise InputError(f"{path} is a pickle, which torch {torch.__version__} cannot read safely; use torch 2.6")
     try:
         # Not mapped into memory: a copy is checked against the file's CRC-32.
         found = torch.load(path, map_location="cpu", weights_only=True)

@@ -25,7 +25,7 @@ def find_in_hub(name: str) -> Find:
         from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise InputError(
-            f"there is no directory {name}, and to look for it on the Hugging Face hub, huggingface_hub (0.25 or later) "
+            f"there is no directory {name}, and to look for it on the Hugging Face hub, huggingface_hub 0.25 or later "
             "is needed; run: pip install igpt-fast[hf]"
         ) from error
     repository, _, revision = name.partition("@")

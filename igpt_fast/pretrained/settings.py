@@ -52,7 +52,7 @@ _HARMLESS = set(
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
     torchscript transformers_version typical_p use_bfloat16
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 

@@ -17,9 +17,9 @@ LAYERS = [
     {"config", "console", "pictures", "patterns", "reference", "interrupt", "optimizer", "device"},
     {"ops"},
     {"palette", "kmeans", "model", "images", "decode", "arrays", "sources", "pixels", "tokens", "pretrained"},
-    {"data", "weights", "checkpoint"},
+    {"data", "joined", "weights", "checkpoint"},
     {"cached", "sample", "classify", "run", "batches"},
-    {"train", "probe"},
+    {"train", "probe", "evaluate"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},
 ]

@@ -8,7 +8,7 @@ import typer
 
 from igpt_fast.cli.inputs import ModelArgument, ReadAsOption, described, seen_among, tokens_for
 from igpt_fast.cli.options import DataArgument, JsonOption, SeedOption, print_json
-from igpt_fast.console import say
+from igpt_fast.console import number, say
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.evaluate import Likelihood
@@ -66,7 +66,7 @@ def evaluate(
             indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
         result = evaluate_model(checkpoint.model, dataset, indices, batch, amp=bf16)
         seen = seen_among(checkpoint, dataset, indices)
-    say(f"{described(checkpoint)}, on {len(indices):,} images of {data.name}:")
+    say(f"{described(checkpoint)}, on {number(len(indices))} image{'s' * (len(indices) > 1)} of {data.name}:")
     for line in summary(result):
         say(line)
     if seen:

@@ -44,7 +44,7 @@ def find_bundle(path: Path) -> Path | None:
     """
     if path.name.endswith(INDEX) and path.is_file():
         return path.with_name(path.name.removesuffix(INDEX))
-    if path.with_name(path.name + INDEX).is_file():
+    if Path(f"{path}{INDEX}").is_file():
         return path
     found = sorted(path.glob("*" + INDEX)) if path.is_dir() else []
     if len(found) > 1:

@@ -6,11 +6,11 @@ from pathlib import Path
 from igpt_fast.errors import InputError
 from igpt_fast.pretrained.files import CONFIG, Find
 
-_NAME = re.compile(r"([\w][\w.-]*/)?[\w][\w.-]*(@[\w./-]+)?")
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
 def is_hub_name(text: str) -> bool:
-    """`owner/name` or `name`, and `@revision` behind it: what could be a repository, and is no path for sure."""
+    """`owner/name`, and `@revision` behind it: what could be a repository, when it is no path that is there."""
     return bool(_NAME.fullmatch(text)) and "--" not in text and ".." not in text
 
 

@@ -133,7 +133,8 @@ def write_settings(config: Config, dtype: str) -> dict[str, Any]:
         "initializer_range": 0.02,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
+        # transformers 4 rounds the root of the head dim down, 11 instead of 11.3 for M, but not on this path.
+        "reorder_and_upcast_attn": math.isqrt(config.head_dim) ** 2 != config.head_dim,
         "tie_word_embeddings": False,
         "use_cache": True,
         "dtype": dtype,

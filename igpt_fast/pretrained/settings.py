@@ -133,7 +133,7 @@ def write_settings(config: Config, dtype: str) -> dict[str, Any]:
         "initializer_range": 0.02,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        # transformers 4 rounds the root of the head dim down, 11 instead of 11.3 for M, but not on this path.
+        # Up to 5.0 transformers drops the fraction of the head dim's root (M: 11, not 11.3); on this path it does not.
         "reorder_and_upcast_attn": math.isqrt(config.head_dim) ** 2 != config.head_dim,
         "tie_word_embeddings": False,
         "use_cache": True,

@@ -16,7 +16,7 @@ from igpt_fast import ImageGPT, InputError, Palette
 from igpt_fast.pretrained import settings
 from igpt_fast.weights import from_hf
 
-ROUNDS = transformers.utils.torch_float(2.5) == 2  # transformers 4 and 5.0: the head dim's root loses its fraction
+ROUNDS = transformers.utils.torch_float(2.5) == 2  # up to 5.12 at least: the head dim's root loses its fraction
 
 
 def equal(a, b) -> bool:

@@ -133,7 +133,8 @@ def write_settings(config: Config, dtype: str) -> dict[str, Any]:
         "initializer_range": 0.02,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        # Up to 5.0 transformers drops the fraction of the head dim's root (M: 11, not 11.3); on this path it does not.
+        # Until 5.12 at least, transformers drops the fraction of the head dim's root (M: 11, not 11.3), but not on
+        # this path.
         "reorder_and_upcast_attn": math.isqrt(config.head_dim) ** 2 != config.head_dim,
         "tie_word_embeddings": False,
         "use_cache": True,

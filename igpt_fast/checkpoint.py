@@ -50,7 +50,7 @@ class Checkpoint:
     model: ImageGPT
     palette: Palette | None
     state: dict[str, Any]
-    step: int
+    step: int | None  # None: published weights, which no run of ours has made
     path: Path
 
     def optimizer_tensors(self) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ the stream stays float32 and the norms hand autocast's dtype to the linears.
 """
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from igpt_fast import ops
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
+from igpt_fast.palette import Palette
+from igpt_fast.pretrained import read_pretrained, write_pretrained
 
 MASKED = 0.15  # BERT: the share of pixels that is hidden from the model and scored
 
@@ -30,6 +33,7 @@ class ImageGPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.palette: Palette | None = None  # the colours that pretrained weights came with
         d = config.width
         self.wte = _table(config.colors, d, std=0.02)
         if config.objective == "ar":
@@ -40,6 +44,37 @@ class ImageGPT(nn.Module):
         self.wtet = nn.Parameter(torch.zeros(config.colors, d))  # zero: a fresh model's loss is exactly ln(colors)
         if config.classes:
             self.wclf = nn.Parameter(torch.zeros(config.classes, d))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        size: tuple[int, int] | None = None,
+        heads: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "ImageGPT":
+        """Published weights: a directory in Hugging Face's layout, a name on their hub, an OpenAI checkpoint's prefix.
+
+        `model.palette` is the palette that lay with them, or None. dtype: None keeps the one they are stored in. size,
+        heads: see `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
+        """
+        found = read_pretrained(source, size, heads)
+        with torch.device("meta"):  # no time for numbers that are overwritten, and the random state stays as it is
+            model = cls(found.config)
+        model = model.to(dtype or found.tensors["wte"].dtype).to_empty(device=device)
+        model.load_state_dict(found.tensors)
+        model.palette = found.palette
+        return model
+
+    def save_pretrained(self, path: str | Path, palette: Palette | None = None, overwrite: bool = False) -> None:
+        """Writes a directory that transformers' ImageGPT loads, and `from_pretrained` too; whole or not at all.
+
+        palette: None writes `self.palette`, when there is one. overwrite: replaces such a directory. A BERT model is
+        written likewise, but transformers, which has none, refuses its shapes. Raises InputError.
+        """
+        write_pretrained(path, self.config, dict(self.named_parameters()), palette or self.palette, overwrite)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits [N, T, colors]; row i predicts pixel i.   tokens [N, H, W] or [N, T], any integer dtype

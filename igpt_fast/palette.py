@@ -107,7 +107,7 @@ class Palette:
         """
         path = Path(path)
         if path.name.endswith(HF_CONFIG):
-            data = (json.dumps({"clusters": self.centers.tolist(), **_HF_SETTINGS}, indent=2) + "\n").encode()
+            data = (json.dumps(self.to_hf(), indent=2) + "\n").encode()
         elif path.suffix == ".npy":
             file = io.BytesIO()
             np.save(file, self.centers.numpy(), allow_pickle=False)
@@ -118,6 +118,10 @@ class Palette:
             write_atomically(path, data)
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}); choose another place") from None
+
+    def to_hf(self, size: tuple[int, int] = (32, 32)) -> dict[str, Any]:
+        """Hugging Face's preprocessor_config.json with these colours, for images brought to `size` (height, width)."""
+        return {"clusters": self.centers.tolist(), **_HF_SETTINGS, "size": {"height": size[0], "width": size[1]}}
 
     def encode(self, images: np.ndarray | Tensor, dtype: torch.dtype = torch.int64) -> np.ndarray | Tensor:
         """Tokens of the nearest colours, the lowest on ties. images: uint8 [..., H, W, 3], numpy or tensor.
@@ -189,7 +193,6 @@ _HF_SETTINGS = {
     "image_std": [0.5, 0.5, 0.5],
     "resample": 2,
     "rescale_factor": 1 / 255,
-    "size": {"height": 32, "width": 32},
 }
 
 

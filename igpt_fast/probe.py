@@ -22,6 +22,7 @@ from igpt_fast.classify import Score, classify, draw_folds, load_sklearn, score
 from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
+from igpt_fast.joined import JoinedTokens
 from igpt_fast.model import ImageGPT
 from igpt_fast.pictures import COLOURS
 
@@ -59,7 +60,7 @@ class ProbeResult:
 
 def probe(
     model: ImageGPT,
-    dataset: TokenDataset,
+    dataset: TokenDataset | JoinedTokens,
     *,
     layers: Sequence[int] | None = None,
     test_fraction: float = 0.2,
@@ -139,7 +140,7 @@ def check_options(
 
 def extract_features(
     model: ImageGPT,
-    dataset: TokenDataset,
+    dataset: TokenDataset | JoinedTokens,
     indices: np.ndarray,
     layers: Sequence[int],
     batch: int | None = None,
@@ -209,7 +210,7 @@ def figure_png(result: ProbeResult, title: str) -> bytes:
 
 
 def _choose(
-    dataset: TokenDataset, test_fraction: float, limit: int | None, per_class: int | None, seed: int
+    dataset: TokenDataset | JoinedTokens, test_fraction: float, limit: int | None, per_class: int | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int], int]:
     """Which images [N], which of them are for the test (bool [N]), the classes left out, the unlabelled count."""
     known = np.flatnonzero(dataset.labels >= 0)

@@ -16,10 +16,10 @@ LAYERS = [
     {"errors", "_C", "__version__"},
     {"config", "console", "pictures", "patterns", "reference", "interrupt", "optimizer", "device"},
     {"ops"},
-    {"palette", "kmeans", "model", "images", "decode", "arrays", "sources", "pixels", "tokens"},
-    {"data", "weights", "checkpoint"},
+    {"palette", "kmeans", "model", "images", "decode", "arrays", "sources", "pixels", "tokens", "pretrained"},
+    {"data", "joined", "weights", "checkpoint"},
     {"cached", "sample", "classify", "run", "batches"},
-    {"train", "probe"},
+    {"train", "probe", "evaluate"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},
 ]

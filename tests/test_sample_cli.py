@@ -142,7 +142,7 @@ def test_bad_options_end_before_anything_is_loaded(igpt, run, photos, tmp_path, 
     def never(*_):
         raise AssertionError("the checkpoint was loaded")
 
-    monkeypatch.setattr(commands, "load_checkpoint", never)
+    monkeypatch.setattr(commands, "open_model", never)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     command, *rest = (photos[0] if word == "PHOTO" else word for word in words)
@@ -156,7 +156,7 @@ def test_bad_options_end_before_anything_is_loaded(igpt, run, photos, tmp_path, 
 
 
 def test_places_that_cannot_be_written_are_found_first(igpt, run, photos, monkeypatch):
-    monkeypatch.setattr(commands, "load_checkpoint", None)
+    monkeypatch.setattr(commands, "open_model", None)
     for words in (("-o", photos[0] / "x.png"), ("--single", photos[0] / "x")):
         code, _, said = igpt("sample", run, *words)
         assert code == 2

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from igpt_fast import __version__
-from igpt_fast.cli import data, info, probe, sample, train
+from igpt_fast.cli import convert, data, evaluate, info, probe, sample, train
 from igpt_fast.errors import InputError
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ def _root(
     pass
 
 
-for _group in (data, train, sample, probe, info):
+for _group in (data, train, sample, probe, evaluate, convert, info):
     _group.register(app)
 
 

@@ -2,34 +2,26 @@
 
 import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from igpt_fast.batches import fingerprint
-from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.classify import Score, load_sklearn
+from igpt_fast.cli.inputs import ModelArgument, ReadAsOption, seen_among, tokens_for
 from igpt_fast.cli.options import JsonOption, SeedOption, print_json
 from igpt_fast.console import say
-from igpt_fast.data import open_tokens
 from igpt_fast.demo import demo as run_demo
 from igpt_fast.errors import InputError
+from igpt_fast.joined import JoinedTokens
 from igpt_fast.pictures import write_atomically
-from igpt_fast.pixels import as_source
 from igpt_fast.probe import ProbeResult, check_options, figure_png
 from igpt_fast.probe import probe as probe_model
-from igpt_fast.run import OPTIONS, read_options
-from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import pick_device
-
-READING = ("resize", "background", "on_error")  # of a run's images, as train.json has them
+from igpt_fast.weights import open_model
 
 
 def register(app: typer.Typer) -> None:
@@ -39,12 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def probe(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN", help="The --out of a training run, or one of its checkpoints.", show_default=False
-        ),
-    ],
+    model: ModelArgument,
     data: Annotated[
         Path,
         typer.Argument(
@@ -63,6 +50,16 @@ def probe(
             "more never saw them.",
         ),
     ] = 0.2,
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            "--test",
+            metavar="DATA",
+            show_default="a share of DATA",
+            help="Other images or tokens, with the same classes, to test on; all of DATA is then learned from.",
+        ),
+    ] = None,
+    resize: ReadAsOption = None,
     limit: Annotated[
         int | None,
         typer.Option("--limit", min=1, metavar="N", show_default="all", help="At most N images, drawn by --seed."),
@@ -86,24 +83,30 @@ def probe(
 ) -> None:
     """Measure how well a logistic regression on each layer's features tells the classes of DATA apart.
 
-    DATA needs labels: class folders, or an .npz with labels. Images are read as the run read its own. Beside the layers
-    stand the same classifier on raw pixels, and the share of the most frequent class. Needs scikit-learn.
+    DATA needs labels: class folders, or an .npz with labels. Beside the layers stand the same classifier on raw pixels,
+    and the share of the most frequent class. Needs scikit-learn.
 
     Example: igpt-fast probe run/ photos/ --out probe.png
     """
     load_sklearn()
     _check_place(out)
-    checkpoint = load_checkpoint(run, pick_device(device))
+    checkpoint = open_model(model, pick_device(device))
     depth = checkpoint.model.config.layers
     chosen = parse_layers(layers, depth)
     check_options(depth, chosen, test_fraction, limit, per_class, batch)
-    with _tokens(checkpoint, data) as dataset:
+    with ExitStack() as stack:
+        dataset = stack.enter_context(tokens_for(checkpoint, data, resize))
+        if test is not None:
+            dataset = JoinedTokens(dataset, stack.enter_context(tokens_for(checkpoint, test, resize)))
+            test_fraction = len(dataset.test) / len(dataset)
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
         result = probe_model(checkpoint.model, dataset, layers=chosen, **options, amp=bf16)
-        seen = _seen(checkpoint, dataset, test_fraction)
-    write_atomically(
-        out, figure_png(result, f"Linear probe of {run.name or run}, step {checkpoint.step}, on {data.name}")
-    )
+        if test is None:
+            seen = seen_among(checkpoint, dataset, dataset.split("val", test_fraction))
+        else:
+            seen = seen_among(checkpoint, dataset.test, dataset.test.split("all"))
+    step = "" if checkpoint.step is None else f", step {checkpoint.step},"
+    write_atomically(out, figure_png(result, f"Linear probe of {model.name or model}{step} on {(test or data).name}"))
     show(result)
     if seen:
         say(f"the model itself had learned from {seen:,} of the images held out here, without their labels")
@@ -178,38 +181,6 @@ def _row(score: Score, best: bool) -> tuple[str, ...]:
     strength = "" if score.strength is None else f"{score.strength:g}{'' if score.converged else ' †'}"
     interval = f"{100 * score.low:.1f} – {100 * score.high:.1f} %"
     return f"{score.name}{' *' if best else ''}", f"{100 * score.accuracy:.1f} %", interval, strength
-
-
-@contextmanager
-def _tokens(checkpoint: Checkpoint, data: Path) -> Iterator[TokenDataset]:
-    """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the probe."""
-    size, palette = checkpoint.model.config.size, checkpoint.palette
-    if is_token_directory(data):
-        yield open_tokens(data, palette, size=size)
-        return
-    if palette is None:
-        raise InputError(f"{checkpoint.path} has no palette to read images with; give DATA as tokens of its palette")
-    run, source = checkpoint.path.parent.parent, as_source(data)
-    reading = read_options(run)["command"].get("images", {}) if (run / OPTIONS).is_file() else {}
-    options = {name: reading[name] for name in READING if name in reading}
-    own = run / "tokens"
-    if is_token_directory(own) and TokenDataset(own).meta["source_stamp"] == source.stamp:
-        yield open_tokens(source, palette, own, size=size, **options)
-        return
-    with tempfile.TemporaryDirectory(prefix="igpt-fast-") as folder:
-        yield open_tokens(source, palette, Path(folder) / "tokens", size=size, **options)
-
-
-def _seen(checkpoint: Checkpoint, dataset: TokenDataset, test_fraction: float) -> int | None:
-    """How many images of the test share the model was trained on; None when that was, as far as known, other data."""
-    run = checkpoint.path.parent.parent
-    if not (run / OPTIONS).is_file():
-        return None
-    saved = read_options(run)
-    if saved["data"] != fingerprint(dataset):
-        return None
-    held_out = dataset.split("val", saved["options"]["val_fraction"])
-    return len(np.setdiff1d(dataset.split("val", test_fraction), held_out))
 
 
 def _check_place(out: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 import typer
 from torch import Tensor
 
-from igpt_fast.checkpoint import Checkpoint, load_checkpoint
+from igpt_fast.checkpoint import Checkpoint
+from igpt_fast.cli.inputs import ModelArgument, described
 from igpt_fast.cli.options import BackgroundOption, JsonOption, Resize, ResizeOption, SeedOption, print_json
 from igpt_fast.console import progress, say
 from igpt_fast.errors import InputError
@@ -22,6 +23,7 @@ from igpt_fast.sample import check_options, kept_pixels
 from igpt_fast.sample import complete as complete_tokens
 from igpt_fast.sample import sample as sample_tokens
 from igpt_fast.train import pick_device
+from igpt_fast.weights import open_model
 
 GRAY = 128  # what stands for the pixels that the model does not see
 
@@ -33,10 +35,6 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
-RunArgument = Annotated[
-    Path,
-    typer.Argument(metavar="RUN", help="The --out of a training run, or one of its checkpoints.", show_default=False),
-]
 TemperatureOption = Annotated[
     float,
     typer.Option("--temperature", metavar="T", help="1: as trained. Below 1: safer, 0: the likeliest colour only."),
@@ -79,7 +77,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sample(
-    run: RunArgument,
+    model: ModelArgument,
     n: Annotated[int, typer.Option("-n", metavar="N", help="Images to draw.")] = 16,
     temperature: TemperatureOption = 1.0,
     top_k: TopKOption = None,
@@ -104,7 +102,7 @@ def sample(
     options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
     check_options(**options)
     _check_places(out, single)
-    checkpoint, palette = _load(run, dtype, device)
+    checkpoint, palette = _load(model, dtype, device)
     with progress(n * checkpoint.model.config.tokens, "pixels", "sampling") as bar:
         tokens = sample_tokens(checkpoint.model, **options, progress=bar.to)
     images = _decode(palette, tokens)
@@ -114,7 +112,7 @@ def sample(
 
 
 def complete(
-    run: RunArgument,
+    model: ModelArgument,
     photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files.", show_default=False)],
     keep: Annotated[
         float, typer.Option("--keep", metavar="F", help="The fraction, from the top, that is kept: 0 to 1.")
@@ -149,7 +147,7 @@ def complete(
     for photo in photos:
         if not photo.is_file():
             raise InputError(f"there is no file {photo}; give image files to complete")
-    checkpoint, palette = _load(run, dtype, device)
+    checkpoint, palette = _load(model, dtype, device)
     config, where = checkpoint.model.config, checkpoint.model.wte.device
     originals = np.stack([_read(photo, config.size, resize, background) for photo in photos])
     tokens = torch.from_numpy(palette.encode(originals)).to(where)
@@ -166,10 +164,12 @@ def complete(
     _report(checkpoint, out, files, began, as_json, images=len(names), seed=seed, keep=keep, kept_pixels=count)
 
 
-def _load(run: Path, dtype: DType, device: str) -> tuple[Checkpoint, Palette]:
-    checkpoint = load_checkpoint(run, pick_device(device))
+def _load(model: Path, dtype: DType, device: str) -> tuple[Checkpoint, Palette]:
+    checkpoint = open_model(model, pick_device(device))
     if checkpoint.palette is None:
-        raise InputError(f"{checkpoint.path} has no palette, so its tokens have no colours; train with a palette")
+        raise InputError(
+            f"{checkpoint.path} has no palette, so its tokens have no colours; igpt-fast convert --palette stores one"
+        )
     checkpoint.model.to(getattr(torch, dtype.value))
     return checkpoint, checkpoint.palette
 
@@ -203,7 +203,7 @@ def _save_singles(folder: Path | None, names: list[str], images: np.ndarray) -> 
 
 def _report(checkpoint: Checkpoint, out: Path, files: list[str], began: float, as_json: bool, **facts: object) -> None:
     beside = f" and {len(files)} single files" if files else ""
-    say(f"wrote {out}{beside}, from step {checkpoint.step} of {checkpoint.path}")
+    say(f"wrote {out}{beside}, from {described(checkpoint)}")
     if as_json:
         fields = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, **facts}
         print_json(grid=str(out), single=files, seconds=round(time.monotonic() - began, 3), **fields)

@@ -1,0 +1,112 @@
+"""`igpt-fast convert`: weights from one layout into another."""
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from igpt_fast.checkpoint import save_checkpoint
+from igpt_fast.cli.inputs import ModelArgument
+from igpt_fast.cli.options import JsonOption, parse_size, print_json
+from igpt_fast.console import number, say
+from igpt_fast.errors import InputError
+from igpt_fast.palette import Palette
+from igpt_fast.weights import open_model
+
+
+class Layout(str, Enum):
+    """How weights lie on disk."""
+
+    hf = "hf"
+    run = "run"
+
+
+class DType(str, Enum):
+    """What weights are stored in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("convert")(convert)
+
+
+def convert(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.", show_default=False)],
+    to: Annotated[
+        Layout,
+        typer.Option(
+            "--to",
+            help="hf: Hugging Face's layout, which transformers and every command here read. run: a checkpoint "
+            "as training writes it, under OUT/checkpoints/.",
+        ),
+    ] = Layout.hf,
+    palette: Annotated[
+        Path | None,
+        typer.Option(
+            "--palette", metavar="FILE", show_default="the model's own", help="The colours to store beside the weights."
+        ),
+    ] = None,
+    dtype: Annotated[
+        DType | None, typer.Option("--dtype", show_default="as they are", help="What to store the weights in.")
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option("--heads", min=1, metavar="H", show_default="by the shapes", help="Of a checkpoint of old code."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", metavar="PX", show_default="a square", help="Height x width as 32x48."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights that OUT holds.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn weights into a directory that Hugging Face's transformers loads, or into a checkpoint of ours.
+
+    Reads OpenAI's TensorFlow checkpoints without TensorFlow (needs the [openai] extra), Hugging Face's layout, and
+    training runs. A kmeans_centers.npy beside a TensorFlow checkpoint goes along.
+
+    Example: igpt-fast convert model.ckpt-1000000 imagegpt-s/ --palette kmeans_centers.npy
+    """
+    checkpoint = open_model(model, size=None if size is None else parse_size(size), heads=heads)
+    colours = checkpoint.palette if palette is None else Palette.load(palette)
+    found, config = checkpoint.model, checkpoint.model.config
+    if colours is not None and len(colours) != config.colors:
+        raise InputError(f"the palette has {len(colours)} colours, the model {config.colors}; give the one it has")
+    if dtype is not None:
+        found = found.to(getattr(torch, dtype.value))
+    if to is Layout.hf:
+        found.save_pretrained(out, colours, overwrite)
+    else:
+        save_checkpoint(out, _step(checkpoint.step, model), found, colours)
+    shape = f"{config.layers} layers, width {config.width}, {config.heads} heads"
+    grid = f"{config.size[0]}x{config.size[1]} pixels of {config.colors} colours"
+    say(f"{config.objective} model of {number(found.num_parameters())} parameters: {shape}, {grid}")
+    if colours is None:
+        say("without a palette: tokens can be read and drawn, images cannot (--palette stores one)")
+    if to is Layout.hf and config.objective == "bert":
+        say("transformers has no BERT mode of ImageGPT and refuses these weights; all commands here read them")
+    say(f"wrote {out}/")
+    if as_json:
+        print_json(
+            out=str(out),
+            layout=to.value,
+            bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+            palette=colours is not None,
+            parameters=found.num_parameters(),
+            dtype=str(found.wte.dtype).removeprefix("torch."),
+            config=config.to_dict(),
+        )
+
+
+def _step(step: int | None, source: Path) -> int:
+    """The step to save under: the run's, else that of a name such as model.ckpt-1000000, else 0."""
+    digits = os.path.basename(str(source)).removesuffix(".index").rpartition("-")[2]
+    return step if step is not None else int(digits) if digits.isascii() and digits.isdigit() else 0

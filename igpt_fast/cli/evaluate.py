@@ -1,0 +1,88 @@
+"""`igpt-fast eval`: how likely a model finds images."""
+
+from enum import Enum
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from igpt_fast.cli.inputs import ModelArgument, ReadAsOption, described, seen_among, tokens_for
+from igpt_fast.cli.options import DataArgument, JsonOption, SeedOption, print_json
+from igpt_fast.console import number, say
+from igpt_fast.device import pick_device
+from igpt_fast.errors import InputError
+from igpt_fast.evaluate import Likelihood
+from igpt_fast.evaluate import evaluate as evaluate_model
+from igpt_fast.weights import open_model
+
+
+class Split(str, Enum):
+    """Which of the images."""
+
+    all = "all"
+    val = "val"
+    train = "train"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("eval")(evaluate)
+
+
+def evaluate(
+    model: ModelArgument,
+    data: DataArgument,
+    split: Annotated[
+        Split, typer.Option("--split", help="val: the images that training with this --val-fraction held out.")
+    ] = Split.all,
+    val_fraction: Annotated[
+        float, typer.Option("--val-fraction", metavar="F", help="Share of the images, by their names, that is val.")
+    ] = 0.1,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, metavar="N", show_default="all", help="At most N images, drawn by --seed."),
+    ] = None,
+    resize: ReadAsOption = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, metavar="B", show_default="by memory", help="Images side by side.")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="In bf16 autocast: faster, a little less exact.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Score whole images: the negative log-likelihood of every pixel, in nats and in bits per pixel.
+
+    The mean over the images, with its 95 % interval. All pixels count, the first one too. DATA may also be tokens.
+
+    Example: igpt-fast eval openai/imagegpt-small photos/ --json
+    """
+    if not 0 <= val_fraction <= 1:  # also catches NaN
+        raise InputError(f"--val-fraction is {val_fraction}; use a fraction from 0 to 1")
+    checkpoint = open_model(model, pick_device(device))
+    with tokens_for(checkpoint, data, resize) as dataset:
+        indices = dataset.split(split.value, val_fraction)
+        if limit is not None and limit < len(indices):
+            indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
+        result = evaluate_model(checkpoint.model, dataset, indices, batch, amp=bf16)
+        seen = seen_among(checkpoint, dataset, indices)
+    say(f"{described(checkpoint)}, on {number(len(indices))} image{'s' * (len(indices) > 1)} of {data.name}:")
+    for line in summary(result):
+        say(line)
+    if seen:
+        say(f"the model had learned from {seen:,} of these images; --split val leaves them out")
+    if as_json:
+        facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split.value, "seen": seen}
+        print_json(**facts, **result.to_dict())
+
+
+def summary(result: Likelihood) -> list[str]:
+    """The result as lines for a person."""
+    values = result.to_dict()
+
+    def line(unit: str) -> str:
+        low, high = values[f"{unit}_low"], values[f"{unit}_high"]
+        reach = "no interval of one image" if low is None else f"95 % interval {low:.4f} – {high:.4f}"
+        return f"  {values[f'{unit}_per_pixel']:.4f} {unit} per pixel ({reach})"
+
+    return [line("nats"), line("bits"), f"  chance, ln {result.colors}: {values['nats_chance']:.4f} nats"]

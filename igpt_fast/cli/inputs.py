@@ -1,0 +1,87 @@
+"""What several commands read: a model from wherever it lies, and images or tokens as that model reads them."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from igpt_fast.batches import fingerprint
+from igpt_fast.checkpoint import Checkpoint
+from igpt_fast.cli.options import Resize
+from igpt_fast.data import Source, open_tokens
+from igpt_fast.errors import InputError
+from igpt_fast.pixels import as_source
+from igpt_fast.run import OPTIONS, read_options
+from igpt_fast.tokens import TokenDataset, is_token_directory
+
+READING = ("resize", "background", "on_error")  # of a run's images, as train.json has them
+
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="The --out of a training run, one of its checkpoints, a directory of weights in Hugging Face's layout, "
+        "a name on their hub, or the prefix of an OpenAI checkpoint.",
+        show_default=False,
+    ),
+]
+ReadAsOption = Annotated[
+    Resize | None,
+    typer.Option(
+        "--resize", show_default="as the run read its own, else paper", help="How images come to the model's size."
+    ),
+]
+
+
+def described(checkpoint: Checkpoint) -> str:
+    """`step 500 of run/checkpoints/step-00000500`, or where published weights lie."""
+    return str(checkpoint.path) if checkpoint.step is None else f"step {checkpoint.step} of {checkpoint.path}"
+
+
+@contextmanager
+def tokens_for(checkpoint: Checkpoint, data: Path, resize: Resize | None = None) -> Iterator[TokenDataset]:
+    """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the command."""
+    size, palette = checkpoint.model.config.size, checkpoint.palette
+    if is_token_directory(data):
+        if resize is not None:
+            raise InputError(f"{data}: holds tokens, which have their size; leave out --resize, or give the images")
+        yield open_tokens(data, palette, size=size)
+        return
+    if palette is None:
+        raise InputError(f"{checkpoint.path} has no palette to read images with; give DATA as tokens of its palette")
+    source, options, run = as_source(data), {}, _run_of(checkpoint)
+    if run is not None:
+        reading = read_options(run)["command"].get("images", {})
+        options = {name: reading[name] for name in READING if name in reading}
+    if resize is not None:
+        options["resize"] = resize.value
+    elif run is not None and _made_from(own := run / "tokens", source):
+        yield open_tokens(source, palette, own, size=size, **options)
+        return
+    with tempfile.TemporaryDirectory(prefix="igpt-fast-") as folder:
+        yield open_tokens(source, palette, Path(folder) / "tokens", size=size, **options)
+
+
+def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarray) -> int | None:
+    """How many of the images the model was trained on; None when that was, as far as known, other data."""
+    run = _run_of(checkpoint)
+    if run is None:
+        return None
+    saved = read_options(run)
+    if saved["data"] != fingerprint(dataset):
+        return None
+    return len(np.setdiff1d(indices, dataset.split("val", saved["options"]["val_fraction"])))
+
+
+def _made_from(tokens: Path, source: Source) -> bool:
+    return is_token_directory(tokens) and TokenDataset(tokens).meta["source_stamp"] == source.stamp
+
+
+def _run_of(checkpoint: Checkpoint) -> Path | None:
+    """The run that a checkpoint belongs to, when it is one and lies there."""
+    run = checkpoint.path.parent.parent
+    return run if checkpoint.step is not None and (run / OPTIONS).is_file() else None

@@ -1,0 +1,103 @@
+"""How likely a model finds images: the negative log-likelihood of whole images, every pixel scored."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from igpt_fast import ops
+from igpt_fast.console import progress
+from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
+from igpt_fast.tokens import TokenDataset
+
+BATCH_BYTES = 256 << 20  # of activations at once, by the estimate in evaluate
+
+# Student's t: 95 % lies within so many standard errors, for 1 to 30 degrees of freedom.
+T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Negative log-likelihood, the mean over images. `low` to `high` is its 95 % interval (None for one image)."""
+
+    nats_per_pixel: float
+    low: float | None
+    high: float | None
+    per_image: np.ndarray  # float64 [N], nats per pixel of each image
+    pixels: int  # of an image, all of them scored
+    colors: int  # that a pixel can have: chance is ln(colors) nats
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold. A dimension is a pixel's token, so bits per dim are bits per pixel."""
+        nats = {"per_pixel": self.nats_per_pixel, "low": self.low, "high": self.high}
+        bits = {name: None if value is None else value / math.log(2) for name, value in nats.items()}
+        return {
+            "images": len(self.per_image),
+            "pixels_per_image": self.pixels,
+            "colors": self.colors,
+            **{f"nats_{name}": value for name, value in nats.items()},
+            **{f"bits_{name}": value for name, value in bits.items()},
+            "bits_per_dim": bits["per_pixel"],
+            "nats_chance": math.log(self.colors),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def evaluate(
+    model: ImageGPT,
+    dataset: TokenDataset,
+    indices: Sequence[int] | np.ndarray | None = None,
+    batch: int | None = None,
+    amp: bool = False,
+) -> Likelihood:
+    """Scores whole images under an autoregressive model: -ln p(image) / pixels, with no pixel left out.
+
+    indices: which images; None: all. batch: images side by side; None: what fits. amp: bf16 autocast. Progress is shown
+    on stderr. Raises InputError for a BERT model, which gives images no likelihood, for tokens that do not fit the
+    model, for no image at all, and for a result that is not finite.
+    """
+    began, config, device = time.monotonic(), model.config, model.wte.device
+    if config.objective != "ar":
+        raise InputError(f"an objective={config.objective!r} model gives whole images no likelihood; use an 'ar' model")
+    if dataset.size != config.size or dataset.colors != config.colors:
+        is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, config))
+        raise InputError(f"{dataset.path}: the images are {is_}, the model is made for {wants}; tokenise them for it")
+    indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+    if not len(indices):
+        raise InputError(f"{dataset.path}: no image is left to score; choose another split")
+    nats = np.empty(len(indices))
+    # About 16 numbers a pixel and channel live at once inside a block, and the logits after the last.
+    size = batch or max(1, min(256, BATCH_BYTES // (4 * config.tokens * (16 * config.width + 2 * config.colors))))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    with torch.inference_mode(), autocast, progress(len(indices), "images", "scoring") as bar:
+        for start in range(0, len(indices), size):
+            tokens = dataset.batch(indices[start : start + size]).to(device).flatten(1)
+            losses = ops.linear_cross_entropy(model.hidden(tokens), model.wtet, tokens)
+            nats[start : start + size] = losses.reshape(tokens.shape).double().mean(1).cpu().numpy()
+            bar.advance(len(tokens))
+    if not np.isfinite(nats).all():
+        raise InputError("the model's likelihoods are not finite: its weights are broken; use another checkpoint")
+    mean, reach = float(nats.mean()), interval(nats)
+    low, high = (None, None) if reach is None else (mean - reach, mean + reach)
+    return Likelihood(mean, low, high, nats, config.tokens, config.colors, time.monotonic() - began)
+
+
+def interval(values: np.ndarray) -> float | None:
+    """Half of the 95 % interval of the mean of independent values, by Student's t; None for fewer than two."""
+    freedom = len(values) - 1
+    if freedom < 1:
+        return None
+    # Above the table, the first two terms of t's expansion around the normal: right to four digits.
+    t = T95[freedom - 1] if freedom <= 30 else Z95 + (Z95**3 + Z95) / (4 * freedom) + 2.82 / freedom**2
+    return t * float(values.std(ddof=1)) / math.sqrt(len(values))

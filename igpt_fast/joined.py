@@ -1,0 +1,43 @@
+"""Two token directories as one: images to learn from, and others, of the same classes, to test on."""
+
+import numpy as np
+import torch
+
+from igpt_fast.errors import InputError
+from igpt_fast.tokens import TokenDataset
+
+
+class JoinedTokens:
+    """What a probe asks of a dataset. Its "val" images are all of `test`, whatever the fraction; the rest is `train`.
+
+    Raises InputError when the two differ in size or palette, or `test` has a class that `train` has not.
+    """
+
+    def __init__(self, train: TokenDataset, test: TokenDataset) -> None:
+        self.train, self.test, self.path = train, test, train.path
+        self.size, self.colors, self.palette, self.classes = train.size, train.colors, train.palette, train.classes
+        same = np.array_equal(np.asarray(train.palette.centers), np.asarray(test.palette.centers))
+        if train.size != test.size or not same:
+            raise InputError(f"{test.path}: its images have another size or palette than those of {train.path}")
+        known = train.classes or []
+        if new := [name for name in test.classes or [] if name not in known]:
+            raise InputError(f"{test.path}: has classes that {train.path} lacks: {', '.join(map(str, new[:5]))}")
+        number = np.array([*map(known.index, test.classes or []), -1])  # the last: no label stays no label
+        self.labels = np.concatenate([train.labels, number[test.labels]])
+
+    def __len__(self) -> int:
+        return len(self.train) + len(self.test)
+
+    def split(self, name: str, val_fraction: float = 0.1) -> np.ndarray:
+        """Indices of the "train", "val" or "all" images."""
+        first = len(self.train)
+        return {"train": np.arange(first), "val": np.arange(first, len(self)), "all": np.arange(len(self))}[name]
+
+    def batch(self, indices: np.ndarray) -> torch.Tensor:
+        """Tokens of the images `indices` as int64 [n, H, W]."""
+        indices = np.asarray(indices, np.int64)
+        out, late = torch.empty(len(indices), *self.size, dtype=torch.int64), indices >= len(self.train)
+        for dataset, part, start in ((self.train, ~late, 0), (self.test, late, len(self.train))):
+            if part.any():
+                out[torch.from_numpy(part)] = dataset.batch(indices[part] - start)
+        return out

@@ -1,0 +1,172 @@
+"""Published weights, from and to disk: Hugging Face's layout, the hub's repositories, OpenAI's checkpoints.
+
+    source → files (safetensors, pickles) or bundle (TensorFlow) → names or openai (our names) → Pretrained
+
+Knows no model: what it reads is a Config and tensors by our names, all of them, or an InputError.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from igpt_fast.config import Config
+from igpt_fast.errors import InputError
+from igpt_fast.palette import FILES as PALETTES
+from igpt_fast.palette import HF_CONFIG, Palette
+from igpt_fast.pictures import write_atomically
+from igpt_fast.pretrained.bundle import find_bundle
+from igpt_fast.pretrained.files import CONFIG, SAFETENSORS, Find, read_json, read_weights
+from igpt_fast.pretrained.hub import find_in_hub, is_hub_name
+from igpt_fast.pretrained.names import SCORE, to_ours, to_theirs
+from igpt_fast.pretrained.openai import read_openai
+from igpt_fast.pretrained.settings import read_settings, write_settings
+
+__all__ = ["Pretrained", "read_pretrained", "write_pretrained"]
+
+log = logging.getLogger("igpt_fast")
+
+HEADLESS = ("ImageGPTForImageClassification", "ImageGPTModel")  # what theirs saves without an output table
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What lay at `source`: tensors by our names, on the CPU, in one dtype; palette None when there is none."""
+
+    config: Config
+    tensors: dict[str, Tensor]
+    palette: Palette | None
+    source: str
+
+
+def read_pretrained(source: str | Path, size: tuple[int, int] | None = None, heads: int | None = None) -> Pretrained:
+    """Reads a directory in Hugging Face's layout, a repository of the hub, or one of OpenAI's checkpoints.
+
+    source: a directory; `owner/name`, with `@revision` when it is not the main one; or the prefix of a checkpoint, as
+    model.ckpt-1000000. size: (height, width), when the positions are not a square. heads: for a checkpoint whose shapes
+    do not tell it. Raises InputError, naming the file and the key, for whatever is missing, cut short, changed, of
+    another shape or not supported; nothing that a file holds is executed.
+    """
+    path = Path(source)
+    if path.is_dir() and (path / CONFIG).is_file():
+        return _read_layout(lambda name: path / name if (path / name).is_file() else None, str(source), size)
+    if prefix := find_bundle(path):
+        config, tensors = read_openai(prefix, heads, size)
+        return _checked(config, tensors, _palette_beside(prefix), str(prefix))
+    if path.exists() or not is_hub_name(str(source)):
+        what = f"has no {CONFIG}" if path.is_dir() else "is no directory" if path.exists() else "is not there"
+        raise InputError(
+            f"{source} {what}; give a directory with {CONFIG} and {SAFETENSORS}, a name on the Hugging Face hub such "
+            "as openai/imagegpt-small, or the prefix of a TensorFlow checkpoint such as model.ckpt-1000000"
+        )
+    return _read_layout(find_in_hub(str(source)), str(source), size)
+
+
+def write_pretrained(
+    path: str | Path, config: Config, tensors: Mapping[str, Tensor], palette: Palette | None = None,
+    overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Writes a directory in Hugging Face's layout, which appears when it is complete.
+
+    tensors: by our names. overwrite: replaces a directory that holds nothing but what this function writes. Raises
+    InputError, leaving all as it was, when there is something at `path`, or the disk is full.
+    """
+    path = Path(path)
+    _refuse_existing(path, overwrite)
+    if palette is not None and len(palette) != config.colors:
+        raise InputError(f"the palette has {len(palette)} colours and the model {config.colors}; save the one it has")
+    work = path.absolute().parent / f".{path.absolute().name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        work.mkdir(parents=True)
+        dtype = str(tensors["wte"].dtype).removeprefix("torch.")
+        settings: dict[str, Any] = {CONFIG: write_settings(config, dtype)}
+        if palette is not None:
+            settings[HF_CONFIG] = palette.to_hf(config.size)
+        save_file(to_theirs(tensors, config), work / SAFETENSORS, metadata={"format": "pt"})
+        with open(work / SAFETENSORS, "rb") as file:
+            os.fsync(file.fileno())
+        for name, values in settings.items():
+            write_atomically(work / name, (json.dumps(values, indent=2) + "\n").encode())
+        _move_into_place(work, path)
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path}: the weights cannot be written ({reason}); choose another place") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _read_layout(find: Find, source: str, size: tuple[int, int] | None) -> Pretrained:
+    """Hugging Face's layout, wherever its files are found."""
+    path = find(CONFIG)
+    settings = read_json(path)
+    theirs = read_weights(find, source)
+    palette = Palette.load(place) if (place := next(filter(None, map(find, PALETTES)), None)) else None
+    fields = read_settings(settings, str(path), size or _grid(find, settings))
+    try:
+        classes = theirs.shape(SCORE, 2)[0] if SCORE in theirs.tensors else 0
+        config = Config(**fields, classes=classes)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    architectures = settings.get("architectures") or [""]
+    headless = theirs.headless() and (bool(classes) or architectures[0] in HEADLESS)
+    if headless:
+        log.warning("%s has no output table (it is no causal model): ours is zero, fit for features only", source)
+    config, ours = to_ours(theirs, config, headless)
+    return _checked(config, ours, palette, source)
+
+
+def _grid(find: Find, settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The (height, width) that the processor brings images to, when it fits the positions and is no square."""
+    size = read_json(path).get("size") if (path := find(HF_CONFIG)) else None
+    grid = (size.get("height"), size.get("width")) if isinstance(size, dict) else ()
+    if len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
+        return None
+    return grid if grid[0] * grid[1] == settings.get("n_positions") else None
+
+
+def _palette_beside(prefix: Path) -> Palette | None:
+    """The palette in a checkpoint's folder, where there is one."""
+    there = [prefix.parent / name for name in PALETTES if (prefix.parent / name).is_file()]
+    return Palette.load(there[0]) if there else None
+
+
+def _checked(config: Config, tensors: dict[str, Tensor], palette: Palette | None, source: str) -> Pretrained:
+    if palette is not None and len(palette) != config.colors:
+        raise InputError(f"{source}: its palette has {len(palette)} colours, the model is of {config.colors}")
+    return Pretrained(config, tensors, palette, source)
+
+
+def _move_into_place(work: Path, path: Path) -> None:
+    """Renames work to path. What is there is moved aside before and deleted after, so one of them is there in whole."""
+    aside = work.with_suffix(".old")
+    if replaced := path.exists():
+        os.rename(path, aside)
+    try:
+        os.rename(work, path)
+    except BaseException:
+        if replaced:
+            os.rename(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise InputError(f"{path} is there and is no directory; choose another place")
+    if not overwrite:
+        raise InputError(f"{path} holds files already; choose another place, or replace them with overwrite")
+    if others := sorted(file.name for file in path.iterdir() if file.name not in (CONFIG, HF_CONFIG, SAFETENSORS)):
+        raise InputError(f"{path} also holds {', '.join(others[:3])}, which would be lost; choose another place")

@@ -1,0 +1,153 @@
+"""Hugging Face's config.json: what it asks of the forward pass, honoured or refused by name; and ours written as one.
+
+Beside their fields, files of ours hold `igpt_fast`: the grid of pixels, which theirs does not know, and the objective.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from igpt_fast.config import Config
+from igpt_fast.errors import InputError
+
+log = logging.getLogger("igpt_fast")
+
+OURS = "igpt_fast"
+
+# Their fields that are shapes, with their defaults and other names.
+_SHAPES = {"n_layer": 24, "n_embd": 512, "n_head": 8, "n_positions": 1024, "vocab_size": 513, "n_inner": None}
+_ALIASES = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+
+# What ours does not compute: field → the one value that means "nothing of the kind".
+_UNSUPPORTED = {
+    "model_type": "imagegpt",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "tie_word_embeddings": False,
+    "activation_function": "quick_gelu",
+    "pruned_heads": {},
+    "quantization_config": None,
+    "auto_map": None,  # a forward pass written elsewhere
+}
+
+# What changes no output of a trained model. reorder_and_upcast_attn only says where theirs rounds: ours always
+# accumulates attention in float32. The rest is of their training, of text generation and of their bookkeeping.
+_HARMLESS = set(
+    """
+    reorder_and_upcast_attn attn_pdrop embd_pdrop resid_pdrop initializer_range use_cache layer_norm_epsilon
+    _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder
+    label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16
+    """.split()  # noqa: SIM905
+)
+
+
+def read_settings(settings: Mapping[str, Any], where: str, grid: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Fields of Config (all but bias and classes, which the weights tell) that a config.json, read as JSON, asks for.
+
+    where: its name, for errors. grid: (height, width) from elsewhere, when it is known. Raises InputError that names
+    the field whose value is not supported or makes no sense; one that is not known at all is logged.
+    """
+    check_supported(settings, where)
+    known = _UNSUPPORTED.keys() | _HARMLESS | _SHAPES.keys() | _ALIASES.keys() | {OURS}
+    if unknown := sorted(map(str, settings.keys() - known)):
+        log.warning("%s: not known to ImageGPT, and not used: %s", where, ", ".join(unknown))
+    ours = settings.get(OURS, {})
+    size = ours.get("size", [1, 1]) if isinstance(ours, dict) else None
+    pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
+    if not pair or ours.keys() - {"objective", "size"}:
+        raise InputError(f"{where}: {OURS} is {ours!r}; it holds the objective and the size (height, width)")
+    shapes = {**_SHAPES, **{_ALIASES.get(name, name): value for name, value in settings.items()}}
+    positions, rows = (_whole(shapes[name], name, where) for name in ("n_positions", "vocab_size"))
+    objective = ours.get("objective", "ar")
+    return {
+        "layers": shapes["n_layer"],
+        "width": shapes["n_embd"],
+        "heads": shapes["n_head"],
+        "colors": rows - (objective == "ar"),
+        "size": grid_of(positions, grid or ours.get("size"), where),
+        "objective": objective,
+        "mlp_width": shapes["n_inner"],
+        "eps": settings.get("layer_norm_epsilon", 1e-5),
+    }
+
+
+def check_supported(settings: Any, where: str) -> None:
+    """Raises InputError naming the first field that asks for what ours does not compute.
+
+    settings: config.json's fields, or transformers' own config object.
+    """
+    for field, nothing in _UNSUPPORTED.items():
+        value = settings.get(field, nothing) if isinstance(settings, Mapping) else getattr(settings, field, nothing)
+        if value != nothing and not (value is None and not nothing):
+            raise InputError(f"{where} has {field}={value!r}, which is not supported; only {nothing!r} is")
+
+
+def grid_of(positions: int, size: tuple[int, int] | list[int] | None, where: str) -> tuple[int, int]:
+    """`size` (height, width) when it has so many pixels, the square when none is given; InputError otherwise."""
+    if size is None:
+        side = math.isqrt(positions)
+        if side * side != positions:
+            raise InputError(f"{where}: {positions} positions are not a square; pass size=(height, width)")
+        return side, side
+    height, width = size
+    if height * width != positions:
+        raise InputError(f"{where}: size {height}x{width} does not fit the {positions} positions")
+    return height, width
+
+
+def write_settings(config: Config, dtype: str) -> dict[str, Any]:
+    """The config.json with which transformers' ImageGPT computes what a model of `config` computes.
+
+    A BERT model has no sos: its vocab_size is one less than transformers counts on, which therefore refuses its shapes.
+    """
+    kind = "ImageGPTForImageClassification" if config.classes else "ImageGPTForCausalImageModeling"
+    settings = {
+        "architectures": [kind],
+        "model_type": "imagegpt",
+        "vocab_size": config.colors + (config.objective == "ar"),
+        "n_positions": config.tokens,
+        "n_embd": config.width,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "n_inner": None if config.mlp_width == 4 * config.width else config.mlp_width,
+        "activation_function": "quick_gelu",
+        "layer_norm_epsilon": config.eps,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": 0.02,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        # Until 5.12 at least, transformers drops the fraction of the head dim's root (M: 11, not 11.3), but not on
+        # this path.
+        "reorder_and_upcast_attn": math.isqrt(config.head_dim) ** 2 != config.head_dim,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "dtype": dtype,
+        OURS: {"objective": config.objective, "size": list(config.size)},
+    }
+    if config.classes:
+        names = [f"LABEL_{index}" for index in range(config.classes)]
+        settings |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return settings
+
+
+def _whole(value: Any, name: str, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{where}: {name} is {value!r}; use a whole number of at least 1")
+    return value

@@ -1,0 +1,146 @@
+"""`igpt-fast convert` and `eval`, and published weights as the MODEL of every command."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from openai_checkpoint import PREFIX
+from PIL import Image
+from published import make, same
+from tiny import CONFIG, FAST, write_tokens
+
+from igpt_fast import ImageGPT, Palette, cli
+from igpt_fast.checkpoint import load_checkpoint, save_checkpoint
+from igpt_fast.evaluate import evaluate
+from igpt_fast.train import train
+
+
+@pytest.fixture
+def igpt(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["igpt-fast", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return write_tokens(tmp_path / "data")
+
+
+@pytest.fixture
+def weights(tmp_path, dataset):
+    make(colors=16, size=(4, 6)).save_pretrained(tmp_path / "weights", dataset.palette)
+    return tmp_path / "weights"
+
+
+def test_openais_checkpoint_becomes_theirs_and_ours(igpt, tmp_path):
+    palette = Palette(torch.linspace(-1, 1, 21).reshape(7, 3))
+    palette.save(tmp_path / "kmeans_centers.npy")
+    words = ("convert", PREFIX, tmp_path / "w", "--size", "2x3", "--palette", tmp_path / "kmeans_centers.npy", "--json")
+    code, printed, _ = igpt(*words)
+    facts = json.loads(printed)
+    assert code == 0 and facts["layout"] == "hf" and facts["palette"] and facts["dtype"] == "float32"
+    original = ImageGPT.from_pretrained(PREFIX, size=(2, 3))
+    assert facts["parameters"] == original.num_parameters() and facts["config"] == original.config.to_dict()
+    found = ImageGPT.from_pretrained(tmp_path / "w")
+    assert same(found, original) and torch.equal(found.palette.centers, palette.centers)
+    code, _, said = igpt("convert", f"{PREFIX}.index", tmp_path / "run", "--to", "run", "--size", "2x3")
+    assert code == 0 and "without a palette" in said
+    checkpoint = load_checkpoint(tmp_path / "run")
+    assert same(checkpoint.model, original) and checkpoint.step == 131000
+
+
+def test_runs_become_directories_that_transformers_loads(igpt, tmp_path, dataset):
+    run = train(dataset, tmp_path / "run", CONFIG, **{**FAST, "steps": 2}).run
+    code, _, said = igpt("convert", run, tmp_path / "w", "--dtype", "bfloat16")
+    assert code == 0 and "ar model of" in said
+    found = ImageGPT.from_pretrained(tmp_path / "w")
+    assert same(found, load_checkpoint(run).model.bfloat16()) and len(found.palette) == 16
+    code, _, said = igpt("convert", run, tmp_path / "w")
+    assert code == 2 and "holds files already" in said
+    assert igpt("convert", run, tmp_path / "w", "--overwrite")[0] == 0
+    assert ImageGPT.from_pretrained(tmp_path / "w").wte.dtype == torch.float32
+
+
+def test_bert_weights_are_converted_and_probed(igpt, tmp_path, dataset):
+    save_checkpoint(tmp_path / "run", 1, make(colors=16, size=(4, 6), objective="bert"), dataset.palette)
+    code, _, said = igpt("convert", tmp_path / "run", tmp_path / "w")
+    assert code == 0 and "transformers has no BERT mode" in said
+    code, _, said = igpt("eval", tmp_path / "w", dataset.path)
+    assert code == 2 and "gives whole images no likelihood" in said
+    code, _, said = igpt("sample", tmp_path / "w", "-o", tmp_path / "s.png")
+    assert code == 2 and "cannot be sampled from" in said
+
+
+def test_eval_of_weights_and_of_runs(igpt, tmp_path, dataset, weights):
+    want = evaluate(ImageGPT.from_pretrained(weights), dataset)
+    code, printed, said = igpt("eval", weights, dataset.path, "--json")
+    facts = json.loads(printed)
+    assert code == 0 and facts["nats_per_pixel"] == want.nats_per_pixel and facts["step"] is None
+    assert f"{want.nats_per_pixel:.4f} nats per pixel (95 % interval {want.low:.4f} – {want.high:.4f})" in said
+    images = tmp_path / "data" / "images.npy"
+    code, printed, _ = igpt("eval", weights, images, "--resize", "none", "--json", "--limit", 9)
+    facts = json.loads(printed)
+    assert code == 0 and facts["images"] == 9 and facts["seen"] is None
+    run = train(dataset, tmp_path / "run", CONFIG, **{**FAST, "steps": 2}).run
+    _, printed, said = igpt("eval", run, dataset.path, "--json")
+    held_out = len(dataset.split("val"))
+    assert json.loads(printed)["seen"] == 40 - held_out and "--split val leaves them out" in said
+    _, printed, said = igpt("eval", run, dataset.path, "--json", "--split", "val")
+    assert json.loads(printed)["images"] == held_out and "had learned" not in said
+
+
+def test_published_weights_sample_and_complete(igpt, tmp_path, weights):
+    code, printed, said = igpt("sample", weights, "-n", 2, "-o", tmp_path / "s.png", "--json")
+    assert code == 0 and json.loads(printed)["step"] is None and f"from {weights}" in said
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(photo)
+    assert igpt("complete", weights, photo, "-n", 2, "-o", tmp_path / "c.png")[0] == 0
+    assert Image.open(tmp_path / "s.png").size[0] > 100 and Image.open(tmp_path / "c.png").size[0] > 100
+
+
+def test_published_weights_are_probed_with_a_test_set_of_its_own(igpt, tmp_path):
+    pytest.importorskip("sklearn", reason="the probe needs the [probe] extra")
+    from labelled import COLORS, PALETTE, SIZE
+    from labelled import write_tokens as write_labelled
+
+    make(colors=COLORS, size=SIZE).save_pretrained(tmp_path / "w", PALETTE)
+    learn = write_labelled(tmp_path / "a", np.arange(60) % 3)
+    other = write_labelled(tmp_path / "b", np.arange(30) % 2, seed=1)
+    words = ("--layers", "1,2", "--json", "-o", tmp_path / "p.png")
+    code, printed, _ = igpt("probe", tmp_path / "w", learn.path, "--test", other.path, *words)
+    facts = json.loads(printed)
+    assert code == 0 and (facts["train"], facts["test"], facts["step"]) == (40, 30, None)
+    assert facts["left_out"] == {learn.classes[2]: 20} and facts["test_fraction"] == pytest.approx(1 / 3)
+    images = (tmp_path / "a" / "images.npz", "--test", tmp_path / "b" / "images.npz", "--resize", "none")
+    again = json.loads(igpt("probe", tmp_path / "w", *images, *words)[1])
+    assert [layer["accuracy"] for layer in again["layers"]] == [layer["accuracy"] for layer in facts["layers"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("eval", "WEIGHTS", "TOKENS", "--resize", "none"), "holds tokens, which have their size; leave out --resize"),
+        (("eval", "WEIGHTS", "TOKENS", "--val-fraction", "2"), "--val-fraction is 2.0"),
+        (("eval", "nowhere", "TOKENS"), "nowhere is not there; give a directory with config.json"),
+        (("convert", "nowhere", "out"), "nowhere is not there"),
+        (("convert", "WEIGHTS", "out", "--size", "5x5"), "size 5x5 does not fit the 24 positions"),
+        (("convert", "WEIGHTS", "out", "--palette", "nowhere.npy"), "there is no palette nowhere.npy"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_nothing(igpt, tmp_path, dataset, weights, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    code, printed, said = igpt(*({"WEIGHTS": weights, "TOKENS": dataset.path}.get(word, word) for word in words))
+    assert code == 2 and not printed and message in said
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before

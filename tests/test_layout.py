@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "_C", "__version__"},
     {"config", "console", "pictures", "patterns", "reference", "interrupt", "optimizer", "device"},
     {"ops"},
-    {"palette", "kmeans", "model", "images", "decode", "arrays", "sources", "pixels", "tokens"},
+    {"palette", "kmeans", "model", "images", "decode", "arrays", "sources", "pixels", "tokens", "accelerate"},
     {"data", "weights", "checkpoint"},
     {"cached", "sample", "classify", "run", "batches"},
     {"train", "probe"},

@@ -154,20 +154,35 @@ def causal_lm(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """ImageGPTForCausalImageModeling: a whole decoding step at once where it can, and the loss."""
     bound = bind(self, *args, **kwargs)
     given = bound.arguments
+    if _says_only_causal(given.get("attention_mask"), given.get("past_key_values")):
+        given["attention_mask"] = None
     found = decode(self, given)
     if found is not None:
         return found
     labels, ids = given.get("labels"), given.get("input_ids")
-    if labels is None or (ids is not None and labels.shape != ids.shape):
-        return type(self).forward(self, *args, **kwargs)
-    given["labels"] = None
+    ours = labels is not None and ids is not None and labels.shape == ids.shape
+    if ours:
+        given["labels"] = None
     out = type(self).forward(*bound.args, **bound.kwargs)
+    if not ours:
+        return out
     loss = _loss(out[0], labels)
-    return (
-        (loss, *out)
-        if isinstance(out, tuple)
-        else type(out)(loss=loss, **{k: v for k, v in out.items() if k != "loss"})
-    )
+    if isinstance(out, tuple):
+        return loss, *out
+    return type(out)(loss=loss, **{name: value for name, value in out.items() if name != "loss"})
+
+
+def _says_only_causal(mask: Tensor | None, cache: Any) -> bool:
+    """Whether a mask [B, 1, Q, K] tells the causal order and nothing else.
+
+    generate makes one for a static cache. transformers' ImageGPT then takes its first row for all queries: its images
+    are wrong, or it stops (4.57). Left out, they are those of a dynamic cache.
+    """
+    if mask is None or mask.ndim != 4 or not isinstance(cache, theirs().StaticCache):
+        return False
+    queries, keys = (torch.arange(n, device=mask.device) for n in mask.shape[2:])
+    seen = mask if mask.dtype is torch.bool else mask == 0
+    return bool((seen == (keys <= int(cache.get_seq_length()) + queries[:, None])).all())
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_accelerate import both, hf, ids, reasons  # noqa: F401
+from test_accelerate import MODERN, both, hf, ids, reasons  # noqa: F401
 
 import igpt_fast as igpt
 from igpt_fast.accelerate import decode
@@ -71,7 +71,7 @@ def test_steps_give_the_logits_of_the_whole(dtype, steps):
 @torch.no_grad()
 def test_caches_that_others_change_or_keep(steps):
     model, x = igpt.accelerate(hf(**GENERATE)), ids(2, 12)
-    whole = lambda tokens: model(tokens, use_cache=False).logits[:, -1]  # noqa: E731
+    whole = lambda tokens: model(tokens).logits[:, -1]  # noqa: E731
 
     def step(cache, token):
         return model(token, past_key_values=cache, use_cache=True).logits[:, -1]
@@ -139,7 +139,7 @@ def test_a_static_cache_gives_the_images_of_a_dynamic_one():
     want = theirs.generate(x, **options)
     assert torch.equal(ours.generate(x, cache_implementation="static", **options), want)
     cache = StaticCache(config=ours.config, max_cache_len=16)
-    where = {} if transformers.__version__ >= "5" else {"cache_position": torch.arange(5)}
+    where = {} if MODERN else {"cache_position": torch.arange(5)}
     with torch.no_grad():
         got = ours(x, past_key_values=cache, **where).logits
     assert torch.allclose(got, theirs(x).logits, atol=1e-5)

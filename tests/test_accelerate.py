@@ -16,7 +16,8 @@ from igpt_fast.ops import _native
 transformers = pytest.importorskip("transformers", minversion="4.57")
 from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling  # noqa: E402
 
-MODERN = int(transformers.__version__.split(".")[0]) >= 5  # 4.57's own ImageGPT fails without a cache: use_cache=False
+# 4.57's own ImageGPT fails with use_cache=False, 5.x's own cross-attention with a cache.
+MODERN = int(transformers.__version__.split(".")[0]) >= 5
 SIZES = {"vocab_size": 33, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 4}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 KINDS = ["ImageGPTForCausalImageModeling", "ImageGPTModel", "ImageGPTForImageClassification"]
@@ -167,7 +168,7 @@ def test_what_takes_the_original_path_says_why(reasons):
 def test_cross_attention_takes_the_original_path(reasons):
     theirs, ours = both("ImageGPTModel", add_cross_attention=True)
     x, states = ids(), torch.randn(2, 7, 64)
-    a, b = (m(x, encoder_hidden_states=states)[0] for m in (theirs, ours))
+    a, b = (m(x, encoder_hidden_states=states, use_cache=not MODERN)[0] for m in (theirs, ours))
     assert torch.allclose(a, b, atol=2e-5) and "cross-attention" in reasons()
 
 

@@ -98,6 +98,12 @@ struct Ops {
                         Stream) = nullptr;
   void (*attention_bwd)(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
                         BlockMaskView mask, bool causal, float scale, Stream) = nullptr;
+  // attention_dropout: the same, causal, with dropout(softmax(..), p); the seed and a weight's place decide whether it
+  // is kept, as igpt_fast/reference/attention_dropout.py says. seed >= 0, p a multiple of 2^-24 in [0, 1)
+  void (*attention_dropout_fwd)(View o, View lse, View q, View k, View v, float scale, float p, int64_t seed,
+                                Stream) = nullptr;
+  void (*attention_dropout_bwd)(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
+                                float scale, float p, int64_t seed, Stream) = nullptr;
   void (*attention_decode)(View o, View q, View k, View v, int64_t length, float scale, Stream) = nullptr;
   // linear: y = x weight^T (+ bias) for the few rows of a decoding step; a row's bits do not depend on its neighbours
   void (*linear_fwd)(View y, View x, View weight, View bias, Stream) = nullptr;
@@ -133,6 +139,7 @@ struct Ops {
   F(cross_entropy_fwd) F(cross_entropy_bwd) \
   F(linear_cross_entropy_fwd) F(linear_cross_entropy_dlogits) \
   F(attention_fwd) F(attention_bwd) F(attention_decode) \
+  F(attention_dropout_fwd) F(attention_dropout_bwd) \
   F(linear_fwd) \
   F(decode_step) \
   F(sample_tokens) \

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from igpt_fast import ops
 from igpt_fast.accelerate.decode import decode
-from igpt_fast.accelerate.dropout import attention_with_dropout
 from igpt_fast.accelerate.theirs import bind, plain, theirs
 from igpt_fast.ops._native import say_slower
+from igpt_fast.ops.attention_dropout import has_dropout_kernel
 
 IGNORED = -100  # the label that transformers' loss leaves out
 
@@ -82,7 +82,7 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
     if cache is not None and isinstance(cache, theirs().EncoderDecoderCache):
         cache = cache.self_attention_cache
     past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
-    reason = _why_not(self, given, cache, past, hidden_states.shape[1])
+    reason = _why_not(self, given, cache, past, hidden_states)
     if reason:
         say_slower(f"attention takes transformers' own path: {reason}")
         return type(self).forward(self, hidden_states, *args, **kwargs)
@@ -96,7 +96,7 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
     if past:
         mixed = _newest(q, k[:, :, : past + 1], v[:, :, : past + 1], scale).transpose(1, 2)
     elif self.training and self.attn_dropout.p > 0:
-        mixed = attention_with_dropout(qkv, self.attn_dropout.p, scale)
+        mixed = ops.attention_dropout(qkv, self.attn_dropout.p, int(torch.randint(1 << 62, ())), scale)
     else:
         mixed = ops.attention_packed(qkv, scale=scale)
     return self.resid_dropout(_linear(self.c_proj, mixed.flatten(2))), None
@@ -109,8 +109,9 @@ def _newest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return ops.attention_decode(q, k, v, k.shape[2], scale)
 
 
-def _why_not(self: nn.Module, given: dict[str, Any], cache: Any, past: int, queries: int) -> str | None:
+def _why_not(self: nn.Module, given: dict[str, Any], cache: Any, past: int, hidden_states: Tensor) -> str | None:
     """Why ours does not compute this call of attention; None when it does."""
+    queries = hidden_states.shape[1]
     if self.is_cross_attention or given.get("encoder_hidden_states") is not None:
         return "it is cross-attention"
     if given.get("output_attentions"):
@@ -122,16 +123,23 @@ def _why_not(self: nn.Module, given: dict[str, Any], cache: Any, past: int, quer
     if past and queries > 1:
         return "several queries follow cached keys"
     dropping = self.training and self.attn_dropout.p > 0
-    if dropping and past:
-        return "attention dropout on cached keys"
+    if dropping and (past or self.attn_dropout.p == 1):
+        return "attention dropout on cached keys, or of all weights"
+    if dropping and not has_dropout_kernel(_example(self, hidden_states)):
+        return "no kernel here has its dropout; attn_pdrop=0 is much faster"
     if not (plain(self.attn_dropout) and type(self.attn_dropout) is nn.Dropout):
         return "somebody watches or replaced its dropout"
     mask = given.get("attention_mask")
     if mask is not None and not _open(mask, past + queries):
         return "the attention mask hides something"
-    if dropping:
-        say_slower("attention runs tile by tile in torch: no kernel has its dropout; attn_pdrop=0 is much faster")
     return None
+
+
+def _example(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Nothing, but of the dtype, device and head dimension that qkv will have."""
+    kind = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+    return hidden_states.new_empty(0, self.head_dim, dtype=dtype)
 
 
 _last_mask: list = [None, 0, 0, True]  # a weak reference to the last mask, its version, the slots, what _open found

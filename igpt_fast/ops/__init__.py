@@ -2,6 +2,7 @@
 
 from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import attention, attention_decode, attention_packed
+from igpt_fast.ops.attention_dropout import attention_dropout
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.decode_step import decode_step
 from igpt_fast.ops.linear import linear
@@ -14,6 +15,7 @@ from igpt_fast.ops.sampling import sample_tokens
 __all__ = [
     "attention",
     "attention_decode",
+    "attention_dropout",
     "attention_packed",
     "bias_quick_gelu",
     "color_histogram",

@@ -3,6 +3,7 @@
 from igpt_fast.reference import (
     activation,
     attention,
+    attention_dropout,
     cross_entropy,
     decode_step,
     linear,
@@ -15,6 +16,7 @@ from igpt_fast.reference import (
 __all__ = [
     "activation",
     "attention",
+    "attention_dropout",
     "cross_entropy",
     "decode_step",
     "linear",

@@ -99,6 +99,12 @@ struct Ops {
                         Stream) = nullptr;
   void (*attention_bwd)(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
                         BlockMaskView mask, bool causal, float scale, Stream) = nullptr;
+  // attention_dropout: the same, causal, with dropout(softmax(..), p); the seed and a weight's place decide whether it
+  // is kept, as igpt_fast/reference/attention_dropout.py says. seed >= 0, p a multiple of 2^-24 in [0, 1)
+  void (*attention_dropout_fwd)(View o, View lse, View q, View k, View v, float scale, float p, int64_t seed,
+                                Stream) = nullptr;
+  void (*attention_dropout_bwd)(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
+                                float scale, float p, int64_t seed, Stream) = nullptr;
   // attention_decode: one query a head over the first `length` slots of a cache [B, H, T, D], of image b over the first
   // lengths[b] where lengths i32 [B] is given. k_scale, v_scale f32 [B, H, pages of kTile slots]: what the elements of
   // an e4m3 cache are multiplied with. mask: the query is row prefix + lengths[b] - 1. partials f32 [B, H, chunks, D +
@@ -146,8 +152,9 @@ struct Ops {
   F(bias_quick_gelu_fwd) F(bias_quick_gelu_bwd) \
   F(cross_entropy_fwd) F(cross_entropy_bwd) \
   F(linear_cross_entropy_fwd) F(linear_cross_entropy_dlogits) \
-  F(attention_fwd) F(attention_bwd) F(attention_decode) F(attention_prefix) \
-  F(cache_append) \
+  F(attention_fwd) F(attention_bwd) \
+  F(attention_dropout_fwd) F(attention_dropout_bwd) \
+  F(attention_decode) F(attention_prefix) F(cache_append) \
   F(linear_fwd) \
   F(decode_step) \
   F(sample_tokens) \

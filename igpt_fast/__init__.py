@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from igpt_fast import ops
+from igpt_fast.accelerate import accelerate
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
@@ -10,4 +11,4 @@ from igpt_fast.palette import Palette
 from igpt_fast.patterns import BlockMask
 from igpt_fast.sample import complete, sample
 
-__all__ = ["BlockMask", "Config", "ImageGPT", "InputError", "Palette", "complete", "ops", "sample"]
+__all__ = ["BlockMask", "Config", "ImageGPT", "InputError", "Palette", "accelerate", "complete", "ops", "sample"]

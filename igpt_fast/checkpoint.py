@@ -125,7 +125,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         model = ImageGPT(config)
     model = model.to_empty(device=device)
     copy_tensors(directory, dict(model.named_parameters()))
-    palette = Palette.load(directory / PALETTE) if PALETTE in record["files"] else None
+    palette = model.palette = Palette.load(directory / PALETTE) if PALETTE in record["files"] else None
     return Checkpoint(model, palette, record["state"], record["step"], directory)
 
 

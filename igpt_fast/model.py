@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from igpt_fast import ops
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
+from igpt_fast.image_tensors import tokens_of
 from igpt_fast.palette import Palette
 from igpt_fast.pretrained import read_pretrained, write_pretrained
 
@@ -126,6 +127,24 @@ class ImageGPT(nn.Module):
                 break
             h, delta = self.blocks[index](h, delta)
         return torch.stack(pooled) if layer is None else pooled[0]
+
+    def forward_features(self, images: Tensor, resize: str = "paper") -> Tensor:
+        """As timm's models: the final norm's output [B, T, width] of images [B, 3, H, W], as `tokenize` takes them.
+
+        The paper's probe features are `model.features(model.tokenize(images), layer)`.
+        """
+        return self.hidden(self.tokenize(images, resize))
+
+    def tokenize(self, images: Tensor, resize: str = "paper") -> Tensor:
+        """Tokens int64 [B, H, W] of images [B, 3, any, any], uint8 or float in [0, 1], by `self.palette`.
+
+        resize: "paper" or "hf", see igpt_fast.images.resize_image. Raises InputError without a palette that fits.
+        """
+        colors = self.config.colors
+        if self.palette is None or len(self.palette) != colors:
+            has = "no palette" if self.palette is None else f"a palette of {len(self.palette)}"
+            raise InputError(f"the model has {has}; set model.palette to the igpt.Palette of its {colors} colours")
+        return tokens_of(images.to(self.wte.device), self.palette, self.config.size, resize)
 
     def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The final norm's output [N, T, width], which both heads read. Arguments as in `forward`."""

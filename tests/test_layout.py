@@ -16,10 +16,11 @@ LAYERS = [
     {"errors", "_C", "__version__"},
     {"config", "console", "pictures", "patterns", "reference", "interrupt", "optimizer", "device"},
     {"ops"},
-    {"palette", "kmeans", "model", "images", "decode", "arrays", "sources", "pixels", "tokens", "pretrained"},
+    {"palette", "kmeans", "images", "decode", "arrays", "sources", "pixels", "tokens"},
+    {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},
     {"cached", "sample", "classify", "run", "batches"},
-    {"train", "probe", "evaluate"},
+    {"train", "probe", "evaluate", "sklearn"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},
 ]

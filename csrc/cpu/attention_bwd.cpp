@@ -5,7 +5,8 @@
 // the threads. It packs q and dout once, then walks over key tiles j and, inside, over the query tiles i that see them,
 // transposed (keys down, queries across): so lse and delta are plain vectors, P^T and dS^T are row-major operands of dv
 // and dk, and dq^T = k^T dS^T accumulates in a float buffer of the head. Five products of 2 D flops a score:
-// multiply-adds bound it.
+// multiply-adds bound it. attention_dropout_bwd:  the same for weights W = P mask / (1 - p), causal: dv = W^T dout, and
+// W / P scales dout v^T.
 #include "attention.h"
 
 namespace igpt {
@@ -18,6 +19,7 @@ struct BwdScratch {  // one thread's; n = query tiles, Ku = D / step, Tu = 64 / 
   Scratch<Unit> k, v, kt, p, ds, ds_b;  // [64, Ku]   [64, Ku]   [Dp, Tu]   [64, Tu]   [64, Tu]   [Tu, 64]
   Scratch<float> dq, dk, dv, s, dp;     // [n, Dp, 64]   [64, Dp]   [64, Dp]   [64, 64]   [64, 64]
   Scratch<float> lse, delta;            // [n, 64]   [n, 64]
+  Scratch<uint32_t> low, high;          // [n, 64]   [n, 64]: dropout's bits of the queries
   BwdScratch(int64_t n, int64_t D, int64_t Dp)
       : qt(scratch<Unit>(n * kTile * D / E::kStep)), dot(scratch<Unit>(n * kTile * D / E::kStep)),
         qn(scratch<Unit>(n * kTile * Dp / E::kStep)), don(scratch<Unit>(n * kTile * Dp / E::kStep)),
@@ -26,7 +28,7 @@ struct BwdScratch {  // one thread's; n = query tiles, Ku = D / step, Tu = 64 / 
         ds(scratch<Unit>(kTile * kTile / E::kStep)), ds_b(scratch<Unit>(kTile * kTile / E::kStep)),
         dq(scratch<float>(n * Dp * kTile)), dk(scratch<float>(kTile * Dp)), dv(scratch<float>(kTile * Dp)),
         s(scratch<float>(kTile * kTile)), dp(scratch<float>(kTile * kTile)), lse(scratch<float>(n * kTile)),
-        delta(scratch<float>(n * kTile)) {}
+        delta(scratch<float>(n * kTile)), low(scratch<uint32_t>(n * kTile)), high(scratch<uint32_t>(n * kTile)) {}
 };
 
 // delta of a tile's 64 queries, summed in the very order in which the product dP sums: where a softmax has one term, O
@@ -47,8 +49,9 @@ static void row_sums(float* delta, const typename E::Unit* dot, const typename E
 
 // S^T, dP^T -> P^T and dS^T, for keys `key` and `key + 1` of the tile (a pair is what the B operand of dq^T stores).
 template <class E>
-static inline void gradient_rows(BwdScratch<E>& w, int64_t key, const float* lse, const float* delta, float scale,
-                                 uint64_t bits0, uint64_t bits1) {
+static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t i, int64_t j, float scale, uint64_t bits0,
+                                 uint64_t bits1, const Dropout& dropout) {
+  const float *lse = w.lse.get() + i * kTile, *delta = w.delta.get() + i * kTile;
   const uint64_t bits[2] = {bits0, bits1};
   for (int64_t c = 0; c < kTile; c += kLanes) {
     vf ds[2];
@@ -57,8 +60,16 @@ static inline void gradient_rows(BwdScratch<E>& w, int64_t key, const float* lse
       vf p = exp2((load(w.s.get() + at) * scale - load(lse + c)) *
                   kLog2e);  // the difference first: its error is what counts
       if (bits[e] != ~0ull) p = keep(uint32_t(bits[e] >> c), p, vf{});
-      ds[e] = p * (load(w.dp.get() + at) - load(delta + c)) * scale;
-      E::store_a(w.p.get() + (key + e) * kTile / E::kStep, c, p);
+      vf dp = load(w.dp.get() + at), kept = p;
+      if (dropout) {
+        vu low, high;
+        std::memcpy(&low, w.low.get() + i * kTile + c, sizeof low);
+        std::memcpy(&high, w.high.get() + i * kTile + c, sizeof high);
+        const vf weights = dropout.weights(low, high, vu{} + uint32_t(j * kTile + key + e));
+        dp *= weights, kept *= weights;
+      }
+      ds[e] = p * (dp - load(delta + c)) * scale;
+      E::store_a(w.p.get() + (key + e) * kTile / E::kStep, c, kept);
       E::store_a(w.ds.get() + (key + e) * kTile / E::kStep, c, ds[e]);
     }
     E::store_b_pair(w.ds_b.get(), key / 2, kTile, c, ds[0], ds[1]);
@@ -68,7 +79,7 @@ static inline void gradient_rows(BwdScratch<E>& w, int64_t key, const float* lse
 template <class E, class T>
 static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, const View& dv, const View& dout,
                  const View& q, const View& k, const View& v, const View& o, const View& lse, const Tiles& tiles,
-                 float scale) {
+                 float scale, const Dropout& dropout) {
   using Unit = typename E::Unit;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep;
   const Head<const T> hq(q, bh), hk(k, bh), hv(v, bh), ho(o, bh), hdo(dout, bh);
@@ -81,6 +92,10 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
     row_sums<E>(w.delta.get() + i * kTile, w.dot.get() + i * kTile * Ku, w.k.get(), Ku);
   }
   for (int64_t t = 0; t < tiles.nq * kTile; ++t) w.lse[t] = t < tiles.Tq ? lse.as<float>()[bh * tiles.Tq + t] : 0.f;
+  for (int64_t t = 0; dropout && t < tiles.nq * kTile; ++t) {
+    const uint64_t bits = dropout.query(bh, t);
+    w.low[t] = uint32_t(bits), w.high[t] = uint32_t(bits >> 32);
+  }
   std::fill_n(w.dq.get(), tiles.nq * Dp * kTile, 0.f);
 
   for (int64_t j = 0; j < tiles.nk; ++j) {
@@ -100,9 +115,8 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
       gemm<E, false>(kTile, kTile, Ku, w.s.get(), kTile, w.k.get(), Ku, w.qt.get() + i * kTile * Ku, kTile);
       gemm<E, false>(kTile, kTile, Ku, w.dp.get(), kTile, w.v.get(), Ku, w.dot.get() + i * kTile * Ku, kTile);
       for (int64_t r = 0; r < kTile; r += 2)
-        gradient_rows<E>(w, r, w.lse.get() + i * kTile, w.delta.get() + i * kTile, scale,
-                         full ? ~0ull : tiles.col_bits(i, j, tile.mask, r),
-                         full ? ~0ull : tiles.col_bits(i, j, tile.mask, r + 1));
+        gradient_rows<E>(w, r, i, j, scale, full ? ~0ull : tiles.col_bits(i, j, tile.mask, r),
+                         full ? ~0ull : tiles.col_bits(i, j, tile.mask, r + 1), dropout);
       gemm<E, true>(kTile, Dp, Tu, w.dv.get(), Dp, w.p.get(), Tu, w.don.get() + i * Tu * Dp, Dp);
       gemm<E, true>(kTile, Dp, Tu, w.dk.get(), Dp, w.ds.get(), Tu, w.qn.get() + i * Tu * Dp, Dp);
       gemm<E, true>(Dp, kTile, Tu, w.dq.get() + i * Dp * kTile, kTile, w.kt.get(), Tu, w.ds_b.get(), kTile);
@@ -126,32 +140,45 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
 
 template <class E, class T>
 static void backward(const View& dq, const View& dk, const View& dv, const View& dout, const View& q, const View& k,
-                     const View& v, const View& o, const View& lse, const Tiles& tiles, float scale) {
+                     const View& v, const View& o, const View& lse, const Tiles& tiles, float scale,
+                     const Dropout& dropout) {
   const int64_t heads = q.size[0] * q.size[1], D = q.size[3];
   std::vector<BwdScratch<E>> workers;
   for (int64_t i = 0; i < std::min<int64_t>(heads, max_threads()); ++i) workers.emplace_back(tiles.nq, D, padded(D));
   parallel_for(heads, [&](int64_t bh, int thread) {
-    head<E, T>(workers[size_t(thread)], bh, dq, dk, dv, dout, q, k, v, o, lse, tiles, scale);
+    head<E, T>(workers[size_t(thread)], bh, dq, dk, dv, dout, q, k, v, o, lse, tiles, scale, dropout);
   });
 }
 
-static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
-                          BlockMaskView mask, bool causal, float scale, Stream) {
+static void dispatch(const View& dq, const View& dk, const View& dv, const View& dout, const View& q, const View& k,
+                     const View& v, const View& o, const View& lse, const BlockMaskView& mask, bool causal, float scale,
+                     const Dropout& dropout) {
   check_attention(q, k, v);
   for (const View* x : {&dq, &dk, &dv, &dout, &o}) check_heads(*x, q, "every gradient");
   IGPT_CHECK(same_shape(dq, q) && same_shape(dk, k) && same_shape(dv, v) && same_shape(dout, q) && same_shape(o, q),
              "attention_bwd: gradients must be shaped like what they belong to");
   const Tiles tiles(q.size[2], k.size[2], causal, mask);
-  if (q.dtype == DType::f32) return backward<F32Units, float>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale);
+  if (q.dtype == DType::f32) return backward<F32Units, float>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale, dropout);
 #if defined(__AVX512BF16__)
-  backward<Bf16Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale);
+  backward<Bf16Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale, dropout);
 #else
-  backward<F32Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale);
+  backward<F32Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale, dropout);
 #endif
+}
+
+static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
+                          BlockMaskView mask, bool causal, float scale, Stream) {
+  dispatch(dq, dk, dv, dout, q, k, v, o, lse, mask, causal, scale, Dropout());
+}
+
+static void attention_dropout_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
+                                  float scale, float p, int64_t seed, Stream) {
+  dispatch(dq, dk, dv, dout, q, k, v, o, lse, BlockMaskView(), true, scale, Dropout(p, seed));
 }
 
 void fill_attention_bwd(Ops& t) {
   t.attention_bwd = attention_bwd;
+  t.attention_dropout_bwd = attention_dropout_bwd;
 }
 
 }  // namespace IGPT_ISA

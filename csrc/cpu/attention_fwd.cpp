@@ -4,7 +4,8 @@
 // k and v of a few heads are packed once; a task then owns 64 queries of one head and walks over its key tiles with the
 // online softmax: S = Q K^T, running maximum m and sum l, O = O exp2(m_old - m) + P V. Bound by multiply-adds: 4 D
 // flops a score against about 20 vector instructions a vector of scores. A query that sees no key gives o = 0 and lse =
-// -1e30.
+// -1e30. attention_dropout_fwd:  the same, causal, o from weights some of which are dropped and the others scaled;
+// about ten instructions a vector more.
 #include "attention.h"
 
 namespace igpt {
@@ -25,7 +26,8 @@ constexpr int kVectors = kTile / kLanes;  // vectors in a row of a tile
 
 // Turns row r of S into P, and brings m, l and the row of O up to date.
 template <class E>
-static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale2, uint64_t bits) {
+static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale2, uint64_t bits,
+                               const Dropout& dropout, uint64_t query, int64_t first_key) {
   const float* s = w.s.get() + r * kTile;
   vf v[kVectors];
   vf top = splat(-INFINITY);
@@ -40,6 +42,9 @@ static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float sc
   for (int i = 0; i < kVectors; ++i) {
     v[i] = exp2(v[i] - m);
     total += v[i];
+    if (dropout)
+      v[i] *= dropout.weights(vu{} + uint32_t(query), vu{} + uint32_t(query >> 32),
+                              counted(uint32_t(first_key + i * kLanes)));
     E::store_a(p, i * kLanes, v[i]);
   }
   if (m == before) {
@@ -55,7 +60,8 @@ static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float sc
 
 template <class E, class T>
 static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const View& q, const typename E::Unit* kt,
-                       const typename E::Unit* vp, const Tiles& tiles, int64_t bh, int64_t i, float scale) {
+                       const typename E::Unit* vp, const Tiles& tiles, int64_t bh, int64_t i, float scale,
+                       const Dropout& dropout) {
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep, t = i * kTile;
   const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
   pack_rows<E>(w.q.get(), Head<const T>(q, bh), t, tiles.Tq, D);
@@ -68,7 +74,8 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
     const bool full = tiles.full(i, j, tile.mask);
     gemm<E, false>(rows, kTile, Ku, w.s.get(), kTile, w.q.get(), Ku, kt + j * Ku * kTile, kTile);
     for (int64_t r = 0; r < rows; ++r)
-      softmax_row<E>(w, r, Dp, scale * kLog2e, full ? ~0ull : tiles.row_bits(i, j, tile.mask, r));
+      softmax_row<E>(w, r, Dp, scale * kLog2e, full ? ~0ull : tiles.row_bits(i, j, tile.mask, r), dropout,
+                     dropout.query(bh, t + r), j * kTile);
     gemm<E, true>(rows, Dp, Tu, w.o.get(), Dp, w.p.get(), Tu, vp + j * Tu * Dp, Dp);
   }
   const Head<T> o(out, bh);
@@ -83,7 +90,7 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
 
 template <class E, class T>
 static void forward(const View& o, const View& lse, const View& q, const View& k, const View& v, const Tiles& tiles,
-                    float scale) {
+                    float scale, const Dropout& dropout) {
   using Unit = typename E::Unit;
   const int64_t D = q.size[3], Dp = padded(D), heads = q.size[0] * q.size[1], threads = max_threads();
   const int64_t k_size = tiles.nk * kTile * (D / E::kStep), v_size = tiles.nk * (kTile / E::kStep) * Dp;
@@ -104,28 +111,39 @@ static void forward(const View& o, const View& lse, const View& q, const View& k
     parallel_for(count * tiles.nq, [&](int64_t n, int thread) {
       const int64_t h = n / tiles.nq, i = tiles.nq - 1 - n % tiles.nq;  // the longest rows of a head first
       query_tile<E, T>(workers[size_t(thread)], o, lse, q, kt.get() + h * k_size, vp.get() + h * v_size, tiles,
-                       first + h, i, scale);
+                       first + h, i, scale, dropout);
     });
   }
 }
 
-static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
-                          Stream) {
+static void dispatch(const View& o, const View& lse, const View& q, const View& k, const View& v,
+                     const BlockMaskView& mask, bool causal, float scale, const Dropout& dropout) {
   check_attention(q, k, v);
   check_heads(o, q, "o");
   IGPT_CHECK(o.size[2] == q.size[2] && lse.dtype == DType::f32 && lse.dense() && lse.numel() == q.numel() / q.size[3],
              "attention: o must be shaped like q and lse float32 [B, H, Tq]");
   const Tiles tiles(q.size[2], k.size[2], causal, mask);
-  if (q.dtype == DType::f32) return forward<F32Units, float>(o, lse, q, k, v, tiles, scale);
+  if (q.dtype == DType::f32) return forward<F32Units, float>(o, lse, q, k, v, tiles, scale, dropout);
 #if defined(__AVX512BF16__)
-  forward<Bf16Units, bf16>(o, lse, q, k, v, tiles, scale);
+  forward<Bf16Units, bf16>(o, lse, q, k, v, tiles, scale, dropout);
 #else
-  forward<F32Units, bf16>(o, lse, q, k, v, tiles, scale);
+  forward<F32Units, bf16>(o, lse, q, k, v, tiles, scale, dropout);
 #endif
+}
+
+static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
+                          Stream) {
+  dispatch(o, lse, q, k, v, mask, causal, scale, Dropout());
+}
+
+static void attention_dropout_fwd(View o, View lse, View q, View k, View v, float scale, float p, int64_t seed,
+                                  Stream) {
+  dispatch(o, lse, q, k, v, BlockMaskView(), true, scale, Dropout(p, seed));
 }
 
 void fill_attention_fwd(Ops& t) {
   t.attention_fwd = attention_fwd;
+  t.attention_dropout_fwd = attention_dropout_fwd;
 }
 
 }  // namespace IGPT_ISA

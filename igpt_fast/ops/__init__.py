@@ -3,6 +3,7 @@
 from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import attention, attention_packed
 from igpt_fast.ops.attention_decode import attention_decode, cache_append
+from igpt_fast.ops.attention_dropout import attention_dropout
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.decode_step import decode_step
 from igpt_fast.ops.linear import linear
@@ -15,6 +16,7 @@ from igpt_fast.ops.sampling import sample_tokens
 __all__ = [
     "attention",
     "attention_decode",
+    "attention_dropout",
     "attention_packed",
     "bias_quick_gelu",
     "cache_append",

@@ -119,13 +119,17 @@ def backend_for(op: str, tensors: Sequence[Tensor], refusal: Refusal = None):
         reason = WHY_NO_EXTENSION or f"no backend for {device} tensors here"
         if not WHY_NO_EXTENSION and device == "cuda":
             reason = _C.cuda_why_not()
-    message = f"{op} runs on plain torch: {reason}"
+    say_slower(f"{op} runs on plain torch: {reason}")
+    return None
+
+
+def say_slower(message: str) -> None:
+    """Logs, once, that a slower path is taken and why; IGPT_STRICT=1 raises it."""
     if _strict:
         raise RuntimeError(f"{message} (IGPT_STRICT=1)")
     if message not in _said:
         _said.add(message)
         log.warning(message)
-    return None
 
 
 def fused_backend_for(op: str, tensors: Sequence[Tensor], refusal: str | None = None):

@@ -1,0 +1,196 @@
+"""One decoding step of an accelerated model: one native call in place of all modules, on transformers' own cache.
+
+The cache stays a DynamicCache with plain layers. At its first step its keys and values move into one buffer with room
+for the steps to come, and its layers' tensors become views of that: a step then writes one slot and copies nothing.
+When somebody else has changed the layers (beam search reorders, a user crops), they move into a new buffer.
+"""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from igpt_fast import ops
+from igpt_fast.accelerate.theirs import plain, theirs
+from igpt_fast.ops._native import fused_backend_for, say_slower
+from igpt_fast.ops.attention import refused_head_dim
+from igpt_fast.ops.decode_step import LayerWeights, StepWeights
+
+ROOM = 256  # slots of the smallest buffer
+
+# The arguments that a step may have.
+_READ = {
+    "self",
+    "input_ids",
+    "past_key_values",
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "return_dict",
+    "cache_position",
+}
+
+_buffers: "weakref.WeakKeyDictionary[Any, _Buffer]" = weakref.WeakKeyDictionary()
+
+
+def decode(model: nn.Module, given: Mapping[str, Any]) -> Any:
+    """The output of an ImageGPTForCausalImageModeling for one token more of a cache; None: it is not such a call.
+
+    given: the arguments by name.
+    """
+    ids, cache = given.get("input_ids"), given.get("past_key_values")
+    if ids is None or cache is None or ids.ndim != 2 or ids.shape[1] != 1 or torch.is_grad_enabled():
+        return None
+    own = cache.self_attention_cache if isinstance(cache, theirs().EncoderDecoderCache) else cache
+    past = int(own.get_seq_length())
+    if not past or torch.compiler.is_compiling():  # the first token makes the cache's layers
+        return None
+    reason, buffer = _why_not(model, given, own, past), None
+    if reason is None:
+        reason, buffer = _buffer_of(own, model, past)
+    if reason is not None:
+        say_slower(f"a decoding step runs module by module: {reason}")
+    if buffer is None:
+        return None
+    logits = ops.decode_step(buffer.data, ids[:, 0], buffer.weights, past, model.transformer.ln_f.eps)[:, None]
+    buffer.show(own, past + 1)
+    wanted = given.get("return_dict")
+    if not (model.config.return_dict if wanted is None else wanted):
+        return logits, cache
+    return theirs().CausalLMOutput(logits=logits, past_key_values=cache)
+
+
+def _why_not(model: nn.Module, given: Mapping[str, Any], cache: Any, past: int) -> str | None:
+    """Why this call is more, or other, than one plain step; None when it is one."""
+    for name, value in given.items():
+        if name not in _READ and value is not None and value is not False and value != {}:
+            return f"{name} was given"
+    ids, config = given["input_ids"], model.config
+    if type(cache) is not theirs().DynamicCache or getattr(cache, "offloading", False):
+        return f"the cache is a {type(cache).__name__}, or offloads"
+    if model.training:
+        return "the model is in training mode"
+    if torch.is_autocast_enabled(ids.device.type):
+        return "autocast is on; a model in bfloat16 itself is faster"
+    if config.output_attentions or config.output_hidden_states:
+        return "the config asks for attentions or hidden states"
+    if past >= len(model.transformer.wpe.weight):
+        return "the cache is full"
+    mask, places = given.get("attention_mask"), given.get("position_ids")
+    if mask is not None and (mask.shape != (len(ids), past + 1) or not bool(mask.all())):
+        return "the attention mask hides something"
+    if places is not None and not bool((places == past).all()):
+        return "position_ids are not the next ones"
+    return None
+
+
+class _Buffer:
+    """A cache's keys and values, [L, B, 2, H, room, D], and the model's weights as decode_step reads them.
+
+    Their Conv1D weights are [in, out], so the step's are transposed copies. They live as long as the cache does.
+    """
+
+    def __init__(self, model: nn.Module, weights: StepWeights, data: Tensor) -> None:
+        self.data, self.all_weights = data, weights
+        self.weights = replace(weights, wpe=weights.wpe[: data.shape[4]])
+        self._model, self._versions = weakref.ref(model), _versions(model)
+        self._shown: list[tuple[Tensor, ...]] = []
+
+    def show(self, cache: Any, length: int) -> None:
+        """Makes the first `length` slots the cache's."""
+        self._shown = [layer.unbind(1) for layer in self.data[..., :length, :].unbind(0)]
+        for layer, shown in zip(cache.layers, self._shown, strict=True):
+            layer.keys, layer.values = shown
+
+    def holds(self, cache: Any) -> bool:
+        """Whether the cache's tensors are still the ones that it was shown."""
+        return len(cache.layers) == len(self._shown) and all(
+            layer.keys is shown[0] and layer.values is shown[1]
+            for layer, shown in zip(cache.layers, self._shown, strict=True)
+        )
+
+    def serves(self, model: nn.Module) -> bool:
+        """Whether its weights are this model's, as they are now."""
+        return self._model() is model and self._versions == _versions(model)
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """What tells one state of a model's weights from another."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+
+
+def _buffer_of(cache: Any, model: nn.Module, past: int) -> tuple[str | None, _Buffer | None]:
+    """A buffer that holds the cache and has a slot free; or the reason why there is none, if it is worth a word."""
+    reason = _other(model)
+    if reason is not None:
+        return reason, None
+    buffer = _buffers.get(cache)
+    if buffer is not None and not buffer.serves(model):
+        buffer = None
+    if buffer is not None and past < buffer.data.shape[4] and buffer.holds(cache):
+        return None, buffer
+    reason = _unfit(cache, model, past)
+    like = cache.layers[0].keys
+    if reason is not None:
+        return reason, None
+    refusal = refused_head_dim(like.shape[3])
+    if fused_backend_for("decode_step", (like,), refusal) is None:  # which has said why, where there was a choice
+        return None, None
+    weights = _step_weights(model) if buffer is None else buffer.all_weights
+    B, H, _, D = like.shape
+    data = like.new_empty(len(cache.layers), B, 2, H, min(len(weights.wpe), max(ROOM, 2 * past)), D)
+    for kept, layer in zip(data, cache.layers, strict=True):
+        kept[:, 0, :, :past], kept[:, 1, :, :past] = layer.keys, layer.values
+    buffer = _buffers[cache] = _Buffer(model, weights, data)
+    buffer.show(cache, past)
+    return None, buffer
+
+
+def _unfit(cache: Any, model: nn.Module, past: int) -> str | None:
+    """Why a step cannot go on with what the cache holds; None when it can."""
+    wte, attn = model.transformer.wte.weight, model.transformer.h[0].attn
+    shape = len(cache.layers[0].keys), attn.num_heads, past, attn.head_dim
+    if len(cache.layers) != len(model.transformer.h):
+        return f"the cache has {len(cache.layers)} layers"
+    for layer in cache.layers:
+        if type(layer) is not theirs().DynamicLayer:
+            return f"a layer of the cache is a {type(layer).__name__}"
+        for t in (layer.keys, layer.values):
+            if t.shape != shape or t.dtype is not wte.dtype or t.device != wte.device:
+                return "the cache differs from the model in shape, dtype or device"
+    return None
+
+
+def _other(model: nn.Module) -> str | None:
+    """Why a model is not the plain one that decode_step computes; None when it is."""
+    them, config = theirs(), model.config
+    if config.add_cross_attention or not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
+        return "its attention is scaled otherwise, or crossed"
+    known = them.Conv1D, them.QuickGELU, nn.Dropout, nn.Embedding, nn.Linear, nn.ModuleList
+    for module in model.modules():
+        if module is not model and not (plain(module) and (type(module) in known or type(module) in them.own)):
+            return f"somebody watches or replaced its {type(module).__name__}"
+        if type(module) is nn.Dropout and module.training and module.p:
+            return "a dropout is in training mode"
+    return None
+
+
+def _step_weights(model: nn.Module) -> StepWeights:
+    """The model's weights under the names and in the layouts of a step."""
+
+    def linear(module: nn.Module) -> tuple[Tensor, Tensor]:
+        return module.weight.detach().t().contiguous(), module.bias.detach()
+
+    layers = [
+        LayerWeights(
+            block.ln_1.weight.detach(), *linear(block.attn.c_attn), *linear(block.attn.c_proj),
+            block.ln_2.weight.detach(), *linear(block.mlp.c_fc), *linear(block.mlp.c_proj),
+        )
+        for block in model.transformer.h
+    ]  # fmt: skip
+    tables = model.transformer.wte, model.transformer.wpe, model.transformer.ln_f, model.lm_head
+    wte, wpe, ln_f, wtet = (module.weight.detach() for module in tables)
+    return StepWeights(wte, wpe, layers, ln_f, wtet)

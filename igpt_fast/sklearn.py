@@ -1,0 +1,83 @@
+"""A scikit-learn transformer: images in, an Image GPT's pooled features out. Needs scikit-learn: igpt-fast[probe]."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
+
+try:
+    from sklearn.base import BaseEstimator, TransformerMixin
+except ModuleNotFoundError as error:
+    raise InputError("scikit-learn is not installed; run: pip install 'igpt-fast[probe]'") from error
+
+
+class IGPTFeatures(TransformerMixin, BaseEstimator):
+    """Means over positions of one layer, as the paper's linear probe reads them (`ImageGPT.features`).
+
+    model: an ImageGPT; for images, rather than tokens, it needs a palette (`model.palette`)
+    layer: 0 to model.config.layers; None: the middle one, where the best features are
+    batch: images that go through the model side by side
+    resize: how images come to the model's size, "paper" or "hf", see igpt_fast.images.resize_image
+
+    X is an array or a tensor: images [N, H, W, 3] or [N, 3, H, W], uint8 or float in [0, 1], or tokens [N, H, W] or
+    [N, T] in integers. A clone shares the model, which is never changed: there is nothing to fit.
+    """
+
+    def __init__(self, model: ImageGPT, layer: int | None = None, *, batch: int = 32, resize: str = "paper") -> None:
+        self.model = model
+        self.layer = layer
+        self.batch = batch
+        self.resize = resize
+
+    def fit(self, X: Any, y: Any = None) -> "IGPTFeatures":
+        """Only checks the parameters. Raises InputError."""
+        self._chosen()
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """float32 [N, width]. Raises InputError for parameters out of range and for what is no image and no token."""
+        layer, device = self._chosen(), self.model.wte.device
+        given = X if isinstance(X, Tensor) else torch.from_numpy(np.ascontiguousarray(X))
+        found = np.empty((len(given), self.model.config.width), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(given), self.batch):
+                part = given[start : start + self.batch].to(device)
+                found[start : start + self.batch] = self.model.features(self._tokens(part), layer).float().cpu().numpy()
+        return found
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """igpt0, igpt1, …: one a channel of the model's width."""
+        return np.array([f"igpt{i}" for i in range(self.model.config.width)], dtype=object)
+
+    def _chosen(self) -> int:
+        if not isinstance(self.model, ImageGPT):
+            raise InputError(f"IGPTFeatures: model is a {type(self.model).__name__}; give an igpt_fast.ImageGPT")
+        if self.batch < 1:
+            raise InputError(f"IGPTFeatures: batch is {self.batch}; use at least 1")
+        top = self.model.config.layers
+        layer = top // 2 if self.layer is None else self.layer
+        if not 0 <= layer <= top:
+            raise InputError(f"IGPTFeatures: layer {layer} was asked; this model has layers 0 to {top}")
+        return layer
+
+    def _tokens(self, part: Tensor) -> Tensor:
+        if part.ndim != 4:
+            return part
+        return self.model.tokenize(part.permute(0, 3, 1, 2) if part.shape[3] == 3 else part, self.resize)
+
+    def __sklearn_clone__(self) -> "IGPTFeatures":
+        return type(self)(**self.get_params(deep=False))
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        tags.no_validation = True
+        tags.input_tags.three_d_array = True
+        return tags

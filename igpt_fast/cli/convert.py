@@ -70,7 +70,7 @@ def convert(
 ) -> None:
     """Turn weights into a directory that Hugging Face's transformers loads, or into a checkpoint of ours.
 
-    Reads OpenAI's TensorFlow checkpoints without TensorFlow (needs the [openai] extra), Hugging Face's layout, and
+    Reads OpenAI's TensorFlow checkpoints (with google-crc32c installed, not TensorFlow), Hugging Face's layout, and
     training runs. A kmeans_centers.npy beside a TensorFlow checkpoint goes along.
 
     Example: igpt-fast convert model.ckpt-1000000 imagegpt-s/ --palette kmeans_centers.npy

@@ -67,12 +67,12 @@ __global__ void __launch_bounds__(kPrefixWarps * 32)
   __syncwarp();
   worker.walk(
       cache, mh, chunk * kDecodeChunk, P, 0,
-      [&](int& at) {
+      [&](unsigned& at) {
         for (; at < Warp::kSteps; ++at)
           if (Warp::bits_of(at < Warp::kStepsOfTile ? anybody : later, at)) return true;
         return false;
       },
-      [&](int at, typename Warp::SlotBits(&bits)[2]) {
+      [&](unsigned at, typename Warp::SlotBits(&bits)[2]) {
         for (int j = 0; j < 2; ++j)
           bits[j] = Warp::bits_of(seen[(2 * (lane % 4) + j) * kTilesOfChunk + at / Warp::kStepsOfTile], at);
       },

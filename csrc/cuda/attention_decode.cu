@@ -10,7 +10,8 @@
 //
 // Bytes: the keys and values that are seen, once: of B = 16, H = 8, T = 1024, D = 64 in bf16 33.5 MB, at 4.27 TB/s 7.9
 // us. Flops 4 D a slot, eight times that on the tensor cores, nothing beside their rate. In flight: 8 KB a warp (6 KB
-// at D = 96), 8 to 16 warps a multiprocessor: 64 to 128 KB, where 4 TB/s at a latency of a microsecond ask for 31. A split writes and reads D + 2 floats for 128 slots: 1.6 % of bf16's bytes, from L2.
+// at D = 96), 8 to 16 warps a multiprocessor: 64 to 128 KB, where 4 TB/s at a latency of a microsecond ask for 31. A
+// split writes and reads D + 2 floats for 128 slots: 1.6 % of bf16's bytes, from L2.
 //
 // Refuses: float32, other head dims, rows that do not begin at multiples of 16 bytes, masks behind a prefix that ends
 // inside a tile.
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(kResident<D, E>)
   const int slots = sequence.lengths[bh / sequence.heads], prefix = sequence.lengths.prefix;
   const int begin = split ? int(blockIdx.x % of_head) : 0;
   const int chunks = (slots + kDecodeChunk - 1) / kDecodeChunk, end = split ? min(chunks, begin + 1) : chunks;
+  if (split && begin >= chunks) return;                                             // this image has fewer
   float* const kept = sequence.partials + int64_t(bh) * sequence.chunks * (D + 2);  // not read where there are none
 
   Warp worker(q[bh].row(0), scale2);

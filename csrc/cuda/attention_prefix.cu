@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kPrefixWarps * 32)
   for (int j = 0; j < 2; ++j) {
     const int i = 2 * (lane % 4) + j;
     record[j] = first + i < neighbours ? partials + (int64_t(image(i) * heads + h) * rows + chunk) * (D + 2) : nullptr;
-    if (record[j]) record[j][D + 1] = 0.f;  // the only word that is read of what nobody sees
+    if (record[j] && lane < 4) record[j][D + 1] = 0.f;  // the only word that is read of what nobody sees
   }
   __syncwarp();
   worker.walk(

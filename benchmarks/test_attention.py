@@ -1,4 +1,4 @@
-"""Attention: forward, backward, both on one fused buffer, sparse patterns, and one decoding step.
+"""Attention: forward, backward, both on one fused buffer, and sparse patterns.
 
 FLOP are those of the pairs that are seen: half of the square for causal attention, 2.5 times that backward.
 """
@@ -178,40 +178,3 @@ def test_pattern(compare, device, quick, pattern, backward):
     field = "attention_bwd" if backward else "attention_fwd"
     flop, note = (10 if backward else 4) * float(seen.sum()), f"{mask.density():.0%} of the causal tiles"
     compare(case(name, field, qkv, ours, others, judge, flop, seconds=2.0, note=note))
-
-
-@pytest.mark.parametrize(
-    ("batch", "heads", "length", "dtype"),
-    [
-        (4, 4, 512, torch.float32),
-        (4, 4, 512, torch.bfloat16),
-        (1, 8, 1024, torch.float32),
-        (16, 8, 1024, torch.bfloat16),
-    ],
-    ids=dtype_name,
-)
-@torch.no_grad()
-def test_decode(compare, device, quick, batch, heads, length, dtype):
-    length, head_dim = (48, 64) if quick else (length, 64)
-    cache = torch.randn(2, batch, heads, 64 if quick else 1024, head_dim, device=device).to(dtype)
-    q = torch.randn(batch, heads, 1, head_dim, device=device).to(dtype)
-    k, v = cache
-    used = cache[:, :, :, :length]
-
-    def exact(q, k, v):
-        return reference(q, k, v, causal=False)[0]
-
-    compare(
-        Case(
-            op="attention, one decoding step",
-            shape=f"{batch} × {heads} heads × {length} of {cache.shape[3]} × {head_dim}",
-            dtype=dtype_name(dtype),
-            device=device,
-            backend=served_by("attention_decode", q),
-            ours=lambda: ops.attention_decode(q, k, v, length),
-            peers={"torch SDPA on the cache's slice": peers.call(SDPA, q, *used)},
-            judge=Close(float64(exact, q, *used), dtype),
-            work={"GB/s": used.numel() * used.element_size(), "GFLOP/s": 4 * batch * heads * length * head_dim},
-            seconds=2.0,
-        )
-    )

@@ -67,7 +67,7 @@ def test_decode(backend, dtype, length, spare, head_dim):
 @given(
     images=st.integers(1, 2),
     each=st.sampled_from([1, 2, 9]),
-    length=st.integers(1, 200),
+    length=st.integers(1, 200) | st.just(4 * CHUNK + 9),
     before=st.sampled_from([0, 0, 1, TILE, 2 * CHUNK, 300]),
     head_dim=st.sampled_from(DIMS),
     density=st.sampled_from([None, None, 0.001, 0.1, 0.9]),
@@ -145,6 +145,11 @@ def test_an_image_does_not_know_its_batch(backend):
         assert torch.equal(whole[3:4], ops.attention_decode(q[3:4], k[3:4], v[3:4], 300))
         if backend in CUDA_KERNELS:
             counted = ops.attention_decode(q, k, v, 300, lengths=lengths)
+            short = torch.tensor([0, 5], dtype=torch.int32)  # of three chunks in blocks of their own
+            assert torch.equal(
+                ops.attention_decode(q[:2], k[:2], v[:2], 300, lengths=short)[1:],
+                ops.attention_decode(q[1:2], k[1:2], v[1:2], 5),
+            )
             assert torch.equal(counted[3:4], ops.attention_decode(q[3:4], k[3:4], v[3:4], 263))
             shared = some(slice(None), slice(None))
             assert torch.equal(shared[3:4], some(slice(3, 4), slice(0, 1)))

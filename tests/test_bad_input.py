@@ -118,6 +118,8 @@ def public(rows: int) -> dict[str, tuple]:
         "cross_entropy": (lambda logits, targets: ops.cross_entropy(logits, targets, "none"),
                           {"logits": x, "targets": targets}, "cross_entropy_bwd"),
         "attention": (ops.attention, {"q": q, "k": k, "v": v}, "attention_bwd"),
+        "attention_dropout": (lambda qkv: ops.attention_dropout(qkv, 0.1, 0),
+                              {"qkv": floats(rows, 9, 3, 2, 32)}, "attention_dropout_bwd"),
         "attention_decode": (lambda q, k, v: ops.attention_decode(q, k, v, 4), {"q": q[:, :, :1], "k": k, "v": v}, ""),
         "cache_append": (lambda k_cache, v_cache, k, v: ops.cache_append(k_cache, v_cache, k, v, 2),
                          {"k_cache": k, "v_cache": v, "k": q[:, :, :3], "v": q[:, :, 3:6]}, ""),

@@ -10,8 +10,8 @@
 //
 // Bytes: the keys and values that are seen, once: of B = 16, H = 8, T = 1024, D = 64 in bf16 33.5 MB, at 4.27 TB/s 7.9
 // us. Flops 4 D a slot, eight times that on the tensor cores, nothing beside their rate. In flight: 8 KB a warp (6 KB
-// at D = 96), 8 warps a block and one to two blocks a multiprocessor: 64 to 128 KB, where 4 TB/s at a latency of a
-// microsecond ask for 31. A split writes and reads D + 2 floats for 128 slots: 1.6 % of bf16's bytes, from L2.
+// at D = 96), 8 to 16 warps a multiprocessor: 64 to 128 KB, where 4 TB/s at a latency of a microsecond ask for 31. A
+// split writes and reads D + 2 floats for 128 slots: 1.6 % of bf16's bytes, from L2.
 //
 // Refuses: float32, other head dims, rows that do not begin at multiples of 16 bytes, masks behind a prefix that ends
 // inside a tile.
@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kResident<D, E>)
   const int slots = sequence.lengths[bh / sequence.heads], prefix = sequence.lengths.prefix;
   const int begin = split ? int(blockIdx.x % of_head) : 0;
   const int chunks = (slots + kDecodeChunk - 1) / kDecodeChunk, end = split ? min(chunks, begin + 1) : chunks;
+  if (split && begin >= chunks) return;                                             // this image has fewer
   float* const kept = sequence.partials + int64_t(bh) * sequence.chunks * (D + 2);  // not read where there are none
 
   Warp worker(q[bh].row(0), scale2);
@@ -74,16 +75,16 @@ __global__ void __launch_bounds__(kResident<D, E>)
     }
 
     // Chunks.
-    const auto bits = [&](int at) { return Warp::bits_of(seen[at / Warp::kStepsOfTile], at); };
-    const auto next = [&](int& at) {
-      for (; at < count * Warp::kSteps;
+    const auto bits = [&](unsigned at) { return Warp::bits_of(seen[at / Warp::kStepsOfTile], at); };
+    const auto next = [&](unsigned& at) {
+      for (; at < unsigned(count) * Warp::kSteps;
            at += at % Warp::kSteps == Warp::kSteps - 1 ? 1 + (warps - 1) * Warp::kSteps : 1)
         if (bits(at)) return true;
       return false;
     };
     worker.walk(
         cache, bh, first * kDecodeChunk, slots, warp * Warp::kSteps, next,
-        [&](int at, typename Warp::SlotBits(&see)[1]) { see[0] = bits(at); },
+        [&](unsigned at, typename Warp::SlotBits(&see)[1]) { see[0] = bits(at); },
         [&](int chunk) { worker.store({found + chunk * (D + 2)}); });
     if (split) return;
     __syncthreads();

@@ -9,9 +9,9 @@
 // o^T = v^T p^T it reads piece g of four keys, whose elements two bytes each pair up by themselves. So there is no
 // shared memory, no barrier, no copy and no conversion of 16 bits; bytes of e4m3 become f16 by shifts.
 //
-// Instructions of a warp for 512 bytes of 16-bit keys and values: 1 load, 1 mma, 2 of pairing, 4 of addresses, 3 of
-// softmax: about 11, where an H200 has 120 slots at the speed of its memory. Of e4m3 about 40. Bytes on their way: a
-// warp has 8 KB, the next keys being asked for as soon as the scores are made and the next values after the products.
+// Instructions of a warp for 512 bytes of keys and values at D = 64: 1 load, 1 mma, and of all kinds about 25 (sm_90a),
+// where an H200 has 120 slots at the speed of its memory; of e4m3 about 55, most of them shifts. Bytes on their way: a
+// warp has 6 or 8 KB, the next keys being asked for as soon as the scores are made and the next values after their sums.
 //
 // A chunk's maximum, sum and o depend on the query and the chunk alone, and are added up in the chunks' order with one
 // text (Total), whether by the block itself or, of a sequence split over blocks, by a kernel: no bit depends on the
@@ -38,7 +38,7 @@ struct Worker {
   using SlotBits = std::conditional_t<kStep == 64, uint64_t, uint32_t>;  // which slots of a step are seen
 
   // Those of step `at`, of its tile's.
-  static __device__ SlotBits bits_of(uint64_t tile, int at) {
+  static __device__ SlotBits bits_of(uint64_t tile, unsigned at) {
     const uint64_t mine = tile >> at % kStepsOfTile * kStep;
     return SlotBits(kStep == 16 ? mine & 0xffffu : mine);
   }
@@ -88,7 +88,7 @@ struct Worker {
   }
 
   // Slots first.. of a head; behind `last` the last one stands again, and is hidden later.
-  __device__ void load_keys(const Slots<E>& k, const float* scales, int first, int last) {
+  __device__ void load_keys(const Slots& k, const float* scales, int first, int last) {
     if (scales) k_scale = __ldg(scales + first / kTile);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i)
@@ -96,7 +96,7 @@ struct Worker {
       for (int half = 0; half < 2; ++half)
         load_share<kRow, 4>(key[i][half], k[min(first + 16 * i + 8 * half + g, last)], c);
   }
-  __device__ void load_values(const Slots<E>& v, const float* scales, int first, int last) {
+  __device__ void load_values(const Slots& v, const float* scales, int first, int last) {
     if (scales) v_scale = __ldg(scales + first / kTile);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i)
@@ -200,9 +200,9 @@ struct Worker {
   // `slots`. next(at) moves `at` on to a step that has something to see, seen(at, bits) says what, done(chunk) takes it
   // away.
   template <class Next, class Seen, class Done>
-  __device__ void walk(const Cache<E>& cache, int bh, int first_slot, int slots, int at, Next next, Seen seen,
+  __device__ void walk(const Cache<E>& cache, int bh, int first_slot, int slots, unsigned at, Next next, Seen seen,
                        Done done) {
-    const Slots<E> k = slots_of(cache.k, bh), v = slots_of(cache.v, bh);
+    const Slots k = slots_of(cache.k, bh), v = slots_of(cache.v, bh);
     const float *k_scales = kBytes ? cache.k_scale[bh] : nullptr, *v_scales = kBytes ? cache.v_scale[bh] : nullptr;
     bool more = next(at);
     if (more) {
@@ -210,7 +210,7 @@ struct Worker {
       load_values(v, v_scales, first_slot + at * kStep, slots - 1);
     }
     while (more) {
-      const int now = at++;
+      const unsigned now = at++;
       float s[kGroups][4], fade[kEach];
       SlotBits bits[kEach];
       scores(s);

@@ -62,17 +62,17 @@ __global__ void __launch_bounds__(kPrefixWarps * 32)
   for (int j = 0; j < 2; ++j) {
     const int i = 2 * (lane % 4) + j;
     record[j] = first + i < neighbours ? partials + (int64_t(image(i) * heads + h) * rows + chunk) * (D + 2) : nullptr;
-    if (record[j]) record[j][D + 1] = 0.f;  // the only word that is read of what nobody sees
+    if (record[j] && lane < 4) record[j][D + 1] = 0.f;  // the only word that is read of what nobody sees
   }
   __syncwarp();
   worker.walk(
       cache, mh, chunk * kDecodeChunk, P, 0,
-      [&](int& at) {
+      [&](unsigned& at) {
         for (; at < Warp::kSteps; ++at)
           if (Warp::bits_of(at < Warp::kStepsOfTile ? anybody : later, at)) return true;
         return false;
       },
-      [&](int at, typename Warp::SlotBits(&bits)[2]) {
+      [&](unsigned at, typename Warp::SlotBits(&bits)[2]) {
         for (int j = 0; j < 2; ++j)
           bits[j] = Warp::bits_of(seen[(2 * (lane % 4) + j) * kTilesOfChunk + at / Warp::kStepsOfTile], at);
       },

@@ -14,17 +14,16 @@ struct E4m3 {
   uint8_t bits;
 };
 
-// One head of a cache: a stride of 31 bits makes a row's address one instruction.
-template <class E>
+// One head of a cache: strides of 32 bits in bytes, so that a row's address is one instruction.
 struct Slots {
-  const E* data;
-  int stride;
-  __device__ const E* operator[](int t) const { return data + int64_t(t) * stride; }
+  const char* data;
+  uint32_t stride;
+  __device__ const char* operator[](int t) const { return data + uint64_t(uint32_t(t)) * stride; }
 };
 template <class E>
-__device__ inline Slots<E> slots_of(const Heads<const E>& heads, int bh) {
+__device__ inline Slots slots_of(const Heads<const E>& heads, int bh) {
   const Head<const E> head = heads[bh];
-  return {head.data, int(head.stride)};
+  return {reinterpret_cast<const char*>(head.data), uint32_t(head.stride) * uint32_t(sizeof(E))};
 }
 
 constexpr int kTilesOfChunk = kDecodeChunk / kTile;
@@ -173,7 +172,7 @@ inline void check_cache(const View& k, const View& v, const View& k_scale, const
   check_scales(k_scale, k, op), check_scales(v_scale, v, op);
   IGPT_CHECK(k.size[2] <= INT32_MAX / 2, "%s: the cache is too long", op);
   for (const View* x : {&k, &v})
-    IGPT_CHECK(x->stride[2] == int(x->stride[2]), "%s: slots lie more than 2^31 elements apart", op);
+    IGPT_CHECK(x->stride[2] >= 0 && x->stride[2] <= INT32_MAX, "%s: slots lie more than 2^31 elements apart", op);
 }
 inline void check_lengths(const View& lengths, int64_t batch, const char* op) {
   IGPT_CHECK(!lengths || (lengths.dtype == DType::i32 && lengths.dense() && lengths.numel() == batch),

@@ -157,8 +157,8 @@ def _decode(
     split = has_cuda_kernels(native.name) and chunks > 1 and multiprocessors(q) >= 4 * B * H
     room = given + chunks * split
     partials = empty((B, H, room, D + 2), q, torch.float32) if room else None
-    k_scale, v_scale, *prefix_scales = scales or (None, None)
-    rest = lengths, tuple(mask) or None, length
+    k_scale, v_scale, *prefix_scales = [rows(s) for s in scales] or (None, None)
+    rest = None if lengths is None else lengths.contiguous(), tuple(mask) or None, length
     if prefix:
         native.attention_prefix(partials, q, *prefix, *(prefix_scales or (None, None)), *rest, scale, stream_of(q))
     native.attention_decode(o, partials, q, k, v, k_scale, v_scale, *rest, P, scale, stream_of(q))
@@ -179,7 +179,8 @@ def _append(
         reference.attention_decode.cache_append(k_cache, v_cache, k, v, slot, lengths, tuple(scales))
     else:
         k, v = (rows(t, sixteens=True) for t in (k, v))
-        native.cache_append(k_cache, v_cache, *(scales or (None, None)), k, v, lengths, slot, stream_of(k))
+        starts = None if lengths is None else lengths.contiguous()
+        native.cache_append(k_cache, v_cache, *(scales or (None, None)), k, v, starts, slot, stream_of(k))
 
 
 def _refused_by_cuda(name: str, x: Tensor) -> str | None:

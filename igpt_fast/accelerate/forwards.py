@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from igpt_fast import ops
 from igpt_fast.accelerate.decode import decode
+from igpt_fast.accelerate.dropout import dropout
 from igpt_fast.accelerate.theirs import bind, plain, theirs
 from igpt_fast.ops._native import say_slower
 from igpt_fast.ops.attention_dropout import has_dropout_kernel
@@ -53,7 +54,7 @@ def mlp(self: nn.Module, hidden_states: Tensor) -> Tensor:
         hidden_states = ops.bias_quick_gelu(hidden_states, self.c_fc.bias)
     else:
         hidden_states = ops.bias_quick_gelu(self.c_fc(hidden_states))
-    return self.dropout(_linear(self.c_proj, hidden_states))
+    return dropout(self.dropout, _linear(self.c_proj, hidden_states))
 
 
 def block(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
@@ -99,7 +100,7 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
         mixed = ops.attention_dropout(qkv, self.attn_dropout.p, int(torch.randint(1 << 62, ())), scale)
     else:
         mixed = ops.attention_packed(qkv, scale=scale)
-    return self.resid_dropout(_linear(self.c_proj, mixed.flatten(2))), None
+    return dropout(self.resid_dropout, _linear(self.c_proj, mixed.flatten(2))), None
 
 
 def _newest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

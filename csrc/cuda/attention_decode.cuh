@@ -11,7 +11,8 @@
 //
 // Instructions of a warp for 512 bytes of keys and values at D = 64: 1 load, 1 mma, and of all kinds about 25 (sm_90a),
 // where an H200 has 120 slots at the speed of its memory; of e4m3 about 55, most of them shifts. Bytes on their way: a
-// warp has 6 or 8 KB, the next keys being asked for as soon as the scores are made and the next values after their sums.
+// warp has 6 or 8 KB, the next keys being asked for as soon as the scores are made and the next values after their
+// sums.
 //
 // A chunk's maximum, sum and o depend on the query and the chunk alone, and are added up in the chunks' order with one
 // text (Total), whether by the block itself or, of a sequence split over blocks, by a kernel: no bit depends on the

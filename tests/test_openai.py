@@ -94,7 +94,7 @@ def test_a_checkpoint_is_named_in_three_ways_and_its_palette_lies_beside(copy):
     shutil.copy(f"{copy}.index", copy.parent / "model.ckpt-7.index")
     with pytest.raises(InputError, match="holds 2 checkpoints; name one"):
         ImageGPT.from_pretrained(copy.parent)
-    with pytest.raises(InputError, match="6 positions are not a square; pass size="):
+    with pytest.raises(InputError, match="6 positions are not a square; give the size"):
         ImageGPT.from_pretrained(copy)
 
 
@@ -198,7 +198,7 @@ def test_older_shapes_load_when_they_mean_one_thing(tmp_path):
         old[f"model/h0/attn/{name}_proj"] = found[f"model/h0/attn/{name}_proj"].reshape(16, 16)
     old["model/h0/attn/c_proj"] = old["model/h0/attn/c_proj"][None]
     write(tmp_path / "model.ckpt-1", old, 2)
-    with pytest.raises(InputError, match="the number of heads; say it"):
+    with pytest.raises(InputError, match="the number of heads; give it"):
         ImageGPT.from_pretrained(tmp_path / "model.ckpt-1")
     check(ImageGPT.from_pretrained(tmp_path / "model.ckpt-1", heads=2), found)
 

@@ -39,6 +39,7 @@ def test_what_is_saved_is_loaded(tmp_path, fields, dtype):
     model.save_pretrained(tmp_path / "w")
     assert same(ImageGPT.from_pretrained(tmp_path / "w"), model)
     assert sorted(os.listdir(tmp_path / "w")) == ["config.json", "model.safetensors"]
+    assert len({file.stat().st_mode for file in (tmp_path / "w").iterdir()}) == 1  # whoever reads one reads both
     assert ImageGPT.from_pretrained(tmp_path / "w", dtype=torch.float16).wte.dtype == torch.float16
 
 

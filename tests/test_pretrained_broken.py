@@ -41,7 +41,7 @@ def saved(tmp_path):
         ({"n_inner": 7}, r"holds transformer\.h\.0\.mlp\.c_fc\.weight as \[24, 96\], not \[24, 7\]"),
         ({"vocab_size": None}, "config.json: vocab_size is None"),
         ({"vocab_size": 513}, r"holds transformer\.wte\.weight as \[12, 24\], not \[513, 24\]"),
-        ({"n_positions": 17, "igpt_fast": "gone"}, "17 positions are not a square; pass size="),
+        ({"n_positions": 17, "igpt_fast": "gone"}, "17 positions are not a square; give the size"),
         ({"layer_norm_epsilon": "small"}, "eps is 'small'"),
         ({"igpt_fast": {"size": 4}}, "igpt_fast is {'size': 4}"),
         ({"igpt_fast": {"objective": "both", "size": [4, 4]}}, "objective is 'both'"),

@@ -97,6 +97,7 @@ def write_pretrained(
             os.fsync(file.fileno())
         for name, values in settings.items():
             write_atomically(work / name, (json.dumps(values, indent=2) + "\n").encode())
+        shutil.copymode(work / CONFIG, work / SAFETENSORS)  # which safetensors lets nobody else read
         _move_into_place(work, path)
     except (OSError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -114,7 +114,7 @@ def _infer_config(bundle: Bundle, names: dict[str, str], heads: int | None, size
     published = next((p["heads"] for p in PRESETS.values() if (p["layers"], p["width"]) == (layers, width)), None)
     heads = found or heads or published
     if heads is None:
-        raise InputError(f"{bundle.path}: the shape of the projections does not tell the number of heads; say it")
+        raise InputError(f"{bundle.path}: the shape of the projections does not tell the number of heads; give it")
     return Config(
         layers=layers,
         width=width,

@@ -102,7 +102,7 @@ def grid_of(positions: int, size: tuple[int, int] | list[int] | None, where: str
     if size is None:
         side = math.isqrt(positions)
         if side * side != positions:
-            raise InputError(f"{where}: {positions} positions are not a square; pass size=(height, width)")
+            raise InputError(f"{where}: {positions} positions are not a square; give the size, height x width")
         return side, side
     height, width = size
     if height * width != positions:

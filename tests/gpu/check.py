@@ -126,11 +126,17 @@ def layouts(machine: Machine, clock: Clock) -> dict[str, Any]:
     return found | {"note": note if machine.hopper else f"{note}; not those of sm_90a, which this GPU is not"}
 
 
+def of_kernels(files: list[Path]) -> list[Path]:
+    """Those of the benchmarks' files that a CUDA kernel has: test_attention.py has attention_fwd.cu."""
+    kernels = [p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu")]
+    names = [f"{p.stem.removeprefix('test_')}_" for p in files]
+    return [p for p, name in zip(files, names, strict=True) if any(f"{k}_".startswith(name) for k in kernels)]
+
+
 def benchmarks(machine: Machine, clock: Clock) -> dict[str, Any]:
     if find_spec("pytest_benchmark") is None:
         return {"status": NOT_RUN, "reason": "pytest-benchmark is not here"}
-    stems = {re.sub("_sm90$", "", p.stem) for p in (ROOT / "csrc" / "cuda").glob("*.cu")}
-    files = [p for p in sorted((TREE / "benchmarks").glob("test_*.py")) if p.stem.removeprefix("test_") in stems]
+    files = of_kernels(sorted((TREE / "benchmarks").glob("test_*.py")))
     results = machine.out.resolve() / "benchmarks.json"
     results.unlink(missing_ok=True)
     options = ["--benchmark-only", "--served-by", "cuda", "-k", "cuda", f"--results={results}"]

@@ -226,3 +226,18 @@ def test_without_a_gpu_there_is_one_line_and_status_2(tmp_path, capsys, monkeypa
 
 def test_every_part_has_a_share_of_nine_minutes():
     assert sum(seconds for _, seconds, _ in check.PARTS) == check.TOTAL and check.TOTAL + 30 < 540
+
+
+def test_benchmarks_are_those_of_the_kernels():
+    files = sorted((check.ROOT / "benchmarks").glob("test_*.py"))
+    chosen = {p.stem.removeprefix("test_") for p in check.of_kernels(files)}
+    assert chosen >= {
+        "activation",
+        "attention",
+        "attention_decode",
+        "linear_cross_entropy",
+        "norm",
+        "palette",
+        "sampling",
+    }
+    assert not chosen & {"train", "accelerate"}

@@ -96,7 +96,8 @@ class _Buffer:
     def __init__(self, model: nn.Module, weights: StepWeights, data: Tensor) -> None:
         self.data, self.all_weights = data, weights
         self.weights = replace(weights, wpe=weights.wpe[: data.shape[4]])
-        self._model, self._versions = weakref.ref(model), _versions(model)
+        self._model, self._modules = weakref.ref(model), list(model.modules())
+        self._state = _state(self._modules)
         self._shown: list[tuple[Tensor, ...]] = []
 
     def show(self, cache: Any, length: int) -> None:
@@ -113,23 +114,30 @@ class _Buffer:
         )
 
     def serves(self, model: nn.Module) -> bool:
-        """Whether its weights are this model's, as they are now."""
-        return self._model() is model and self._versions == _versions(model)
+        """Whether this is the model that it was made for, and as it was then."""
+        return self._model() is model and self._state == _state(self._modules)
 
 
-def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    """What tells one state of a model's weights from another."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+def _state(modules: list[nn.Module]) -> list[Any]:
+    """What tells one state of a model from another, in its weights, its modules and who watches them."""
+    found: list[Any] = []
+    for module in modules:
+        own = module.__dict__
+        found += type(module), own["training"], plain(module), *map(id, own["_modules"].values())
+        for p in own["_parameters"].values():
+            if p is not None:
+                found += id(p), p.data_ptr(), 0 if p.is_inference() else p._version
+    return found
 
 
 def _buffer_of(cache: Any, model: nn.Module, past: int) -> tuple[str | None, _Buffer | None]:
     """A buffer that holds the cache and has a slot free; or the reason why there is none, if it is worth a word."""
-    reason = _other(model)
-    if reason is not None:
-        return reason, None
     buffer = _buffers.get(cache)
     if buffer is not None and not buffer.serves(model):
         buffer = None
+    reason = _other(model) if buffer is None else None
+    if reason is not None:
+        return reason, None
     if buffer is not None and past < buffer.data.shape[4] and buffer.holds(cache):
         return None, buffer
     reason = _unfit(cache, model, past)

@@ -4,7 +4,7 @@ import copies
 import pytest
 import torch
 from check import CUDA_KERNELS, check, served
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from igpt_fast import BlockMask, InputError, ops, reference
@@ -64,6 +64,7 @@ def test_decode(backend, dtype, length, spare, head_dim):
 
 @pytest.mark.parametrize(("backend", "dtype"), EXTRAS)
 @settings(max_examples=25)
+@example(1, 1, 2, TILE, 32, 0.001, True, False, None)  # an image without slots of its own: row P - 1
 @given(
     images=st.integers(1, 2),
     each=st.sampled_from([1, 2, 9]),

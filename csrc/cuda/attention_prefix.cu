@@ -46,11 +46,9 @@ __global__ void __launch_bounds__(kPrefixWarps * 32)
   const auto clip = [&](int t) { return there(P - (chunk * kTilesOfChunk + t) * kTile); };
   if (lane < kTogether * kTilesOfChunk) seen[lane] = mask.row_start ? 0 : clip(lane % kTilesOfChunk);
   __syncwarp();
-  for (int i = 0; i < kTogether && mask.row_start; ++i) {
-    const int slots = lengths[image(i)];
-    if (slots > 0)
-      mask.look(seen + i * kTilesOfChunk, P + slots - 1, chunk * kTilesOfChunk, kTilesOfChunk, lane, 32, clip);
-  }
+  for (int i = 0; i < kTogether && mask.row_start; ++i)
+    mask.look(seen + i * kTilesOfChunk, P + lengths[image(i)] - 1, chunk * kTilesOfChunk, kTilesOfChunk, lane, 32,
+              clip);
   __syncwarp();
   static_assert(kTilesOfChunk == 2);
   uint64_t anybody = 0, later = 0;  // of the first and the second tile

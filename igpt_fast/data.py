@@ -22,6 +22,7 @@ from igpt_fast.console import progress as show_progress
 from igpt_fast.decode import check_options, decode
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
+from igpt_fast.pictures import move_into_place
 from igpt_fast.pixels import FIT_LIMIT, Progress, as_source, by_name, fit_palette, load_pixels, refuse_none_left
 from igpt_fast.sources import Source, open_source
 from igpt_fast.tokens import FORMAT, VERSION, ShardWriter, TokenDataset, is_token_directory
@@ -111,7 +112,7 @@ def tokenize(
             with open(work / name, "rb") as file:
                 os.fsync(file.fileno())
         _refuse_existing(out, overwrite)  # another process may have been faster
-        _move_into_place(work, out)
+        move_into_place(work, out)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         for folder in made:
@@ -229,18 +230,3 @@ def _make_work_directory(out: Path) -> tuple[Path, list[Path]]:
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}); choose a place that can") from error
     return work, missing
-
-
-def _move_into_place(work: Path, out: Path) -> None:
-    """Renames work to out. An old out is moved aside before and deleted after, so one of them is there in whole."""
-    aside = work.with_name(work.name + ".old")
-    replaced = out.exists()
-    if replaced:
-        os.rename(out, aside)
-    try:
-        os.rename(work, out)
-    except BaseException:
-        if replaced:
-            os.rename(aside, out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

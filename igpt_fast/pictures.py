@@ -1,8 +1,9 @@
-"""Pictures for people: grids of images and curves, as PNG, written to a temporary name and then renamed."""
+"""Pictures for people: grids of images and curves, as PNG; and how files and directories appear whole or not at all."""
 
 import io
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,6 +36,21 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def move_into_place(work: Path, out: Path) -> None:
+    """Renames a directory. An old out is moved aside before and deleted after, so one of them is there in whole."""
+    aside = work.with_name(work.name + ".old")
+    replaced = out.exists()
+    if replaced:
+        os.rename(out, aside)
+    try:
+        os.rename(work, out)
+    except BaseException:
+        if replaced:
+            os.rename(aside, out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:

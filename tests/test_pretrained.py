@@ -144,7 +144,7 @@ def test_saving_is_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for name in ("save_file", "write_atomically", "_move_into_place"):
+    for name in ("save_file", "write_atomically", "move_into_place"):
         with monkeypatch.context() as patch:
             patch.setattr(pretrained, name, full)
             for place in (saved, tmp_path / "new"):

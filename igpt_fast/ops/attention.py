@@ -51,7 +51,7 @@ def attention_packed(
     """
     if qkv.ndim != 5 or qkv.size(2) != 3:
         raise InputError(f"attention_packed: expected qkv [B, T, 3, H, D], got {tuple(qkv.shape)}")
-    q, k, v = _slices(qkv)
+    q, k, v = slices(qkv)
     _check(q, k, v, mask, causal)
     if not torch.compiler.is_compiling() and needs_grad(qkv):
         factor = q.size(-1) ** -0.5 if scale is None else scale
@@ -105,7 +105,8 @@ def _tables(mask: BlockMask | None, device: torch.device) -> tuple[Tensor, ...] 
     return None if mask is None else mask.to(device).tensors
 
 
-def _slices(qkv: Tensor) -> tuple[Tensor, ...]:
+def slices(qkv: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v [B, H, T, D] where they lie in qkv [B, T, 3, H, D]."""
     return tuple(t.transpose(1, 2) for t in qkv.unbind(2))
 
 
@@ -152,7 +153,7 @@ class _Attention(torch.autograd.Function):
 class _AttentionPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, native, qkv, tables, causal, scale):
-        o, lse = _forward(native, *_slices(qkv), tables, causal, scale)
+        o, lse = _forward(native, *slices(qkv), tables, causal, scale)
         o = o.transpose(1, 2)
         ctx.native, ctx.rest = native, (tables, causal, scale)
         ctx.save_for_backward(qkv, o, lse)
@@ -163,8 +164,8 @@ class _AttentionPacked(torch.autograd.Function):
     def backward(ctx, dout):
         qkv, o, lse = ctx.saved_tensors
         dqkv = empty(qkv.shape, qkv)
-        grads = _slices(dqkv)
-        _backward(ctx.native, grads, dout.transpose(1, 2), *_slices(qkv), o.transpose(1, 2), lse, *ctx.rest)
+        grads = slices(dqkv)
+        _backward(ctx.native, grads, dout.transpose(1, 2), *slices(qkv), o.transpose(1, 2), lse, *ctx.rest)
         return None, dqkv, None, None, None
 
 

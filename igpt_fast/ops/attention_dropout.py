@@ -6,7 +6,7 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._native import backend_for, empty, fused_backend_for, needs_grad, rows
-from igpt_fast.ops.attention import refused_head_dim
+from igpt_fast.ops.attention import refused_head_dim, slices
 from igpt_fast.reference.attention_dropout import LEVELS
 
 
@@ -27,7 +27,7 @@ def attention_dropout(qkv: Tensor, p: float, seed: int, scale: float | None = No
     compiling = torch.compiler.is_compiling()
     native = None if compiling else backend_for("attention_dropout_fwd", (qkv,), refused_head_dim(qkv.size(-1)))
     if native is None:
-        q, k, v = _slices(qkv)
+        q, k, v = slices(qkv)
         out = reference.attention_dropout.attention_dropout(q, k, v, scale, p, seed)
         return out.transpose(1, 2).contiguous()
     if needs_grad(qkv):
@@ -40,14 +40,10 @@ def has_dropout_kernel(qkv: Tensor) -> bool:
     return fused_backend_for("attention_dropout_fwd", (qkv,), refused_head_dim(qkv.size(-1))) is not None
 
 
-def _slices(qkv: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.transpose(1, 2) for t in qkv.unbind(2))
-
-
 def _forward(native, qkv, scale, p, seed):
     B, T, _, H, D = qkv.shape
     o, lse = empty((B, T, H, D), qkv), empty((B, H, T), qkv, torch.float32)
-    inputs = [rows(t) for t in _slices(qkv)]
+    inputs = [rows(t) for t in slices(qkv)]
     native.attention_dropout_fwd(o.transpose(1, 2), lse, *inputs, scale, p, seed, 0)
     return o, lse
 
@@ -65,6 +61,6 @@ class _AttentionDropout(torch.autograd.Function):
     def backward(ctx, dout):
         qkv, o, lse = ctx.saved_tensors
         dqkv = empty(qkv.shape, qkv)
-        inputs = [rows(t) for t in (dout.transpose(1, 2), *_slices(qkv))]
-        ctx.native.attention_dropout_bwd(*_slices(dqkv), *inputs, o.transpose(1, 2), lse, *ctx.rest, 0)
+        inputs = [rows(t) for t in (dout.transpose(1, 2), *slices(qkv))]
+        ctx.native.attention_dropout_bwd(*slices(dqkv), *inputs, o.transpose(1, 2), lse, *ctx.rest, 0)
         return None, dqkv, None, None, None

@@ -24,7 +24,7 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.palette import FILES as PALETTES
 from igpt_fast.palette import HF_CONFIG, Palette
-from igpt_fast.pictures import write_atomically
+from igpt_fast.pictures import move_into_place, write_atomically
 from igpt_fast.pretrained.bundle import find_bundle
 from igpt_fast.pretrained.files import CONFIG, SAFETENSORS, Find, read_json, read_weights
 from igpt_fast.pretrained.hub import find_in_hub, is_hub_name
@@ -98,7 +98,7 @@ def write_pretrained(
         for name, values in settings.items():
             write_atomically(work / name, (json.dumps(values, indent=2) + "\n").encode())
         shutil.copymode(work / CONFIG, work / SAFETENSORS)  # which safetensors lets nobody else read
-        _move_into_place(work, path)
+        move_into_place(work, path)
     except (OSError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
@@ -146,20 +146,6 @@ def _checked(config: Config, tensors: dict[str, Tensor], palette: Palette | None
     if palette is not None and len(palette) != config.colors:
         raise InputError(f"{source}: its palette has {len(palette)} colours, the model is of {config.colors}")
     return Pretrained(config, tensors, palette, source)
-
-
-def _move_into_place(work: Path, path: Path) -> None:
-    """Renames work to path. What is there is moved aside before and deleted after, so one of them is there in whole."""
-    aside = work.with_suffix(".old")
-    if replaced := path.exists():
-        os.rename(path, aside)
-    try:
-        os.rename(work, path)
-    except BaseException:
-        if replaced:
-            os.rename(aside, path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

@@ -4,6 +4,7 @@
 // one build serves every torch version, and the package builds where torch is not installed.
 #include <pybind11/pybind11.h>
 
+#include <string_view>
 #include <vector>
 
 #include "ops.h"
@@ -177,9 +178,9 @@ class OneDevice {
   int first_ = kNone;
 };
 
-// Binds one field of Ops as a method, and as an answer to has(). Kernels run without the interpreter lock.
+// Binds one field of Ops as a method. Kernels run without the interpreter lock.
 template <class... A>
-void op(py::class_<Backend>& cls, py::dict& has, const char* name, void (*igpt::Ops::*field)(A...)) {
+void op(py::class_<Backend>& cls, const char* name, void (*igpt::Ops::*field)(A...)) {
   cls.def(
       name,
       [name, field](const Backend& b, A... a) {
@@ -189,8 +190,15 @@ void op(py::class_<Backend>& cls, py::dict& has, const char* name, void (*igpt::
         (b.ops->*field)(a...);
       },
       py::call_guard<py::gil_scoped_release>());
-  has[name] = py::cpp_function([field](const Backend& b) { return b.ops->*field != nullptr; });
 }
+
+struct Field {
+  const char* name;
+  bool (*in)(const igpt::Ops&);
+};
+#define IGPT_FIELD(field) {#field, [](const igpt::Ops& ops) { return ops.field != nullptr; }},
+constexpr Field kFields[] = {IGPT_EACH_OP(IGPT_FIELD)};
+#undef IGPT_FIELD
 
 }  // namespace
 
@@ -202,15 +210,20 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
   m.doc() = "The compiled backends of igpt_fast. Import torch first: both share one OpenMP runtime.";
   py::class_<Layers>(m, "Layers", py::module_local()).def(py::init<py::list>());
   py::class_<Backend> cls(m, "Backend", py::module_local());
-  py::dict has;
-#define IGPT_BIND(field) op(cls, has, #field, &igpt::Ops::field);
+#define IGPT_BIND(field) op(cls, #field, &igpt::Ops::field);
   IGPT_EACH_OP(IGPT_BIND)
 #undef IGPT_BIND
   cls.def_property_readonly("name", [](const Backend& b) { return b.ops->name; });
-  cls.def("has", [has](const py::object& self, const py::str& name) {
-    return has.contains(name) && has[name](self).cast<bool>();
+  cls.def("has", [](const Backend& b, std::string_view name) {
+    for (const Field& f : kFields)
+      if (f.name == name) return f.in(*b.ops);
+    return false;
   });
-  cls.def_property_readonly_static("ops", [has](const py::object&) { return py::list(has.attr("keys")()); });
+  cls.def_property_readonly_static("ops", [](const py::object&) {
+    py::list names;
+    for (const Field& f : kFields) names.append(f.name);
+    return names;
+  });
 
   m.def("backends", [] {  // best first
     py::list out;

@@ -54,7 +54,7 @@ class DemoResult:
     numbers: dict[str, Any]  # what DIR/demo.json holds
 
 
-def demo(out: str | Path = "demo", seconds: float = 60.0, seed: int = 0, steps: int | None = None) -> DemoResult:
+def demo(out: str | Path = "demo", seconds: float = 50.0, seed: int = 0, steps: int | None = None) -> DemoResult:
     """Runs the whole demo and writes it to `out`: index.html with all in it, and beside it what it was made from.
 
     seconds: of training on an ordinary core; it only decides the number of steps, which `steps` gives directly. An

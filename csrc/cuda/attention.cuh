@@ -213,22 +213,25 @@ struct alignas(8) Stats {
 
 // ---- host ----
 
-// Calls f.template operator()<T, D>().
+// Calls f.template operator()<D>(), and f.template operator()<T, D>().
+template <class F>
+void by_dim(const View& q, F f) {
+  switch (q.size[3]) {
+    case 32:
+      return f.template operator()<32>();
+    case 64:
+      return f.template operator()<64>();
+    case 96:
+      return f.template operator()<96>();
+    default:
+      return f.template operator()<128>();
+  }
+}
 template <class F>
 void by_head(const View& q, F f) {
-  const auto by_dim = [&]<class T>() {
-    switch (q.size[3]) {
-      case 32:
-        return f.template operator()<T, 32>();
-      case 64:
-        return f.template operator()<T, 64>();
-      case 96:
-        return f.template operator()<T, 96>();
-      default:
-        return f.template operator()<T, 128>();
-    }
-  };
-  q.dtype == DType::bf16 ? by_dim.template operator()<__nv_bfloat16>() : by_dim.template operator()<__half>();
+  by_dim(q, [&]<int D>() {
+    q.dtype == DType::bf16 ? f.template operator()<__nv_bfloat16, D>() : f.template operator()<__half, D>();
+  });
 }
 
 inline void check_heads(const View& v, const View& q, const char* name) {

@@ -41,14 +41,15 @@ struct Sequence {
   Lengths lengths;
 };
 
-template <int D, class T, class E>
+template <int D, class E>
 __global__ void __launch_bounds__(kResident<D, E>)
-    attention_decode_kernel(Heads<T> o,  // [B, H, 1, D]
+    attention_decode_kernel(Heads<uint16_t> o,  // [B, H, 1, D]
                             Sequence sequence,
-                            Heads<const T> q,  // [B, H, 1, D]
-                            Cache<E> cache,    // [B, H, T, D], scales [B, H, pages]
+                            Heads<const uint16_t> q,  // [B, H, 1, D]
+                            DType dtype,              // of o and q
+                            Cache<E> cache,           // [B, H, T, D], scales [B, H, pages]
                             Mask mask, bool split, float scale2) {
-  using Warp = Worker<D, T, E, 1>;
+  using Warp = Worker<D, E, 1>;
   STATIC_SMEM(float, records, (kRound + 1) * (D + 2));  // the first: what earlier rounds add up to
   STATIC_SMEM(uint64_t, seen, kRound* kTilesOfChunk);
   const int of_head = split ? sequence.chunks - sequence.given : 1;  // blocks
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kResident<D, E>)
   if (split && begin >= chunks) return;                                             // this image has fewer
   float* const kept = sequence.partials + int64_t(bh) * sequence.chunks * (D + 2);  // not read where there are none
 
-  Warp worker(q[bh].row(0), scale2);
+  Warp worker(q[bh].row(0), dtype, scale2);
   for (int first = begin;; first += kRound) {
     const int count = min(kRound, end - first), tile = first * kTilesOfChunk;
     float* const found = split ? kept + int64_t(sequence.given + first) * (D + 2) : records + D + 2;
@@ -94,21 +95,21 @@ __global__ void __launch_bounds__(kResident<D, E>)
     if (first > 0) total.add(records);
     for (int i = 0; i < sequence.given && first == 0; ++i) total.add(kept + i * (D + 2));
     for (int i = 0; i < count; ++i) total.add(found + i * (D + 2));
-    if (first + kRound >= end) return total.store(o[bh].row(0));
+    if (first + kRound >= end) return total.store(o[bh].row(0), dtype);
     __syncthreads();  // all have read what the next round overwrites
     total.keep(records);
   }
 }
 
-template <int D, class T>
-__global__ void __launch_bounds__(D) attention_decode_merge_kernel(Heads<T> o,  // [B, H, 1, D]
-                                                                   Sequence sequence) {
+template <int D>
+__global__ void __launch_bounds__(D) attention_decode_merge_kernel(Heads<uint16_t> o,  // [B, H, 1, D]
+                                                                   DType dtype, Sequence sequence) {
   const int bh = int(blockIdx.x);
   const int slots = sequence.lengths[bh / sequence.heads], chunks = (slots + kDecodeChunk - 1) / kDecodeChunk;
   const float* kept = sequence.partials + int64_t(bh) * sequence.chunks * (D + 2);
   Total<D> total;
   for (int i = 0; i < sequence.given + chunks; ++i) total.add(kept + i * (D + 2));
-  total.store(o[bh].row(0));
+  total.store(o[bh].row(0), dtype);
 }
 
 static void attention_decode(View o, View partials, View q, View k, View v, View k_scale, View v_scale, View lengths,
@@ -138,10 +139,12 @@ static void attention_decode(View o, View partials, View q, View k, View v, View
   const unsigned threads = split ? 32 : unsigned(std::min(own, most)) * 32;
   const Sequence sequence{partials.as<float>(), int(room), int(given), int(q.size[1]),
                           Lengths{lengths.as<int>(), int(length), int(prefix)}};
-  by_cache(q, k, [&]<class T, class E, int D>() {
-    LAUNCH((attention_decode_kernel<D, T, E>), unsigned(split ? heads * own : heads), threads, 0, stream, Heads<T>(o),
-           sequence, Heads<const T>(q), Cache<E>(k, v, k_scale, v_scale), Mask(mask), split, scale * kLog2e);
-    if (split) LAUNCH((attention_decode_merge_kernel<D, T>), unsigned(heads), D, 0, stream, Heads<T>(o), sequence);
+  by_cache(q, k, [&]<class E, int D>() {
+    LAUNCH((attention_decode_kernel<D, E>), unsigned(split ? heads * own : heads), threads, 0, stream,
+           Heads<uint16_t>(o), sequence, Heads<const uint16_t>(q), q.dtype, Cache<E>(k, v, k_scale, v_scale),
+           Mask(mask), split, scale * kLog2e);
+    if (split)
+      LAUNCH(attention_decode_merge_kernel<D>, unsigned(heads), D, 0, stream, Heads<uint16_t>(o), q.dtype, sequence);
   });
 }
 

@@ -26,7 +26,7 @@ namespace decode {
 
 // ---- a warp's part ----
 
-template <int D, class T, class E, int kQueries>
+template <int D, class E, int kQueries>
 struct Worker {
   static_assert(kQueries == 1 || kQueries == 8);
   static constexpr bool kBytes = sizeof(E) == 1;
@@ -35,7 +35,7 @@ struct Worker {
   static constexpr int kStepsOfTile = kTile / kStep, kSteps = kDecodeChunk / kStep, kGroups = kStep / 16;
   static constexpr int kPairs = D / 16;                                  // of o's elements that a lane has
   static constexpr int kEach = kQueries == 1 ? 1 : 2;                    // queries of which a lane has scores
-  using Half = std::conditional_t<kBytes, __half, T>;                    // what mma multiplies
+  using Half = std::conditional_t<kBytes, __half, E>;                    // what mma multiplies
   using SlotBits = std::conditional_t<kStep == 64, uint64_t, uint32_t>;  // which slots of a step are seen
 
   // Those of step `at`, of its tile's.
@@ -49,8 +49,8 @@ struct Worker {
   float scale2[kEach], k_scale, v_scale;  // log2(e) scale; of the pages whose keys and values are here
   int g, c;
 
-  // row: of query g where there are eight.
-  __device__ Worker(const T* row, float scale) {
+  // row: of query g where there are eight; of E, or of either dtype of 16 bits before a cache of bytes.
+  __device__ Worker(const uint16_t* row, DType dtype, float scale) {
     g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     k_scale = v_scale = 1.f;
     clear();
@@ -62,7 +62,7 @@ struct Worker {
       float x[D / 4], most = 0.f;
 #pragma unroll
       for (int w = 0; w < D / 16; ++w) {
-        const Floats<4> four = load_as<T, 4>(row, word_offset<kRow, 4>(w, c));
+        const Floats<4> four = load<4>(row, dtype, word_offset<kRow, 4>(w, c));
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[4 * w + i] = four.v[i], most = fmaxf(most, fabsf(four.v[i]));
       }
@@ -268,13 +268,12 @@ struct Total {
     }
     if (threadIdx.x == 0) record[D] = top, record[D + 1] = sum;
   }
-  template <class T>
-  __device__ void store(T* row) const {
+  __device__ void store(uint16_t* row, DType dtype) const {
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
       const int d = i * blockDim.x + threadIdx.x;
-      if (d < D) row[d] = T(o[i] * inverse);
+      if (d < D) cuda::store<1>(row, dtype, d, Floats<1>{{o[i] * inverse}});
     }
   }
 };

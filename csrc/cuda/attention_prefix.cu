@@ -24,14 +24,15 @@ using namespace decode;
 constexpr int kTogether = 8;     // queries of a warp
 constexpr int kPrefixWarps = 8;  // of a block at most
 
-template <int D, class T, class E>
+template <int D, class E>
 __global__ void __launch_bounds__(kPrefixWarps * 32)
-    attention_prefix_kernel(float* partials,             // [B, H, rows, D + 2]
-                            int rows, Heads<const T> q,  // [B, H, 1, D]
-                            Cache<E> cache,              // [M, H, P, D], scales [M, H, pages]
+    attention_prefix_kernel(float* partials,                    // [B, H, rows, D + 2]
+                            int rows, Heads<const uint16_t> q,  // [B, H, 1, D]
+                            DType dtype,                        // of q
+                            Cache<E> cache,                     // [M, H, P, D], scales [M, H, pages]
                             Lengths lengths, Mask mask, int heads, int chunks, int neighbours, int blocks,
                             float scale2) {
-  using Warp = Worker<D, T, E, kTogether>;
+  using Warp = Worker<D, E, kTogether>;
   STATIC_SMEM(uint64_t, sights, kPrefixWarps * kTogether * kTilesOfChunk);
   // Indices.
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kPrefixWarps * 32)
   for (int i = 0; i < kTogether; ++i) anybody |= seen[2 * i], later |= seen[2 * i + 1];
 
   // The chunk.
-  Warp worker(q[image(lane / 4) * heads + h].row(0), scale2);
+  Warp worker(q[image(lane / 4) * heads + h].row(0), dtype, scale2);
   float* record[2];
   for (int j = 0; j < 2; ++j) {
     const int i = 2 * (lane % 4) + j;
@@ -98,11 +99,11 @@ static void attention_prefix(View partials, View q, View k, View v, View k_scale
   IGPT_CHECK(M * H * chunks * blocks <= INT32_MAX && B * H <= INT32_MAX,
              "attention_prefix: too many heads for one launch");
   const OnDevice device(q);
-  by_cache(q, k, [&]<class T, class E, int D>() {
-    LAUNCH((attention_prefix_kernel<D, T, E>), unsigned(M * H * chunks * blocks), unsigned(warps * 32), 0, stream,
-           partials.as<float>(), int(partials.size[2]), Heads<const T>(q), Cache<E>(k, v, k_scale, v_scale),
-           Lengths{lengths.as<int>(), int(length), int(P)}, Mask(mask), int(H), int(chunks), int(neighbours),
-           int(blocks), scale * kLog2e);
+  by_cache(q, k, [&]<class E, int D>() {
+    LAUNCH((attention_prefix_kernel<D, E>), unsigned(M * H * chunks * blocks), unsigned(warps * 32), 0, stream,
+           partials.as<float>(), int(partials.size[2]), Heads<const uint16_t>(q), q.dtype,
+           Cache<E>(k, v, k_scale, v_scale), Lengths{lengths.as<int>(), int(length), int(P)}, Mask(mask), int(H),
+           int(chunks), int(neighbours), int(blocks), scale * kLog2e);
   });
 }
 

@@ -136,12 +136,11 @@ inline int64_t chunks_of(int64_t slots) {
   return (slots + kDecodeChunk - 1) / kDecodeChunk;
 }
 
-// Calls f.template operator()<T, E, D>().
+// Calls f.template operator()<E, D>(): q's dtype matters to a kernel where it is the cache's.
 template <class F>
 void by_cache(const View& q, const View& k, F f) {
-  attention::by_head(q, [&]<class T, int D>() {
-    k.dtype == DType::e4m3 ? f.template operator()<T, E4m3, D>() : f.template operator()<T, T, D>();
-  });
+  if (k.dtype == DType::e4m3) return attention::by_dim(q, [&]<int D>() { f.template operator()<E4m3, D>(); });
+  attention::by_head(q, f);
 }
 
 inline void check_scales(const View& scale, const View& cache, const char* op) {

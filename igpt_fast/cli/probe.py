@@ -125,7 +125,7 @@ def demo(
             metavar="S",
             help="Train for about S seconds of an ordinary core: a number of steps, the same on every machine.",
         ),
-    ] = 60.0,
+    ] = 50.0,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:

@@ -207,6 +207,7 @@ def _write_files(
     write_atomically(directory / CONFIG, json.dumps(model.config.to_dict(), indent=1).encode())
     files = {}
     for path in sorted(directory.iterdir()):
+        shutil.copymode(directory / CONFIG, path)  # safetensors lets nobody but the owner read what it writes
         _sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     record = {"format": FORMAT, "step": step, "files": files, "state": dict(state or {})}

@@ -1,5 +1,7 @@
 """Settings that all tests share."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import settings
@@ -11,3 +13,18 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def igpt(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    from igpt_fast import cli  # not above: a bare machine with a GPU has no typer, and no use for it
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["igpt-fast", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return call

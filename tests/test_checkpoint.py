@@ -52,6 +52,7 @@ def test_what_is_saved_comes_back(tmp_path, fields):
     moments = {"exp_avg.wte": torch.randn(16, 32), "step": torch.tensor(7.0)}
     path = save_checkpoint(tmp_path, 500, model, palette, {"elapsed": 0.1 + 0.2, "nested": {"a": [1, None]}}, moments)
     assert path == tmp_path / "checkpoints/step-00000500" and sorted(os.listdir(path)) == sorted(FILES)
+    assert len({(path / name).stat().st_mode for name in FILES}) == 1, "whoever may read one file may read all"
     before = torch.random.get_rng_state()
     loaded = load_checkpoint(tmp_path)
     assert torch.equal(before, torch.random.get_rng_state()), "loading must not draw random numbers"

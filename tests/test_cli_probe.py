@@ -1,7 +1,6 @@
 """`igpt-fast probe`: one object on stdout, the figure where it was asked for, nothing else left, one-line refusals."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from labelled import COLORS, PALETTE, SIZE, write_tokens
 from PIL import Image
 
-from igpt_fast import cli
 from igpt_fast.batches import fingerprint
 from igpt_fast.checkpoint import save_checkpoint
 from igpt_fast.cli.probe import parse_layers
@@ -50,20 +48,6 @@ def test_layers_are_read(text, layers):
 def test_layers_that_mean_nothing(text):
     with pytest.raises(InputError, match="is not understood; give all, or layers from 0 to 3"):
         parse_layers(text, 3)
-
-
-@pytest.fixture
-def igpt(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["igpt-fast", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture

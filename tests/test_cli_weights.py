@@ -1,7 +1,6 @@
 """`igpt-fast convert` and `eval`, and published weights as the MODEL of every command."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,24 +10,10 @@ from PIL import Image
 from published import make, same
 from tiny import CONFIG, FAST, write_tokens
 
-from igpt_fast import ImageGPT, Palette, cli
+from igpt_fast import ImageGPT, Palette
 from igpt_fast.checkpoint import load_checkpoint, save_checkpoint
 from igpt_fast.evaluate import evaluate
 from igpt_fast.train import train
-
-
-@pytest.fixture
-def igpt(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["igpt-fast", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture

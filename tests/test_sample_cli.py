@@ -1,14 +1,12 @@
 """`igpt-fast sample` and `complete`: the pictures they write, and what they refuse before anything is loaded."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from igpt_fast import cli
 from igpt_fast.checkpoint import save_checkpoint
 from igpt_fast.cli import sample as commands
 from igpt_fast.config import Config
@@ -41,20 +39,6 @@ def photos(tmp_path):
         pixels = np.random.default_rng(seed).integers(0, 256, (30, 50, 3), np.uint8)
         Image.fromarray(pixels).save(path)
     return paths
-
-
-@pytest.fixture
-def igpt(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["igpt-fast", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 def test_sample_writes_the_grid_and_single_files(igpt, run, model, tmp_path):

@@ -76,9 +76,7 @@ def by_function(path: Path) -> dict[str, str]:
     return {f"{path.stem}-{name}": f"{path}::{name}" for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
 
 
-def apart(
-    clock: Clock, tests: Mapping[str, str], skip: str, at_once: int, env: Callable[[str], dict[str, str]]
-) -> dict[str, Any]:
+def apart(clock: Clock, tests: Mapping[str, str], skip: str, env: Callable[[str], dict[str, str]]) -> dict[str, Any]:
     """Each of the tests in a process, so many at once: an illegal instruction breaks the context for all after it."""
     found: dict[str, dict] = {}
 
@@ -86,7 +84,7 @@ def apart(
         found[name] = pytest(clock, name, tests[name], "-k", skip, **env(name))
         return Done(0, 0.0, Path())
 
-    clock.together({name: functools.partial(one, name) for name in tests}, at_once)
+    clock.together({name: functools.partial(one, name) for name in tests}, max(2, len(os.sched_getaffinity(0)) // 2))
     return worst({name: f["status"] for name, f in found.items()}) | {"files": found}
 
 
@@ -103,8 +101,8 @@ def tests(machine: Machine, clock: Clock) -> dict[str, Any]:
     agreements = {name: SCRATCH / f"{name}.json" for name in nodes}
     for path in agreements.values():
         path.unlink(missing_ok=True)
-    skip, at_once = "not simt and not avx and not baseline", max(2, len(os.sched_getaffinity(0)) // 2)
-    found = apart(clock, nodes, skip, at_once, lambda n: {"IGPT_AGREEMENT": str(agreements[n]), "OMP_NUM_THREADS": "2"})
+    skip = "not simt and not avx and not baseline"
+    found = apart(clock, nodes, skip, lambda n: {"IGPT_AGREEMENT": str(agreements[n]), "OMP_NUM_THREADS": "2"})
     ops: dict[str, dict[str, int]] = {}
     for path in agreements.values():
         for op, n in (json.loads(path.read_text()) if path.exists() else {}).items():
@@ -120,8 +118,7 @@ def layouts(machine: Machine, clock: Clock) -> dict[str, Any]:
     nodes: dict[str, str] = {}
     for name in names:
         nodes |= by_function(TREE / "tests" / "simt" / f"{name}.py")
-    at_once = max(2, len(os.sched_getaffinity(0)) // 2)
-    found = apart(clock, nodes, skip, at_once, lambda _: {"IGPT_HARDWARE": str(HARDWARE)})
+    found = apart(clock, nodes, skip, lambda _: {"IGPT_HARDWARE": str(HARDWARE)})
     note = "each held against the bench, bit for bit" if bench_built() else "the bench did not build: formulas alone"
     return found | {"note": note if machine.hopper else f"{note}; not those of sm_90a, which this GPU is not"}
 

@@ -78,13 +78,12 @@ __global__ void __launch_bounds__(kResident<D, E>)
     // Chunks.
     const auto bits = [&](unsigned at) { return Warp::bits_of(seen[at / Warp::kStepsOfTile], at); };
     const auto next = [&](unsigned& at) {
-      for (; at < unsigned(count) * Warp::kSteps;
-           at += at % Warp::kSteps == Warp::kSteps - 1 ? 1 + (warps - 1) * Warp::kSteps : 1)
+      for (; at < unsigned(count) * Warp::kSteps; at = Warp::after(at, warps))
         if (bits(at)) return true;
       return false;
     };
     worker.walk(
-        cache, bh, first * kDecodeChunk, slots, warp * Warp::kSteps, next,
+        cache, bh, first * kDecodeChunk, slots, warp * Warp::kSteps, warps, next,
         [&](unsigned at, typename Warp::SlotBits(&see)[1]) { see[0] = bits(at); },
         [&](int chunk) { worker.store({found + chunk * (D + 2)}); });
     if (split) return;

@@ -197,12 +197,15 @@ struct Worker {
         for (int j = 0; j < kEach; ++j) o[a][d][j] = fmaf(o[a][d][j], fade[j], __fmul_rn(part[a][2 * d + j], factor));
   }
 
-  // Of the first step from `at` on that next() gives to the last: steps are counted from slot first_slot on, of
-  // `slots`. next(at) moves `at` on to a step that has something to see, seen(at, bits) says what, done(chunk) takes it
-  // away.
+  // The step after `at` of a warp that has every so manieth chunk.
+  static __device__ unsigned after(unsigned at, int warps) { return ++at % kSteps ? at : at + (warps - 1) * kSteps; }
+
+  // Of the first step from `at` on that next() gives to the last of a warp that has every so manieth chunk: steps are
+  // counted from slot first_slot on, of `slots`. next(at) moves `at` on to a step of this warp that has something to
+  // see, seen(at, bits) says what, done(chunk) takes it away.
   template <class Next, class Seen, class Done>
-  __device__ void walk(const Cache<E>& cache, int bh, int first_slot, int slots, unsigned at, Next next, Seen seen,
-                       Done done) {
+  __device__ void walk(const Cache<E>& cache, int bh, int first_slot, int slots, unsigned at, int warps, Next next,
+                       Seen seen, Done done) {
     const Slots k = slots_of(cache.k, bh), v = slots_of(cache.v, bh);
     const float *k_scales = kBytes ? cache.k_scale[bh] : nullptr, *v_scales = kBytes ? cache.v_scale[bh] : nullptr;
     bool more = next(at);
@@ -211,7 +214,8 @@ struct Worker {
       load_values(v, v_scales, first_slot + at * kStep, slots - 1);
     }
     while (more) {
-      const unsigned now = at++;
+      const unsigned now = at;
+      at = after(at, warps);
       float s[kGroups][4], fade[kEach];
       SlotBits bits[kEach];
       scores(s);

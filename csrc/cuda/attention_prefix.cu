@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kPrefixWarps * 32)
   }
   __syncwarp();
   worker.walk(
-      cache, mh, chunk * kDecodeChunk, P, 0,
+      cache, mh, chunk * kDecodeChunk, P, 0, 1,
       [&](unsigned& at) {
         for (; at < Warp::kSteps; ++at)
           if (Warp::bits_of(at < Warp::kStepsOfTile ? anybody : later, at)) return true;

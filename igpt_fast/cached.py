@@ -8,6 +8,7 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.ops.decode_step import LayerWeights, StepWeights
+from igpt_fast.patterns import masks_of
 
 
 class KVCache:
@@ -63,6 +64,10 @@ class Decoder:
             attention = own[f"{at}ln_1"], *linear(f"{at}attn.qkv"), *linear(f"{at}attn.proj")
             mlp = own[f"{at}ln_2"], *linear(f"{at}mlp.fc"), *linear(f"{at}mlp.proj")
             layers.append(LayerWeights(*attention, *mlp))
+        c, where = model.config, cache.data.device
+        dense = c.pattern is None
+        every = (masks_of(c.patterns(index), c.size, True, c.tokens, where) for index in range(c.layers))
+        self.masks = () if dense else tuple(every)  # of each layer those that are cycled over its heads
         self.weights = StepWeights(own["wte"], own["wpe"], layers, own["ln_f"], own["wtet"])
 
 
@@ -75,7 +80,8 @@ def decode_one_token(decoder: Decoder, pixel: Tensor) -> Tensor:
     cache, slot = decoder.cache, decoder.cache.length
     if slot >= decoder.config.tokens:
         raise InputError(f"the cache already holds all {slot} slots of an image")
-    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, decoder.config.eps)
+    masks = {"masks": decoder.masks} if decoder.masks else {}
+    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, decoder.config.eps, **masks)
     cache.length = slot + 1
     return logits
 

@@ -22,6 +22,7 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.image_tensors import tokens_of
 from igpt_fast.palette import Palette
+from igpt_fast.patterns import masks_of
 from igpt_fast.pretrained import read_pretrained, write_pretrained
 
 MASKED = 0.15  # BERT: the share of pixels that is hidden from the model and scored
@@ -40,7 +41,7 @@ class ImageGPT(nn.Module):
         if config.objective == "ar":
             self.sos = _table(d, std=0.02)
         self.wpe = _table(config.tokens, d, std=0.01)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.ln_f = nn.Parameter(torch.ones(d))
         self.wtet = nn.Parameter(torch.zeros(config.colors, d))  # zero: a fresh model's loss is exactly ln(colors)
         if config.classes:
@@ -201,11 +202,11 @@ class ImageGPT(nn.Module):
 class Block(nn.Module):
     """h, delta → h + delta + attention, MLP: the sum of all branches but the last, and the last, still to be added."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.eps = config.eps
         self.ln_1 = nn.Parameter(torch.ones(config.width))
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = nn.Parameter(torch.ones(config.width))
         self.mlp = MLP(config)
 
@@ -218,9 +219,10 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """One linear makes q, k and v; they stay where it wrote them, as strided views."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         d, self.heads, self.causal = config.width, config.heads, config.objective == "ar"
+        self.size, self.patterns = config.size, config.patterns(layer)
         self.qkv = Linear(d, 3 * d, config.bias, std=1 / math.sqrt(d))
         self.proj = Linear(d, d, config.bias, std=1 / math.sqrt(d * config.layers))
 
@@ -229,7 +231,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [N, K, 3, heads, head_dim]
         if cache is not None:
             cache[..., : x.shape[1], :] = qkv[:, :, 1:].permute(0, 2, 3, 1, 4)
-        return self.proj(ops.attention_packed(qkv, causal=self.causal).flatten(2))
+        masks = masks_of(self.patterns, self.size, self.causal, x.shape[1], x.device)
+        return self.proj(ops.attention_packed(qkv, mask=masks, causal=self.causal).flatten(2))
 
 
 class MLP(nn.Module):

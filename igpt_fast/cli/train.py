@@ -22,6 +22,7 @@ from igpt_fast.train import train as train_model
 
 SMALL = {"layers": 4, "width": 128, "heads": 4}  # when nothing is said: two cores take about a second a step
 IMAGES = {"size": None, "resize": "paper", "background": "white", "on_error": "raise", "palette": None, "colors": 512}
+SHAPE = ("layers", "width", "heads", "objective", "pattern")  # the options that are Config's fields, but for the data's
 STANDARD = Options()
 
 Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)
@@ -81,6 +82,15 @@ def train(
     heads: Annotated[int | None, _model("--heads", "Attention heads.", SMALL["heads"])] = None,
     objective: Annotated[
         Objective | None, _model("--objective", "ar: predict the next pixel. bert: predict hidden pixels.", "ar")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        _model(
+            "--pattern",
+            "Sparse attention, such as row|neighborhood(7), or dense. Repeated: layers alternate; a / b: heads do.",
+            "dense",
+            metavar="TEXT",
+        ),
     ] = None,
     size: Annotated[
         str | None, _images("--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
@@ -157,7 +167,9 @@ def train(
 
     Example: igpt-fast train photos/ --out run --layers 8 --width 256 --heads 4 --size 32 --steps 5000
     """
-    given = {name: getattr(value, "value", value) for name, value in locals().items() if value is not None}
+    given = {name: getattr(value, "value", value) for name, value in locals().items() if value not in (None, [])}
+    if pattern:
+        given["pattern"] = [text.split("/") if "/" in text else text for text in pattern]
     check_run(out, resume)
     pick_device(device)
     saved = read_options(out) if resume else {"config": {}, "options": {}, "command": {}}
@@ -174,7 +186,7 @@ def train(
     if resume:
         _refuse_changes(out, saved, images, given)
     shape = {**SMALL, **saved["config"]}
-    shape |= {name: given[name] for name in ("layers", "width", "heads", "objective") if name in given}
+    shape |= {name: given[name] for name in SHAPE if name in given}
     Config.from_dict(shape)
     images |= {name: str(given[name]) if name == "palette" else given[name] for name in IMAGES if name in given}
     if not size and is_token_directory(data):
@@ -194,9 +206,10 @@ def _refuse_changes(out: Path, saved: dict[str, Any], images: dict[str, Any], gi
 
     Only a part can be seen so early: train compares everything with the checkpoint itself.
     """
-    config = {
-        name: value for name, value in saved["config"].items() if name != "colors"
-    }  # it may be less than asked for
+    whole = Config.from_dict(saved["config"])
+    config = {name: value for name, value in whole.to_dict().items() if name != "colors"}  # fewer than asked for, maybe
+    if "pattern" in given:
+        given = {**given, "pattern": Config.from_dict({**config, "pattern": given["pattern"]}).to_dict()["pattern"]}
     fixed = {name: saved["options"].get(name) for name in FIXED}
     images = {name: value for name, value in images.items() if name not in ("size", "palette")}
     for was in (config, fixed, images):

@@ -45,7 +45,7 @@ def prefill(model: ImageGPT, pixels: Tensor) -> tuple[Tensor, KVCache]:
 
 
 class Decoder:
-    """A model and a cache, ready to step: the model's own weights, no copies, as plain tensors looked up once.
+    """A model and a cache, ready to step: the model's own weights as plain tensors, looked up once; no copies are made.
 
     Raises InputError for a BERT model.
     """
@@ -68,7 +68,7 @@ class Decoder:
         dense = c.pattern is None
         every = (masks_of(c.patterns(index), c.size, True, c.tokens, where) for index in range(c.layers))
         self.masks = () if dense else tuple(every)  # of each layer those that are cycled over its heads
-        self.weights = StepWeights(own["wte"], own["wpe"], layers, own["ln_f"], own["wtet"])
+        self.weights = StepWeights(own["wte"], model.position_table().detach(), layers, own["ln_f"], own["wtet"])
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.image_tensors import tokens_of
 from igpt_fast.palette import Palette
 from igpt_fast.patterns import masks_of
+from igpt_fast.positions import summed
 from igpt_fast.pretrained import read_pretrained, write_pretrained
 
 MASKED = 0.15  # BERT: the share of pixels that is hidden from the model and scored
@@ -40,7 +41,10 @@ class ImageGPT(nn.Module):
         self.wte = _table(config.colors, d, std=0.02)
         if config.objective == "ar":
             self.sos = _table(d, std=0.02)
-        self.wpe = _table(config.tokens, d, std=0.01)
+        if config.positions == "learned":
+            self.wpe = _table(config.tokens, d, std=0.01)
+        else:  # the sum has the same spread
+            self.wpe_row, self.wpe_col = (_table(side, d, std=0.01 / math.sqrt(2)) for side in config.size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.ln_f = nn.Parameter(torch.ones(d))
         self.wtet = nn.Parameter(torch.zeros(config.colors, d))  # zero: a fresh model's loss is exactly ln(colors)
@@ -59,8 +63,9 @@ class ImageGPT(nn.Module):
     ) -> "ImageGPT":
         """Published weights: a directory in Hugging Face's layout, a name on their hub, an OpenAI checkpoint's prefix.
 
-        `model.palette` is the palette that lay with them, or None. dtype: None keeps the one they are stored in. size,
-        heads: see `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
+        `model.palette` is the palette that lay with them, or None. dtype: None keeps the one they are stored in. size:
+        (height, width) that their positions are brought to, by `igpt_fast.positions.resized`. heads: see
+        `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
         """
         found = read_pretrained(source, size, heads)
         with torch.device("meta"):  # no time for numbers that are overwritten, and the random state stays as it is
@@ -74,7 +79,9 @@ class ImageGPT(nn.Module):
         """Writes a directory that transformers' ImageGPT loads, and `from_pretrained` too; whole or not at all.
 
         palette: None writes `self.palette`, when there is one. overwrite: replaces such a directory. A BERT model is
-        written likewise, but transformers, which has none, refuses its shapes. Raises InputError.
+        written likewise, but transformers, which has none, refuses its shapes. Axial positions are written as their
+        sums, and come back as learned ones. A pattern is written for `from_pretrained`; transformers would compute
+        dense attention, of which a warning is logged. Raises InputError.
         """
         write_pretrained(path, self.config, dict(self.named_parameters()), palette or self.palette, overwrite)
 
@@ -174,7 +181,13 @@ class ImageGPT(nn.Module):
             h = torch.cat((self.sos.expand(len(pixels), 1, -1), h), dim=1)
         if keep is not None:
             h = h * keep.unsqueeze(-1)
-        return h + self.wpe[: h.shape[1]]
+        return h + self.position_table()[: h.shape[1]]
+
+    def position_table(self) -> Tensor:
+        """What is added to the slots [T, width]; slot i has that of the place of pixel i, which it predicts."""
+        if self.config.positions == "learned":
+            return self.wpe
+        return summed(self.wpe_row, self.wpe_col)
 
     def num_parameters(self) -> int:
         """How many numbers the model learns."""

@@ -23,7 +23,10 @@ def transcript(model, tokens, keep=None):
         h = np.concatenate([np.broadcast_to(p["sos"], (len(x), 1, c.width)), h[:, :-1]], axis=1)
     elif keep is not None:
         h = h * keep.flatten(1).numpy()[..., None]
-    h = h + p["wpe"]
+    if c.positions == "axial":  # pixel (y, x) has those of row y and of column x
+        h = h + np.stack([p["wpe_row"][i // c.size[1]] + p["wpe_col"][i % c.size[1]] for i in range(c.tokens)])
+    else:
+        h = h + p["wpe"]
     features = []
     for layer in range(c.layers):
         at = f"blocks.{layer}."

@@ -7,7 +7,7 @@ from igpt_fast import ops
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
-from igpt_fast.ops.decode_step import LayerWeights, StepWeights
+from igpt_fast.ops.decode_step import LayerWeights, StepMasks, StepWeights
 from igpt_fast.patterns import masks_of
 
 
@@ -45,7 +45,8 @@ def prefill(model: ImageGPT, pixels: Tensor) -> tuple[Tensor, KVCache]:
 
 
 class Decoder:
-    """A model and a cache, ready to step: the model's own weights as plain tensors, looked up once; no copies are made.
+    """A model and a cache, ready to step: the model's own weights as plain tensors, looked up once; no copies are made,
+    but of axial positions the sum.
 
     Raises InputError for a BERT model.
     """
@@ -65,9 +66,8 @@ class Decoder:
             mlp = own[f"{at}ln_2"], *linear(f"{at}mlp.fc"), *linear(f"{at}mlp.proj")
             layers.append(LayerWeights(*attention, *mlp))
         c, where = model.config, cache.data.device
-        dense = c.pattern is None
-        every = (masks_of(c.patterns(index), c.size, True, c.tokens, where) for index in range(c.layers))
-        self.masks = () if dense else tuple(every)  # of each layer those that are cycled over its heads
+        every = [masks_of(c.patterns(layer), c.size, True, c.tokens, where) for layer in range(c.layers)]
+        self.masks = () if c.pattern is None else StepMasks(every)
         self.weights = StepWeights(own["wte"], model.position_table().detach(), layers, own["ln_f"], own["wtet"])
 
 
@@ -80,8 +80,7 @@ def decode_one_token(decoder: Decoder, pixel: Tensor) -> Tensor:
     cache, slot = decoder.cache, decoder.cache.length
     if slot >= decoder.config.tokens:
         raise InputError(f"the cache already holds all {slot} slots of an image")
-    masks = {"masks": decoder.masks} if decoder.masks else {}
-    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, decoder.config.eps, **masks)
+    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, decoder.config.eps, decoder.masks)
     cache.length = slot + 1
     return logits
 

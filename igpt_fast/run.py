@@ -166,10 +166,11 @@ def introduction(config: Config, options: Options, parameters: int, images: int,
     c, o = config, options
     shape = f"{c.layers} layers, width {c.width}, {c.heads} heads, {c.size[0]}×{c.size[1]} pixels of {c.colors} colours"
     epochs, rate = f"{o.steps * o.batch / images:.1f} epochs", f"learning rate {o.peak_lr(c.width):.2g}"
-    sparse = [f"attention by {c.pattern_text}"] if c.pattern else []
+    kinds = [f"attention by {c.pattern_text}"] if c.pattern else []
+    kinds += ["axial positions"] if c.positions == "axial" else []
     lines = [
         f"{c.objective} model of {number(parameters)} parameters: {shape}",
-        *sparse,
+        *kinds,
         f"{number(images)} images to learn from, {number(held_out)} to validate on, {o.batch} a step",
         f"{number(o.steps)} steps ({epochs}), {rate}, {o.precision} {where}",
     ]

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from igpt_fast.cli.options import JsonOption, OnError, Resize, parse_size, print_json
-from igpt_fast.cli.start import open_start
-from igpt_fast.config import OBJECTIVES, PRESETS, Config
+from igpt_fast.cli.start import open_start, refuse_changes
+from igpt_fast.config import OBJECTIVES, POSITIONS, PRESETS, Config
 from igpt_fast.console import duration, say
 from igpt_fast.data import open_tokens
 from igpt_fast.device import pick_device
@@ -18,14 +18,12 @@ from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
 from igpt_fast.run import (
     CURVE,
-    FIXED,
     METRICS,
     PRECISIONS,
     Options,
     Result,
     check_run,
     read_options,
-    refuse_differences,
 )
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
@@ -33,11 +31,19 @@ from igpt_fast.weights import refuse_misfit
 
 SMALL = {"layers": 4, "width": 128, "heads": 4}  # when nothing is said: two cores take about a second a step
 IMAGES = {"size": None, "resize": "paper", "background": "white", "on_error": "raise", "palette": None, "colors": 512}
-SHAPE = ("layers", "width", "heads", "objective", "pattern")  # the options that are Config's fields, but for the data's
+SHAPE = (
+    "layers",
+    "width",
+    "heads",
+    "objective",
+    "pattern",
+    "positions",
+)  # the options that are Config's fields, but for the data's
 STANDARD = Options()
 
 Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)
 Objective = Enum("Objective", {name: name for name in OBJECTIVES}, type=str)
+Positions = Enum("Positions", {name: name for name in POSITIONS}, type=str)
 Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
 
 
@@ -111,6 +117,10 @@ def train(
             "dense",
             metavar="TEXT",
         ),
+    ] = None,
+    positions: Annotated[
+        Positions | None,
+        _model("--positions", "An embedding a pixel; axial: of its row plus of its column.", "learned"),
     ] = None,
     size: Annotated[
         str | None, _images("--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
@@ -205,7 +215,7 @@ def train(
         given["size"] = list(given["size"])
     images = {**IMAGES, **saved["command"].get("images", {}), **(start.images if start else {})}
     if resume:
-        _refuse_changes(out, saved, images, given)
+        refuse_changes(out, saved, images, given)
     shape = {**(start.shape if start else SMALL), **saved["config"]}
     shape |= {name: given[name] for name in SHAPE if name in given}
     config = Config.from_dict(shape)
@@ -226,21 +236,6 @@ def train(
         _print(result, options["sample_every"])
 
 
-def _refuse_changes(out: Path, saved: dict[str, Any], images: dict[str, Any], given: dict[str, Any]) -> None:
-    """InputError for an option that would change a resumed run's model or data, before any image is read.
-
-    Only a part can be seen so early: train compares everything with the checkpoint itself.
-    """
-    whole = Config.from_dict(saved["config"])
-    config = {name: value for name, value in whole.to_dict().items() if name != "colors"}  # fewer than asked for, maybe
-    if "pattern" in given:
-        given = {**given, "pattern": Config.from_dict({**config, "pattern": given["pattern"]}).to_dict()["pattern"]}
-    fixed = {name: saved["options"].get(name) for name in FIXED}
-    images = {name: value for name, value in images.items() if name not in ("size", "palette")}
-    for was in (config, fixed, images):
-        refuse_differences(out, was, {**was, **{name: given[name] for name in was if name in given}})
-
-
 def _refuse_idle(given: dict[str, Any], data: Path) -> None:
     """InputError for an option that would change nothing."""
     if is_token_directory(data):
@@ -248,8 +243,6 @@ def _refuse_idle(given: dict[str, Any], data: Path) -> None:
             if name in given:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} changes nothing: {data} holds tokens already; leave it out, or give images")
-    if "init" in given and given["resume"]:
-        raise InputError("--init changes nothing with --resume: the run has its own weights; leave it out")
     if "colors" in given and "palette" in given:
         raise InputError("--colors changes nothing with --palette, which has its own; leave one of them out")
 

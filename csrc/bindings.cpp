@@ -14,6 +14,7 @@ using igpt::BlockMaskView;
 using igpt::DType;
 using igpt::LayersView;
 using igpt::LayerView;
+using igpt::MasksView;
 using igpt::Stream;
 using igpt::View;
 
@@ -96,6 +97,21 @@ class Layers {
   std::vector<LayerView> views_;
 };
 
+// The masks of a model's layers and heads, read once. It keeps the tensors that it points into.
+class Masks {
+ public:
+  Masks(py::list masks, std::vector<int32_t> of, int64_t groups);
+  MasksView view() const {
+    return {views_.data(), int64_t(views_.size()), of_.data(), int64_t(of_.size()) / groups_, groups_};
+  }
+
+ private:
+  py::list owners_;
+  std::vector<BlockMaskView> views_;
+  std::vector<int32_t> of_;
+  int64_t groups_;
+};
+
 }  // namespace
 
 namespace pybind11::detail {
@@ -133,6 +149,17 @@ struct type_caster<LayersView> {
 };
 
 template <>
+struct type_caster<MasksView> {
+  PYBIND11_TYPE_CASTER(MasksView, const_name("Masks | None"));
+  bool load(handle h, bool) {
+    if (h.is_none()) return true;
+    if (!py::isinstance<Masks>(h)) return false;
+    value = py::cast<const Masks&>(h).view();
+    return true;
+  }
+};
+
+template <>
 struct type_caster<Stream> {
   PYBIND11_TYPE_CASTER(Stream, const_name("int"));
   bool load(handle h, bool) {
@@ -144,6 +171,12 @@ struct type_caster<Stream> {
 }  // namespace pybind11::detail
 
 namespace {
+
+Masks::Masks(py::list masks, std::vector<int32_t> of, int64_t groups)
+    : owners_(masks), of_(std::move(of)), groups_(groups) {
+  for (const py::handle mask : masks) views_.push_back(py::cast<BlockMaskView>(mask));
+  if (groups_ < 1 || of_.size() % size_t(groups_)) throw std::invalid_argument("expected so many groups in each layer");
+}
 
 struct Backend {
   const igpt::Ops* ops;
@@ -167,6 +200,9 @@ class OneDevice {
   }
   void see(const LayersView& l) {
     for (int64_t i = 0; i < l.count; ++i) see(l.layer[i].qkv);  // Python has seen that a layer's weights are together
+  }
+  void see(const MasksView& m) {
+    for (int64_t i = 0; i < m.count; ++i) see(m.mask[i]);
   }
   template <class T>
   void see(const T&) {}
@@ -209,6 +245,11 @@ constexpr Field kFields[] = {IGPT_EACH_OP(IGPT_FIELD)};
 PYBIND11_MODULE(IGPT_MODULE, m) {
   m.doc() = "The compiled backends of igpt_fast. Import torch first: both share one OpenMP runtime.";
   py::class_<Layers>(m, "Layers", py::module_local()).def(py::init<py::list>());
+  py::class_<Masks>(m, "Masks", py::module_local()).def(py::init([](py::list masks, py::list of, int64_t groups) {
+    std::vector<int32_t> numbers;
+    for (const py::handle n : of) numbers.push_back(py::cast<int32_t>(n));
+    return Masks(masks, std::move(numbers), groups);
+  }));
   py::class_<Backend> cls(m, "Backend", py::module_local());
 #define IGPT_BIND(field) op(cls, #field, &igpt::Ops::field);
   IGPT_EACH_OP(IGPT_BIND)

@@ -74,6 +74,15 @@ struct LayersView {
   int64_t count = 0;
 };
 
+// Who sees what in the layers' heads: head h of layer l looks through mask[of[l * groups + h % groups]], through none
+// where that is -1. Without groups no head looks through any. Somebody else owns the lists.
+struct MasksView {
+  const BlockMaskView* mask = nullptr;
+  int64_t count = 0;
+  const int32_t* of = nullptr;  // [layers, groups]
+  int64_t layers = 0, groups = 0;
+};
+
 struct Ops {
   const char* name = nullptr;
 
@@ -122,9 +131,9 @@ struct Ops {
   // linear: y = x weight^T (+ bias) for the few rows of a decoding step; a row's bits do not depend on its neighbours
   void (*linear_fwd)(View y, View x, View weight, View bias, Stream) = nullptr;
   // decode_step: one pixel more through all layers; logits [B, V], cache [L, B * 2 * H, T, D] with k before v, which
-  // receives its slot, pixels i64 [B], wte [V, d], wpe [T, d], ln_f [d], wtet [V, d]
+  // receives its slot, pixels i64 [B], wte [V, d], wpe [T, d], ln_f [d], wtet [V, d]; masks: the queries are row slot
   void (*decode_step)(View logits, View cache, View pixels, View wte, View wpe, LayersView layers, View ln_f, View wtet,
-                      int64_t slot, float eps, Stream) = nullptr;
+                      MasksView masks, int64_t slot, float eps, Stream) = nullptr;
   // sampling: the token at which the distribution function of softmax(logits / temperature), cut to top_k (0: all) and
   // top_p (1: all), exceeds the uniform; -1 where the logits are not finite
   void (*sample_tokens)(View tokens, View logits, View uniforms, double temperature, int64_t top_k, double top_p,

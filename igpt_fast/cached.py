@@ -7,7 +7,8 @@ from igpt_fast import ops
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
-from igpt_fast.ops.decode_step import LayerWeights, StepWeights
+from igpt_fast.ops.decode_step import LayerWeights, StepMasks, StepWeights
+from igpt_fast.patterns import masks_of
 
 
 class KVCache:
@@ -44,7 +45,8 @@ def prefill(model: ImageGPT, pixels: Tensor) -> tuple[Tensor, KVCache]:
 
 
 class Decoder:
-    """A model and a cache, ready to step: the model's own weights, no copies, as plain tensors looked up once.
+    """A model and a cache, ready to step: the model's own weights as plain tensors, looked up once; no copies are made,
+    but of axial positions the sum.
 
     Raises InputError for a BERT model.
     """
@@ -63,7 +65,10 @@ class Decoder:
             attention = own[f"{at}ln_1"], *linear(f"{at}attn.qkv"), *linear(f"{at}attn.proj")
             mlp = own[f"{at}ln_2"], *linear(f"{at}mlp.fc"), *linear(f"{at}mlp.proj")
             layers.append(LayerWeights(*attention, *mlp))
-        self.weights = StepWeights(own["wte"], own["wpe"], layers, own["ln_f"], own["wtet"])
+        c, where = model.config, cache.data.device
+        every = [masks_of(c.patterns(layer), c.size, True, c.tokens, where) for layer in range(c.layers)]
+        self.masks = () if c.pattern is None else StepMasks(every)
+        self.weights = StepWeights(own["wte"], model.position_table().detach(), layers, own["ln_f"], own["wtet"])
 
 
 @torch.inference_mode()
@@ -75,7 +80,7 @@ def decode_one_token(decoder: Decoder, pixel: Tensor) -> Tensor:
     cache, slot = decoder.cache, decoder.cache.length
     if slot >= decoder.config.tokens:
         raise InputError(f"the cache already holds all {slot} slots of an image")
-    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, decoder.config.eps)
+    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, decoder.config.eps, decoder.masks)
     cache.length = slot + 1
     return logits
 

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from igpt_fast.errors import InputError
+from igpt_fast.patterns import described, normalised, of_layer
 
 OBJECTIVES = ("ar", "bert")
+POSITIONS = ("learned", "axial")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "S": {"layers": 24, "width": 512, "heads": 8, "size": (32, 32)},
@@ -37,6 +39,12 @@ class Config:
     classes: int = 0  # outputs of the classifier head; 0: no head
     mlp_width: int | None = None  # inner width of the MLP; None becomes 4 * width
     eps: float = 1e-5  # inside the root of the norms
+    # Who sees whom: None (all that the objective lets them), a text of igpt_fast.patterns, or a list, cycled over the
+    # layers, of None, texts and lists, cycled over the heads. Kept in the one form that `patterns.normalised` gives.
+    pattern: Any = None
+    positions: str = (
+        "learned"  # "learned": an embedding a pixel; "axial": the sum of one of its row and one of its column
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("layers", 1), ("width", 1), ("heads", 1), ("colors", 2), ("classes", 0)):
@@ -60,6 +68,9 @@ class Config:
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps < math.inf:
             raise InputError(f"eps is {self.eps!r}; use a small positive number such as 1e-5")
         self._set("eps", float(self.eps))
+        self._set("pattern", normalised(self.pattern, self.layers, self.heads))
+        if self.positions not in POSITIONS:
+            raise InputError(f"positions is {self.positions!r}; use one of {', '.join(map(repr, POSITIONS))}")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the one way to normalise a field of a frozen dataclass
@@ -74,6 +85,15 @@ class Config:
         """Channels of one attention head."""
         return self.width // self.heads
 
+    def patterns(self, layer: int) -> tuple[str | None, ...]:
+        """The patterns of one layer, cycled over its heads; None stands for dense attention."""
+        return of_layer(self.pattern, layer)
+
+    @property
+    def pattern_text(self) -> str:
+        """The pattern for a person: layers apart by commas, heads by slashes."""
+        return described(self.pattern)
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "Config":
         """One of the published shapes "S", "M", "L", "XL" (XL's 24 heads are our assumption), with any field replaced.
@@ -86,7 +106,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` brings the same Config back."""
-        return {**asdict(self), "size": list(self.size)}
+        return {**asdict(self), "size": list(self.size), "pattern": _lists(self.pattern)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
@@ -97,6 +117,11 @@ class Config:
         if missing := [name for name in ("layers", "width", "heads") if name not in values]:
             raise InputError(f"the config lacks {', '.join(missing)}; layers, width and heads have no default")
         return cls(**values)
+
+
+def _lists(value: Any) -> Any:
+    """Tuples, within tuples too, as the lists that JSON makes of them."""
+    return [_lists(element) for element in value] if isinstance(value, tuple) else value
 
 
 def _whole(name: str, value: Any, least: int) -> int:

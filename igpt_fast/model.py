@@ -22,6 +22,8 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.image_tensors import tokens_of
 from igpt_fast.palette import Palette
+from igpt_fast.patterns import masks_of
+from igpt_fast.positions import summed
 from igpt_fast.pretrained import read_pretrained, write_pretrained
 
 MASKED = 0.15  # BERT: the share of pixels that is hidden from the model and scored
@@ -39,8 +41,11 @@ class ImageGPT(nn.Module):
         self.wte = _table(config.colors, d, std=0.02)
         if config.objective == "ar":
             self.sos = _table(d, std=0.02)
-        self.wpe = _table(config.tokens, d, std=0.01)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        if config.positions == "learned":
+            self.wpe = _table(config.tokens, d, std=0.01)
+        else:  # the sum has the same spread
+            self.wpe_row, self.wpe_col = (_table(side, d, std=0.01 / math.sqrt(2)) for side in config.size)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.ln_f = nn.Parameter(torch.ones(d))
         self.wtet = nn.Parameter(torch.zeros(config.colors, d))  # zero: a fresh model's loss is exactly ln(colors)
         if config.classes:
@@ -58,8 +63,9 @@ class ImageGPT(nn.Module):
     ) -> "ImageGPT":
         """Published weights: a directory in Hugging Face's layout, a name on their hub, an OpenAI checkpoint's prefix.
 
-        `model.palette` is the palette that lay with them, or None. dtype: None keeps the one they are stored in. size,
-        heads: see `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
+        `model.palette` is the palette that lay with them, or None. dtype: None keeps the one they are stored in. size:
+        (height, width) that their positions are brought to, by `igpt_fast.positions.resized`. heads: see
+        `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
         """
         found = read_pretrained(source, size, heads)
         with torch.device("meta"):  # no time for numbers that are overwritten, and the random state stays as it is
@@ -73,7 +79,9 @@ class ImageGPT(nn.Module):
         """Writes a directory that transformers' ImageGPT loads, and `from_pretrained` too; whole or not at all.
 
         palette: None writes `self.palette`, when there is one. overwrite: replaces such a directory. A BERT model is
-        written likewise, but transformers, which has none, refuses its shapes. Raises InputError.
+        written likewise, but transformers, which has none, refuses its shapes. Axial positions are written as their
+        sums, and come back as learned ones. A pattern is written for `from_pretrained`; transformers would compute
+        dense attention, of which a warning is logged. Raises InputError.
         """
         write_pretrained(path, self.config, dict(self.named_parameters()), palette or self.palette, overwrite)
 
@@ -173,7 +181,13 @@ class ImageGPT(nn.Module):
             h = torch.cat((self.sos.expand(len(pixels), 1, -1), h), dim=1)
         if keep is not None:
             h = h * keep.unsqueeze(-1)
-        return h + self.wpe[: h.shape[1]]
+        return h + self.position_table()[: h.shape[1]]
+
+    def position_table(self) -> Tensor:
+        """What is added to the slots [T, width]; slot i has that of the place of pixel i, which it predicts."""
+        if self.config.positions == "learned":
+            return self.wpe
+        return summed(self.wpe_row, self.wpe_col)
 
     def num_parameters(self) -> int:
         """How many numbers the model learns."""
@@ -201,11 +215,11 @@ class ImageGPT(nn.Module):
 class Block(nn.Module):
     """h, delta → h + delta + attention, MLP: the sum of all branches but the last, and the last, still to be added."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.eps = config.eps
         self.ln_1 = nn.Parameter(torch.ones(config.width))
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = nn.Parameter(torch.ones(config.width))
         self.mlp = MLP(config)
 
@@ -218,9 +232,10 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """One linear makes q, k and v; they stay where it wrote them, as strided views."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         d, self.heads, self.causal = config.width, config.heads, config.objective == "ar"
+        self.size, self.patterns = config.size, config.patterns(layer)
         self.qkv = Linear(d, 3 * d, config.bias, std=1 / math.sqrt(d))
         self.proj = Linear(d, d, config.bias, std=1 / math.sqrt(d * config.layers))
 
@@ -229,7 +244,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [N, K, 3, heads, head_dim]
         if cache is not None:
             cache[..., : x.shape[1], :] = qkv[:, :, 1:].permute(0, 2, 3, 1, 4)
-        return self.proj(ops.attention_packed(qkv, causal=self.causal).flatten(2))
+        masks = masks_of(self.patterns, self.size, self.causal, x.shape[1], x.device)
+        return self.proj(ops.attention_packed(qkv, mask=masks, causal=self.causal).flatten(2))
 
 
 class MLP(nn.Module):

@@ -22,6 +22,7 @@ from igpt_fast.checkpoint import list_checkpoints
 from igpt_fast.config import Config
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
 from igpt_fast.pictures import save_curve, write_atomically
 
 OPTIONS, METRICS, CURVE = "train.json", "metrics.jsonl", "loss.png"
@@ -85,6 +86,20 @@ class Options:
         if step < warmup:
             return self.peak_lr(width) * (step + 1) / warmup
         return self.peak_lr(width) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended. Losses are nats per pixel; val_loss is None when no image is held out."""
+
+    model: ImageGPT  # with the averaged weights when ema is on
+    run: Path
+    checkpoint: Path
+    step: int
+    loss: float
+    val_loss: float | None
+    seconds: float  # all parts of an interrupted run together
+    rows: list[dict[str, Any]]  # of metrics.jsonl
 
 
 def check_run(run: str | Path, resume: bool) -> None:
@@ -151,8 +166,11 @@ def introduction(config: Config, options: Options, parameters: int, images: int,
     c, o = config, options
     shape = f"{c.layers} layers, width {c.width}, {c.heads} heads, {c.size[0]}×{c.size[1]} pixels of {c.colors} colours"
     epochs, rate = f"{o.steps * o.batch / images:.1f} epochs", f"learning rate {o.peak_lr(c.width):.2g}"
+    kinds = [f"attention by {c.pattern_text}"] if c.pattern else []
+    kinds += ["axial positions"] if c.positions == "axial" else []
     lines = [
         f"{c.objective} model of {number(parameters)} parameters: {shape}",
+        *kinds,
         f"{number(images)} images to learn from, {number(held_out)} to validate on, {o.batch} a step",
         f"{number(o.steps)} steps ({epochs}), {rate}, {o.precision} {where}",
     ]

@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from igpt_fast.run import (
     FIXED,
     Metrics,
     Options,
+    Result,
     broken_off,
     check_run,
     circumstances,
@@ -43,22 +44,9 @@ from igpt_fast.run import (
     write_options,
 )
 from igpt_fast.sample import sample
+from igpt_fast.weights import reshaped
 
 SAMPLES = 16  # images in a picture of samples
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a training ended. Losses are nats per pixel; val_loss is None when no image is held out."""
-
-    model: ImageGPT  # with the averaged weights when ema is on
-    run: Path
-    checkpoint: Path
-    step: int
-    loss: float
-    val_loss: float | None
-    seconds: float  # all parts of an interrupted run together
-    rows: list[dict[str, Any]]  # of metrics.jsonl
 
 
 def train(
@@ -67,15 +55,18 @@ def train(
     config: Config | None = None,
     *,
     resume: bool = False,
+    init: ImageGPT | None = None,
     device: str | torch.device = "auto",
     command: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Result:
     """Trains an Image GPT on `dataset`. All it makes lies under `run`: checkpoints, samples, metrics.jsonl, …
 
-    config: the model's shape, which must fit the dataset's size and colours; may be None when resuming. options: fields
-    of igpt_fast.run.Options. command: what else shall stand in train.json; its "resume" is what a stopped run tells the
-    user to type. Ctrl-C and SIGTERM save a checkpoint and raise KeyboardInterrupt or SystemExit(143); a second stops
+    config: the model's shape, which must fit the dataset's size and colours; may be None when resuming, and with init:
+    a model whose weights are copied to begin with, at the dataset's size and by config's pattern, which may be others
+    (see igpt_fast.weights.reshaped). options: fields of igpt_fast.run.Options. command: what else shall stand in
+    train.json; its "resume" is what a stopped run tells the user to type. Ctrl-C and SIGTERM save a checkpoint and
+    raise KeyboardInterrupt or SystemExit(143); a second stops
     at once. Raises InputError for bad options, a run that holds a checkpoint (without resume) or none (with), a resume
     that would change the model or the data, a checkpoint that cannot be read or written, a loss that is not finite.
     """
@@ -83,6 +74,10 @@ def train(
     check_run(run, resume)
     device = pick_device(device)
     checkpoint = load_checkpoint(run) if resume else None
+    if resume and init is not None:
+        raise InputError("init changes nothing when resuming: the run has its own weights; leave it out")
+    if config is None and init is not None:
+        config = replace(init.config, size=dataset.size, classes=0)
     if config is None:
         if checkpoint is None:
             raise InputError("a new run needs a config: the model's layers, width and heads")
@@ -93,11 +88,12 @@ def train(
         has, wants = getattr(dataset, name), getattr(config, name)
         if has != wants:
             raise InputError(f"the data have {name} {has}, the model {wants}: give them the same {name}")
+    start = None if init is None else copy.deepcopy(reshaped(init, config)).float().requires_grad_()
     batches = Batches(dataset, chosen, config.objective)
     try:
         run.mkdir(parents=True, exist_ok=True)
         with locked(run), Stop() as stop:
-            return _Training(batches, run, config, device, checkpoint, stop, dict(command or {})).go()
+            return _Training(batches, run, config, device, checkpoint, start, stop, dict(command or {})).go()
     except OSError as error:  # a disk that is full, or gone
         raise broken_off(run, error) from error
 
@@ -112,6 +108,7 @@ class _Training:
         config: Config,
         device: torch.device,
         checkpoint: Checkpoint | None,
+        start: ImageGPT | None,
         stop: Stop,
         command: dict[str, Any],
     ) -> None:
@@ -133,16 +130,18 @@ class _Training:
         ]  # (loss, norm) of the steps since the last row
         self.began = time.monotonic() - state["elapsed"]
         self.timed = (0, 0.0)  # steps since the last row, and the seconds that they took
-        self._build(checkpoint)
+        self._build(checkpoint, start)
         self.metrics = Metrics(run, self.step)
         for picture in (run / "samples").glob("step-*.png"):
             if int(picture.stem[5:]) > self.step:  # of a step that will be taken again
                 picture.unlink()
         write_options(run, config, self.options, data, command)
 
-    def _build(self, checkpoint: Checkpoint | None) -> None:
-        """The model, its average when ema is on, and the optimizer: fresh by the seed, or as they were saved."""
-        if checkpoint is None:
+    def _build(self, checkpoint: Checkpoint | None, start: ImageGPT | None) -> None:
+        """The model, its average when ema is on, and the optimizer: fresh by the seed, given, or as they were saved."""
+        if start is not None:
+            model = start
+        elif checkpoint is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.options.seed)
                 model = ImageGPT(self.config)

@@ -4,17 +4,23 @@ The names and layouts of both sides are in igpt_fast/pretrained/names.py.
 """
 
 import json
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from igpt_fast.checkpoint import CONFIG, FOLDER, STATE, Checkpoint, load_checkpoint
+from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
+from igpt_fast.positions import resized
 from igpt_fast.pretrained.names import WPE, Theirs, infer_config, to_ours, to_theirs
 from igpt_fast.pretrained.settings import check_supported, grid_of
+
+log = logging.getLogger("igpt_fast")
 
 
 def from_hf(
@@ -55,6 +61,8 @@ def to_hf_state_dict(model: ImageGPT) -> dict[str, Tensor]:
     """
     if model.config.objective != "ar":
         raise InputError("transformers' ImageGPT has no BERT mode; only objective='ar' models can be converted")
+    if model.config.pattern is not None:
+        log.warning("transformers has no patterns: with these weights it computes dense attention")
     return to_theirs(dict(model.named_parameters()), model.config)
 
 
@@ -66,14 +74,48 @@ def open_model(
 ) -> Checkpoint:
     """A model and its palette, from whatever holds one: a training run or one of its checkpoints, or published weights.
 
-    Published weights (see ImageGPT.from_pretrained, which also says what size and heads are for) have no step. Raises
-    InputError that names the file and what to do.
+    size: (height, width) that the position embeddings are brought to, by `igpt_fast.positions.resized`.
+    Published weights (see ImageGPT.from_pretrained, which also says what heads is for) have no step. Raises InputError
+    that names the file and what to do.
     """
     path = Path(source)
     if (path / STATE).is_file() or (path / FOLDER).is_dir() or path.name == FOLDER or _is_our_config(path / CONFIG):
-        return load_checkpoint(path, device)
+        found = load_checkpoint(path, device)
+        return (
+            found
+            if size is None
+            else replace(found, model=reshaped(found.model, replace(found.model.config, size=size)))
+        )
     model = ImageGPT.from_pretrained(source, size=size, heads=heads, device=device)
     return Checkpoint(model, model.palette, state={}, step=None, path=path)
+
+
+def reshaped(model: ImageGPT, config: Config) -> ImageGPT:
+    """A model of `config` with the weights of another, whose size, pattern and classes may differ; itself if none does.
+
+    Positions come to another size as `igpt_fast.positions.resized` says; a classifier head that is not asked for is
+    left out. Raises InputError that names what else differs.
+    """
+    if model.config == config:
+        return model
+    refuse_misfit(model.config, config)
+    tensors = dict(model.named_parameters())
+    if model.config.size != config.size:
+        tensors = resized(tensors, model.config.size, config.size)
+    with torch.device("meta"):
+        other = ImageGPT(config)
+    other = other.to(model.wte.dtype).to_empty(device=model.wte.device)
+    other.load_state_dict({name: tensors[name] for name in dict(other.named_parameters())})
+    other.palette = model.palette
+    return other
+
+
+def refuse_misfit(has: Config, wants: Config) -> None:
+    """InputError that names what `reshaped` cannot change, where two models differ in it."""
+    asked = wants.to_dict()
+    for name, value in has.to_dict().items():
+        if name not in ("size", "pattern") and asked[name] != value and (name, asked[name]) != ("classes", 0):
+            raise InputError(f"the weights to begin with have {name} {value}, not {asked[name]}; use the same {name}")
 
 
 def _is_our_config(path: Path) -> bool:

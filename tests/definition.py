@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from igpt_fast.patterns import BlockMask
+
 
 def transcript(model, tokens, keep=None):
     """The forward pass from its definition in float64 numpy: logits [N, T, V] and features [layers + 1, N, d]."""
@@ -21,7 +23,10 @@ def transcript(model, tokens, keep=None):
         h = np.concatenate([np.broadcast_to(p["sos"], (len(x), 1, c.width)), h[:, :-1]], axis=1)
     elif keep is not None:
         h = h * keep.flatten(1).numpy()[..., None]
-    h = h + p["wpe"]
+    if c.positions == "axial":  # pixel (y, x) has those of row y and of column x
+        h = h + np.stack([p["wpe_row"][i // c.size[1]] + p["wpe_col"][i % c.size[1]] for i in range(c.tokens)])
+    else:
+        h = h + p["wpe"]
     features = []
     for layer in range(c.layers):
         at = f"blocks.{layer}."
@@ -31,6 +36,11 @@ def transcript(model, tokens, keep=None):
         scores = np.einsum("nqhe,nkhe->nhqk", q, k) / math.sqrt(c.head_dim)
         if c.objective == "ar":
             scores = np.where(np.tril(np.ones((c.tokens, c.tokens), bool)), scores, -np.inf)
+        texts = c.patterns(layer)
+        for head in range(c.heads):
+            if text := texts[head % len(texts)]:
+                mask = BlockMask.compile(text, c.size, causal=c.objective == "ar")
+                scores[:, head] = np.where(mask.dense().numpy(), scores[:, head], -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         mixed = np.einsum("nhqk,nkhe->nqhe", weights, v).reshape(h.shape)

@@ -116,6 +116,10 @@ def test_images_are_tokenised_once_and_a_palette_may_be_given(tmp_path, monkeypa
         (["--device", "abacus"], "device 'abacus' cannot be used"),
         (["--resume"], "holds no checkpoint to go on from"),
         (["--palette", "none.npy"], "none.npy"),
+        (["--pattern", "rwo"], "no pattern named 'rwo'; did you mean 'row'?"),
+        (["--pattern", "row|neighborhood(6)"], "neighborhood: side is 6; use an odd whole number"),
+        (["--pattern", "row / "], "pattern ' ' cannot be read"),
+        (["--layers", "1", "--pattern", "row", "--pattern", "dense"], "pattern lists 2 for 1 layers"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(dataset, tmp_path, monkeypatch, capsys, arguments, message):
@@ -127,7 +131,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(dataset, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--layers", "3"], ["--size", "6x4"], ["--batch", "8"], ["--seed", "1"], ["--objective", "bert"], ["--flip"]],
+    [
+        ["--layers", "3"],
+        ["--size", "6x4"],
+        ["--batch", "8"],
+        ["--seed", "1"],
+        ["--objective", "bert"],
+        ["--flip"],
+        ["--pattern", "row"],
+    ],
 )
 def test_resuming_with_another_model_or_data_names_the_option(dataset, tmp_path, monkeypatch, capsys, arguments):
     run = tmp_path / "run"
@@ -136,6 +148,22 @@ def test_resuming_with_another_model_or_data_names_the_option(dataset, tmp_path,
     code, _, err = call(monkeypatch, capsys, dataset.path, "--out", run, "--resume", *arguments)
     assert code == 2 and f"error: --resume with another {arguments[0][2:]}: {run} was trained with " in err
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_patterns_of_layers_and_heads_are_kept_by_a_run(dataset, tmp_path, monkeypatch, capsys):
+    run, patterns = tmp_path / "run", ["--pattern", "row|neighborhood(3) / column", "--pattern", "dense"]
+    code, _, err = call(monkeypatch, capsys, dataset.path, "--out", run, *MODEL, *FAST, *patterns)
+    assert code == 0 and "attention by row | neighborhood(3) / column, dense" in err
+    kept = [["row | neighborhood(3)", "column"], None]
+    assert read_options(run)["config"]["pattern"] == kept
+    for again in ([], patterns):
+        code, _, err = call(monkeypatch, capsys, dataset.path, "--out", run, "--resume", "--steps", "10", *again)
+        assert code == 0 and read_options(run)["config"]["pattern"] == kept
+    old = json.loads((run / "train.json").read_text())
+    del old["config"]["pattern"], old["config"]["positions"]
+    (run / "train.json").write_text(json.dumps(old))  # a run of a version that had none
+    code, _, err = call(monkeypatch, capsys, dataset.path, "--out", run, "--resume", "--pattern", "row")
+    assert code == 2 and "--resume with another pattern" in err
 
 
 def test_an_unwritable_out_is_found_before_the_images_are_read(tmp_path, monkeypatch, capsys):

@@ -118,7 +118,7 @@ def test_published_weights_are_probed_with_a_test_set_of_its_own(igpt, tmp_path)
         (("eval", "WEIGHTS", "TOKENS", "--val-fraction", "2"), "--val-fraction is 2.0"),
         (("eval", "nowhere", "TOKENS"), "nowhere is not there; give a directory with config.json"),
         (("convert", "nowhere", "out"), "nowhere is not there"),
-        (("convert", "WEIGHTS", "out", "--size", "5x5"), "size 5x5 does not fit the 24 positions"),
+        (("convert", "WEIGHTS", "out", "--size", "0x5"), "--size '0x5' is not a size"),
         (("convert", "WEIGHTS", "out", "--palette", "nowhere.npy"), "there is no palette nowhere.npy"),
     ],
 )

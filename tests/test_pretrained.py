@@ -132,8 +132,11 @@ def test_a_grid_that_is_no_square_is_known_by_its_processor_or_said(tmp_path):
     os.unlink(tmp_path / "preprocessor_config.json")
     assert ImageGPT.from_pretrained(tmp_path).config.size == (4, 4)
     assert ImageGPT.from_pretrained(tmp_path, size=(8, 2)).config.size == (8, 2)
-    with pytest.raises(InputError, match=r"config\.json: size 3x5 does not fit the 16 positions"):
-        ImageGPT.from_pretrained(tmp_path, size=(3, 5))
+    assert ImageGPT.from_pretrained(tmp_path, size=(3, 5)).config.size == (3, 5)  # a square that is brought to it
+    make(size=(3, 5)).save_pretrained(tmp_path / "odd")
+    edit(tmp_path / "odd/config.json", igpt_fast="gone")
+    with pytest.raises(InputError, match=r"config\.json: size 4x4 does not fit the 15 positions"):
+        ImageGPT.from_pretrained(tmp_path / "odd", size=(4, 4))
 
 
 def test_saving_is_whole_or_not_at_all(saved, tmp_path, monkeypatch):

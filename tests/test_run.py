@@ -93,6 +93,7 @@ def test_a_loss_that_is_not_finite_names_step_and_remedy_and_keeps_the_last_good
         ("seed", {"options": {"seed": 1}}),
         ("batch", {"options": {"batch": 12}}),
         ("flip", {"options": {"flip": True}}),
+        ("pattern", {"config": {"pattern": ["row", "dense"]}}),
         ("ema", {"options": {"ema": 0.5}}),
         ("val_fraction", {"options": {"val_fraction": 0.2}}),
         ("tokens", {"data": {"seed": 9}}),

@@ -57,6 +57,47 @@ def test_cached_logits_equal_uncached_ones(dtype, bias, known):
         decode_one_token(decoder, flat[:, -1])
 
 
+SPARSE = {  # patterns of all layers, of layers and of heads, on grids that end within a tile of 64 slots
+    "one": {"pattern": "row|neighborhood(3)"},
+    "layers": {"pattern": ["column", None], "size": (9, 11)},
+    "heads": {"pattern": [["row", "local(9)", "row"], "blocks(4)"], "size": (9, 11)},
+    "heads, 130 slots": {"pattern": [[None, "row"], ["column", "row"]], "size": (10, 13), "positions": "axial"},
+}
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.66, 0.98])
+@pytest.mark.parametrize("fields", SPARSE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cached_logits_of_sparse_models_equal_uncached_ones(dtype, fields, share):
+    model = make(dtype, **SPARSE[fields])
+    flat = pixels(model, 3).flatten(1)
+    known, plain = int(share * flat.shape[1]), model(flat).double()
+    logits, cache = prefill(model, flat[:, :known])
+    rows, decoder = [logits], Decoder(model, cache)
+    for at in range(known, model.config.tokens - 1):
+        rows.append(decode_one_token(decoder, flat[:, at]))
+    got, truth = torch.stack(rows, dim=1).double(), model.double()(flat)
+    ulps = model.config.tokens if dtype == torch.float64 else 4
+    limit = 2 * (plain - truth).abs().max() + ulps * torch.finfo(dtype).eps * truth.abs().max()
+    assert (got - truth[:, known:]).abs().max() <= limit
+
+
+def test_sparse_models_are_sampled_as_dense_ones_are():
+    model = make(torch.float64, **SPARSE["heads"])
+    got, count = sample(model, n=2, seed=9), model.config.tokens
+    want = torch.zeros(2, count, dtype=torch.int64)
+    u = torch.stack([uniforms(9, image, 0, count) for image in range(2)])
+    for at in range(count):
+        want[:, at] = sample_tokens(model(want)[:, at], u[:, at])
+    assert torch.equal(got.flatten(1), want)
+    model = make(**SPARSE["heads"])
+    every, tokens = sample(model, n=5, seed=5), pixels(model, 2)
+    filled = complete(model, tokens, n=3, seed=5)
+    for batch in (1, 2):
+        assert torch.equal(sample(model, n=5, seed=5, batch=batch), every)
+        assert torch.equal(complete(model, tokens, n=3, seed=5, batch=batch), filled)
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 6}, {"top_p": 0.8}, {"temperature": 0.0}])
 def test_sampling_is_the_plain_loop_over_the_whole_model(options):
     model = make(torch.float64)

@@ -76,6 +76,7 @@ def test_saving_memory_does_not_change_what_is_learned(dataset, tmp_path, extra)
 VARIANTS = {
     "plain": {},
     "bert, flipped, averaged": {"objective": "bert", "flip": True, "ema": 0.9, "accumulate": 2},
+    "sparse": {"pattern": [["row|neighborhood(3)", "column"], "dense"]},
     "fp32, tiny windows": {"precision": "fp32", "log_every": 1, "save_every": 5, "accumulate": 3},
 }
 
@@ -86,7 +87,8 @@ def test_an_interruption_changes_nothing(dataset, tmp_path, monkeypatch, variant
     if stop == "crash" and variant == "plain":
         torch.set_num_threads(2)  # the bits may not depend on which thread comes first
     extra = dict(VARIANTS[variant])
-    config = Config.from_dict({**CONFIG.to_dict(), "objective": extra.pop("objective", "ar")})
+    shape = {name: extra.pop(name) for name in ("objective", "pattern") if name in extra}
+    config = Config.from_dict({**CONFIG.to_dict(), **shape})
     options = {**FAST, **extra, "sample_every": 4}
     train(dataset, tmp_path / "straight", config, **options)
     run = tmp_path / "stopped"

@@ -1,5 +1,5 @@
 // One query over one head of a cache, for attention_decode.cpp and decode_step.cpp: scores into a row of floats,
-// softmax, weighted sum of the values. Every byte of the cached keys and values is read once.
+// softmax, weighted sum of the values. Every byte of the keys and values that are seen is read once, and no other.
 #pragma once
 #include "attention.h"
 
@@ -10,10 +10,58 @@ namespace IGPT_ISA {
 // an addition. Narrow vectors spend them on width, so that a row of values is read whole.
 constexpr int kBlock = kLanes >= 16 ? 4 : 8, kStreams = 8 / kBlock;
 
+// What a query sees of a cache: the slots of an ascending list or, without one, the first `count`.
+struct Seen {
+  int64_t count = 0;
+  const int32_t* slot = nullptr;  // [count], then kAhead times the last, which are asked for but not read
+};
+constexpr int kAhead = 32;  // rows of a list between the one that is read and the one that the cache is asked for
+
+// What row length - 1 of a mask sees of the first `length` slots, listed in `slots`, which has room for kAhead more.
+static inline Seen seen_in(const BlockMaskView& mask, int64_t length, int32_t* slots) {
+  const View &start = mask.row_start, &tile = mask.row_tile, &ids = mask.row_mask;
+  IGPT_CHECK(start.dtype == DType::i32 && tile.dtype == DType::i32 && ids.dtype == DType::i32 &&
+                 mask.bits.dtype == DType::i64 && start.dense() && tile.dense() && ids.dense() && mask.bits.dense() &&
+                 tile.numel() == ids.numel(),
+             "attention_decode: a mask is dense lists of int32 and dense int64 words");
+  const int64_t row = length - 1, i = row / kTile;
+  IGPT_CHECK(i + 1 < start.numel(), "attention_decode: the mask has no row %lld", (long long)(row));
+  const int64_t begin = start.as<int32_t>()[i], end = start.as<int32_t>()[i + 1];
+  IGPT_CHECK(begin >= 0 && begin <= end && end <= tile.numel(), "attention_decode: the mask's tile lists are broken");
+  int64_t count = 0, before = -1;
+  for (int64_t e = begin; e < end; ++e) {
+    const int64_t j = tile.as<int32_t>()[e], id = ids.as<int32_t>()[e], left = length - j * kTile;
+    IGPT_CHECK(j > before && id * kTile < mask.bits.numel(), "attention_decode: the mask's tile lists are broken");
+    before = j;
+    if (left <= 0) break;  // behind the query there is nothing yet
+    uint64_t bits = id < 0 ? ~0ull : mask.bits.as<uint64_t>()[id * kTile + row % kTile];
+    if (left < kTile) bits &= (1ull << left) - 1;
+    for (; bits; bits &= bits - 1) slots[count++] = int32_t(j * kTile + __builtin_ctzll(bits));
+  }
+  if (count == length) return {count, nullptr};
+  for (int a = 0; a < kAhead && count; ++a) slots[count + a] = slots[count - 1];
+  return {count, slots};
+}
+
+// The rows that a query sees, by their number, and a word to the cache about those that come later.
+template <class T>
+struct FirstRows {
+  Head<const T> head;
+  const T* row(int64_t t) const { return head.row(t); }
+  void ask(const T* here, int64_t, int64_t c) const { prefetch(here, c); }
+};
+template <class T>
+struct ListedRows {
+  Head<const T> head;
+  const int32_t* slot;
+  const T* row(int64_t t) const { return head.row(slot[t]); }
+  void ask(const T*, int64_t t, int64_t c) const { prefetch<kLanes, 0>(row(t + kAhead), c); }
+};
+
 // score[t .. t + kLanes) = q . k_t for kLanes keys at once; keys behind the end repeat the last one and are masked
 // later.
-template <class T>
-static inline vf dots(const float* q, const Head<const T>& k, int64_t t, int64_t length, int64_t whole, int64_t D) {
+template <class T, class Rows>
+static inline vf dots(const float* q, const Rows& k, int64_t t, int64_t length, int64_t whole, int64_t D) {
   vf acc[kLanes];
   const T* row[kLanes];
   clear(acc);
@@ -21,7 +69,7 @@ static inline vf dots(const float* q, const Head<const T>& k, int64_t t, int64_t
   // A key at a time, so that memory is read in its order: what no cache holds comes faster then.
   for (int j = 0; j < kLanes; ++j)
     for (int64_t c = 0; c < whole; c += kLanes) {
-      prefetch(row[j], c);
+      k.ask(row[j], std::min(t + j, length - 1), c);
       acc[j] += load(q + c) * load(row[j] + c);
     }
   if (whole < D) {
@@ -32,14 +80,14 @@ static inline vf dots(const float* q, const Head<const T>& k, int64_t t, int64_t
 }
 
 // out[c .. c + n lanes) = sum_t p_t v_t for `vectors` whole vectors of the head.
-template <int vectors, class T>
-static inline void mix(float* out, const float* p, const Head<const T>& v, int64_t c, int64_t length, float inverse) {
+template <int vectors, class Rows>
+static inline void mix(float* out, const float* p, const Rows& v, int64_t c, int64_t length, float inverse) {
   vf acc[kStreams][vectors] = {};
   int64_t t = 0;
   for (; t + kStreams <= length; t += kStreams)
     for (int s = 0; s < kStreams; ++s)
       for (int i = 0; i < vectors; ++i) {
-        prefetch(v.row(t + s) + c, i * kLanes);
+        v.ask(v.row(t + s), t + s, c + i * kLanes);
         acc[s][i] += p[t + s] * load(v.row(t + s) + c + i * kLanes);
       }
   for (; t < length; ++t)
@@ -51,17 +99,15 @@ static inline void mix(float* out, const float* p, const Head<const T>& v, int64
   }
 }
 
-// row [D rounded up to whole vectors] = softmax(scale q K^T) V. query [likewise, zeros behind D] is used up; score has
-// room for padded(length) floats.
-template <class T>
-static void decode_head(float* row, float* query, const Head<const T>& hk, const Head<const T>& hv, int64_t D,
-                        int64_t length, float scale, float* score) {
+template <class T, class Rows>
+static void decode_rows(float* row, float* query, const Rows& hk, const Rows& hv, int64_t D, int64_t length,
+                        float scale, float* score) {
   const int64_t whole = D / kLanes * kLanes, end = padded(length);
   for (int64_t c = 0; c < padded(D); c += kLanes) store(query + c, load(query + c) * (scale * kLog2e));
 
   vf tops = splat(-INFINITY);
   for (int64_t t = 0; t < end; t += kLanes) {
-    const vf s = dots<T>(query, hk, t, length, whole, D);
+    const vf s = dots<T, Rows>(query, hk, t, length, whole, D);
     store(score + t, s);
     tops = max(tops, s);  // a repeated key changes no maximum
   }
@@ -76,13 +122,28 @@ static void decode_head(float* row, float* query, const Head<const T>& hk, const
   const float inverse = 1.f / sum(total);
 
   int64_t c = 0;
-  for (; c + kBlock * kLanes <= whole; c += kBlock * kLanes) mix<kBlock, T>(row, score, hv, c, length, inverse);
-  for (; c < whole; c += kLanes) mix<1, T>(row, score, hv, c, length, inverse);
+  for (; c + kBlock * kLanes <= whole; c += kBlock * kLanes) mix<kBlock, Rows>(row, score, hv, c, length, inverse);
+  for (; c < whole; c += kLanes) mix<1, Rows>(row, score, hv, c, length, inverse);
   if (c < D) {
     vf acc = {};
     for (int64_t t = 0; t < length; ++t) acc += score[t] * load_n(hv.row(t) + c, D - c);
     store(row + c, acc * inverse);
   }
+}
+
+// row [D rounded up to whole vectors] = softmax(scale q K^T) V over the slots that are seen, zeros where none is. query
+// [likewise, zeros behind D] is used up; score has room for padded(seen.count) floats.
+template <class T>
+static void decode_head(float* row, float* query, const Head<const T>& hk, const Head<const T>& hv, int64_t D,
+                        const Seen& seen, float scale, float* score) {
+  if (!seen.count) {
+    for (int64_t c = 0; c < D; c += kLanes) store(row + c, vf{});
+    return;
+  }
+  if (seen.slot)
+    return decode_rows<T>(row, query, ListedRows<T>{hk, seen.slot}, ListedRows<T>{hv, seen.slot}, D, seen.count, scale,
+                          score);
+  decode_rows<T>(row, query, FirstRows<T>{hk}, FirstRows<T>{hv}, D, seen.count, scale, score);
 }
 
 }  // namespace IGPT_ISA

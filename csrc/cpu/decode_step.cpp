@@ -3,11 +3,11 @@
 //   h = wte[pixel] + wpe[slot];  per layer:  q, k, v = qkv(norm(h)) ; k, v into the cache's slot
 //   h += attn_proj(softmax(q K^T / sqrt(D)) V);  h += mlp_proj(gelu(fc(norm(h))));  last:  logits = norm(h) wtet^T
 //
-// Bound by bytes: every weight and every cached key and value is read once. So the step is one parallel region, in
-// which memory never waits for an interpreter or for a team of threads to form. A thread keeps its own copy of the
-// residual stream, in float, and all threads do the small norms alike instead of waiting for one; the linears share
-// their weight rows out, attention its heads. A task computes what it owns in an order of its own, and rows know
-// nothing of each other: neither threads nor neighbours change a bit.
+// Bound by bytes: every weight and every cached key and value that a head's mask shows is read once. So the step is one
+// parallel region, in which memory never waits for an interpreter or for a team of threads to form. A thread keeps its
+// own copy of the residual stream, in float, and all threads do the small norms alike instead of waiting for one; the
+// linears share their weight rows out, attention its heads. A task computes what it owns in an order of its own, and
+// rows know nothing of each other: neither threads nor neighbours change a bit.
 #include "activation.h"
 #include "attention_decode.h"
 #include "linear.h"
@@ -27,6 +27,31 @@ static void check_weight(const View& w, int64_t rows, int64_t cols, DType dtype,
 static void check_bias(const View& b, int64_t cols, DType dtype, const char* name) {
   if (b) check_weight(b, 1, cols, dtype, name);
 }
+
+// What each mask shows of the cache in this step: listed once, for all heads that look through it.
+class Sights {
+ public:
+  Sights(const MasksView& masks, int64_t layers, int64_t length) : masks_(masks), all_{length, nullptr} {
+    if (!masks.groups) return;
+    IGPT_CHECK(masks.layers == layers, "decode_step: masks for %lld layers were given to %lld",
+               (long long)(masks.layers), (long long)(layers));
+    for (int64_t i = 0; i < layers * masks.groups; ++i)
+      IGPT_CHECK(masks.of[i] < masks.count, "decode_step: there is no mask %d", masks.of[i]);
+    slots_ = scratch<int32_t>(masks.count * (length + kAhead)), seen_ = scratch<Seen>(masks.count);
+    for (int64_t m = 0; m < masks.count; ++m)
+      seen_[size_t(m)] = seen_in(masks.mask[m], length, slots_.get() + m * (length + kAhead));
+  }
+  const Seen& of(int64_t layer, int64_t head) const {
+    const int32_t m = masks_.groups ? masks_.of[layer * masks_.groups + head % masks_.groups] : -1;
+    return m < 0 ? all_ : seen_[size_t(m)];
+  }
+
+ private:
+  const MasksView& masks_;
+  const Seen all_;
+  Scratch<int32_t> slots_;
+  Scratch<Seen> seen_;
+};
 
 static Sizes check_step(const View& logits, const View& cache, const View& pixels, const View& wte, const View& wpe,
                         const LayersView& layers, const View& ln_f, const View& wtet, int64_t slot) {
@@ -119,9 +144,10 @@ static void share_linear(Y* y, int64_t ldy, const typename E::X* x, int64_t Kp, 
   }
 }
 
-// The heads' new keys and values go into the cache, then their queries look at all of it.
+// The heads' new keys and values go into the cache, then their queries look at what they see of it.
 template <class E, class T>
-static void share_attention(Buffers<E>& buffers, T* cache, const Sizes& s, float* score) {
+static void share_attention(Buffers<E>& buffers, T* cache, const Sizes& s, const Sights& sights, int64_t layer,
+                            float* score) {
   const float scale = 1.f / std::sqrt(float(s.D));
 #pragma omp for schedule(dynamic, 1)
   for (int64_t bh = 0; bh < s.B * s.heads; ++bh) {
@@ -136,7 +162,8 @@ static void share_attention(Buffers<E>& buffers, T* cache, const Sizes& s, float
       store_upto(keys + s.slot * s.D + c, load_upto(qkv + s.d + c, n), n);
       store_upto(values + s.slot * s.D + c, load_upto(qkv + 2 * s.d + c, n), n);
     }
-    decode_head<T>(row, query, Head<const T>(keys, s.D), Head<const T>(values, s.D), s.D, s.slot + 1, scale, score);
+    decode_head<T>(row, query, Head<const T>(keys, s.D), Head<const T>(values, s.D), s.D, sights.of(layer, head), scale,
+                   score);
     for (int64_t c = 0; c < s.D; c += kLanes)
       store_upto(buffers.mixed.get() + b * buffers.dx + head * s.D + c, load(row + c),
                  std::min<int64_t>(kLanes, s.D - c));
@@ -145,7 +172,8 @@ static void share_attention(Buffers<E>& buffers, T* cache, const Sizes& s, float
 
 template <class E, class T>
 static void run_step(const View& logits, const View& cache, const View& pixels, const View& wte, const View& wpe,
-                     const LayersView& layers, const View& ln_f, const View& wtet, const Sizes& s, float eps) {
+                     const LayersView& layers, const View& ln_f, const View& wtet, const Sights& sights, const Sizes& s,
+                     float eps) {
   const int threads = max_threads();
   Buffers<E> buffers(s, threads);
   float *const qkv = buffers.qkv.get(), *const delta = buffers.delta.get();
@@ -170,7 +198,7 @@ static void run_step(const View& logits, const View& cache, const View& pixels, 
       const LayerView& w = layers.layer[l];
       add_and_norm(x, dx, h, wide, l ? delta : nullptr, w.ln_1.as<T>(), s.B, s.d, eps);
       share_linear<E, T>(qkv, 3 * s.d, x, dx, s.B, w.qkv, w.qkv_bias, as_it_is);
-      share_attention<E, T>(buffers, cache.as<T>() + l * per_layer, s, score);
+      share_attention<E, T>(buffers, cache.as<T>() + l * per_layer, s, sights, l, score);
       share_linear<E, T>(delta, s.d, mixed, dx, s.B, w.attn_proj, w.attn_proj_bias, as_it_is);
       add_and_norm(x, dx, h, wide, delta, w.ln_2.as<T>(), s.B, s.d, eps);
       share_linear<E, T>(z, inner_x, x, dx, s.B, w.fc, w.fc_bias, gelu);
@@ -182,15 +210,16 @@ static void run_step(const View& logits, const View& cache, const View& pixels, 
 }
 
 static void decode_step(View logits, View cache, View pixels, View wte, View wpe, LayersView layers, View ln_f,
-                        View wtet, int64_t slot, float eps, Stream) {
+                        View wtet, MasksView masks, int64_t slot, float eps, Stream) {
   const Sizes s = check_step(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, slot);
+  const Sights sights(masks, layers.count, slot + 1);
   if (s.B == 0) return;
   if (cache.dtype == DType::f32)
-    return run_step<Wide<float>, float>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, s, eps);
+    return run_step<Wide<float>, float>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
 #if defined(__AVX512BF16__)
-  run_step<Pairs, bf16>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, s, eps);
+  run_step<Pairs, bf16>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
 #else
-  run_step<Wide<bf16>, bf16>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, s, eps);
+  run_step<Wide<bf16>, bf16>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
 #endif
 }
 

@@ -34,13 +34,13 @@ struct bf16 {
 };
 
 // For p[at], p[at + step], ... of rows that follow each other in memory and are read once: asks the L2 cache for what
-// comes 8 KB later, a line at a time. The processor's own prefetching stops at each page of 4 KB, and asking L1 takes
-// its few places for misses from the loads themselves.
-template <int step = kLanes, class T>
+// comes `ahead` bytes later, a line at a time. The processor's own prefetching stops at each page of 4 KB, and asking
+// L1 takes its few places for misses from the loads themselves.
+template <int step = kLanes, int ahead = 8192, class T>
 static inline void prefetch(const T* p, int64_t at) {
-  constexpr int kRead = 0, kIntoL2 = 2, kAhead = 8192, kLine = 64 / sizeof(T);
+  constexpr int kRead = 0, kIntoL2 = 2, kLine = 64 / sizeof(T);
   if (step >= kLine || at % kLine == 0)
-    __builtin_prefetch(reinterpret_cast<const char*>(p + at) + kAhead, kRead, kIntoL2);
+    __builtin_prefetch(reinterpret_cast<const char*>(p + at) + ahead, kRead, kIntoL2);
 }
 
 static inline vf splat(float x) {

@@ -9,23 +9,41 @@ from typing import Annotated, Any
 import typer
 
 from igpt_fast.cli.options import JsonOption, OnError, Resize, parse_size, print_json
-from igpt_fast.config import OBJECTIVES, PRESETS, Config
+from igpt_fast.cli.start import open_start, refuse_changes
+from igpt_fast.config import OBJECTIVES, POSITIONS, PRESETS, Config
 from igpt_fast.console import duration, say
 from igpt_fast.data import open_tokens
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
-from igpt_fast.run import CURVE, FIXED, METRICS, PRECISIONS, Options, check_run, read_options, refuse_differences
+from igpt_fast.run import (
+    CURVE,
+    METRICS,
+    PRECISIONS,
+    Options,
+    Result,
+    check_run,
+    read_options,
+)
 from igpt_fast.tokens import TokenDataset, is_token_directory
-from igpt_fast.train import Result
 from igpt_fast.train import train as train_model
+from igpt_fast.weights import refuse_misfit
 
 SMALL = {"layers": 4, "width": 128, "heads": 4}  # when nothing is said: two cores take about a second a step
 IMAGES = {"size": None, "resize": "paper", "background": "white", "on_error": "raise", "palette": None, "colors": 512}
+SHAPE = (
+    "layers",
+    "width",
+    "heads",
+    "objective",
+    "pattern",
+    "positions",
+)  # the options that are Config's fields, but for the data's
 STANDARD = Options()
 
 Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)
 Objective = Enum("Objective", {name: name for name in OBJECTIVES}, type=str)
+Positions = Enum("Positions", {name: name for name in POSITIONS}, type=str)
 Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
 
 
@@ -75,12 +93,34 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from RUN's newest checkpoint, with the options that RUN has.")
     ] = False,
+    init: Annotated[
+        Path | None,
+        _model(
+            "--init",
+            "Begin with the weights of a run, or of any model that sample takes; --size and --pattern may be others.",
+            "fresh weights",
+            metavar="MODEL",
+        ),
+    ] = None,
     preset: Annotated[Preset | None, _model("--preset", "A published size.")] = None,
     layers: Annotated[int | None, _model("--layers", "Blocks.", SMALL["layers"])] = None,
     width: Annotated[int | None, _model("--width", "Channels, a multiple of the heads.", SMALL["width"])] = None,
     heads: Annotated[int | None, _model("--heads", "Attention heads.", SMALL["heads"])] = None,
     objective: Annotated[
         Objective | None, _model("--objective", "ar: predict the next pixel. bert: predict hidden pixels.", "ar")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        _model(
+            "--pattern",
+            "Sparse attention, such as row|neighborhood(7), or dense. Repeated: layers alternate; a / b: heads do.",
+            "dense",
+            metavar="TEXT",
+        ),
+    ] = None,
+    positions: Annotated[
+        Positions | None,
+        _model("--positions", "An embedding a pixel; axial: of its row plus of its column.", "learned"),
     ] = None,
     size: Annotated[
         str | None, _images("--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
@@ -157,7 +197,9 @@ def train(
 
     Example: igpt-fast train photos/ --out run --layers 8 --width 256 --heads 4 --size 32 --steps 5000
     """
-    given = {name: getattr(value, "value", value) for name, value in locals().items() if value is not None}
+    given = {name: getattr(value, "value", value) for name, value in locals().items() if value not in (None, [])}
+    if pattern:
+        given["pattern"] = [text.split("/") if "/" in text else text for text in pattern]
     check_run(out, resume)
     pick_device(device)
     saved = read_options(out) if resume else {"config": {}, "options": {}, "command": {}}
@@ -165,42 +207,33 @@ def train(
     options = {field.name: given.get(field.name, known[field.name]) for field in fields(Options)}
     Options(**options)  # finds mistakes before the images are read
     _refuse_idle(given, data)
+    start = open_start(init, data, given) if init else None
     if size:
         given["size"] = list(parse_size(size))
     if preset:
         given = PRESETS[preset.value] | given
         given["size"] = list(given["size"])
-    images = {**IMAGES, **saved["command"].get("images", {})}
+    images = {**IMAGES, **saved["command"].get("images", {}), **(start.images if start else {})}
     if resume:
-        _refuse_changes(out, saved, images, given)
-    shape = {**SMALL, **saved["config"]}
-    shape |= {name: given[name] for name in ("layers", "width", "heads", "objective") if name in given}
-    Config.from_dict(shape)
+        refuse_changes(out, saved, images, given)
+    shape = {**(start.shape if start else SMALL), **saved["config"]}
+    shape |= {name: given[name] for name in SHAPE if name in given}
+    config = Config.from_dict(shape)
+    if start:
+        refuse_misfit(start.model.config, config)
     images |= {name: str(given[name]) if name == "palette" else given[name] for name in IMAGES if name in given}
     if not size and is_token_directory(data):
         images["size"] = None  # a preset's, which tokens need not have
-    dataset = _open(data, out, images, options["seed"], workers, given.get("palette"))
+    own = start.palette if start else None
+    dataset = _open(data, out, images, options["seed"], workers, own or palette)
     config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
     again = f"igpt-fast train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
-    command = {"data": str(data), "images": images, "resume": again}
-    result = train_model(dataset, out, config, resume=resume, device=device, command=command, **options)
+    command = {"data": str(data), "images": images, "resume": again, **({"init": str(init)} if init else {})}
+    model = start.model if start else None
+    result = train_model(dataset, out, config, resume=resume, init=model, device=device, command=command, **options)
     _report(result, dataset, str(data), options["sample_every"])
     if as_json:
         _print(result, options["sample_every"])
-
-
-def _refuse_changes(out: Path, saved: dict[str, Any], images: dict[str, Any], given: dict[str, Any]) -> None:
-    """InputError for an option that would change a resumed run's model or data, before any image is read.
-
-    Only a part can be seen so early: train compares everything with the checkpoint itself.
-    """
-    config = {
-        name: value for name, value in saved["config"].items() if name != "colors"
-    }  # it may be less than asked for
-    fixed = {name: saved["options"].get(name) for name in FIXED}
-    images = {name: value for name, value in images.items() if name not in ("size", "palette")}
-    for was in (config, fixed, images):
-        refuse_differences(out, was, {**was, **{name: given[name] for name in was if name in given}})
 
 
 def _refuse_idle(given: dict[str, Any], data: Path) -> None:
@@ -215,11 +248,13 @@ def _refuse_idle(given: dict[str, Any], data: Path) -> None:
 
 
 def _open(
-    data: Path, out: Path, images: dict[str, Any], seed: int, workers: int | None, palette: Path | None
+    data: Path, out: Path, images: dict[str, Any], seed: int, workers: int | None, palette: Palette | Path | None
 ) -> TokenDataset:
     """DATA as tokens, made in RUN/tokens first when it holds images."""
     options = {**images, "size": images["size"] and tuple(images["size"])}
-    if images["palette"] and palette is None and is_token_directory(out / "tokens"):
+    if palette is not None:
+        options["palette"] = palette
+    elif images["palette"] and is_token_directory(out / "tokens"):
         options["palette"] = Palette.load(out / "tokens")  # a resumed run's own: the file it came from may be gone
     return open_tokens(data, cache_dir=out / "tokens", workers=workers, seed=seed, **options)
 

@@ -152,6 +152,11 @@ def native_layers(layers: Iterable[Sequence[Tensor | None]]):
     return _C.Layers([tuple(layer) for layer in layers])
 
 
+def native_masks(masks: Iterable[Sequence[Tensor]], of: Sequence[int], groups: int):
+    """The masks of a model's layers and heads as the kernels read them; it keeps the tensors that it points into."""
+    return _C.Masks([tuple(mask) for mask in masks], list(of), groups)
+
+
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for an output, on `like`'s device; poisoned on request, so that no kernel leaves a hole unseen."""
     out = torch.empty(shape, device=like.device, dtype=dtype or like.dtype)

@@ -1,5 +1,8 @@
 """Attention: checks, which backend runs, and how the gradient is attached."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -43,22 +46,55 @@ def attention(
 
 
 def attention_packed(
-    qkv: Tensor, mask: BlockMask | None = None, causal: bool = True, scale: float | None = None
+    qkv: Tensor,
+    mask: BlockMask | Sequence[BlockMask | None] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
 ) -> Tensor:
     """attention() on one fused buffer: the gradient comes back as one fused buffer too, nothing is stacked or copied.
 
-    qkv [B, T, 3, H, D]: what the fused projection gives, viewed   → [B, T, H, D], contiguous. Errors as attention().
+    qkv [B, T, 3, H, D]: what the fused projection gives, viewed   → [B, T, H, D], contiguous
+    mask: one for all heads, or several that are cycled over them; heads of one mask share a call, on strided slices.
+    Errors as attention().
     """
     if qkv.ndim != 5 or qkv.size(2) != 3:
         raise InputError(f"attention_packed: expected qkv [B, T, 3, H, D], got {tuple(qkv.shape)}")
     q, k, v = slices(qkv)
-    _check(q, k, v, mask, causal)
-    if not torch.compiler.is_compiling() and needs_grad(qkv):
+    groups = head_groups(mask if isinstance(mask, Sequence) else (mask,), q.size(1))
+    for _, each in groups:
+        _check(q, k, v, each, causal)
+    if not torch.compiler.is_compiling():
         factor = q.size(-1) ** -0.5 if scale is None else scale
         native = _native(q, k, v, "attention_fwd", factor)
         if native is not None:
-            return _AttentionPacked.apply(native, qkv, _tables(mask, qkv.device), causal, factor)
-    return attention(q, k, v, mask, causal, scale).transpose(1, 2)
+            placed = [(heads, _tables(each, qkv.device)) for heads, each in groups]
+            if needs_grad(qkv):
+                return _AttentionPacked.apply(native, qkv, placed, causal, factor)
+            return _forward_packed(native, qkv, placed, causal, factor)[0]
+    parts = [attention(*slices(qkv[..., h, :]), each, causal, scale).transpose(1, 2) for h, each in groups]
+    if len(parts) == 1:
+        return parts[0]
+    o = qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:])
+    for (heads, _), part in zip(groups, parts, strict=True):
+        o[:, :, heads] = part
+    return o
+
+
+def head_groups(masks: Sequence[BlockMask | None], heads: int) -> list[tuple[slice, BlockMask | None]]:
+    """Which heads attend together: slices that share out all of them, each with its mask. Head h has mask h % len."""
+    if not masks:
+        raise InputError("attention_packed: no mask was given to cycle over the heads; leave it out for none")
+    alike = [next(i for i, other in enumerate(masks) if other is mask) for mask in masks]
+    groups = []
+    for at in dict.fromkeys(alike):
+        found = [head for head in range(heads) if alike[head % len(masks)] == at]
+        steps = {b - a for a, b in pairwise(found)} or {1}
+        if len(steps) == 1:
+            each = [slice(found[0], found[-1] + 1, steps.pop())] if found else []
+        else:  # evenly apart they are at least from one round of the cycle to the next
+            each = [slice(first, heads, len(masks)) for first in dict.fromkeys(h % len(masks) for h in found)]
+        groups += [(part, masks[at]) for part in each]
+    return groups
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool) -> None:
@@ -110,11 +146,21 @@ def slices(qkv: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.transpose(1, 2) for t in qkv.unbind(2))
 
 
-def _forward(native, q, k, v, tables, causal, scale):
+def _forward(native, q, k, v, tables, causal, scale, o=None):
     B, H, T, D = q.shape
-    o, lse = empty((B, T, H, D), q).transpose(1, 2), empty((B, H, T), q, torch.float32)
+    o, lse = empty((B, T, H, D), q).transpose(1, 2) if o is None else o, empty((B, H, T), q, torch.float32)
     native.attention_fwd(o, lse, *_rows(native, q, k, v), tables, causal, scale, stream_of(q))
     return o, lse
+
+
+def _forward_packed(native, qkv, groups, causal, scale):
+    """o [B, T, H, D], each group's heads written where they belong, and the groups' lse."""
+    B, T, _, H, D = qkv.shape
+    o, lses = empty((B, T, H, D), qkv), []
+    for heads, tables in groups:
+        part = o[:, :, heads].transpose(1, 2)
+        lses.append(_forward(native, *slices(qkv[..., heads, :]), tables, causal, scale, part)[1])
+    return o, lses
 
 
 def _rows(native, *tensors: Tensor) -> list[Tensor]:
@@ -152,20 +198,21 @@ class _Attention(torch.autograd.Function):
 
 class _AttentionPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, native, qkv, tables, causal, scale):
-        o, lse = _forward(native, *slices(qkv), tables, causal, scale)
-        o = o.transpose(1, 2)
-        ctx.native, ctx.rest = native, (tables, causal, scale)
-        ctx.save_for_backward(qkv, o, lse)
+    def forward(ctx, native, qkv, groups, causal, scale):
+        o, lses = _forward_packed(native, qkv, groups, causal, scale)
+        ctx.native, ctx.groups, ctx.rest = native, groups, (causal, scale)
+        ctx.save_for_backward(qkv, o, *lses)
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        qkv, o, lse = ctx.saved_tensors
+        qkv, o, *lses = ctx.saved_tensors
         dqkv = empty(qkv.shape, qkv)
-        grads = slices(dqkv)
-        _backward(ctx.native, grads, dout.transpose(1, 2), *slices(qkv), o.transpose(1, 2), lse, *ctx.rest)
+        for (heads, tables), lse in zip(ctx.groups, lses, strict=True):
+            grads, given = slices(dqkv[..., heads, :]), slices(qkv[..., heads, :])
+            done, found = (t[:, :, heads].transpose(1, 2) for t in (dout, o))
+            _backward(ctx.native, grads, done, *given, found, lse, tables, *ctx.rest)
         return None, dqkv, None, None, None
 
 

@@ -138,8 +138,8 @@ def _decode(
         if k.dtype is not BYTES and q.dtype is not k.dtype:
             return "q, k and v differ in dtype"
         if not has_cuda_kernels(name):
-            extras = lengths is not None or mask or prefix or scales
-            return f"{name} has no lengths, masks, prefixes or float8" if extras else refused_head_dim(q.size(-1))
+            extras = lengths is not None or prefix or scales
+            return f"{name} has no lengths, prefixes or float8" if extras else refused_head_dim(q.size(-1))
         if mask and P % TILE:
             return f"under a mask a prefix of {P} slots does not end where a tile of {TILE} does"
         return _refused_by_cuda(name, q) or (None if scale > 0 else f"scale {scale} is not positive")

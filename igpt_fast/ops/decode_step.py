@@ -1,5 +1,6 @@
 """One pixel more through the whole model: one native call, or else its single ops."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +10,22 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import OptionalTensors, backend_for, empty, native_layers, same_device, stream_of
+from igpt_fast.ops._native import (
+    OptionalTensors,
+    Tensors,
+    backend_for,
+    empty,
+    native_layers,
+    native_masks,
+    same_device,
+    stream_of,
+)
 from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import refused_head_dim
 from igpt_fast.ops.attention_decode import attention_decode
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.norm import rms_norm
+from igpt_fast.patterns import TILE, BlockMask, unpack
 from igpt_fast.reference.decode_step import Kit, LayerWeights
 
 _OURS = Kit(rms_norm, linear, attention_decode, bias_quick_gelu)
@@ -44,11 +55,54 @@ class StepWeights:
         return None if all(t.is_contiguous() for t in every) else "a weight is not contiguous"
 
 
-def decode_step(cache: Tensor, pixels: Tensor, weights: StepWeights, slot: int, eps: float = 1e-5) -> Tensor:
+class StepMasks:
+    """Who sees what, looked up once and not at every step.
+
+    layers: of each layer a BlockMask, None, which shows all, or several of either: head h looks through number h %
+    their count. A mask that comes twice is the same object. Raises InputError for what is no mask.
+    """
+
+    def __init__(self, layers: Sequence[BlockMask | Sequence[BlockMask | None] | None]) -> None:
+        self.layers = [tuple(masks) if isinstance(masks, Sequence) else (masks,) for masks in layers]
+        every = [mask for masks in self.layers for mask in masks]
+        if not all(self.layers) or not all(mask is None or isinstance(mask, BlockMask) for mask in every):
+            raise InputError("decode_step: masks must be a BlockMask, None, or a sequence of these for each layer")
+        self.distinct = list(dict.fromkeys(mask for mask in every if mask is not None))
+        self.groups = math.lcm(*map(len, self.layers))
+        numbers = {mask: n for n, mask in enumerate(self.distinct)} | {None: -1}
+        self.of = [numbers[masks[g % len(masks)]] for masks in self.layers for g in range(self.groups)]
+        self.tokens = min((mask.tokens for mask in self.distinct), default=None)
+        self._there: dict[torch.device, list[tuple[BlockMask | None, ...]]] = {}
+
+    @cached_property
+    def native(self):
+        """The masks as the kernels read them."""
+        return native_masks([mask.to(torch.device("cpu")).tensors for mask in self.distinct], self.of, self.groups)
+
+    def on(self, device: torch.device) -> list[tuple[BlockMask | None, ...]]:
+        """The layers' masks with their tables on a device."""
+        if device not in self._there:
+            moved = [mask.to(device) for mask in self.distinct] + [None]
+            rows = [self.of[at : at + self.groups] for at in range(0, len(self.of), self.groups)]
+            counts = map(len, self.layers)
+            self._there[device] = [tuple(moved[n] for n in row[:c]) for row, c in zip(rows, counts, strict=True)]
+        return self._there[device]
+
+
+def decode_step(
+    cache: Tensor,
+    pixels: Tensor,
+    weights: StepWeights,
+    slot: int,
+    eps: float = 1e-5,
+    masks: StepMasks | Sequence[BlockMask | Sequence[BlockMask | None] | None] = (),
+) -> Tensor:
     """Put the newest pixels into the cache's slot → logits [B, V] of the next ones, in the weights' dtype; no gradient.
 
     cache [L, B, 2, H, T, D], contiguous, k before v: it holds the slots below `slot` and receives `slot`   pixels [B]
-    A row's bits do not depend on the other rows. Raises InputError for shapes that do not fit or a slot outside 0..T-1.
+    masks: empty, or what StepMasks takes; give a StepMasks itself to have them looked up once. The queries are row
+    `slot`, and only what they see is read. A row's bits do not depend on the other rows. Raises InputError for shapes
+    and masks that do not fit or a slot outside 0..T-1.
     """
     if cache.ndim != 6 or cache.shape[2] != 2 or len(cache) != len(weights.layers) or pixels.shape != cache.shape[1:2]:
         raise InputError(
@@ -58,27 +112,47 @@ def decode_step(cache: Tensor, pixels: Tensor, weights: StepWeights, slot: int, 
     if not 0 <= slot < cache.shape[4]:
         raise InputError(f"decode_step: slot is {slot}; the cache has the slots 0 to {cache.shape[4] - 1}")
     same_device("decode_step", cache=cache, pixels=pixels, wte=weights.wte)
+    masks = _checked(masks, len(cache), slot)
     if torch.compiler.is_compiling():
         flat = [t for layer in weights.layers for t in layer]
+        tables = [t for mask in masks.distinct for t in mask.to(cache.device).tensors] if masks else []
+        of = masks.of if masks else []
         return torch.ops.igpt.decode_step(
-            cache, pixels, weights.wte, weights.wpe, flat, weights.ln_f, weights.wtet, slot, eps
+            cache, pixels, weights.wte, weights.wpe, flat, weights.ln_f, weights.wtet, tables, of, slot, eps
         )
-    return _decode_step(cache, pixels, weights, slot, eps)
+    return _decode_step(cache, pixels, weights, masks, slot, eps)
 
 
-def _decode_step(cache: Tensor, pixels: Tensor, w: StepWeights, slot: int, eps: float) -> Tensor:
+def _checked(masks, layers: int, slot: int) -> StepMasks | None:
+    """None where no head has a mask."""
+    if not isinstance(masks, StepMasks):
+        if not len(masks):
+            return None
+        masks = StepMasks(masks)
+    if len(masks.layers) != layers:
+        raise InputError(f"decode_step: masks for {len(masks.layers)} layers were given to {layers}")
+    if masks.tokens is not None and slot >= masks.tokens:
+        raise InputError(f"decode_step: slot is {slot}; a mask was compiled for {masks.tokens} tokens")
+    return masks if masks.distinct else None
+
+
+def _decode_step(
+    cache: Tensor, pixels: Tensor, w: StepWeights, masks: StepMasks | None, slot: int, eps: float
+) -> Tensor:
     refusal = w.refusal or refused_head_dim(cache.shape[-1])
     if cache.dtype is not w.wte.dtype or not cache.is_contiguous():
         refusal = "the cache is not contiguous or differs from the weights in dtype"
     native = backend_for("decode_step", (cache, w.wte), refusal)
     if native is None:
+        seen = masks.on(cache.device) if masks else ()
         return reference.decode_step.decode_step(
-            cache, pixels, w.wte, w.wpe, w.layers, w.ln_f, w.wtet, slot, eps, kit=_OURS
+            cache, pixels, w.wte, w.wpe, w.layers, w.ln_f, w.wtet, slot, eps, _OURS, seen
         )
     logits = empty((len(pixels), len(w.wtet)), w.wtet)
     flat = cache.view(len(cache), -1, *cache.shape[-2:])
+    seen, stream = masks.native if masks else None, stream_of(cache)
     native.decode_step(
-        logits, flat, pixels.contiguous(), w.wte, w.wpe, w.native, w.ln_f, w.wtet, slot, eps, stream_of(cache)
+        logits, flat, pixels.contiguous(), w.wte, w.wpe, w.native, w.ln_f, w.wtet, seen, slot, eps, stream
     )
     return logits
 
@@ -92,14 +166,25 @@ def _decode_step_op(
     layers: OptionalTensors,
     ln_f: Tensor,
     wtet: Tensor,
+    masks: Tensors,
+    of: Sequence[int],
     slot: int,
     eps: float,
 ) -> Tensor:
     fields = len(LayerWeights._fields)
     listed = [LayerWeights(*layers[i : i + fields]) for i in range(0, len(layers), fields)]
-    return _decode_step(cache, pixels, StepWeights(wte, wpe, listed, ln_f, wtet), slot, eps)
+    every = [*map(_mask_of, zip(*[iter(masks)] * 8, strict=True)), None]
+    groups = len(of) // len(listed)
+    seen = StepMasks([[every[n] for n in of[at : at + groups]] for at in range(0, len(of), groups or 1)])
+    return _decode_step(cache, pixels, StepWeights(wte, wpe, listed, ln_f, wtet), seen if masks else None, slot, eps)
+
+
+def _mask_of(tensors: Tensors) -> BlockMask:
+    """A mask of its tables alone."""
+    tokens = (len(tensors[0]) - 1) * TILE
+    return BlockMask(tokens, False, tuple(tensors), lambda queries, keys: unpack(tensors, tokens)[queries, :keys])
 
 
 @_decode_step_op.register_fake
-def _(cache, pixels, wte, wpe, layers, ln_f, wtet, slot, eps):
+def _(cache, pixels, wte, wpe, layers, ln_f, wtet, masks, of, slot, eps):
     return wtet.new_empty(len(pixels), len(wtet))

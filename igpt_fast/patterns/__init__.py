@@ -1,6 +1,7 @@
 """Sparse attention patterns: predicates on two pixels by name, compiled into tiles that the kernels walk over."""
 
 from igpt_fast.patterns.block_mask import TILE, BlockMask, compiled, unpack
+from igpt_fast.patterns.layers import described, masks_of, normalised, of_layer
 from igpt_fast.patterns.parse import parse
 from igpt_fast.patterns.predicates import (
     PATTERNS,
@@ -31,11 +32,15 @@ __all__ = [
     "blocks",
     "column",
     "compiled",
+    "described",
     "dilated",
     "fixed",
     "global_tokens",
     "local",
+    "masks_of",
     "neighborhood",
+    "normalised",
+    "of_layer",
     "parse",
     "random_blocks",
     "row",

@@ -28,8 +28,9 @@ class BlockMask:
     tokens: int
     causal: bool
     tensors: tuple[Tensor, ...]
-    # (query slots [n], keys) → bool [n, keys]: who sees which of the first so many slots, from the predicate
-    seen: Callable[[Tensor, int], Tensor] = field(repr=False)
+    # (query slots [n], keys) → bool [n, keys]: who sees which of the first so many slots, from the predicate. None in a
+    # graph that is being traced, where nothing but the tables is of use.
+    seen: Callable[[Tensor, int], Tensor] | None = field(repr=False)
     pairs: int = 0  # that see each other
 
     @classmethod
@@ -110,6 +111,13 @@ class BlockMask:
     def pair_density(self) -> float:
         """Pairs that see each other, as a share of those of dense (causal) attention."""
         return self.pairs / (self.tokens * (self.tokens + 1) / 2 if self.causal else self.tokens**2)
+
+    def first(self, slots: int) -> "BlockMask":
+        """The mask of the first so many slots of a causal sequence. Raises InputError where there are none such."""
+        if not self.causal or not 1 <= slots <= self.tokens:
+            kind = f"{self.tokens} tokens, causal={self.causal}"
+            raise InputError(f"BlockMask.first: {slots} slots were asked of a mask of {kind}; a causal one has a start")
+        return self if slots == self.tokens else self._build(self.seen, slots, True).to(self.tensors[0].device)
 
     def to(self, device: torch.device) -> "BlockMask":
         """The same mask with its tables on another device."""

@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.palette import FILES as PALETTES
 from igpt_fast.palette import HF_CONFIG, Palette
 from igpt_fast.pictures import move_into_place, write_atomically
+from igpt_fast.positions import resized
 from igpt_fast.pretrained.bundle import find_bundle
 from igpt_fast.pretrained.files import CONFIG, SAFETENSORS, Find, read_json, read_weights
 from igpt_fast.pretrained.hub import find_in_hub, is_hub_name
@@ -53,16 +54,17 @@ def read_pretrained(source: str | Path, size: tuple[int, int] | None = None, hea
     """Reads a directory in Hugging Face's layout, a repository of the hub, or one of OpenAI's checkpoints.
 
     source: a directory; `owner/name`, with `@revision` when it is not the main one; or the prefix of a checkpoint, as
-    model.ckpt-1000000. size: (height, width), when the positions are not a square. heads: for a checkpoint whose shapes
-    do not tell it. Raises InputError, naming the file and the key, for whatever is missing, cut short, changed, of
-    another shape or not supported; nothing that a file holds is executed.
+    model.ckpt-1000000. size: (height, width) of the positions, when they are not a square and no file says it; else
+    the size that they are brought to. heads: for a checkpoint whose shapes do not tell it. Raises InputError, naming
+    the file and the key, for whatever is missing, cut short, changed, of another shape or not supported; nothing that a
+    file holds is executed.
     """
     path = Path(source)
     if path.is_dir() and (path / CONFIG).is_file():
         return _read_layout(lambda name: path / name if (path / name).is_file() else None, str(source), size)
     if prefix := find_bundle(path):
         config, tensors = read_openai(prefix, heads, size)
-        return _checked(config, tensors, _palette_beside(prefix), str(prefix))
+        return _checked(config, tensors, _palette_beside(prefix), str(prefix), size)
     if path.exists() or not is_hub_name(str(source)):
         what = f"has no {CONFIG}" if path.is_dir() else "is no directory" if path.exists() else "is not there"
         raise InputError(
@@ -83,6 +85,8 @@ def write_pretrained(
     """
     path = Path(path)
     _refuse_existing(path, overwrite)
+    if config.pattern is not None:
+        log.warning("%s: transformers has no patterns and computes dense attention; from_pretrained reads them", path)
     if palette is not None and len(palette) != config.colors:
         raise InputError(f"the palette has {len(palette)} colours and the model {config.colors}; save the one it has")
     work = path.absolute().parent / f".{path.absolute().name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -113,7 +117,7 @@ def _read_layout(find: Find, source: str, size: tuple[int, int] | None) -> Pretr
     settings = read_json(path)
     theirs = read_weights(find, source)
     palette = Palette.load(place) if (place := next(filter(None, map(find, PALETTES)), None)) else None
-    fields = read_settings(settings, str(path), size or _grid(find, settings))
+    fields = read_settings(settings, str(path), _grid(find, settings), size)
     try:
         classes = theirs.shape(SCORE, 2)[0] if SCORE in theirs.tensors else 0
         config = Config(**fields, classes=classes)
@@ -124,7 +128,7 @@ def _read_layout(find: Find, source: str, size: tuple[int, int] | None) -> Pretr
     if headless:
         log.warning("%s has no output table (it is no causal model): ours is zero, fit for features only", source)
     config, ours = to_ours(theirs, config, headless)
-    return _checked(config, ours, palette, source)
+    return _checked(config, ours, palette, source, size)
 
 
 def _grid(find: Find, settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -142,9 +146,13 @@ def _palette_beside(prefix: Path) -> Palette | None:
     return Palette.load(there[0]) if there else None
 
 
-def _checked(config: Config, tensors: dict[str, Tensor], palette: Palette | None, source: str) -> Pretrained:
+def _checked(
+    config: Config, tensors: dict[str, Tensor], palette: Palette | None, source: str, size: tuple[int, int] | None
+) -> Pretrained:
     if palette is not None and len(palette) != config.colors:
         raise InputError(f"{source}: its palette has {len(palette)} colours, the model is of {config.colors}")
+    if size is not None and (at := replace(config, size=size)) != config:
+        config, tensors = at, resized(tensors, config.size, at.size)
     return Pretrained(config, tensors, palette, source)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
+from igpt_fast.positions import summed
 
 WTE, WPE, HEAD, SCORE, FC = (
     "transformer.wte.weight",
@@ -109,11 +110,16 @@ def to_ours(theirs: Theirs, config: Config, headless: bool = False) -> tuple[Con
 
 
 def to_theirs(ours: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Our tensors under their names and in their layouts, contiguous copies. Biases that ours lacks are zero."""
+    """Our tensors under their names and in their layouts, contiguous copies.
+
+    Biases that ours lacks are zero; of axial positions it is their sums.
+    """
     theirs = {}
     for name, (shape, our_name) in _shapes(config):
         tensor = ours.get(our_name)
-        if tensor is None:
+        if tensor is None and name == WPE:
+            tensor = summed(ours["wpe_row"], ours["wpe_col"])
+        elif tensor is None:
             tensor = ours["wte"].new_zeros(shape)
         elif name == WTE and config.objective == "ar":
             tensor = torch.cat((tensor, ours["sos"][None]))

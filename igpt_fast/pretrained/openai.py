@@ -120,7 +120,7 @@ def _infer_config(bundle: Bundle, names: dict[str, str], heads: int | None, size
         width=width,
         heads=heads,
         colors=colors,
-        size=grid_of(positions, size, str(bundle.path)),
+        size=grid_of(positions, None, str(bundle.path), size),
         objective="ar" if "sos" in names else "bert",
         classes=shape("clf/wclf", 2)[0] if "clf/wclf" in names else 0,
         mlp_width=shape("h0/mlp/c_fc/w", 2)[1],

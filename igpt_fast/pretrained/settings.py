@@ -1,6 +1,7 @@
 """Hugging Face's config.json: what it asks of the forward pass, honoured or refused by name; and ours written as one.
 
-Beside their fields, files of ours hold `igpt_fast`: the grid of pixels, which theirs does not know, and the objective.
+Beside their fields, files of ours hold `igpt_fast`: the grid of pixels, which theirs does not know, the objective, and
+a sparse model's pattern.
 """
 
 import logging
@@ -56,11 +57,16 @@ _HARMLESS = set(
 )
 
 
-def read_settings(settings: Mapping[str, Any], where: str, grid: tuple[int, int] | None = None) -> dict[str, Any]:
+def read_settings(
+    settings: Mapping[str, Any],
+    where: str,
+    grid: tuple[int, int] | None = None,
+    asked: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """Fields of Config (all but bias and classes, which the weights tell) that a config.json, read as JSON, asks for.
 
-    where: its name, for errors. grid: (height, width) from elsewhere, when it is known. Raises InputError that names
-    the field whose value is not supported or makes no sense; one that is not known at all is logged.
+    where: its name, for errors. grid: (height, width) from elsewhere, when it is known. asked: see `grid_of`. Raises
+    InputError that names the field whose value is not supported or makes no sense; one that is not known is logged.
     """
     check_supported(settings, where)
     known = _UNSUPPORTED.keys() | _HARMLESS | _SHAPES.keys() | _ALIASES.keys() | {OURS}
@@ -69,8 +75,10 @@ def read_settings(settings: Mapping[str, Any], where: str, grid: tuple[int, int]
     ours = settings.get(OURS, {})
     size = ours.get("size", [1, 1]) if isinstance(ours, dict) else None
     pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
-    if not pair or ours.keys() - {"objective", "size"}:
-        raise InputError(f"{where}: {OURS} is {ours!r}; it holds the objective and the size (height, width)")
+    if not pair or ours.keys() - {"objective", "size", "pattern"}:
+        raise InputError(
+            f"{where}: {OURS} is {ours!r}; it holds the objective, the size (height, width) and the pattern"
+        )
     shapes = {**_SHAPES, **{_ALIASES.get(name, name): value for name, value in settings.items()}}
     positions, rows = (_whole(shapes[name], name, where) for name in ("n_positions", "vocab_size"))
     objective = ours.get("objective", "ar")
@@ -79,7 +87,8 @@ def read_settings(settings: Mapping[str, Any], where: str, grid: tuple[int, int]
         "width": shapes["n_embd"],
         "heads": shapes["n_head"],
         "colors": rows - (objective == "ar"),
-        "size": grid_of(positions, grid or ours.get("size"), where),
+        "size": grid_of(positions, grid or ours.get("size"), where, asked),
+        "pattern": ours.get("pattern"),
         "objective": objective,
         "mlp_width": shapes["n_inner"],
         "eps": settings.get("layer_norm_epsilon", 1e-5),
@@ -97,14 +106,21 @@ def check_supported(settings: Any, where: str) -> None:
             raise InputError(f"{where} has {field}={value!r}, which is not supported; only {nothing!r} is")
 
 
-def grid_of(positions: int, size: tuple[int, int] | list[int] | None, where: str) -> tuple[int, int]:
-    """`size` (height, width) when it has so many pixels, the square when none is given; InputError otherwise."""
-    if size is None:
+def grid_of(
+    positions: int, size: tuple[int, int] | list[int] | None, where: str, asked: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """`size` (height, width), which must have so many pixels; where it is None, `asked` if it has, or the square.
+
+    asked: the size that a caller wants, be it that of the positions or one that they are to be brought to. Raises
+    InputError.
+    """
+    if size is None and not (asked and math.prod(asked) == positions):
         side = math.isqrt(positions)
-        if side * side != positions:
+        if side * side == positions:
+            return side, side
+        if asked is None:
             raise InputError(f"{where}: {positions} positions are not a square; give the size, height x width")
-        return side, side
-    height, width = size
+    height, width = size or asked
     if height * width != positions:
         raise InputError(f"{where}: size {height}x{width} does not fit the {positions} positions")
     return height, width
@@ -115,6 +131,9 @@ def write_settings(config: Config, dtype: str) -> dict[str, Any]:
 
     A BERT model has no sos: its vocab_size is one less than transformers counts on, which therefore refuses its shapes.
     """
+    ours = {"objective": config.objective, "size": list(config.size)}
+    if config.pattern is not None:
+        ours["pattern"] = config.to_dict()["pattern"]
     kind = "ImageGPTForImageClassification" if config.classes else "ImageGPTForCausalImageModeling"
     settings = {
         "architectures": [kind],
@@ -139,7 +158,7 @@ def write_settings(config: Config, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "use_cache": True,
         "dtype": dtype,
-        OURS: {"objective": config.objective, "size": list(config.size)},
+        OURS: ours,
     }
     if config.classes:
         names = [f"LABEL_{index}" for index in range(config.classes)]

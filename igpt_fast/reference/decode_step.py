@@ -1,8 +1,9 @@
 """What one pixel more means: the whole model for one slot, with a cache of keys and values."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from igpt_fast.reference import activation, attention_decode, linear, norm
@@ -43,19 +44,34 @@ def decode_step(
     slot: int,
     eps: float = 1e-5,
     kit: Kit = Kit(),
+    seen: Sequence[Sequence[Any]] = (),
 ) -> Tensor:
     """Put the newest pixels into the cache's slot → logits of the next ones.
 
     cache [L, B, 2, H, T, D], k before v, holds the slots below `slot` and receives `slot`   pixels [B]   wte [V, d]
     wpe [T, d]   ln_f [d]   wtet [V, d]   → [B, V]
+    seen: of each layer one or more masks as the kit's attention takes them, here bool [T, T], or None, which shows all;
+    head h looks through the entry h % their number. The queries are row `slot`.
     """
     h = wte[pixels] + wpe[slot]
-    for w, kept in zip(layers, cache, strict=True):
+    for index, (w, kept) in enumerate(zip(layers, cache, strict=True)):
         qkv = kit.linear(kit.rms_norm(h, w.ln_1, eps), w.qkv, w.qkv_bias)
         q, k, v = qkv.unflatten(-1, (3, kept.shape[2], -1)).unbind(1)  # [B, H, D]
         kept[:, 0, :, slot], kept[:, 1, :, slot] = k, v
-        mixed = kit.attention_decode(q.unsqueeze(2), kept[:, 0], kept[:, 1], slot + 1)
+        mixed = _attention(kit, q.unsqueeze(2), kept[:, 0], kept[:, 1], slot + 1, seen[index] if seen else (None,))
         h = h + kit.linear(mixed.flatten(1), w.attn_proj, w.attn_proj_bias)
         z = kit.linear(kit.rms_norm(h, w.ln_2, eps), w.fc)
         h = h + kit.linear(kit.bias_quick_gelu(z, w.fc_bias), w.mlp_proj, w.mlp_proj_bias)
     return kit.linear(kit.rms_norm(h, ln_f, eps), wtet)
+
+
+def _attention(kit: Kit, q: Tensor, k: Tensor, v: Tensor, length: int, seen: Sequence[Any]) -> Tensor:
+    """A head's own mask: those that share one are a slice of the heads."""
+    count = len(seen)
+    if count == 1:
+        return kit.attention_decode(q, k, v, length, None, None, seen[0])
+    mixed = torch.empty_like(q)
+    for first in range(min(count, q.size(1))):
+        some = slice(first, None, count)
+        mixed[:, some] = kit.attention_decode(q[:, some], k[:, some], v[:, some], length, None, None, seen[first])
+    return mixed

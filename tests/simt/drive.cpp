@@ -30,6 +30,7 @@ namespace {
 using igpt::BlockMaskView;
 using igpt::DType;
 using igpt::LayersView;
+using igpt::MasksView;
 using igpt::Ops;
 using igpt::Stream;
 using igpt::View;
@@ -81,7 +82,7 @@ class Reader {
     } else if constexpr (std::is_same_v<T, BlockMaskView>) {
       if (content_.at(at_) == 0) return ++at_, BlockMaskView();
       return {view(), view(), view(), view(), view(), view(), view(), view()};
-    } else if constexpr (std::is_same_v<T, LayersView>) {
+    } else if constexpr (std::is_same_v<T, LayersView> || std::is_same_v<T, MasksView>) {
       throw std::runtime_error("calls with layers are not recorded");
     } else {
       return T(number());

@@ -24,6 +24,7 @@ using igpt::BlockMaskView;
 using igpt::DType;
 using igpt::LayersView;
 using igpt::LayerView;
+using igpt::MasksView;
 using igpt::Ops;
 using igpt::View;
 
@@ -82,6 +83,12 @@ class Copies {
         *v = guard(*v);
     return {layers_.data(), l.count};
   }
+  MasksView guard(MasksView m) {
+    masks_.assign(m.mask, m.mask + m.count);
+    for (BlockMaskView& y : masks_) y = guard(y);
+    m.mask = masks_.data();
+    return m;
+  }
   template <class T>
   T guard(T scalar) {
     return scalar;
@@ -103,6 +110,7 @@ class Copies {
   };
   std::vector<Copy> copies_;
   std::vector<LayerView> layers_;
+  std::vector<BlockMaskView> masks_;
 };
 
 const Ops* inner() {

@@ -86,6 +86,58 @@ struct Tiles {
   }
 };
 
+// Where the bits of a tile lie. What lies outside is nobody's work: a product of 64 x 64 scores of which a diagonal is
+// seen costs four of 16 x 16, and the column of sos, which every query sees, one strip.
+struct Extent {
+  static constexpr int kGroup = 16, kGroups = kTile / kGroup;  // whole vectors in every instruction set
+  struct Range {
+    int64_t begin = 0, end = kTile;
+    bool operator==(const Range& o) const { return begin == o.begin && end == o.end; }
+    int64_t size() const { return end - begin; }
+    // Widened to multiples of `by`.
+    Range to(int64_t by) const { return {begin / by * by, (end + by - 1) / by * by}; }
+  };
+  Range keys[kGroups], queries[kGroups];  // that 16 queries see, and that see 16 keys: from the first to the last
+  Range all_keys, all_queries;
+
+  Extent() = default;  // a full tile
+  Extent(const uint64_t* bits, const uint64_t* bits_t) {
+    all_keys = ranges(keys, bits), all_queries = ranges(queries, bits_t);
+  }
+  // body(rows, columns) for each stretch of rows that has the same range of columns; rows end at `all`'s ends.
+  template <class F>
+  static IGPT_INLINE void each(const Range (&columns)[kGroups], const Range& all, F&& body) {
+    for (int g = 0, next; g < kGroups; g = next) {
+      for (next = g + 1; next < kGroups && columns[next] == columns[g];) ++next;
+      const Range rows = {std::max<int64_t>(g * kGroup, all.begin), std::min<int64_t>(next * kGroup, all.end)};
+      if (rows.size() > 0 && columns[g].size() > 0) body(rows, columns[g]);
+    }
+  }
+
+ private:
+  static Range range(uint64_t any) {
+    if (!any) return {0, 0};
+    return {__builtin_ctzll(any), kTile - __builtin_clzll(any)};
+  }
+  static Range ranges(Range* found, const uint64_t* words) {
+    uint64_t all = 0;
+    for (int g = 0; g < kGroups; ++g) {
+      uint64_t any = 0;
+      for (int r = 0; r < kGroup; ++r) any |= words[g * kGroup + r];
+      found[g] = range(any);
+      all |= any;
+    }
+    return range(all);
+  }
+};
+// Of every mask, by its number plus one; in front, that of a tile without a mask.
+static inline std::vector<Extent> extents(const BlockMaskView& mask) {
+  std::vector<Extent> found(1);
+  for (int64_t m = 0; mask && m < mask.bits.numel() / kTile; ++m)
+    found.emplace_back(mask.bits.as<uint64_t>() + m * kTile, mask.bits_t.as<uint64_t>() + m * kTile);
+  return found;
+}
+
 // Dropout of the softmax's weights. A hash of the seed and of a weight's place decides whether it is kept: no mask is
 // stored, and the backward pass asks again, in whichever order.
 struct Dropout {

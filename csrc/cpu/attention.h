@@ -12,80 +12,6 @@
 namespace igpt {
 namespace IGPT_ISA {
 
-// The tiles of one attention call. Without a mask they are arithmetic; with one they are its lists.
-struct Tiles {
-  int64_t Tq, Tk, nq, nk;
-  bool causal;  // only without a mask: a mask's bits hold causality already
-  BlockMaskView mask;
-
-  Tiles(int64_t tq, int64_t tk, bool is_causal, const BlockMaskView& m)
-      : Tq(tq), Tk(tk), nq((tq + kTile - 1) / kTile), nk((tk + kTile - 1) / kTile), causal(is_causal && !m), mask(m) {
-    IGPT_CHECK(!(is_causal || m) || Tq == Tk, "attention: causal or masked attention needs as many keys as queries");
-    if (m) check_mask();
-  }
-
-  struct Tile {
-    int64_t index;  // of the key tile in a row, of the query tile in a column
-    int mask;       // -1: no bits
-  };
-  // Tiles that query tile i sees / that see key tile j.
-  int64_t row_count(int64_t i) const {
-    return mask ? at(mask.row_start, i + 1) - at(mask.row_start, i) : causal ? i + 1 : nk;
-  }
-  Tile row_tile(int64_t i, int64_t n) const {
-    if (!mask) return {n, -1};
-    const int64_t e = at(mask.row_start, i) + n;
-    return {at(mask.row_tile, e), at(mask.row_mask, e)};
-  }
-  int64_t col_count(int64_t j) const {
-    return mask ? at(mask.col_start, j + 1) - at(mask.col_start, j) : causal ? nq - j : nq;
-  }
-  Tile col_tile(int64_t j, int64_t n) const {
-    if (!mask) return {causal ? j + n : n, -1};
-    const int64_t e = at(mask.col_start, j) + n;
-    return {at(mask.col_tile, e), at(mask.col_mask, e)};
-  }
-  // True when every query of tile i sees every key of tile j: no bits need looking at.
-  bool full(int64_t i, int64_t j, int id) const { return id < 0 && !(causal && i == j) && (j + 1) * kTile <= Tk; }
-  // Which keys of tile j query r of tile i sees.
-  uint64_t row_bits(int64_t i, int64_t j, int id, int64_t r) const {
-    uint64_t bits = id < 0 ? ~0ull : mask.bits.as<uint64_t>()[id * kTile + r];
-    if (causal && i == j) bits &= (2ull << r) - 1;
-    const int64_t keys = Tk - j * kTile;
-    return keys < kTile ? bits & ((1ull << keys) - 1) : bits;
-  }
-  // Which queries of tile i see key r of tile j. Queries behind the end are not masked: their gradients are zero.
-  uint64_t col_bits(int64_t i, int64_t j, int id, int64_t r) const {
-    if (j * kTile + r >= Tk) return 0;
-    uint64_t bits = id < 0 ? ~0ull : mask.bits_t.as<uint64_t>()[id * kTile + r];
-    return causal && i == j ? bits & (~0ull << r) : bits;
-  }
-
- private:
-  static int at(const View& v, int64_t i) { return v.as<int32_t>()[i]; }
-  void check_lists(const View& start, const View& tile, const View& ids, int64_t rows, int64_t cols,
-                   int64_t masks) const {
-    IGPT_CHECK(start.numel() == rows + 1 && tile.numel() == ids.numel(),
-               "attention: the mask's tile lists do not fit the sequence");
-    IGPT_CHECK(start.dtype == DType::i32 && tile.dtype == DType::i32 && ids.dtype == DType::i32,
-               "attention: mask lists must be int32");
-    IGPT_CHECK(at(start, 0) == 0 && at(start, rows) == tile.numel(), "attention: the mask's tile lists are broken");
-    for (int64_t i = 0; i < rows; ++i)
-      IGPT_CHECK(at(start, i) <= at(start, i + 1), "attention: the mask's tile lists are broken");
-    for (int64_t e = 0; e < tile.numel(); ++e)
-      IGPT_CHECK(at(tile, e) >= 0 && at(tile, e) < cols && at(ids, e) < masks,
-                 "attention: the mask names a tile that does not exist");
-  }
-  void check_mask() const {
-    const int64_t masks = mask.bits.numel() / kTile;
-    IGPT_CHECK(
-        mask.bits.dtype == DType::i64 && mask.bits_t.dtype == DType::i64 && mask.bits.numel() == mask.bits_t.numel(),
-        "attention: mask bits must be int64 words");
-    check_lists(mask.row_start, mask.row_tile, mask.row_mask, nq, nk, masks);
-    check_lists(mask.col_start, mask.col_tile, mask.col_mask, nk, nq, masks);
-  }
-};
-
 // Where the bits of a tile lie. What lies outside is nobody's work: a product of 64 x 64 scores of which a diagonal is
 // seen costs four of 16 x 16, and the column of sos, which every query sees, one strip.
 struct Extent {
@@ -130,13 +56,92 @@ struct Extent {
     return range(all);
   }
 };
-// Of every mask, by its number plus one; in front, that of a tile without a mask.
-static inline std::vector<Extent> extents(const BlockMaskView& mask) {
-  std::vector<Extent> found(1);
-  for (int64_t m = 0; mask && m < mask.bits.numel() / kTile; ++m)
-    found.emplace_back(mask.bits.as<uint64_t>() + m * kTile, mask.bits_t.as<uint64_t>() + m * kTile);
-  return found;
-}
+
+// The tiles of one attention call. Without a mask they are arithmetic; with one they are its lists.
+struct Tiles {
+  int64_t Tq, Tk, nq, nk;
+  bool causal;  // only without a mask: a mask's bits hold causality already
+  BlockMaskView mask;
+
+  Tiles(int64_t tq, int64_t tk, bool is_causal, const BlockMaskView& m)
+      : Tq(tq), Tk(tk), nq((tq + kTile - 1) / kTile), nk((tk + kTile - 1) / kTile), causal(is_causal && !m), mask(m) {
+    IGPT_CHECK(!(is_causal || m) || Tq == Tk, "attention: causal or masked attention needs as many keys as queries");
+    uint64_t bits[kTile], bits_t[kTile];
+    for (int r = 0; r < kTile; ++r) bits[r] = (2ull << r) - 1, bits_t[r] = ~0ull << r;
+    diagonal = Extent(bits, bits_t);
+    if (!m) return;
+    check_mask();
+    extents.reserve(size_t(m.bits.numel() / kTile));
+    for (int64_t at = 0; at < m.bits.numel(); at += kTile)
+      extents.emplace_back(m.bits.as<uint64_t>() + at, m.bits_t.as<uint64_t>() + at);
+  }
+
+  struct Tile {
+    int64_t index;  // of the key tile in a row, of the query tile in a column
+    int mask;       // -1: no bits
+  };
+  // Tiles that query tile i sees / that see key tile j.
+  int64_t row_count(int64_t i) const {
+    return mask ? at(mask.row_start, i + 1) - at(mask.row_start, i) : causal ? i + 1 : nk;
+  }
+  Tile row_tile(int64_t i, int64_t n) const {
+    if (!mask) return {n, -1};
+    const int64_t e = at(mask.row_start, i) + n;
+    return {at(mask.row_tile, e), at(mask.row_mask, e)};
+  }
+  int64_t col_count(int64_t j) const {
+    return mask ? at(mask.col_start, j + 1) - at(mask.col_start, j) : causal ? nq - j : nq;
+  }
+  Tile col_tile(int64_t j, int64_t n) const {
+    if (!mask) return {causal ? j + n : n, -1};
+    const int64_t e = at(mask.col_start, j) + n;
+    return {at(mask.col_tile, e), at(mask.col_mask, e)};
+  }
+  // True when every query of tile i sees every key of tile j: no bits need looking at.
+  bool full(int64_t i, int64_t j, int id) const { return id < 0 && !(causal && i == j) && (j + 1) * kTile <= Tk; }
+  const Extent& extent(int64_t i, int64_t j, int id) const {
+    return id >= 0 ? extents[size_t(id)] : causal && i == j ? diagonal : whole;
+  }
+  // Which keys of tile j query r of tile i sees.
+  uint64_t row_bits(int64_t i, int64_t j, int id, int64_t r) const {
+    uint64_t bits = id < 0 ? ~0ull : mask.bits.as<uint64_t>()[id * kTile + r];
+    if (causal && i == j) bits &= (2ull << r) - 1;
+    const int64_t keys = Tk - j * kTile;
+    return keys < kTile ? bits & ((1ull << keys) - 1) : bits;
+  }
+  // Which queries of tile i see key r of tile j. Queries behind the end are not masked: their gradients are zero.
+  uint64_t col_bits(int64_t i, int64_t j, int id, int64_t r) const {
+    if (j * kTile + r >= Tk) return 0;
+    uint64_t bits = id < 0 ? ~0ull : mask.bits_t.as<uint64_t>()[id * kTile + r];
+    return causal && i == j ? bits & (~0ull << r) : bits;
+  }
+
+ private:
+  std::vector<Extent> extents;  // of every mask
+  Extent whole, diagonal;
+  static int at(const View& v, int64_t i) { return v.as<int32_t>()[i]; }
+  void check_lists(const View& start, const View& tile, const View& ids, int64_t rows, int64_t cols,
+                   int64_t masks) const {
+    IGPT_CHECK(start.numel() == rows + 1 && tile.numel() == ids.numel(),
+               "attention: the mask's tile lists do not fit the sequence");
+    IGPT_CHECK(start.dtype == DType::i32 && tile.dtype == DType::i32 && ids.dtype == DType::i32,
+               "attention: mask lists must be int32");
+    IGPT_CHECK(at(start, 0) == 0 && at(start, rows) == tile.numel(), "attention: the mask's tile lists are broken");
+    for (int64_t i = 0; i < rows; ++i)
+      IGPT_CHECK(at(start, i) <= at(start, i + 1), "attention: the mask's tile lists are broken");
+    for (int64_t e = 0; e < tile.numel(); ++e)
+      IGPT_CHECK(at(tile, e) >= 0 && at(tile, e) < cols && at(ids, e) < masks,
+                 "attention: the mask names a tile that does not exist");
+  }
+  void check_mask() const {
+    const int64_t masks = mask.bits.numel() / kTile;
+    IGPT_CHECK(
+        mask.bits.dtype == DType::i64 && mask.bits_t.dtype == DType::i64 && mask.bits.numel() == mask.bits_t.numel(),
+        "attention: mask bits must be int64 words");
+    check_lists(mask.row_start, mask.row_tile, mask.row_mask, nq, nk, masks);
+    check_lists(mask.col_start, mask.col_tile, mask.col_mask, nk, nq, masks);
+  }
+};
 
 // Dropout of the softmax's weights. A hash of the seed and of a weight's place decides whether it is kept: no mask is
 // stored, and the backward pass asks again, in whichever order.

@@ -85,7 +85,7 @@ static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t i, int64
 template <class E, class T>
 static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, const View& dv, const View& dout,
                  const View& q, const View& k, const View& v, const View& o, const View& lse, const Tiles& tiles,
-                 const std::vector<Extent>& masks, float scale, const Dropout& dropout) {
+                 float scale, const Dropout& dropout) {
   using Unit = typename E::Unit;
   using Range = Extent::Range;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep;
@@ -119,7 +119,7 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
       const auto tile = tiles.col_tile(j, n);
       const int64_t i = tile.index;
       const bool full = tiles.full(i, j, tile.mask);
-      const Extent& extent = masks[size_t(tile.mask + 1)];
+      const Extent& extent = tiles.extent(i, j, tile.mask);
       const Range all = extent.all_keys.to(2);
       const Unit *qt = w.qt.get() + i * kTile * Ku, *dot = w.dot.get() + i * kTile * Ku;
       Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
@@ -168,11 +168,10 @@ static void backward(const View& dq, const View& dk, const View& dv, const View&
                      const View& v, const View& o, const View& lse, const Tiles& tiles, float scale,
                      const Dropout& dropout) {
   const int64_t heads = q.size[0] * q.size[1], D = q.size[3];
-  const std::vector<Extent> masks = extents(tiles.mask);
   std::vector<BwdScratch<E>> workers;
   for (int64_t i = 0; i < std::min<int64_t>(heads, max_threads()); ++i) workers.emplace_back(tiles.nq, D, padded(D));
   parallel_for(heads, [&](int64_t bh, int thread) {
-    head<E, T>(workers[size_t(thread)], bh, dq, dk, dv, dout, q, k, v, o, lse, tiles, masks, scale, dropout);
+    head<E, T>(workers[size_t(thread)], bh, dq, dk, dv, dout, q, k, v, o, lse, tiles, scale, dropout);
   });
 }
 

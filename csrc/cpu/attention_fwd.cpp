@@ -66,8 +66,8 @@ static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float sc
 
 template <class E, class T>
 static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const View& q, const typename E::Unit* kt,
-                       const typename E::Unit* vp, const Tiles& tiles, const std::vector<Extent>& masks, int64_t bh,
-                       int64_t i, float scale, const Dropout& dropout) {
+                       const typename E::Unit* vp, const Tiles& tiles, int64_t bh, int64_t i, float scale,
+                       const Dropout& dropout) {
   using Unit = typename E::Unit;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep, t = i * kTile;
   const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
@@ -79,7 +79,7 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
     const auto tile = tiles.row_tile(i, n);
     const int64_t j = tile.index;
     const bool full = tiles.full(i, j, tile.mask);
-    const Extent& extent = masks[size_t(tile.mask + 1)];
+    const Extent& extent = tiles.extent(i, j, tile.mask);
     const Unit *kj = kt + j * Ku * kTile, *vj = vp + j * Tu * Dp;
     Extent::each(extent.queries, {0, kTile}, [&](Extent::Range keys, Extent::Range seeing) {
       const int64_t r = seeing.begin, end = std::min(seeing.end, rows), c = keys.begin;
@@ -118,7 +118,6 @@ static void forward(const View& o, const View& lse, const View& q, const View& k
   const int64_t wave = std::min<int64_t>(heads, 2 * threads);  // heads packed at a time: memory stays bounded
   auto kt = scratch<Unit>(wave * k_size);
   auto vp = scratch<Unit>(wave * v_size);
-  const std::vector<Extent> masks = extents(tiles.mask);
   std::vector<FwdScratch<E>> workers;
   for (int64_t i = 0; i < threads; ++i) workers.emplace_back(D, Dp);
   for (int64_t first = 0; first < heads; first += wave) {
@@ -132,7 +131,7 @@ static void forward(const View& o, const View& lse, const View& q, const View& k
     });
     parallel_for(count * tiles.nq, [&](int64_t n, int thread) {
       const int64_t h = n / tiles.nq, i = tiles.nq - 1 - n % tiles.nq;  // the longest rows of a head first
-      query_tile<E, T>(workers[size_t(thread)], o, lse, q, kt.get() + h * k_size, vp.get() + h * v_size, tiles, masks,
+      query_tile<E, T>(workers[size_t(thread)], o, lse, q, kt.get() + h * k_size, vp.get() + h * v_size, tiles,
                        first + h, i, scale, dropout);
     });
   }

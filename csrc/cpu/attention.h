@@ -12,6 +12,51 @@
 namespace igpt {
 namespace IGPT_ISA {
 
+// Where the bits of a tile lie. What lies outside is nobody's work: a product of 64 x 64 scores of which a diagonal is
+// seen costs four of 16 x 16, and the column of sos, which every query sees, one strip.
+struct Extent {
+  static constexpr int kGroup = 16, kGroups = kTile / kGroup;  // whole vectors in every instruction set
+  struct Range {
+    int64_t begin = 0, end = kTile;
+    bool operator==(const Range& o) const { return begin == o.begin && end == o.end; }
+    int64_t size() const { return end - begin; }
+    // Widened to multiples of `by`.
+    Range to(int64_t by) const { return {begin / by * by, (end + by - 1) / by * by}; }
+  };
+  Range keys[kGroups], queries[kGroups];  // that 16 queries see, and that see 16 keys: from the first to the last
+  Range all_keys, all_queries;
+
+  Extent() = default;  // a full tile
+  Extent(const uint64_t* bits, const uint64_t* bits_t) {
+    all_keys = ranges(keys, bits), all_queries = ranges(queries, bits_t);
+  }
+  // body(rows, columns) for each stretch of rows that has the same range of columns; rows end at `all`'s ends.
+  template <class F>
+  static IGPT_INLINE void each(const Range (&columns)[kGroups], const Range& all, F&& body) {
+    for (int g = 0, next; g < kGroups; g = next) {
+      for (next = g + 1; next < kGroups && columns[next] == columns[g];) ++next;
+      const Range rows = {std::max<int64_t>(g * kGroup, all.begin), std::min<int64_t>(next * kGroup, all.end)};
+      if (rows.size() > 0 && columns[g].size() > 0) body(rows, columns[g]);
+    }
+  }
+
+ private:
+  static Range range(uint64_t any) {
+    if (!any) return {0, 0};
+    return {__builtin_ctzll(any), kTile - __builtin_clzll(any)};
+  }
+  static Range ranges(Range* found, const uint64_t* words) {
+    uint64_t all = 0;
+    for (int g = 0; g < kGroups; ++g) {
+      uint64_t any = 0;
+      for (int r = 0; r < kGroup; ++r) any |= words[g * kGroup + r];
+      found[g] = range(any);
+      all |= any;
+    }
+    return range(all);
+  }
+};
+
 // The tiles of one attention call. Without a mask they are arithmetic; with one they are its lists.
 struct Tiles {
   int64_t Tq, Tk, nq, nk;
@@ -21,7 +66,14 @@ struct Tiles {
   Tiles(int64_t tq, int64_t tk, bool is_causal, const BlockMaskView& m)
       : Tq(tq), Tk(tk), nq((tq + kTile - 1) / kTile), nk((tk + kTile - 1) / kTile), causal(is_causal && !m), mask(m) {
     IGPT_CHECK(!(is_causal || m) || Tq == Tk, "attention: causal or masked attention needs as many keys as queries");
-    if (m) check_mask();
+    uint64_t bits[kTile], bits_t[kTile];
+    for (int r = 0; r < kTile; ++r) bits[r] = (2ull << r) - 1, bits_t[r] = ~0ull << r;
+    diagonal = Extent(bits, bits_t);
+    if (!m) return;
+    check_mask();
+    extents.reserve(size_t(m.bits.numel() / kTile));
+    for (int64_t at = 0; at < m.bits.numel(); at += kTile)
+      extents.emplace_back(m.bits.as<uint64_t>() + at, m.bits_t.as<uint64_t>() + at);
   }
 
   struct Tile {
@@ -47,6 +99,9 @@ struct Tiles {
   }
   // True when every query of tile i sees every key of tile j: no bits need looking at.
   bool full(int64_t i, int64_t j, int id) const { return id < 0 && !(causal && i == j) && (j + 1) * kTile <= Tk; }
+  const Extent& extent(int64_t i, int64_t j, int id) const {
+    return id >= 0 ? extents[size_t(id)] : causal && i == j ? diagonal : whole;
+  }
   // Which keys of tile j query r of tile i sees.
   uint64_t row_bits(int64_t i, int64_t j, int id, int64_t r) const {
     uint64_t bits = id < 0 ? ~0ull : mask.bits.as<uint64_t>()[id * kTile + r];
@@ -62,6 +117,8 @@ struct Tiles {
   }
 
  private:
+  std::vector<Extent> extents;  // of every mask
+  Extent whole, diagonal;
   static int at(const View& v, int64_t i) { return v.as<int32_t>()[i]; }
   void check_lists(const View& start, const View& tile, const View& ids, int64_t rows, int64_t cols,
                    int64_t masks) const {

@@ -54,7 +54,13 @@ static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t i, int64
   const float *lse = w.lse.get() + i * kTile, *delta = w.delta.get() + i * kTile;
   const uint64_t bits[2] = {bits0, bits1};
   for (int64_t c = 0; c < kTile; c += kLanes) {
-    vf ds[2];
+    vf ds[2] = {};
+    if (((bits0 | bits1) >> c & ((1ull << kLanes) - 1)) == 0) {  // S and dP are not there
+      for (int e = 0; e < 2; ++e)
+        for (auto* out : {w.p.get(), w.ds.get()}) E::store_a(out + (key + e) * kTile / E::kStep, c, vf{});
+      E::store_b_pair(w.ds_b.get(), key / 2, kTile, c, ds[0], ds[1]);
+      continue;
+    }
     for (int e = 0; e < 2; ++e) {
       const int64_t at = (key + e) * kTile + c;
       vf p = exp2((load(w.s.get() + at) * scale - load(lse + c)) *
@@ -81,6 +87,7 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
                  const View& q, const View& k, const View& v, const View& o, const View& lse, const Tiles& tiles,
                  float scale, const Dropout& dropout) {
   using Unit = typename E::Unit;
+  using Range = Extent::Range;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep;
   const Head<const T> hq(q, bh), hk(k, bh), hv(v, bh), ho(o, bh), hdo(dout, bh);
   for (int64_t i = 0; i < tiles.nq; ++i) {
@@ -112,14 +119,32 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
       const auto tile = tiles.col_tile(j, n);
       const int64_t i = tile.index;
       const bool full = tiles.full(i, j, tile.mask);
-      gemm<E, false>(kTile, kTile, Ku, w.s.get(), kTile, w.k.get(), Ku, w.qt.get() + i * kTile * Ku, kTile);
-      gemm<E, false>(kTile, kTile, Ku, w.dp.get(), kTile, w.v.get(), Ku, w.dot.get() + i * kTile * Ku, kTile);
-      for (int64_t r = 0; r < kTile; r += 2)
+      const Extent& extent = tiles.extent(i, j, tile.mask);
+      const Range all = extent.all_keys.to(2);
+      const Unit *qt = w.qt.get() + i * kTile * Ku, *dot = w.dot.get() + i * kTile * Ku;
+      Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
+        const Range keys = seen.to(2);
+        const int64_t r = keys.begin, c = queries.begin, at = r * kTile + c;
+        gemm<E, false>(keys.size(), queries.size(), Ku, w.s.get() + at, kTile, w.k.get() + r * Ku, Ku, qt + c, kTile);
+        gemm<E, false>(keys.size(), queries.size(), Ku, w.dp.get() + at, kTile, w.v.get() + r * Ku, Ku, dot + c, kTile);
+      });
+      for (int64_t r = all.begin; r < all.end; r += 2)
         gradient_rows<E>(w, r, i, j, scale, full ? ~0ull : tiles.col_bits(i, j, tile.mask, r),
                          full ? ~0ull : tiles.col_bits(i, j, tile.mask, r + 1), dropout);
-      gemm<E, true>(kTile, Dp, Tu, w.dv.get(), Dp, w.p.get(), Tu, w.don.get() + i * Tu * Dp, Dp);
-      gemm<E, true>(kTile, Dp, Tu, w.dk.get(), Dp, w.ds.get(), Tu, w.qn.get() + i * Tu * Dp, Dp);
-      gemm<E, true>(Dp, kTile, Tu, w.dq.get() + i * Dp * kTile, kTile, w.kt.get(), Tu, w.ds_b.get(), kTile);
+      const Unit *qn = w.qn.get() + i * Tu * Dp, *don = w.don.get() + i * Tu * Dp;
+      Extent::each(extent.queries, all, [&](Range keys, Range seeing) {
+        const Range units = seeing.to(E::kStep);
+        const int64_t r = keys.begin, u = units.begin / E::kStep, n_units = units.size() / E::kStep, at = r * Tu + u;
+        gemm<E, true>(keys.size(), Dp, n_units, w.dv.get() + r * Dp, Dp, w.p.get() + at, Tu, don + u * Dp, Dp);
+        gemm<E, true>(keys.size(), Dp, n_units, w.dk.get() + r * Dp, Dp, w.ds.get() + at, Tu, qn + u * Dp, Dp);
+      });
+      float* dq_i = w.dq.get() + i * Dp * kTile;
+      Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
+        const Range units = seen.to(E::kStep);
+        const int64_t u = units.begin / E::kStep, n_units = units.size() / E::kStep, c = queries.begin;
+        gemm<E, true>(Dp, queries.size(), n_units, dq_i + c, kTile, w.kt.get() + u, Tu, w.ds_b.get() + u * kTile + c,
+                      kTile);
+      });
     }
     const Head<T> hdk(dk, bh), hdv(dv, bh);
     for (int64_t r = 0; r < std::min<int64_t>(kTile, tiles.Tk - j * kTile); ++r) {

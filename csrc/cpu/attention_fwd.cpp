@@ -24,22 +24,28 @@ struct FwdScratch {  // one thread's tiles
 
 constexpr int kVectors = kTile / kLanes;  // vectors in a row of a tile
 
-// Turns row r of S into P, and brings m, l and the row of O up to date.
-template <class E>
+// Turns row r of S into P, and brings m, l and the row of O up to date. Where a vector of bits is empty, S is not read.
+template <class E, bool kFull>
 static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale2, uint64_t bits,
                                const Dropout& dropout, uint64_t query, int64_t first_key) {
   const float* s = w.s.get() + r * kTile;
+  const auto empty = [&](int i) { return !kFull && (bits >> (i * kLanes) & ((1ull << kLanes) - 1)) == 0; };
   vf v[kVectors];
   vf top = splat(-INFINITY);
   for (int i = 0; i < kVectors; ++i) {
+    if (empty(i)) continue;
     v[i] = load(s + i * kLanes) * scale2;
-    if (bits != ~0ull) v[i] = keep(uint32_t(bits >> (i * kLanes)), v[i], splat(-INFINITY));
+    if (!kFull) v[i] = keep(uint32_t(bits >> (i * kLanes)), v[i], splat(-INFINITY));
     top = max(top, v[i]);
   }
   const float here = max(top), before = w.m[r], m = here > before ? here : before;
   vf total = {};
   typename E::Unit* p = w.p.get() + r * kTile / E::kStep;
   for (int i = 0; i < kVectors; ++i) {
+    if (empty(i)) {
+      E::store_a(p, i * kLanes, vf{});
+      continue;
+    }
     v[i] = exp2(v[i] - m);
     total += v[i];
     if (dropout)
@@ -62,6 +68,7 @@ template <class E, class T>
 static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const View& q, const typename E::Unit* kt,
                        const typename E::Unit* vp, const Tiles& tiles, int64_t bh, int64_t i, float scale,
                        const Dropout& dropout) {
+  using Unit = typename E::Unit;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep, t = i * kTile;
   const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
   pack_rows<E>(w.q.get(), Head<const T>(q, bh), t, tiles.Tq, D);
@@ -72,11 +79,25 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
     const auto tile = tiles.row_tile(i, n);
     const int64_t j = tile.index;
     const bool full = tiles.full(i, j, tile.mask);
-    gemm<E, false>(rows, kTile, Ku, w.s.get(), kTile, w.q.get(), Ku, kt + j * Ku * kTile, kTile);
-    for (int64_t r = 0; r < rows; ++r)
-      softmax_row<E>(w, r, Dp, scale * kLog2e, full ? ~0ull : tiles.row_bits(i, j, tile.mask, r), dropout,
-                     dropout.query(bh, t + r), j * kTile);
-    gemm<E, true>(rows, Dp, Tu, w.o.get(), Dp, w.p.get(), Tu, vp + j * Tu * Dp, Dp);
+    const Extent& extent = tiles.extent(i, j, tile.mask);
+    const Unit *kj = kt + j * Ku * kTile, *vj = vp + j * Tu * Dp;
+    Extent::each(extent.queries, {0, kTile}, [&](Extent::Range keys, Extent::Range seeing) {
+      const int64_t r = seeing.begin, end = std::min(seeing.end, rows), c = keys.begin;
+      gemm<E, false>(end - r, keys.size(), Ku, w.s.get() + r * kTile + c, kTile, w.q.get() + r * Ku, Ku, kj + c, kTile);
+    });
+    for (int64_t r = extent.all_queries.begin; r < std::min(rows, extent.all_queries.end); ++r)
+      if (full)
+        softmax_row<E, true>(w, r, Dp, scale * kLog2e, ~0ull, dropout, dropout.query(bh, t + r), j * kTile);
+      else
+        softmax_row<E, false>(w, r, Dp, scale * kLog2e, tiles.row_bits(i, j, tile.mask, r), dropout,
+                              dropout.query(bh, t + r), j * kTile);
+    Extent::each(extent.keys, {extent.all_queries.begin, std::min(rows, extent.all_queries.end)},
+                 [&](Extent::Range queries, Extent::Range seen) {
+                   const Extent::Range units = seen.to(E::kStep);
+                   const int64_t r = queries.begin, u = units.begin / E::kStep;
+                   gemm<E, true>(queries.size(), Dp, units.size() / E::kStep, w.o.get() + r * Dp, Dp,
+                                 w.p.get() + r * Tu + u, Tu, vj + u * Dp, Dp);
+                 });
   }
   const Head<T> o(out, bh);
   for (int64_t r = 0; r < rows; ++r) {

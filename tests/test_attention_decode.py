@@ -18,7 +18,8 @@ CASES = [
     for backend, dtype in served("attention_decode", torch.float32, torch.bfloat16, torch.float16)
     if not (dtype is torch.float32 and backend in CUDA_KERNELS)
 ]
-# The CPU's kernel serves plain caches only.
+# The CPU's kernel serves plain caches only, and masks of them.
+HOST = [c for c in CASES if c[0] not in CUDA_KERNELS]
 EXTRAS = [c for c in CASES if c[0] in ("reference", *CUDA_KERNELS)]
 GPU = [b for b, dtype in CASES if b in CUDA_KERNELS and dtype is torch.bfloat16]
 DIMS = [32, 64, 96, 128]
@@ -60,6 +61,38 @@ def test_decode(backend, dtype, length, spare, head_dim):
         dtype,
         **more,
     )
+
+
+@pytest.mark.parametrize(("backend", "dtype"), HOST)
+@settings(max_examples=20)
+@given(
+    length=st.integers(1, 300),
+    spare=st.integers(0, 70),
+    head_dim=st.sampled_from([8, 40, *DIMS]),
+    density=st.sampled_from([0.0, 0.02, 0.3, 0.97, 1.0]),
+)
+def test_of_a_masks_row_only_what_it_sees_is_read(backend, dtype, length, spare, head_dim, density):
+    """Everything else may be NaN, and the bits are those of a cache without it; a row that sees nothing gives zeros."""
+    q, k, v = heads(2, 3, length + spare, head_dim, seed=length)
+    seen = torch.rand(length + spare, length + spare, generator=torch.Generator().manual_seed(length)) < density
+    mask, row = BlockMask.from_dense(seen), seen[length - 1, :length]
+    unseen = ~row.new_zeros(length + spare).index_fill(0, row.nonzero().flatten(), True).view(1, 1, -1, 1)
+    k, v = k.masked_fill(unseen, torch.nan), v.masked_fill(unseen, torch.nan)
+    check(
+        lambda q, k, v: ops.attention_decode(q, k, v, length, mask=mask),
+        lambda q, k, v: plain(q, k, v, length, seen=seen),
+        [q, k, v],
+        backend,
+        dtype,
+        grads=False,
+    )
+    with use_backend(backend):
+        got, count = ops.attention_decode(*(t.to(dtype) for t in (q, k, v)), length, mask=mask), int(row.sum())
+        if not count:
+            assert not got.any()
+        elif backend != "reference":
+            alone = (t.to(dtype)[:, :, ~unseen.flatten()] for t in (k, v))
+            assert torch.equal(got, ops.attention_decode(q.to(dtype), *alone, count))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), EXTRAS)
@@ -136,7 +169,7 @@ def test_an_image_does_not_know_its_batch(backend):
     """Neither the cache's nor, on a GPU, the neighbours that share its prefix, nor who ended earlier."""
     q, k, v = (t.bfloat16() for t in heads(40, 2, 300, 32))
     prefix = [t.bfloat16() for t in heads(2, 2, 200, 32, seed=5)[1:]]
-    lengths = torch.arange(260, 300, dtype=torch.int32)
+    lengths, mask = torch.arange(260, 300, dtype=torch.int32), compiled("local", (20, 20))
 
     def some(images, which, **more):
         return ops.attention_decode(q[images], k[images], v[images], 300, prefix=[p[which] for p in prefix], **more)
@@ -144,6 +177,8 @@ def test_an_image_does_not_know_its_batch(backend):
     with use_backend(backend, poison=True):
         whole = ops.attention_decode(q, k, v, 300)
         assert torch.equal(whole[3:4], ops.attention_decode(q[3:4], k[3:4], v[3:4], 300))
+        masked = ops.attention_decode(q, k, v, 300, mask=mask)
+        assert torch.equal(masked[3:4], ops.attention_decode(q[3:4], k[3:4], v[3:4], 300, mask=mask))
         if backend in CUDA_KERNELS:
             counted = ops.attention_decode(q, k, v, 300, lengths=lengths)
             short = torch.tensor([0, 5], dtype=torch.int32)  # of three chunks in blocks of their own

@@ -21,7 +21,7 @@ def floats(*shape, grad=True):
     return torch.randn(*shape).requires_grad_(grad)
 
 
-def step_call():
+def step_call(*masks, of=()):
     d, biases = 16, (None, floats(4 * 16, grad=False))
     layers = []
     for fc_bias in biases:
@@ -29,7 +29,19 @@ def step_call():
         layers += [floats(d, grad=False), floats(4 * d, d, grad=False), fc_bias, floats(d, 4 * d, grad=False), None]
     tables = [floats(rows, d, grad=False) for rows in (7, 9, 7)]
     cache = floats(2, 3, 2, 2, 9, 8, grad=False)
-    return (cache, torch.arange(3), tables[0], tables[1], layers, floats(d, grad=False), tables[2], 5, 1e-5)
+    return (
+        cache,
+        torch.arange(3),
+        tables[0],
+        tables[1],
+        layers,
+        floats(d, grad=False),
+        tables[2],
+        list(masks),
+        list(of),
+        5,
+        1e-5,
+    )
 
 
 def decode_call(slots=9):
@@ -54,7 +66,7 @@ def calls():
             (*decode_call(), 7, 0.25, torch.tensor([4], dtype=torch.int32), mask, list(decode_call()[1:]), []),
         ],
         "cache_append": [(*decode_call()[1:], *decode_call(2)[1:], 5, None, [])],
-        "decode_step": [step_call()],
+        "decode_step": [step_call(), step_call(*compiled("row", (3, 3)).tensors, of=[0, -1, 0, 0])],
         "sample_tokens": [
             (floats(3, 8, grad=False), torch.rand(3, dtype=torch.float64), 1.0, 4, 0.9),
             (floats(3, 8, grad=False), torch.rand(3, dtype=torch.float64), 0.0, None, None),

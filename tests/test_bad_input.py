@@ -13,6 +13,7 @@ from torch import Tensor
 from igpt_fast import InputError, ops
 from igpt_fast.ops import _native
 from igpt_fast.ops._native import BACKENDS, use_backend
+from igpt_fast.patterns import compiled
 
 needs_bench = pytest.mark.skipif(bench.missing() is not None, reason=bench.missing() or "")
 F64, F32, I64 = torch.float64, torch.float32, torch.int64
@@ -95,6 +96,43 @@ def test_a_tensor_without_memory_is_no_absent_one():
     x = torch.ones(2, 4)
     with pytest.raises(ValueError, match="has memory"):
         native.bias_quick_gelu_fwd(torch.empty(2, 4), x, torch.empty(4, device="meta"), 0)
+
+
+CPU = [b for b in BACKENDS if b in _native.CPU_TABLES]
+BROKEN_TABLES = [
+    (0, lambda t: t.long()),
+    (0, lambda t: t[:-1]),
+    (0, lambda t: t + 9),
+    (1, lambda t: t.flip(0)),
+    (1, lambda t: t - 2),
+    (2, lambda t: t + 99),
+    (2, lambda t: t[:-1]),
+    (6, lambda t: t.int()),
+]
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize(("i", "change"), BROKEN_TABLES)
+def test_a_decoding_step_refuses_a_broken_mask(backend, i, change):
+    tables = list(compiled("local", (8, 16)).tensors)
+    q, k, v = torch.randn(2, 2, 1, 32), torch.randn(2, 2, 128, 32), torch.randn(2, 2, 128, 32)
+    tables[i] = change(tables[i])
+    with pytest.raises(ValueError, match="mask"):
+        BACKENDS[backend].attention_decode(q, None, q, k, v, None, None, None, tuple(tables), 128, 0, 0.3, 0)
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize(("of", "message"), [([0], "masks for 1 layers"), ([0, 1], "there is no mask 1")])
+def test_a_decoding_step_refuses_masks_of_other_layers(backend, of, message):
+    d, native = 16, BACKENDS[backend]
+    layers = [
+        (floats(d), floats(3 * d, d), None, floats(d, d), None, floats(d), floats(d, d), None, floats(d, d), None)
+    ]
+    masks = _native.native_masks([compiled("row", (3, 3)).tensors], of, 1)
+    cache, pixels = floats(2, 4, 9, 8), torch.zeros(1, dtype=I64)
+    args = cache, pixels, floats(5, d), floats(9, d), _native.native_layers(2 * layers), floats(d), floats(5, d)
+    with pytest.raises(ValueError, match=message):
+        native.decode_step(floats(1, 5), *args, masks, 3, 1e-5, 0)
 
 
 # ---- the public ops ----

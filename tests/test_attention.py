@@ -144,6 +144,25 @@ def test_packed(backend, dtype):
     check(ops.attention_packed, plain, [qkv], backend, dtype)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), FEW)
+@pytest.mark.parametrize("cycle", [("row", "column", None), ("row", "row", "column")])
+def test_packed_under_a_mask_for_each_head(backend, dtype, cycle):
+    """Heads of one mask are strided slices of the buffer and of its gradient, also where they are not evenly apart."""
+    masks = [text and compiled(text, (9, 10)) for text in cycle]
+    qkv = torch.randn(2, 90, 3, 4, served_dim(backend, 40))
+
+    def plain(x):
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        found = []
+        for head in range(4):
+            mask = masks[head % 3]
+            seen = None if mask is None else mask.dense().to(x.device)
+            found.append(dense(seen)(*(t[:, head : head + 1] for t in (q, k, v))))
+        return torch.cat(found, 1).transpose(1, 2)
+
+    check(lambda x: ops.attention_packed(x, masks), plain, [qkv], backend, dtype)
+
+
 @pytest.mark.parametrize("backend", backends("attention_fwd")[1:])
 def test_output_needs_no_copy(backend):
     with use_backend(backend):

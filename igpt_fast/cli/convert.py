@@ -63,7 +63,12 @@ def convert(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--size", metavar="PX", show_default="a square", help="Height x width as 32x48."),
+        typer.Option(
+            "--size",
+            metavar="PX",
+            show_default="its own",
+            help="Height x width as 32x48: of its positions, or what they are resampled to.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights that OUT holds.")] = False,
     as_json: JsonOption = False,

@@ -31,14 +31,8 @@ from igpt_fast.weights import refuse_misfit
 
 SMALL = {"layers": 4, "width": 128, "heads": 4}  # when nothing is said: two cores take about a second a step
 IMAGES = {"size": None, "resize": "paper", "background": "white", "on_error": "raise", "palette": None, "colors": 512}
-SHAPE = (
-    "layers",
-    "width",
-    "heads",
-    "objective",
-    "pattern",
-    "positions",
-)  # the options that are Config's fields, but for the data's
+# The options that are fields of Config, but for those that the data decide.
+SHAPE = ("layers", "width", "heads", "objective", "pattern", "positions")
 STANDARD = Options()
 
 Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)

@@ -4,6 +4,7 @@ A model's pattern is None (dense attention), a text for all layers, or a sequenc
 elements are None, a text, or a sequence that is cycled over the heads. "dense" is another word for None.
 """
 
+import typing
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -71,7 +72,7 @@ def _kept(text: str, size: tuple[int, int], causal: bool, slots: int, device: to
 @torch.library.custom_op("igpt::pattern_tables", mutates_args=())
 def _pattern_tables(
     text: str, height: int, width: int, causal: bool, slots: int, device: torch.device
-) -> list[torch.Tensor]:
+) -> typing.List[torch.Tensor]:  # noqa: UP006 - torch 2.4 knows no other name for it
     return list(_kept(text, (height, width), causal, slots, device).tensors)
 
 

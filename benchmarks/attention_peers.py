@@ -49,7 +49,8 @@ def tried(fn: Callable | Missing, grads: Tensor | None, *qkv: Tensor) -> Callabl
             torch.autograd.grad(out, qkv, grads)
         return fn
     except Exception as error:  # a shape that it does not serve, in whatever words: that costs the others nothing
-        return Missing(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200])
+        kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "  # torch's own are sentences
+        return Missing(f"{kind}{next(iter(str(error).splitlines()), '')}"[:200])
 
 
 def _told(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -71,7 +71,10 @@ def section(data: Mapping[str, Any]) -> str:
     leading = [_row(entry) for entry in timed if _rank(entry)[0] < len(FIRST)]
     if leading:
         parts.append(table(head, leading))
-    if others := [_row(entry) for entry in timed if _rank(entry)[0] == len(FIRST)]:
+    if sparse := [entry for entry in timed if "sparse" in entry]:
+        parts.append(f"<details><summary>Sparse patterns ({len(sparse)} comparisons)</summary>\n\n{patterns(sparse)}")
+        parts.append("</details>")
+    if others := [_row(entry) for entry in timed if _rank(entry)[0] == len(FIRST) and "sparse" not in entry]:
         parts.append(
             f"<details><summary>Op by op ({len(others)} comparisons)</summary>\n\n{table(head, others)}\n\n</details>"
         )
@@ -106,6 +109,30 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = list(head)
     lines = [head, ["---" if i < 2 else "---:" for i in range(len(head))], *map(list, rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def patterns(entries: Iterable[Mapping[str, Any]]) -> str:
+    """The table of sparse patterns, a pattern and a size a row, by size; a peer's column says how often ours is faster.
+
+    entries: those of benchmarks/test_patterns.py, which carry the pattern and its densities as "sparse".
+    """
+    peers = ("ours, dense", "torch SDPA, dense", "torch SDPA, boolean mask", "FlexAttention, compiled")
+    rows = []
+    for entry in sorted(entries, key=lambda e: (e["sparse"]["side"], e["op"])):
+        about, found = entry["sparse"], [entry["peers"].get(peer, {}) for peer in peers]
+        rows.append(
+            [
+                entry["op"].removeprefix("pattern "),
+                f"{about['side']} × {about['side']}" + (f", {entry['device']}" if entry["device"] != "cpu" else ""),
+                f"{about['tiles']:.1%}",
+                duration(entry["seconds"]) if entry.get("seconds") else "",
+                *(f"{figure(r['ratio'])} ×" if r.get("right") and "ratio" in r else "" for r in found),
+                _memory(entry),
+                _memory(found[1]),
+            ]
+        )
+    head = ("pattern", "pixels", "tiles", "igpt-fast", *peers, "peak memory", "dense SDPA's")
+    return table(head, rows)
 
 
 def duration(seconds: float) -> str:

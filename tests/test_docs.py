@@ -8,6 +8,7 @@ import pytest
 import typer
 
 from igpt_fast.cli import app
+from igpt_fast.patterns import PATTERNS, compiled
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,3 +31,26 @@ def test_commands_exist(line):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+ROWS = {
+    cells[0].strip("` ").replace("\\|", "|"): cells[2:6]
+    for line in (ROOT / "docs" / "patterns.md").read_text().splitlines()
+    if line.startswith("| `") and (cells := re.split(r" (?<!\\)\| ", line.removeprefix("| ")))
+}
+
+
+def test_the_page_of_patterns_has_them_all():
+    assert not PATTERNS.keys() - ROWS.keys()
+    pictures = list((ROOT / "docs" / "images").glob("pattern-*.png"))
+    page = (ROOT / "docs" / "patterns.md").read_text()
+    assert all(f"(images/{picture.name})" in page for picture in pictures)
+    assert all(f"(images/pattern-{name.replace('_', '-')}.png)" in page for name in PATTERNS)
+    assert all(picture.stat().st_size <= 32_000 for picture in pictures)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_densities_on_the_page(name):
+    """Pairs and tiles as the page has them, at 32 × 32 and 64 × 64."""
+    masks = [compiled(name, (side, side)) for side in (32, 64)]
+    assert ROWS[name] == [f"{share:.1%}" for m in masks for share in (m.pair_density(), m.density())]

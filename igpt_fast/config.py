@@ -42,9 +42,8 @@ class Config:
     # Who sees whom: None (all that the objective lets them), a text of igpt_fast.patterns, or a list, cycled over the
     # layers, of None, texts and lists, cycled over the heads. Kept in the one form that `patterns.normalised` gives.
     pattern: Any = None
-    positions: str = (
-        "learned"  # "learned": an embedding a pixel; "axial": the sum of one of its row and one of its column
-    )
+    # "learned": an embedding a pixel; "axial": the sum of one of its row and one of its column
+    positions: str = "learned"
 
     def __post_init__(self) -> None:
         for name, least in (("layers", 1), ("width", 1), ("heads", 1), ("colors", 2), ("classes", 0)):

@@ -81,11 +81,8 @@ def open_model(
     path = Path(source)
     if (path / STATE).is_file() or (path / FOLDER).is_dir() or path.name == FOLDER or _is_our_config(path / CONFIG):
         found = load_checkpoint(path, device)
-        return (
-            found
-            if size is None
-            else replace(found, model=reshaped(found.model, replace(found.model.config, size=size)))
-        )
+        config = replace(found.model.config, size=size or found.model.config.size)
+        return replace(found, model=reshaped(found.model, config))
     model = ImageGPT.from_pretrained(source, size=size, heads=heads, device=device)
     return Checkpoint(model, model.palette, state={}, step=None, path=path)
 

@@ -16,6 +16,15 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def one_thread():
+    """Two threads only slow down a model as small as those of the tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def igpt(monkeypatch, capsys):
     """Runs the command line in this process: (exit code, stdout, stderr)."""
     from igpt_fast import cli  # not above: a bare machine with a GPU has no typer, and no use for it

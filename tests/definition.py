@@ -3,8 +3,33 @@
 import math
 
 import numpy as np
+import torch
 
 from igpt_fast.patterns import BlockMask
+
+
+def opinionated(model, std=0.3):
+    """The model, no parameter of it zero, so that nothing hides behind a zero head or zero biases."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=std)
+    return model
+
+
+def pixels(model, n, seed=1):
+    """Tokens [n, H, W] as the model reads them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.colors, (n, *model.config.size), generator=generator)
+
+
+def assert_defined(model, tokens):
+    """Logits, features and, of an autoregressive model, the loss equal the definition, whose logits are returned."""
+    logits, features = transcript(model, tokens)
+    np.testing.assert_allclose(model(tokens).detach().numpy(), logits, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(model.features(tokens).detach().numpy(), features, rtol=0, atol=1e-9)
+    if model.config.objective == "ar":
+        want = cross_entropy(logits, tokens).mean()
+        np.testing.assert_allclose(model.loss(tokens).item(), want, rtol=0, atol=1e-6)  # the op returns float32
+    return logits
 
 
 def transcript(model, tokens, keep=None):

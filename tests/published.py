@@ -3,6 +3,7 @@
 import json
 
 import torch
+from definition import opinionated
 
 from igpt_fast import Config, ImageGPT, Palette
 
@@ -11,11 +12,7 @@ PALETTE = Palette(torch.linspace(-1, 1, 33).reshape(11, 3))
 
 
 def make(**fields) -> ImageGPT:
-    """A model whose every number matters."""
-    model = ImageGPT(Config(**{**SIZES, **fields}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
-    return model
+    return opinionated(ImageGPT(Config(**{**SIZES, **fields})))
 
 
 def same(a: ImageGPT, b: ImageGPT) -> bool:

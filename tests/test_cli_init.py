@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from definition import opinionated
 from test_cli_train import FAST, MODEL, call
 from tiny import CONFIG, same, weights, write_tokens
 from tiny import FAST as OPTIONS
@@ -16,14 +17,7 @@ from igpt_fast.run import read_options
 from igpt_fast.tokens import TokenDataset
 from igpt_fast.train import train
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads only slow down a model as small as this."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +31,13 @@ def larger(tmp_path_factory) -> TokenDataset:
     return write_tokens(tmp_path_factory.mktemp("larger"), size=(6, 8))
 
 
-def opinionated(**fields) -> ImageGPT:
-    model = ImageGPT(Config.from_dict({**CONFIG.to_dict(), **fields}))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2)
-    return model
+def make(**fields) -> ImageGPT:
+    return opinionated(ImageGPT(Config.from_dict({**CONFIG.to_dict(), **fields})), std=0.2)
 
 
 @pytest.mark.parametrize("fields", [{}, {"positions": "axial", "pattern": "row", "bias": True, "classes": 3}], ids=str)
 def test_the_first_step_has_the_given_weights(dataset, larger, tmp_path, fields):
-    model = opinionated(**fields)
+    model = make(**fields)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     result = train(larger, tmp_path / "run", init=model, **{**OPTIONS, "steps": 1, "warmup": 1, "lr": 1e-30})
     assert result.model.config == Config.from_dict({**model.config.to_dict(), "size": (6, 8), "classes": 0})
@@ -75,7 +66,7 @@ def test_it_says_what_it_begins_with(dataset, larger, tmp_path, monkeypatch, cap
 
 
 def test_two_runs_are_equal_to_the_bit(dataset, tmp_path, monkeypatch, capsys):
-    save_checkpoint(tmp_path / "first", 3, opinionated(), dataset.palette)
+    save_checkpoint(tmp_path / "first", 3, make(), dataset.palette)
     for name in "ab":
         words = (
             dataset.path,
@@ -94,7 +85,7 @@ def test_two_runs_are_equal_to_the_bit(dataset, tmp_path, monkeypatch, capsys):
 def test_images_are_read_in_the_weights_colours(dataset, tmp_path, monkeypatch, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", pixels)
-    opinionated().save_pretrained(tmp_path / "weights", dataset.palette)
+    make().save_pretrained(tmp_path / "weights", dataset.palette)
     words = [tmp_path / "images.npy", "--resize", "none", "--size", "8", "--workers", "0", *FAST]
     run = tmp_path / "run"
     code, _, err = call(monkeypatch, capsys, *words, "--out", run, "--init", tmp_path / "weights")
@@ -119,9 +110,9 @@ def test_images_are_read_in_the_weights_colours(dataset, tmp_path, monkeypatch, 
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(dataset, tmp_path, monkeypatch, capsys, arguments, message):
-    save_checkpoint(tmp_path / "FIRST", 3, opinionated(), dataset.palette)
+    save_checkpoint(tmp_path / "FIRST", 3, make(), dataset.palette)
     other = type(dataset.palette)(dataset.palette.centers * 0.5)
-    save_checkpoint(tmp_path / "OTHER", 3, opinionated(), other)
+    save_checkpoint(tmp_path / "OTHER", 3, make(), other)
     monkeypatch.chdir(tmp_path)
     code, out, err = call(monkeypatch, capsys, dataset.path, "--out", tmp_path / "run", *arguments)
     assert code == 2 and out == "" and message in err
@@ -130,12 +121,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(dataset, tmp_path, monkeypatch
 
 
 def test_a_resumed_run_has_its_own_weights(dataset, tmp_path, monkeypatch, capsys):
-    save_checkpoint(tmp_path / "first", 3, opinionated(), dataset.palette)
+    save_checkpoint(tmp_path / "first", 3, make(), dataset.palette)
     words = (dataset.path, "--out", tmp_path / "run", "--init", tmp_path / "first")
     assert call(monkeypatch, capsys, *words, *FAST)[0] == 0
     code, _, err = call(monkeypatch, capsys, *words, "--resume")
     assert code == 2 and "--init changes nothing with --resume" in err
-    save_checkpoint(tmp_path / "gray", 3, opinionated())
+    save_checkpoint(tmp_path / "gray", 3, make())
     np.save(tmp_path / "images.npy", np.zeros((30, 4, 6, 3), np.uint8))
     words = (tmp_path / "images.npy", "--out", tmp_path / "new", "--init", tmp_path / "gray")
     code, _, err = call(monkeypatch, capsys, *words)

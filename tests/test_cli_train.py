@@ -33,19 +33,12 @@ FAST = [
     "3",
 ]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> TokenDataset:
     return write_tokens(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads only slow down a model as small as this."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:

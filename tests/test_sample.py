@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from definition import opinionated, pixels
 
 from igpt_fast.cached import Decoder, decode_one_token, prefill
 from igpt_fast.config import Config
@@ -16,17 +17,9 @@ from igpt_fast.sample import complete, sample
 
 
 def make(dtype=torch.float32, seed=0, **fields) -> ImageGPT:
-    """A model with opinions: random head and biases."""
     torch.manual_seed(seed)
-    model = ImageGPT(Config(**{"layers": 2, "width": 32, "heads": 4, "colors": 13, "size": (5, 7), **fields}))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.25)
-    return model.to(dtype)
-
-
-def pixels(model, n, seed=1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.colors, (n, *model.config.size), generator=generator)
+    sizes = {"layers": 2, "width": 32, "heads": 4, "colors": 13, "size": (5, 7), **fields}
+    return opinionated(ImageGPT(Config(**sizes)), std=0.25).to(dtype)
 
 
 def uniforms(seed, image, completion, count):

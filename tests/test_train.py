@@ -19,19 +19,12 @@ from igpt_fast.run import Options, read_metrics, read_options
 from igpt_fast.tokens import TokenDataset
 from igpt_fast.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> TokenDataset:
     return write_tokens(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads only slow down a model as small as this."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_first_loss_is_chance_and_the_last_is_far_below(dataset, tmp_path):

@@ -16,15 +16,7 @@ from igpt_fast.data import open_tokens
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
-from igpt_fast.run import (
-    CURVE,
-    METRICS,
-    PRECISIONS,
-    Options,
-    Result,
-    check_run,
-    read_options,
-)
+from igpt_fast.run import CURVE, METRICS, PRECISIONS, Options, Result, check_run, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
 from igpt_fast.weights import refuse_misfit

@@ -14,10 +14,11 @@ OUT ?= build/gpu-check/out
 demo: $(VENV)/installed
 	$(BIN)/igpt-fast demo --out demo
 
-# Threads that wait asleep: on a busy machine spinning ones cost more than they give.
+# As many processes as processors, eight at most: most tests, and all of the kernels' bench, have one thread. Threads that
+# wait asleep: on a busy machine spinning ones cost more than they give.
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/installed
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --numprocesses logical --maxprocesses 8 --dist worksteal
 	$(BIN)/pytest benchmarks --benchmark-only --quick
 
 lint: $(VENV)/dependencies

@@ -126,14 +126,14 @@ struct type_caster<View> {
 };
 
 template <>
-struct type_caster<BlockMaskView> {  // None, or the eight tensors of a BlockMask in the order of BlockMaskView
+struct type_caster<BlockMaskView> {  // None, or the nine tensors of a BlockMask in the order of BlockMaskView
   PYBIND11_TYPE_CASTER(BlockMaskView, const_name("tuple | None"));
   bool load(handle h, bool) {
     if (h.is_none()) return true;
-    if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 8) return false;
-    View* fields[] = {&value.row_start, &value.row_tile, &value.row_mask, &value.col_start,
-                      &value.col_tile,  &value.col_mask, &value.bits,     &value.bits_t};
-    for (int i = 0; i < 8; ++i) *fields[i] = view_of(PyTuple_GET_ITEM(h.ptr(), i));
+    if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 9) return false;
+    View* fields[] = {&value.row_start, &value.row_tile, &value.row_mask, &value.col_start, &value.col_tile,
+                      &value.col_mask,  &value.bits,     &value.bits_t,   &value.order};
+    for (int i = 0; i < 9; ++i) *fields[i] = view_of(PyTuple_GET_ITEM(h.ptr(), i));
     return true;
   }
 };
@@ -195,7 +195,7 @@ class OneDevice {
   }
   void see(const BlockMaskView& m) {
     for (const View* v :
-         {&m.row_start, &m.row_tile, &m.row_mask, &m.col_start, &m.col_tile, &m.col_mask, &m.bits, &m.bits_t})
+         {&m.row_start, &m.row_tile, &m.row_mask, &m.col_start, &m.col_tile, &m.col_mask, &m.bits, &m.bits_t, &m.order})
       see(*v);
   }
   void see(const LayersView& l) {

@@ -54,13 +54,15 @@ struct Stream {
 // A sparse attention pattern, compiled: which 64 x 64 tiles exist and which bits of them are set.
 // Rows (queries) list their tiles by increasing column (key tile) for the forward pass, columns list theirs by
 // increasing row for the backward pass. A mask index of -1 is a full tile; else it names 64 words: bit k of bits[m][q]
-// says whether query q sees key k, bit q of bits_t[m][k] the same seen from the key.
+// says whether query q sees key k, bit q of bits_t[m][k] the same seen from the key. With an order all of these count
+// places, and order[p] is the slot that stands at place p: attention reads and writes rows where their slots lie.
 constexpr int kTile = 64;
 constexpr int kDecodeChunk = 2 * kTile;  // slots whose part of a decoding query's output is made by itself, always
 struct BlockMaskView {
   View row_start, row_tile, row_mask;  // i32 [tiles + 1], i32 [entries], i32 [entries]
   View col_start, col_tile, col_mask;  // the same by columns
   View bits, bits_t;                   // i64 [masks, 64], the words of both directions
+  View order;                          // i32 [T], absent: place p has slot p
   IGPT_INLINE explicit operator bool() const { return static_cast<bool>(row_start); }
 };
 

@@ -97,6 +97,8 @@ struct Tiles {
     const int64_t e = at(mask.col_start, j) + n;
     return {at(mask.col_tile, e), at(mask.col_mask, e)};
   }
+  // The slot at each place; null: place p has slot p.
+  const int32_t* order() const { return mask.order.as<int32_t>(); }
   // True when every query of tile i sees every key of tile j: no bits need looking at.
   bool full(int64_t i, int64_t j, int id) const { return id < 0 && !(causal && i == j) && (j + 1) * kTile <= Tk; }
   const Extent& extent(int64_t i, int64_t j, int id) const {
@@ -133,11 +135,23 @@ struct Tiles {
       IGPT_CHECK(at(tile, e) >= 0 && at(tile, e) < cols && at(ids, e) < masks,
                  "attention: the mask names a tile that does not exist");
   }
+  void check_order() const {
+    if (!mask.order) return;
+    IGPT_CHECK(mask.order.dtype == DType::i32 && mask.order.dense() && mask.order.numel() == Tq,
+               "attention: a mask's order must be dense int32, a slot for each token");
+    std::vector<bool> met(static_cast<size_t>(Tq));
+    for (int64_t p = 0; p < Tq; ++p) {
+      const int slot = at(mask.order, p);
+      IGPT_CHECK(slot >= 0 && slot < Tq && !met[size_t(slot)], "attention: a mask's order must have every slot once");
+      met[size_t(slot)] = true;
+    }
+  }
   void check_mask() const {
     const int64_t masks = mask.bits.numel() / kTile;
     IGPT_CHECK(
         mask.bits.dtype == DType::i64 && mask.bits_t.dtype == DType::i64 && mask.bits.numel() == mask.bits_t.numel(),
         "attention: mask bits must be int64 words");
+    check_order();
     check_lists(mask.row_start, mask.row_tile, mask.row_mask, nq, nk, masks);
     check_lists(mask.col_start, mask.col_tile, mask.col_mask, nk, nq, masks);
   }
@@ -184,15 +198,18 @@ static inline vu counted(uint32_t first) {
   return v;
 }
 
-// One head of a [B, H, T, D] view.
+// One head of a [B, H, T, D] view, its rows by the places of an order where there is one.
 template <class T>
 struct Head {
   T* data;
   int64_t stride;  // between rows
+  const int32_t* order = nullptr;
   Head(T* first, int64_t between) : data(first), stride(between) {}
-  Head(const View& v, int64_t bh)
-      : data(v.as<T>() + bh / v.size[1] * v.stride[0] + bh % v.size[1] * v.stride[1]), stride(v.stride[2]) {}
-  T* row(int64_t t) const { return data + t * stride; }
+  Head(const View& v, int64_t bh, const int32_t* places = nullptr)
+      : data(v.as<T>() + bh / v.size[1] * v.stride[0] + bh % v.size[1] * v.stride[1]), stride(v.stride[2]),
+        order(places) {}
+  int64_t slot(int64_t t) const { return order ? order[t] : t; }
+  T* row(int64_t t) const { return data + slot(t) * stride; }
 };
 
 // A operand: rows of a tile as they are, [kTile, D / step] units; rows behind the end are zero.

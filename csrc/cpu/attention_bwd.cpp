@@ -89,7 +89,8 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
   using Unit = typename E::Unit;
   using Range = Extent::Range;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep;
-  const Head<const T> hq(q, bh), hk(k, bh), hv(v, bh), ho(o, bh), hdo(dout, bh);
+  const int32_t* order = tiles.order();
+  const Head<const T> hq(q, bh, order), hk(k, bh, order), hv(v, bh, order), ho(o, bh, order), hdo(dout, bh, order);
   for (int64_t i = 0; i < tiles.nq; ++i) {
     pack_transposed<E>(w.qt.get() + i * kTile * Ku, hq, i * kTile, tiles.Tq, D);
     pack_transposed<E>(w.dot.get() + i * kTile * Ku, hdo, i * kTile, tiles.Tq, D);
@@ -98,7 +99,8 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
     pack_transposed<E>(w.k.get(), ho, i * kTile, tiles.Tq, D);  // room that the keys take later
     row_sums<E>(w.delta.get() + i * kTile, w.dot.get() + i * kTile * Ku, w.k.get(), Ku);
   }
-  for (int64_t t = 0; t < tiles.nq * kTile; ++t) w.lse[t] = t < tiles.Tq ? lse.as<float>()[bh * tiles.Tq + t] : 0.f;
+  for (int64_t t = 0; t < tiles.nq * kTile; ++t)
+    w.lse[t] = t < tiles.Tq ? lse.as<float>()[bh * tiles.Tq + hq.slot(t)] : 0.f;
   for (int64_t t = 0; dropout && t < tiles.nq * kTile; ++t) {
     const uint64_t bits = dropout.query(bh, t);
     w.low[t] = uint32_t(bits), w.high[t] = uint32_t(bits >> 32);
@@ -146,14 +148,14 @@ static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, c
                       kTile);
       });
     }
-    const Head<T> hdk(dk, bh), hdv(dv, bh);
+    const Head<T> hdk(dk, bh, order), hdv(dv, bh, order);
     for (int64_t r = 0; r < std::min<int64_t>(kTile, tiles.Tk - j * kTile); ++r) {
       store_row(hdk.row(j * kTile + r), w.dk.get() + r * Dp, dk.dtype, D);
       store_row(hdv.row(j * kTile + r), w.dv.get() + r * Dp, dv.dtype, D);
     }
   }
 
-  const Head<T> hdq(dq, bh);
+  const Head<T> hdq(dq, bh, order);
   for (int64_t i = 0; i < tiles.nq; ++i) {
     const float* dqt = w.dq.get() + i * Dp * kTile;
     float* rows = w.dk.get();  // not in use any more

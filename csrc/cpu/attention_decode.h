@@ -19,6 +19,7 @@ constexpr int kAhead = 32;  // rows of a list between the one that is read and t
 
 // What row length - 1 of a mask sees of the first `length` slots, listed in `slots`, which has room for kAhead more.
 static inline Seen seen_in(const BlockMaskView& mask, int64_t length, int32_t* slots) {
+  IGPT_CHECK(!mask.order, "attention_decode: a mask is in raster order");
   const View &start = mask.row_start, &tile = mask.row_tile, &ids = mask.row_mask;
   IGPT_CHECK(start.dtype == DType::i32 && tile.dtype == DType::i32 && ids.dtype == DType::i32 &&
                  mask.bits.dtype == DType::i64 && start.dense() && tile.dense() && ids.dense() && mask.bits.dense() &&

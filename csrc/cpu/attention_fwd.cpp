@@ -71,7 +71,7 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
   using Unit = typename E::Unit;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep, t = i * kTile;
   const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
-  pack_rows<E>(w.q.get(), Head<const T>(q, bh), t, tiles.Tq, D);
+  pack_rows<E>(w.q.get(), Head<const T>(q, bh, tiles.order()), t, tiles.Tq, D);
   std::fill_n(w.m.get(), kTile, kEmptyLse);
   std::fill_n(w.l.get(), kTile, 0.f);
   std::fill_n(w.o.get(), kTile * Dp, 0.f);
@@ -99,13 +99,13 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
                                  w.p.get() + r * Tu + u, Tu, vj + u * Dp, Dp);
                  });
   }
-  const Head<T> o(out, bh);
+  const Head<T> o(out, bh, tiles.order());
   for (int64_t r = 0; r < rows; ++r) {
     const float l = w.l[r], inverse = l > 0.f ? 1.f / l : 0.f;
     float* row = w.o.get() + r * Dp;
     for (int64_t c = 0; c < Dp; c += kLanes) store(row + c, load(row + c) * inverse);
     store_row(o.row(t + r), row, out.dtype, D);
-    lse.as<float>()[bh * tiles.Tq + t + r] = l > 0.f ? w.m[r] * kLn2 + std::log(l) : kEmptyLse;
+    lse.as<float>()[bh * tiles.Tq + o.slot(t + r)] = l > 0.f ? w.m[r] * kLn2 + std::log(l) : kEmptyLse;
   }
 }
 
@@ -124,10 +124,10 @@ static void forward(const View& o, const View& lse, const View& q, const View& k
     const int64_t count = std::min(wave, heads - first);
     parallel_for(count * tiles.nk, [&](int64_t n, int) {
       const int64_t h = n / tiles.nk, j = n % tiles.nk;
-      pack_transposed<E>(kt.get() + h * k_size + j * kTile * (D / E::kStep), Head<const T>(k, first + h), j * kTile,
-                         tiles.Tk, D);
-      pack_tokens<E>(vp.get() + h * v_size + j * (kTile / E::kStep) * Dp, Head<const T>(v, first + h), j * kTile,
-                     tiles.Tk, D, Dp);
+      pack_transposed<E>(kt.get() + h * k_size + j * kTile * (D / E::kStep), Head<const T>(k, first + h, tiles.order()),
+                         j * kTile, tiles.Tk, D);
+      pack_tokens<E>(vp.get() + h * v_size + j * (kTile / E::kStep) * Dp, Head<const T>(v, first + h, tiles.order()),
+                     j * kTile, tiles.Tk, D, Dp);
     });
     parallel_for(count * tiles.nq, [&](int64_t n, int thread) {
       const int64_t h = n / tiles.nq, i = tiles.nq - 1 - n % tiles.nq;  // the longest rows of a head first

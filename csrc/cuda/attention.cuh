@@ -35,6 +35,20 @@ struct Heads {
   }
 };
 
+// The same by the places of a mask's order, where it has one.
+template <class T>
+struct PlacedHead : Head<T> {
+  const int* order;
+  __device__ int64_t slot(int64_t t) const { return order ? order[t] : t; }
+  __device__ T* row(int64_t t) const { return Head<T>::row(slot(t)); }
+};
+template <class T>
+struct PlacedHeads : Heads<T> {
+  const int* order;
+  PlacedHeads(const View& v, const BlockMaskView& mask) : Heads<T>(v), order(mask.order.as<int>()) {}
+  __device__ PlacedHead<T> operator[](int bh) const { return {Heads<T>::operator[](bh), order}; }
+};
+
 // ---- tiles in shared memory: rows of D elements of 16 bits in chunks of eight ----
 
 // Chunks trade places within their group of eight (four where the row's length asks for it), so that the eight rows
@@ -46,7 +60,7 @@ __device__ inline uint32_t chunk_of(int row, int chunk) {
 
 // Asks for rows t.. of a head; zeros behind the end.
 template <int D, int rows, class T>
-__device__ inline void load_tile(uint32_t tile, const Head<const T>& x, int64_t t, int64_t end) {
+__device__ inline void load_tile(uint32_t tile, const PlacedHead<const T>& x, int64_t t, int64_t end) {
   constexpr int kChunks = D / 8;
   static_assert(rows * kChunks % kThreads == 0);
 #pragma unroll 2
@@ -267,11 +281,14 @@ inline void check_attention(const View& q, const View& k, const View& v, bool ca
   for (const View* words : {&mask.bits, &mask.bits_t})
     IGPT_CHECK(words->dtype == DType::i64 && words->dense() && words->device == q.device,
                "attention: mask bits must be dense int64 words on q's device");
+  IGPT_CHECK(!mask.order || (mask.order.dtype == DType::i32 && mask.order.dense() && mask.order.device == q.device &&
+                             mask.order.numel() == q.size[2]),
+             "attention: a mask's order must be dense int32 on q's device, a slot for each token");
 }
 
-// Whether Hopper's kernels serve a call: head dims 64, 96, 128, and views that a tensor map can describe.
-inline bool on_hopper(std::initializer_list<View> views) {
-  bool mapped = true;
+// Whether Hopper's kernels serve a call: head dims 64, 96, 128, views that a tensor map can describe, raster order.
+inline bool on_hopper(std::initializer_list<View> views, const BlockMaskView& mask) {
+  bool mapped = !mask.order;
   for (const View& x : views) {
     mapped = mapped && x.size[3] >= 64 && x.numel() > 0;
     for (int i = 0; i < 3; ++i) mapped = mapped && (x.size[i] == 1 || x.stride[i] > 0);

@@ -88,7 +88,8 @@ __device__ inline void gradient(float& p, float& ds, const Stats& of, float scal
 
 // Rows t.. of a warp's sums leave through the registers: groups of four lanes are 16 bytes side by side.
 template <int M, int D, class T>
-__device__ inline void store_rows(const Head<T>& out, int64_t t, int64_t end, const Sums<M, D>& sums, float factor) {
+__device__ inline void store_rows(const PlacedHead<T>& out, int64_t t, int64_t end, const Sums<M, D>& sums,
+                                  float factor) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2 * M; ++r) {
@@ -105,10 +106,10 @@ __device__ inline void store_rows(const Head<T>& out, int64_t t, int64_t end, co
 // ---- (1) stats: a warp owns 16 queries, and finds their sums on the diagonal of dO O^T ----
 
 template <int D, class T>
-__global__ void __launch_bounds__(kThreads) attention_stats_kernel(Heads<T> dq,          // [B, H, Tq, D]
-                                                                   Heads<const T> dout,  // [B, H, Tq, D]
-                                                                   Heads<const T> o,     // [B, H, Tq, D]
-                                                                   const float* lse,     // [B, H, Tq]
+__global__ void __launch_bounds__(kThreads) attention_stats_kernel(PlacedHeads<T> dq,          // [B, H, Tq, D]
+                                                                   PlacedHeads<const T> dout,  // [B, H, Tq, D]
+                                                                   PlacedHeads<const T> o,     // [B, H, Tq, D]
+                                                                   const float* lse,           // [B, H, Tq]
                                                                    int Tq) {
   DYN_SMEM(unsigned char, memory);
   const uint32_t left = ptx::smem_u32(memory), right = left + kTile * D * 2;
@@ -126,20 +127,20 @@ __global__ void __launch_bounds__(kThreads) attention_stats_kernel(Heads<T> dq, 
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     if (const int row = first + warp_row + g + 8 * h; row < Tq)
-      *reinterpret_cast<Stats*>(dq[bh].row(row)) = {lse[int64_t(bh) * Tq + row] * kLog2e,
+      *reinterpret_cast<Stats*>(dq[bh].row(row)) = {lse[int64_t(bh) * Tq + dq[bh].slot(row)] * kLog2e,
                                                     g % 2 ? sums[0][h][2 * h + 1] : sums[0][h][2 * h]};
 }
 
 // ---- (2) dk and dv ----
 
 template <int D, class T>
-__global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(Heads<T> dk,          // [B, H, Tk, D]
-                                                                  Heads<T> dv,          // [B, H, Tk, D]
-                                                                  Heads<const T> dq,    // [B, H, Tq, D]: stats
-                                                                  Heads<const T> dout,  // [B, H, Tq, D]
-                                                                  Heads<const T> q,     // [B, H, Tq, D]
-                                                                  Heads<const T> k,     // [B, H, Tk, D]
-                                                                  Heads<const T> v,     // [B, H, Tk, D]
+__global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(PlacedHeads<T> dk,          // [B, H, Tk, D]
+                                                                  PlacedHeads<T> dv,          // [B, H, Tk, D]
+                                                                  PlacedHeads<const T> dq,    // [B, H, Tq, D]: stats
+                                                                  PlacedHeads<const T> dout,  // [B, H, Tq, D]
+                                                                  PlacedHeads<const T> q,     // [B, H, Tq, D]
+                                                                  PlacedHeads<const T> k,     // [B, H, Tk, D]
+                                                                  PlacedHeads<const T> v,     // [B, H, Tk, D]
                                                                   Pattern pattern, float scale) {
   DYN_SMEM(unsigned char, memory);
   constexpr int M = kKeysM<D>, kOwn = M * kTile;
@@ -197,11 +198,11 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(Heads<T> dk,  
 // ---- (3) dq ----
 
 template <int D, class T>
-__global__ void __launch_bounds__(kThreads) attention_dq_kernel(Heads<T> dq,          // [B, H, Tq, D]: stats, then dq
-                                                                Heads<const T> dout,  // [B, H, Tq, D]
-                                                                Heads<const T> q,     // [B, H, Tq, D]
-                                                                Heads<const T> k,     // [B, H, Tk, D]
-                                                                Heads<const T> v,     // [B, H, Tk, D]
+__global__ void __launch_bounds__(kThreads) attention_dq_kernel(PlacedHeads<T> dq,  // [B, H, Tq, D]: stats, then dq
+                                                                PlacedHeads<const T> dout,  // [B, H, Tq, D]
+                                                                PlacedHeads<const T> q,     // [B, H, Tq, D]
+                                                                PlacedHeads<const T> k,     // [B, H, Tk, D]
+                                                                PlacedHeads<const T> v,     // [B, H, Tk, D]
                                                                 Pattern pattern, float scale) {
   DYN_SMEM(unsigned char, memory);
   constexpr int M = kQueriesM, kOwn = M * kTile;
@@ -267,25 +268,25 @@ static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, 
              "attention_bwd: lse must be dense float32 [B, H, Tq]");
   IGPT_CHECK(heads * ((std::max(Tq, Tk) + kTile - 1) / kTile) <= INT32_MAX, "attention: too many heads for one launch");
   const OnDevice device(q);
-  if (on_hopper({q, k, v, o, dout, dq}))
+  if (on_hopper({q, k, v, o, dout, dq}, mask))
     return attention_bwd_sm90(dq, dk, dv, dout, q, k, v, o, lse, mask, causal, scale, stream);
   const Pattern pattern(Tq, Tk, causal, mask);
   by_head(q, [&]<class T, int D>() {
     const auto blocks = [&](int64_t tokens, int rows) { return unsigned(heads * ((tokens + rows - 1) / rows)); };
-    const Heads<const T> from_dq(dq), hdout(dout), hq(q), hk(k), hv(v);
+    const PlacedHeads<const T> from_dq(dq, mask), hdout(dout, mask), hq(q, mask), hk(k, mask), hv(v, mask);
     constexpr int kKeys = kKeysM<D> * kTile, kQueries = kQueriesM * kTile;
     constexpr int kKeysBytes = Shared<kKeysM<D>, D>::kBytes, kQueriesBytes = Shared<kQueriesM, D>::kBytes;
     allow_shared(attention_dkdv_kernel<D, T>, kKeysBytes);
     allow_shared(attention_dq_kernel<D, T>, kQueriesBytes);
     if (heads && Tq)
-      LAUNCH((attention_stats_kernel<D, T>), blocks(Tq, kTile), kThreads, 4 * kTile * D, stream, Heads<T>(dq), hdout,
-             Heads<const T>(o), lse.as<float>(), int(Tq));
+      LAUNCH((attention_stats_kernel<D, T>), blocks(Tq, kTile), kThreads, 4 * kTile * D, stream,
+             PlacedHeads<T>(dq, mask), hdout, PlacedHeads<const T>(o, mask), lse.as<float>(), int(Tq));
     if (heads && Tk)
-      LAUNCH((attention_dkdv_kernel<D, T>), blocks(Tk, kKeys), kThreads, kKeysBytes, stream, Heads<T>(dk), Heads<T>(dv),
-             from_dq, hdout, hq, hk, hv, pattern, scale);
+      LAUNCH((attention_dkdv_kernel<D, T>), blocks(Tk, kKeys), kThreads, kKeysBytes, stream, PlacedHeads<T>(dk, mask),
+             PlacedHeads<T>(dv, mask), from_dq, hdout, hq, hk, hv, pattern, scale);
     if (heads && Tq)
-      LAUNCH((attention_dq_kernel<D, T>), blocks(Tq, kQueries), kThreads, kQueriesBytes, stream, Heads<T>(dq), hdout,
-             hq, hk, hv, pattern, scale);
+      LAUNCH((attention_dq_kernel<D, T>), blocks(Tq, kQueries), kThreads, kQueriesBytes, stream,
+             PlacedHeads<T>(dq, mask), hdout, hq, hk, hv, pattern, scale);
   });
 }
 

@@ -72,11 +72,11 @@ __device__ inline void softmax(Rows<D>& rows, Scores<D>& s, float scale2) {
 }
 
 template <int D, class T>
-__global__ void __launch_bounds__(kThreads) attention_fwd_kernel(Heads<T> o,        // [B, H, Tq, D]
-                                                                 float* lse,        // [B, H, Tq]
-                                                                 Heads<const T> q,  // [B, H, Tq, D]
-                                                                 Heads<const T> k,  // [B, H, Tk, D]
-                                                                 Heads<const T> v,  // [B, H, Tk, D]
+__global__ void __launch_bounds__(kThreads) attention_fwd_kernel(PlacedHeads<T> o,        // [B, H, Tq, D]
+                                                                 float* lse,              // [B, H, Tq]
+                                                                 PlacedHeads<const T> q,  // [B, H, Tq, D]
+                                                                 PlacedHeads<const T> k,  // [B, H, Tk, D]
+                                                                 PlacedHeads<const T> v,  // [B, H, Tk, D]
                                                                  Pattern pattern, float scale2) {
   DYN_SMEM(unsigned char, shared);
   constexpr int kKeys = kTile * D * 2;  // bytes of a tile
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(Heads<T> o,    
   ptx::cp_async_wait<0>();
 
   // Rows leave through the registers: pairs of four lanes are 16 bytes side by side.
-  const Head<T> out = o[bh];
+  const PlacedHead<T> out = o[bh];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int lane = threadIdx.x % 32, m = r / 2, side = r % 2 * 2;
@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(Heads<T> o,    
     for (int d = 0; d < D / 8; ++d)
       *reinterpret_cast<uint32_t*>(row + 8 * d) =
           ptx::pack2<T>(rows.o[m][d][side] * inverse, rows.o[m][d][side + 1] * inverse);
-    if (lane % 4 == 0) lse[int64_t(bh) * pattern.Tq + t] = sum > 0.f ? (rows.top[r] + log2f(sum)) * kLn2 : kEmptyLse;
+    if (lane % 4 == 0)
+      lse[int64_t(bh) * pattern.Tq + out.slot(t)] = sum > 0.f ? (rows.top[r] + log2f(sum)) * kLn2 : kEmptyLse;
   }
 }
 
@@ -155,11 +156,11 @@ static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskVie
   IGPT_CHECK(blocks <= INT32_MAX, "attention: too many heads for one launch");
   if (blocks == 0) return;
   const OnDevice device(q);
-  if (on_hopper({q, k, v})) return attention_fwd_sm90(o, lse, q, k, v, mask, causal, scale, stream);
+  if (on_hopper({q, k, v}, mask)) return attention_fwd_sm90(o, lse, q, k, v, mask, causal, scale, stream);
   by_head(q, [&]<class T, int D>() {
     allow_shared(attention_fwd_kernel<D, T>, fwd_shared<D>());
-    LAUNCH((attention_fwd_kernel<D, T>), unsigned(blocks), kThreads, fwd_shared<D>(), stream, Heads<T>(o),
-           lse.as<float>(), Heads<const T>(q), Heads<const T>(k), Heads<const T>(v),
+    LAUNCH((attention_fwd_kernel<D, T>), unsigned(blocks), kThreads, fwd_shared<D>(), stream, PlacedHeads<T>(o, mask),
+           lse.as<float>(), PlacedHeads<const T>(q, mask), PlacedHeads<const T>(k, mask), PlacedHeads<const T>(v, mask),
            Pattern(q.size[2], k.size[2], causal, mask), scale * kLog2e);
   });
 }

@@ -178,6 +178,7 @@ inline void check_lengths(const View& lengths, int64_t batch, const char* op) {
              "%s: lengths must be dense int32 [B]", op);
 }
 inline void check_mask_rows(const BlockMaskView& mask, const View& q, int64_t slots, const char* op) {
+  IGPT_CHECK(!mask.order, "%s: a mask is in raster order", op);
   if (!mask) return;
   IGPT_CHECK((mask.row_start.numel() - 1) * kTile >= slots, "%s: the mask has fewer rows than the cache slots", op);
   for (const View* list : {&mask.row_start, &mask.row_tile, &mask.row_mask})

@@ -47,7 +47,7 @@ def attention_decode(
     """
     _check(q, k, v, length, lengths, mask, prefix, scales)
     scale = q.size(-1) ** -0.5 if scale is None else scale
-    tables = [] if mask is None else list(mask.to(q.device).tensors)
+    tables = [] if mask is None else list(mask.raster.to(q.device).tensors)
     run = torch.ops.igpt.attention_decode if torch.compiler.is_compiling() else _decode
     return run(q, k, v, length, scale, lengths, tables, list(prefix), list(scales))
 

@@ -67,6 +67,8 @@ class StepMasks:
         every = [mask for masks in self.layers for mask in masks]
         if not all(self.layers) or not all(mask is None or isinstance(mask, BlockMask) for mask in every):
             raise InputError("decode_step: masks must be a BlockMask, None, or a sequence of these for each layer")
+        self.layers = [tuple(mask and mask.raster for mask in masks) for masks in self.layers]
+        every = [mask for masks in self.layers for mask in masks]
         self.distinct = list(dict.fromkeys(mask for mask in every if mask is not None))
         self.groups = math.lcm(*map(len, self.layers))
         numbers = {mask: n for n, mask in enumerate(self.distinct)} | {None: -1}
@@ -173,7 +175,7 @@ def _decode_step_op(
 ) -> Tensor:
     fields = len(LayerWeights._fields)
     listed = [LayerWeights(*layers[i : i + fields]) for i in range(0, len(layers), fields)]
-    every = [*map(_mask_of, zip(*[iter(masks)] * 8, strict=True)), None]
+    every = [*map(_mask_of, zip(*[iter(masks)] * 9, strict=True)), None]
     groups = len(of) // len(listed)
     seen = StepMasks([[every[n] for n in of[at : at + groups]] for at in range(0, len(of), groups or 1)])
     return _decode_step(cache, pixels, StepWeights(wte, wpe, listed, ln_f, wtet), seen if masks else None, slot, eps)

@@ -1,6 +1,6 @@
 """Sparse attention patterns: predicates on two pixels by name, compiled into tiles that the kernels walk over."""
 
-from igpt_fast.patterns.block_mask import TILE, BlockMask, compiled, unpack
+from igpt_fast.patterns.block_mask import BlockMask, compiled
 from igpt_fast.patterns.layers import described, masks_of, normalised, of_layer
 from igpt_fast.patterns.parse import parse
 from igpt_fast.patterns.predicates import (
@@ -20,6 +20,7 @@ from igpt_fast.patterns.predicates import (
     row,
     strided,
 )
+from igpt_fast.patterns.tables import TILE, unpack
 
 __all__ = [
     "PATTERNS",

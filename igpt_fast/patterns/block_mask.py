@@ -1,18 +1,18 @@
 """A pattern as the kernels read it: which 64 × 64 tiles exist, and the bits of those that are not full."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from igpt_fast.errors import InputError
+from igpt_fast.patterns.orders import ORDERS, fewest_tiles
 from igpt_fast.patterns.parse import parse
 from igpt_fast.patterns.predicates import Pattern, Pixels, Predicate
-
-TILE = 64
+from igpt_fast.patterns.tables import TILE, block_of, build, permuted
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class BlockMask:
     Made by `BlockMask.compile` or `BlockMask.from_dense`. `tensors` is what the kernels read: CSR lists of tiles by
     rows (row_start, row_tile, row_mask) and by columns (col_start, col_tile, col_mask), int32, a mask index of -1
     meaning a full tile; then bits and bits_t, int64 [masks, 64]: bit k of bits[m, q] and bit q of bits_t[m, k] say that
-    q sees k.
+    q sees k; then order, int32 [T]: the slot that stands at each place of the tiles, empty where that is the raster's.
     """
 
     tokens: int
@@ -32,16 +32,27 @@ class BlockMask:
     # graph that is being traced, where nothing but the tables is of use.
     seen: Callable[[Tensor, int], Tensor] | None = field(repr=False)
     pairs: int = 0  # that see each other
+    order: str = "raster"  # the name of the token order
+    in_raster: "BlockMask | None" = field(default=None, repr=False)  # the same mask; None: it is that itself
 
     @classmethod
-    def compile(cls, pattern: Pattern | Predicate | str, size: tuple[int, int], causal: bool = True) -> "BlockMask":
+    def compile(
+        cls,
+        pattern: Pattern | Predicate | str,
+        size: tuple[int, int],
+        causal: bool = True,
+        order: str | None = None,
+    ) -> "BlockMask":
         """Compiles a pattern, its text or a predicate of your own for a grid of size (height, width).
 
         causal: the shifted autoregressive sequence; else slot j holds pixel j and all may see all. Whatever the pattern
         says, a slot sees itself (causal: the neighbour in raster order) and, in a causal sequence, slot 0 (sos). Never
-        holds more than 64 rows of the mask. Raises InputError for a text that cannot be read and for a predicate of
-        your own that gives no bool or, in a causal sequence, looks ahead.
+        holds more than 64 rows of the mask. order: a name of ORDERS for the tiles, None for the one with clearly the
+        fewest. Raises InputError for a text that cannot be read, an unknown order, and for a predicate of your own that
+        gives no bool or, in a causal sequence, looks ahead.
         """
+        if order is not None and order not in ORDERS:
+            raise InputError(f"there is no token order {order!r}; use one of {', '.join(ORDERS)}")
         pattern = parse(pattern) if isinstance(pattern, str) else pattern
         pattern = pattern if isinstance(pattern, Pattern) else Pattern.own(pattern)
         n = size[0] * size[1]
@@ -62,7 +73,9 @@ class BlockMask:
             found = found[:, :keys]
             return ((found & (k <= q)) | (k == 0) | (k == q)) if causal else found | (k == q)
 
-        return cls._build(seen, n, causal)
+        mask = cls._build(seen, n, causal)
+        order = order or fewest_tiles(mask.tensors, size, mask.pairs)
+        return mask if order == "raster" else mask._ordered(order, ORDERS[order](size))
 
     @classmethod
     def from_dense(cls, seen: Tensor, causal: bool = False) -> "BlockMask":
@@ -77,27 +90,24 @@ class BlockMask:
 
     @classmethod
     def _build(cls, seen: Callable[[Tensor, int], Tensor], n: int, causal: bool) -> "BlockMask":
-        tiles = (n + TILE - 1) // TILE
-        rows, columns, masks, pairs = [], [], [], 0
-        known: dict[bytes, int] = {}  # a tile's words → its mask's number; full tiles have -1
-        for i in range(tiles):
-            words, count = _words(seen, i, n, causal)
-            pairs += count
-            whole = _whole(i, words.shape[1], n)
-            found = np.flatnonzero(words.any(0))
-            full = (words[:, found] == whole[:, found]).all(0)
-            for j, is_full in zip(found.tolist(), full.tolist(), strict=True):
-                rows.append(i), columns.append(j)
-                masks.append(-1 if is_full else known.setdefault(words[:, j].tobytes(), len(known)))
-        bits = np.frombuffer(b"".join(known), np.int64).reshape(-1, TILE)
-        by_column = np.lexsort((rows, columns)).tolist()
-        tensors = (
-            *_lists(rows, columns, masks, tiles),
-            *_lists(*([part[e] for e in by_column] for part in (columns, rows, masks)), tiles),
-            torch.from_numpy(bits.copy()),
-            torch.from_numpy(_transposed(bits)),
-        )
-        return cls(n, causal, tensors, seen, pairs)
+        def rows():
+            for first in range(0, n, TILE):
+                keys = min(n, first + TILE) if causal else n  # the tiles behind the row's own are empty
+                queries, block = block_of(first // TILE, n, keys)
+                block[: queries.stop - first, :keys] = seen(torch.arange(queries.start, queries.stop), keys).numpy()
+                yield block
+
+        tables, pairs = build(rows(), n)
+        return cls(n, causal, tables, seen, pairs)
+
+    def _ordered(self, name: str, order: Tensor) -> "BlockMask":
+        tables, _ = permuted(self.tensors, self.tokens, order)
+        return BlockMask(self.tokens, self.causal, tables, self.seen, self.pairs, name, self)
+
+    @property
+    def raster(self) -> "BlockMask":
+        """The same mask with tiles in raster order, which is what decoding reads."""
+        return self.in_raster or self
 
     def dense(self) -> Tensor:
         """The mask as bool [tokens, tokens], from the predicate, not from the tiles."""
@@ -117,13 +127,18 @@ class BlockMask:
         if not self.causal or not 1 <= slots <= self.tokens:
             kind = f"{self.tokens} tokens, causal={self.causal}"
             raise InputError(f"BlockMask.first: {slots} slots were asked of a mask of {kind}; a causal one has a start")
-        return self if slots == self.tokens else self._build(self.seen, slots, True).to(self.tensors[0].device)
+        if slots == self.tokens:
+            return self
+        start, order = self._build(self.seen, slots, True), self.tensors[8].cpu().long()
+        start = start._ordered(self.order, order[order < slots]) if len(order) else start
+        return start.to(self.tensors[0].device)
 
     def to(self, device: torch.device) -> "BlockMask":
         """The same mask with its tables on another device."""
         if self.tensors[0].device == device:
             return self
-        return BlockMask(self.tokens, self.causal, tuple(t.to(device) for t in self.tensors), self.seen, self.pairs)
+        raster = self.in_raster and self.in_raster.to(device)
+        return dataclasses.replace(self, tensors=tuple(t.to(device) for t in self.tensors), in_raster=raster)
 
 
 def _checked(found: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Tensor:
@@ -143,56 +158,6 @@ def _refuse_looking_ahead(found: Tensor, queries: Tensor, pattern: Pattern, size
             f"the predicate {pattern.text} looks ahead: pixel {q} may not see pixel {k}, which is drawn later or is "
             "itself; add `& (k.index < q.index)`"
         )
-
-
-def _words(seen: Callable[[Tensor, int], Tensor], i: int, n: int, causal: bool) -> tuple[np.ndarray, int]:
-    """int64 [64, tiles]: bit k of [q, j] says that query 64 i + q sees key 64 j + k; and how many bits are set.
-
-    In a causal sequence the tiles behind the row's own, which are empty, are left out.
-    """
-    queries = torch.arange(i * TILE, min(n, (i + 1) * TILE))
-    keys = min(n, (i + 1) * TILE) if causal else n
-    block = np.zeros((TILE, (keys + TILE - 1) // TILE * TILE), bool)
-    block[: len(queries), :keys] = seen(queries, keys).numpy()
-    return np.packbits(block, axis=1, bitorder="little").view("<i8"), int(np.count_nonzero(block))
-
-
-def _whole(i: int, tiles: int, n: int) -> np.ndarray:
-    """The words of row i's tiles when each query sees every key that exists."""
-    exists = np.zeros(tiles * TILE, bool)
-    exists[:n] = True
-    words = np.packbits(exists, bitorder="little").view("<i8")
-    return np.where((i * TILE + np.arange(TILE) < n)[:, None], words, 0)
-
-
-def _transposed(bits: np.ndarray) -> np.ndarray:
-    """int64 [masks, 64] with bit k of word r → bit r of word k."""
-    matrix = np.unpackbits(bits.copy().view(np.uint8).reshape(-1, TILE, 8), axis=2, bitorder="little")
-    packed = np.packbits(np.ascontiguousarray(matrix.transpose(0, 2, 1)), axis=2, bitorder="little")
-    return packed.view("<i8").reshape(-1, TILE)
-
-
-def _lists(rows: list[int], others: list[int], masks: list[int], tiles: int) -> tuple[Tensor, Tensor, Tensor]:
-    counts = torch.bincount(torch.tensor(rows, dtype=torch.int64), minlength=tiles)
-    start = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
-    return start, torch.tensor(others, dtype=torch.int32), torch.tensor(masks, dtype=torch.int32)
-
-
-def unpack(tensors: list[Tensor], tokens: int) -> Tensor:
-    """The dense mask bool [tokens, tokens] that a BlockMask's tables describe."""
-    row_start, row_tile, row_mask, _, _, _, bits, _ = (t.cpu() for t in tensors)
-    tiles = len(row_start) - 1
-    seen = torch.zeros(tiles * TILE, tiles * TILE, dtype=torch.bool)
-    for i in range(tiles):
-        for e in range(int(row_start[i]), int(row_start[i + 1])):
-            j, m = int(row_tile[e]), int(row_mask[e])
-            tile = (
-                torch.ones(TILE, TILE, dtype=torch.bool)
-                if m < 0
-                else ((bits[m].unsqueeze(1) >> torch.arange(TILE)) & 1).bool()
-            )
-            seen[i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE] = tile
-    return seen[:tokens, :tokens]
 
 
 def compiled(pattern: Pattern | str, size: tuple[int, int], causal: bool = True) -> BlockMask:

@@ -1,11 +1,12 @@
 """Token orders: in which of them the pairs of a pattern fill the fewest tiles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.patterns.block_mask import TILE, BlockMask
+from igpt_fast.patterns.tables import TILE, pairs_of
 
 Size = tuple[int, int]
 
@@ -44,6 +45,8 @@ def _grid(size: Size) -> tuple[Tensor, Tensor]:
     return torch.div(index, size[1], rounding_mode="floor"), index % size[1]
 
 
+WORTH = 0.8  # in other orders kernels look up where each row lies, and Hopper's own are for the raster alone
+
 # Name → size → int64 [T]: the slot that stands at each place.
 ORDERS: dict[str, Callable[[Size], Tensor]] = {
     "raster": lambda size: torch.arange(size[0] * size[1]),
@@ -55,18 +58,28 @@ ORDERS: dict[str, Callable[[Size], Tensor]] = {
 }
 
 
-def tiles_by_order(mask: BlockMask, size: Size) -> dict[str, int]:
-    """How many 64 × 64 tiles have a pair of the mask in them when queries and keys stand in each of the ORDERS."""
-    n, tiles = mask.tokens, (mask.tokens + TILE - 1) // TILE
-    orders = {name: order(size) for name, order in ORDERS.items()}
-    tile_of = {name: torch.argsort(order) // TILE for name, order in orders.items()}
-    found = {name: torch.zeros(tiles, tiles, dtype=torch.int32) for name in orders}
-    block = torch.zeros(TILE, tiles * TILE, dtype=torch.bool)
-    for first in range(0, n, TILE):
-        queries = torch.arange(first, min(n, first + TILE))
-        seen = mask.seen(queries, n)
-        for name, order in orders.items():
-            block[: len(queries), :n] = seen[:, order]
-            by_tile = block[: len(queries)].view(-1, tiles, TILE).any(2)
-            found[name].index_add_(0, tile_of[name][queries], by_tile.int())
-    return {name: int((pairs > 0).sum()) for name, pairs in found.items()}
+def tiles_by_order(tables: Sequence[Tensor], size: Size, most: int | None = None) -> dict[str, int]:
+    """How many 64 × 64 tiles have a pair in them when queries and keys stand in each of the ORDERS.
+
+    tables: a mask's, in raster order   most: orders with more tiles than that are left out, as soon as that is known
+    """
+    n = size[0] * size[1]
+    tiles = (n + TILE - 1) // TILE
+    tile_of = {name: torch.argsort(order(size)).numpy() // TILE for name, order in ORDERS.items() if name != "raster"}
+    met = {name: np.zeros(tiles * tiles, bool) for name in tile_of}
+    for q, k in pairs_of(tables, n):
+        for name, found in list(met.items()):
+            found[tile_of[name][q] * tiles + tile_of[name][k]] = True
+            if most is not None and np.count_nonzero(found) > most:
+                del met[name]
+    counts = {"raster": len(tables[1]), **{name: int(np.count_nonzero(found)) for name, found in met.items()}}
+    return {name: count for name, count in counts.items() if most is None or count <= most}
+
+
+def fewest_tiles(tables: Sequence[Tensor], size: Size, pairs: int) -> str:
+    """The order to take: another than the raster where that leaves WORTH of the raster's tiles or fewer."""
+    most = int(WORTH * len(tables[1]))
+    if pairs > most * TILE * TILE:
+        return "raster"
+    counts = tiles_by_order(tables, size, most)
+    return min(counts, key=counts.get, default="raster")

@@ -81,7 +81,7 @@ class Reader {
       return {};
     } else if constexpr (std::is_same_v<T, BlockMaskView>) {
       if (content_.at(at_) == 0) return ++at_, BlockMaskView();
-      return {view(), view(), view(), view(), view(), view(), view(), view()};
+      return {view(), view(), view(), view(), view(), view(), view(), view(), view()};
     } else if constexpr (std::is_same_v<T, LayersView> || std::is_same_v<T, MasksView>) {
       throw std::runtime_error("calls with layers are not recorded");
     } else {

@@ -20,7 +20,7 @@ from igpt_fast.patterns.predicates import (
     row,
     strided,
 )
-from igpt_fast.patterns.tables import TILE, unpack
+from igpt_fast.patterns.tables import TILE, parts_of, unpack
 
 __all__ = [
     "PATTERNS",
@@ -43,6 +43,7 @@ __all__ = [
     "normalised",
     "of_layer",
     "parse",
+    "parts_of",
     "random_blocks",
     "row",
     "strided",

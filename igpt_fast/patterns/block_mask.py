@@ -1,18 +1,19 @@
 """A pattern as the kernels read it: which 64 × 64 tiles exist, and the bits of those that are not full."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from igpt_fast.errors import InputError
-from igpt_fast.patterns.orders import ORDERS, fewest_tiles
+from igpt_fast.patterns.orders import ORDERS, PART, WORTH, fewest_tiles
 from igpt_fast.patterns.parse import parse
 from igpt_fast.patterns.predicates import Pattern, Pixels, Predicate
-from igpt_fast.patterns.tables import TILE, block_of, build, permuted
+from igpt_fast.patterns.tables import FIELDS, TILE, Builder, Tables, empty_block, parts_of, reordered
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,7 @@ class BlockMask:
     rows (row_start, row_tile, row_mask) and by columns (col_start, col_tile, col_mask), int32, a mask index of -1
     meaning a full tile; then bits and bits_t, int64 [masks, 64]: bit k of bits[m, q] and bit q of bits_t[m, k] say that
     q sees k; then order, int32 [T]: the slot that stands at each place of the tiles, empty where that is the raster's.
+    A mask in several parts, each with its own order, has as many times nine tensors; no pair is in two parts.
     """
 
     tokens: int
@@ -32,7 +34,7 @@ class BlockMask:
     # graph that is being traced, where nothing but the tables is of use.
     seen: Callable[[Tensor, int], Tensor] | None = field(repr=False)
     pairs: int = 0  # that see each other
-    order: str = "raster"  # the name of the token order
+    order: str = "raster"  # the name of the token order, or of each part's
     in_raster: "BlockMask | None" = field(default=None, repr=False)  # the same mask; None: it is that itself
 
     @classmethod
@@ -47,14 +49,15 @@ class BlockMask:
 
         causal: the shifted autoregressive sequence; else slot j holds pixel j and all may see all. Whatever the pattern
         says, a slot sees itself (causal: the neighbour in raster order) and, in a causal sequence, slot 0 (sos). Never
-        holds more than 64 rows of the mask. order: a name of ORDERS for the tiles, None for the one with clearly the
-        fewest. Raises InputError for a text that cannot be read, an unknown order, and for a predicate of your own that
-        gives no bool or, in a causal sequence, looks ahead.
+        holds more than 64 rows of the mask. order: a name of ORDERS for the tiles; None: the one with clearly the
+        fewest, or one for each part of a union where that leaves fewer. Raises InputError for a text that cannot be
+        read, an unknown order, and for a predicate of your own that gives no bool or, in a causal sequence, looks ahead.
         """
         if order is not None and order not in ORDERS:
             raise InputError(f"there is no token order {order!r}; use one of {', '.join(ORDERS)}")
         pattern = parse(pattern) if isinstance(pattern, str) else pattern
         pattern = pattern if isinstance(pattern, Pattern) else Pattern.own(pattern)
+        parts = pattern.parts or (pattern,)
         n = size[0] * size[1]
         slots = torch.arange(n, dtype=torch.int32)
 
@@ -63,18 +66,33 @@ class BlockMask:
 
         holds = pixels(slots.unsqueeze(0) - 1 if causal else slots.unsqueeze(0))
 
-        def seen(queries: Tensor, keys: int) -> Tensor:
+        def added(queries: Tensor, keys: int) -> Iterator[Tensor]:
+            """bool [n, keys]: what each part of the pattern shows that those before it do not."""
             q, k = queries.int().unsqueeze(1), slots[:keys].unsqueeze(0)
-            reach = keys if pattern.cut else n  # whoever may not look ahead is asked about all
-            found = pattern(pixels(q), Pixels(*(t[:, :reach] for t in (holds.row, holds.col, holds.index)), holds.size))
-            found = _checked(found, pattern, (len(queries), reach))
-            if causal and not pattern.cut:
-                _refuse_looking_ahead(found, queries, pattern, size)
-            found = found[:, :keys]
-            return ((found & (k <= q)) | (k == 0) | (k == q)) if causal else found | (k == q)
+            always = (k == q) | (k == 0) if causal else k == q
+            before = None
+            for part in parts:
+                reach = keys if part.cut else n  # whoever may not look ahead is asked about all
+                asked = Pixels(*(t[:, :reach] for t in (holds.row, holds.col, holds.index)), holds.size)
+                found = _checked(part(pixels(q), asked), part, (len(queries), reach))
+                if causal and not part.cut:
+                    _refuse_looking_ahead(found, queries, part, size)
+                found = (found[:, :keys] & (k <= q) if causal else found) | always
+                yield found if before is None else found & ~before
+                before = found if before is None else found | before
 
-        mask = cls._build(seen, n, causal)
-        order = order or fewest_tiles(mask.tensors, size, mask.pairs)
+        def seen(queries: Tensor, keys: int) -> Tensor:
+            return reduce(torch.bitwise_or, added(queries, keys))
+
+        builders = [Builder(n) for _ in range(len(parts) + 1)]
+        for queries, keys in _rows(n, causal):
+            blocks = [_block(found) for found in added(queries, keys)]
+            for builder, block in zip(builders, [reduce(np.bitwise_or, blocks), *blocks], strict=False):
+                builder.add(block)
+        whole, *parts_built = builders
+        mask = cls(n, causal, whole.tables(), seen, whole.pairs)
+        if order is None:
+            return mask._arranged(size, [part.tables() for part in parts_built if part.pairs])
         return mask if order == "raster" else mask._ordered(order, ORDERS[order](size))
 
     @classmethod
@@ -90,19 +108,32 @@ class BlockMask:
 
     @classmethod
     def _build(cls, seen: Callable[[Tensor, int], Tensor], n: int, causal: bool) -> "BlockMask":
-        def rows():
-            for first in range(0, n, TILE):
-                keys = min(n, first + TILE) if causal else n  # the tiles behind the row's own are empty
-                queries, block = block_of(first // TILE, n, keys)
-                block[: queries.stop - first, :keys] = seen(torch.arange(queries.start, queries.stop), keys).numpy()
-                yield block
-
-        tables, pairs = build(rows(), n)
-        return cls(n, causal, tables, seen, pairs)
+        builder = Builder(n)
+        for queries, keys in _rows(n, causal):
+            builder.add(_block(seen(queries, keys)))
+        return cls(n, causal, builder.tables(), seen, builder.pairs)
 
     def _ordered(self, name: str, order: Tensor) -> "BlockMask":
-        tables, _ = permuted(self.tensors, self.tokens, order)
-        return BlockMask(self.tokens, self.causal, tables, self.seen, self.pairs, name, self)
+        tables = reordered(self.tensors, self.tokens, order)
+        return dataclasses.replace(self, tensors=tables, order=name, in_raster=self)
+
+    def _arranged(self, size: tuple[int, int], parts: list[Tables]) -> "BlockMask":
+        """This mask, in raster order, in the order that has the fewest tiles, or in parts that each have their own."""
+        name = fewest_tiles(self.tensors, size, self.pairs)
+        best = self if name == "raster" else self._ordered(name, ORDERS[name](size))
+        by_order: dict[str, Tables] = {}
+        for tables in parts if len(parts) > 1 else ():
+            name = fewest_tiles(tables, size)
+            by_order[name] = by_order.get(name, ()) + tables
+        if len(by_order) < 2:
+            return best
+        split = ()
+        for name, tables in by_order.items():
+            one = name == "raster" and len(tables) == FIELDS
+            split += tables if one else reordered(tables, self.tokens, ORDERS[name](size) if name != "raster" else None)
+        apart = dataclasses.replace(self, tensors=split, order=" + ".join(by_order), in_raster=self)
+        more = PART * (len(by_order) - 1) * (self.tokens + TILE - 1) // TILE
+        return apart if apart.tiles() + more <= WORTH * best.tiles() else best
 
     @property
     def raster(self) -> "BlockMask":
@@ -113,10 +144,14 @@ class BlockMask:
         """The mask as bool [tokens, tokens], from the predicate, not from the tiles."""
         return self.seen(torch.arange(self.tokens), self.tokens)
 
+    def tiles(self) -> int:
+        """How many tiles the kernels walk over."""
+        return sum(len(tables[1]) for tables in parts_of(self.tensors))
+
     def density(self) -> float:
         """Tiles kept, as a share of the tiles of dense (causal) attention."""
         tiles = len(self.tensors[0]) - 1
-        return len(self.tensors[1]) / (tiles * (tiles + 1) / 2 if self.causal else tiles * tiles)
+        return self.tiles() / (tiles * (tiles + 1) / 2 if self.causal else tiles * tiles)
 
     def pair_density(self) -> float:
         """Pairs that see each other, as a share of those of dense (causal) attention."""
@@ -129,8 +164,13 @@ class BlockMask:
             raise InputError(f"BlockMask.first: {slots} slots were asked of a mask of {kind}; a causal one has a start")
         if slots == self.tokens:
             return self
-        start, order = self._build(self.seen, slots, True), self.tensors[8].cpu().long()
-        start = start._ordered(self.order, order[order < slots]) if len(order) else start
+        start = self._build(self.seen, slots, True)
+        if self.in_raster is not None:
+            tables = ()
+            for part in parts_of([t.cpu() for t in self.tensors]):
+                order = part[8].long()
+                tables += reordered(part, slots, order[order < slots] if len(order) else None)
+            start = dataclasses.replace(start, tensors=tables, order=self.order, in_raster=start)
         return start.to(self.tensors[0].device)
 
     def to(self, device: torch.device) -> "BlockMask":
@@ -139,6 +179,20 @@ class BlockMask:
             return self
         raster = self.in_raster and self.in_raster.to(device)
         return dataclasses.replace(self, tensors=tuple(t.to(device) for t in self.tensors), in_raster=raster)
+
+
+def _rows(n: int, causal: bool) -> Iterator[tuple[Tensor, int]]:
+    """Each tile's queries, and how many keys they may see: in a causal sequence, tiles behind their own are empty."""
+    for first in range(0, n, TILE):
+        end = min(n, first + TILE)
+        yield torch.arange(first, end), end if causal else n
+
+
+def _block(found: Tensor) -> np.ndarray:
+    """bool [n <= 64, keys] → the same in whole tiles."""
+    block = empty_block(found.shape[1])
+    block[: len(found), : found.shape[1]] = found.numpy()
+    return block
 
 
 def _checked(found: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Tensor:

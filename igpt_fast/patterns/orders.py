@@ -45,6 +45,7 @@ def _grid(size: Size) -> tuple[Tensor, Tensor]:
     return torch.div(index, size[1], rounding_mode="floor"), index % size[1]
 
 
+PART = 2  # what another part costs, in tiles a row of tiles: q, k, v are read again, the parts are merged
 WORTH = 0.8  # in other orders kernels look up where each row lies, and Hopper's own are for the raster alone
 
 # Name → size → int64 [T]: the slot that stands at each place.
@@ -76,8 +77,11 @@ def tiles_by_order(tables: Sequence[Tensor], size: Size, most: int | None = None
     return {name: count for name, count in counts.items() if most is None or count <= most}
 
 
-def fewest_tiles(tables: Sequence[Tensor], size: Size, pairs: int) -> str:
-    """The order to take: another than the raster where that leaves WORTH of the raster's tiles or fewer."""
+def fewest_tiles(tables: Sequence[Tensor], size: Size, pairs: int = 0) -> str:
+    """The order to take: another than the raster where that leaves WORTH of the raster's tiles or fewer.
+
+    pairs: of the mask, if known: then a mask whose tiles are filled well is not looked at further
+    """
     most = int(WORTH * len(tables[1]))
     if pairs > most * TILE * TILE:
         return "raster"

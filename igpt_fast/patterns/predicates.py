@@ -5,9 +5,10 @@ autoregressive sequence slot i predicts pixel i and slot j holds pixel j - 1: th
 before the predicted one, and whatever it says, a pixel sees sos and its neighbour in raster order.
 """
 
+import operator
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -36,12 +37,15 @@ class Pattern:
     sees: Predicate = field(compare=False, repr=False)
     key: Hashable = field(repr=False)
     cut: bool = field(default=True, compare=False, repr=False)  # whether looking ahead is cut off, or an error
+    parts: tuple["Pattern", ...] = field(default=(), compare=False, repr=False)  # of a union
 
     def __call__(self, q: Pixels, k: Pixels) -> Tensor:
         return self.sees(q, k)
 
     def __or__(self, other: "Pattern") -> "Pattern":
-        return self._with(other, "|", lambda q, k: self.sees(q, k) | other.sees(q, k))
+        union = self._with(other, "|", lambda q, k: self.sees(q, k) | other.sees(q, k))
+        parts = (self.parts or (self,)) + (other.parts or (other,)) if isinstance(other, Pattern) else ()
+        return replace(union, parts=parts) if parts else union
 
     def __and__(self, other: "Pattern") -> "Pattern":
         return self._with(other, "&", lambda q, k: self.sees(q, k) & other.sees(q, k))
@@ -61,17 +65,22 @@ class Pattern:
 PATTERNS: dict[str, Callable[..., Pattern]] = {}
 
 
-def registered(make: Callable[..., Predicate]) -> Callable[..., Pattern]:
-    """Registers a function of whole numbers → predicate under its name; calling it gives a Pattern."""
+def registered(make: Callable[..., Predicate | tuple[Predicate, ...]]) -> Callable[..., Pattern]:
+    """Registers a function of whole numbers → predicate, or several whose union it is, under its name: it gives a
+    Pattern."""
     name = make.__name__
 
     def pattern(*args: int, **options: int) -> Pattern:
         said = [*map(str, args), *(f"{k}={v}" for k, v in options.items())]
         text = f"{name}({', '.join(said)})" if said else name
         try:
-            return Pattern(text, make(*args, **options), text)
+            made = make(*args, **options)
         except TypeError:
             raise InputError(f"{text}: {name} takes {_parameters(make)}") from None
+        if not isinstance(made, tuple):
+            return Pattern(text, made, text)
+        parts = tuple(Pattern(text, sees, (text, i)) for i, sees in enumerate(made))
+        return Pattern(text, lambda q, k: reduce(operator.or_, (part(q, k) for part in parts)), text, parts=parts)
 
     pattern.__name__, pattern.__doc__ = name, make.__doc__
     PATTERNS[name] = pattern
@@ -111,35 +120,40 @@ def column() -> Predicate:
 
 
 @registered
-def axial() -> Predicate:
+def axial() -> tuple[Predicate, ...]:
     """The pixel's own row and its own column."""
-    return lambda q, k: (q.row == k.row) | (q.col == k.col)
+    return lambda q, k: q.row == k.row, lambda q, k: q.col == k.col
 
 
 @registered
-def strided(stride: int | None = None) -> Predicate:
+def strided(stride: int | None = None) -> tuple[Predicate, ...]:
     """The last `stride` pixels, and each that is a multiple of it away (None: the width, so: the column above)."""
     _whole("strided: stride", stride)
 
-    def sees(q: Pixels, k: Pixels) -> Tensor:
-        step, away = stride or q.size[1], q.index - k.index
-        return (away.abs() < step) | (away % step == 0)
+    def near(q: Pixels, k: Pixels) -> Tensor:
+        return (q.index - k.index).abs() < (stride or q.size[1])
 
-    return sees
+    def multiples(q: Pixels, k: Pixels) -> Tensor:
+        return (q.index - k.index) % (stride or q.size[1]) == 0
+
+    return near, multiples
 
 
 @registered
-def fixed(block: int | None = None, summary: int = 8) -> Predicate:
+def fixed(block: int | None = None, summary: int = 8) -> tuple[Predicate, ...]:
     """The pixel's own stretch of `block` pixels (None: its row), and the last `summary` pixels of every other one."""
     _whole("fixed: block", block)
     _whole("fixed: summary", summary)
 
-    def sees(q: Pixels, k: Pixels) -> Tensor:
+    def same(q: Pixels, k: Pixels) -> Tensor:
         step = block or q.size[1]
-        same = torch.div(q.index, step, rounding_mode="floor") == torch.div(k.index, step, rounding_mode="floor")
-        return same | (k.index % step >= step - summary)
+        return torch.div(q.index, step, rounding_mode="floor") == torch.div(k.index, step, rounding_mode="floor")
 
-    return sees
+    def last(q: Pixels, k: Pixels) -> Tensor:
+        step = block or q.size[1]
+        return k.index % step >= step - summary
+
+    return same, last
 
 
 @registered

@@ -1,6 +1,6 @@
 """The tables that the kernels read: lists of 64 × 64 tiles and the bits of those that are not full."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,89 +9,100 @@ from torch import Tensor
 TILE = 64
 
 # row_start [tiles + 1], row_tile, row_mask [entries]; the same by columns; bits, bits_t int64 [masks, 64]; order [T].
+# The masks of several parts, of which no two have a pair in common, follow each other: so many tensors each.
 Tables = tuple[Tensor, ...]
+FIELDS = 9
 
 
-def build(rows: Iterable[np.ndarray], tokens: int, order: Tensor | None = None) -> tuple[Tables, int]:
-    """The tables of a mask, and how many pairs it has.
+class Builder:
+    """The tables of a mask from bool blocks [64, keys], each of what 64 queries see, in their order; `pairs` that see
+    each other. What lies behind a block's keys is not seen."""
 
-    rows: for each 64 queries bool [64, keys], and behind those keys nothing is seen; order: int [T], the slot that
-    stands at each place, where that is not the raster's
-    """
-    tiles = (tokens + TILE - 1) // TILE
-    at, others, masks, pairs = [], [], [], 0
-    known: dict[bytes, int] = {}  # a tile's words → its mask's number; full tiles have -1
-    for i, block in enumerate(rows):
-        pairs += int(np.count_nonzero(block))
+    def __init__(self, tokens: int, order: Tensor | None = None) -> None:
+        """order: int [T], the slot that stands at each place, where that is not the raster's."""
+        self.tokens, self.order, self.pairs = tokens, order, 0
+        self._row = 0
+        self._at: tuple[list[int], list[int], list[int]] = ([], [], [])  # rows, columns, masks
+        self._known: dict[bytes, int] = {}  # a tile's words → its mask's number; full tiles have -1
+
+    def add(self, block: np.ndarray) -> None:
+        self.pairs += int(np.count_nonzero(block))
         words = np.packbits(block, axis=1, bitorder="little").view("<i8")
         found = np.flatnonzero(words.any(0))
-        full = (words[:, found] == _whole(i, words.shape[1], tokens)[:, found]).all(0)
+        full = (words[:, found] == _whole(self._row, words.shape[1], self.tokens)[:, found]).all(0)
+        rows, columns, masks = self._at
         for j, is_full in zip(found.tolist(), full.tolist(), strict=True):
-            at.append(i), others.append(j)
-            masks.append(-1 if is_full else known.setdefault(words[:, j].tobytes(), len(known)))
-    bits = np.frombuffer(b"".join(known), np.int64).reshape(-1, TILE)
-    by_column = np.lexsort((at, others)).tolist()
-    tables = (
-        *_lists(at, others, masks, tiles),
-        *_lists(*([part[e] for e in by_column] for part in (others, at, masks)), tiles),
-        torch.from_numpy(bits.copy()),
-        torch.from_numpy(_transposed(bits)),
-        torch.empty(0, dtype=torch.int32) if order is None else order.int(),
-    )
-    return tables, pairs
+            rows.append(self._row), columns.append(j)
+            masks.append(-1 if is_full else self._known.setdefault(words[:, j].tobytes(), len(self._known)))
+        self._row += 1
+
+    def tables(self) -> Tables:
+        rows, columns, masks = self._at
+        bits = np.frombuffer(b"".join(self._known), np.int64).reshape(-1, TILE)
+        by_column = np.lexsort((rows, columns)).tolist()
+        return (
+            *_lists(rows, columns, masks, self._row),
+            *_lists(*([part[e] for e in by_column] for part in (columns, rows, masks)), self._row),
+            torch.from_numpy(bits.copy()),
+            torch.from_numpy(_transposed(bits)),
+            torch.empty(0, dtype=torch.int32) if self.order is None else self.order.int(),
+        )
 
 
-def block_of(i: int, tokens: int, keys: int) -> tuple[slice, np.ndarray]:
-    """The queries of row i of tiles, and an empty block for what they see of the first so many keys."""
-    queries = slice(i * TILE, min(tokens, (i + 1) * TILE))
-    return queries, np.zeros((TILE, (keys + TILE - 1) // TILE * TILE), bool)
+def empty_block(keys: int) -> np.ndarray:
+    """Room for what 64 queries see of the first so many keys, in whole tiles."""
+    return np.zeros((TILE, (keys + TILE - 1) // TILE * TILE), bool)
 
 
-def permuted(tables: Sequence[Tensor], tokens: int, order: Tensor) -> tuple[Tables, int]:
-    """The tables of a mask in raster order, for queries and keys in another."""
-    place = torch.argsort(order).numpy()
+def parts_of(tables: Sequence[Tensor]) -> Iterator[Tables]:
+    """The tables of each part."""
+    return zip(*[iter(tables)] * FIELDS, strict=True)
+
+
+def reordered(tables: Sequence[Tensor], tokens: int, order: Tensor | None) -> Tables:
+    """The tables, of one part, of a mask's first so many slots, with queries and keys in another order.
+
+    order: int [tokens], the slot that stands at each place; None: the raster's
+    """
+    place = np.arange(tokens) if order is None else torch.argsort(order).numpy()
     found = [(place[q].astype(np.int32), place[k].astype(np.int32)) for q, k in pairs_of(tables, tokens)]
     q, k = (np.concatenate(part) for part in zip(*found, strict=True))
     row = (q // TILE).astype(np.uint16 if tokens < TILE << 16 else np.int64)  # of 16 bits: numpy then sorts by digits
     by_row = np.argsort(row, kind="stable")
     ends = np.cumsum(np.bincount(row, minlength=(tokens + TILE - 1) // TILE))
-
-    def rows() -> Iterator[np.ndarray]:
-        for i, end in enumerate(ends):
-            _, block = block_of(i, tokens, tokens)
-            here = by_row[ends[i - 1] if i else 0 : end]
-            block[q[here] % TILE, k[here]] = True
-            yield block
-
-    return build(rows(), tokens, order)
+    builder = Builder(tokens, order)
+    for i, end in enumerate(ends):
+        block = empty_block(tokens)
+        here = by_row[ends[i - 1] if i else 0 : end]
+        block[q[here] % TILE, k[here]] = True
+        builder.add(block)
+    return builder.tables()
 
 
 def pairs_of(tables: Sequence[Tensor], tokens: int, at_once: int = 1 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Queries and keys that see each other, about so many at once, from tables in raster order."""
-    start, tile, mask = (t.numpy() for t in tables[:3])
-    row = np.repeat(np.arange(len(start) - 1), np.diff(start))
-    for number in np.unique(mask):
-        q, k = np.nonzero(np.ones((TILE, TILE), bool) if number < 0 else _unpacked(tables[6][number].numpy()))
-        entries = np.flatnonzero(mask == number)
-        for at in np.array_split(entries, -(-len(entries) * len(q) // at_once)):
-            queries, keys = (row[at, None] * TILE + q).ravel(), (tile[at, None].astype(np.int64) * TILE + k).ravel()
-            there = (queries < tokens) & (keys < tokens)  # a full tile at the end is full of what there is
-            yield (queries, keys) if there.all() else (queries[there], keys[there])
+    """Queries and keys among the first so many slots that see each other, int64, about so many at once."""
+    for start, tile, mask, _, _, _, bits, _, order in parts_of([t.cpu() for t in tables]):
+        start, tile, mask, slot = start.numpy(), tile.numpy(), mask.numpy(), order.numpy()
+        row = np.repeat(np.arange(len(start) - 1), np.diff(start))
+        for number in np.unique(mask):
+            q, k = np.nonzero(np.ones((TILE, TILE), bool) if number < 0 else _unpacked(bits[number].numpy()))
+            entries = np.flatnonzero(mask == number)
+            for at in np.array_split(entries, -(-len(entries) * len(q) // at_once)):
+                queries, keys = ((x[at, None].astype(np.int64) * TILE + y).ravel() for x, y in ((row, q), (tile, k)))
+                for places in (slot, None) if len(slot) else (None,):  # a full tile may reach behind the end
+                    there = np.maximum(queries, keys) < (tokens if places is None else len(places))
+                    if not there.all():
+                        queries, keys = queries[there], keys[there]
+                    if places is not None:
+                        queries, keys = places[queries].astype(np.int64), places[keys].astype(np.int64)
+                yield queries, keys
 
 
 def unpack(tables: Sequence[Tensor], tokens: int) -> Tensor:
     """The dense mask bool [tokens, tokens] that tables describe, by slots."""
-    start, tile, mask, _, _, _, bits, _, order = (t.cpu() for t in tables)
-    tiles = len(start) - 1
-    whole = torch.ones(TILE, TILE, dtype=torch.bool)
-    found = [whole if m < 0 else torch.from_numpy(_unpacked(bits[m].numpy())) for m in mask.tolist()]
-    seen = torch.zeros(tiles, tiles, TILE, TILE, dtype=torch.bool)
-    if found:
-        seen[torch.repeat_interleave(torch.arange(tiles), start.long().diff()), tile.long()] = torch.stack(found)
-    seen = seen.transpose(1, 2).reshape(tiles * TILE, tiles * TILE)[:tokens, :tokens]
-    if order.numel():
-        place = torch.argsort(order)
-        seen = seen[place][:, place]
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for q, k in pairs_of(tables, tokens):
+        seen[q, k] = True
     return seen
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ops
-from igpt_fast.cached import Decoder, KVCache, check_order, decode_one_token, prefill
+from igpt_fast.cached import Decoder, KVCache, cache_slots, check_order, decode_one_token, prefill
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
@@ -153,7 +153,8 @@ def _start(
 def default_batch(model: ImageGPT) -> int:
     """How many images are drawn side by side when the caller does not say."""
     c = model.config
-    return max(1, min(LARGEST_BATCH, CACHE_BYTES // (2 * c.layers * c.tokens * c.width * model.wte.element_size())))
+    image = 2 * c.layers * cache_slots(c) * c.width * model.wte.element_size()
+    return max(1, min(LARGEST_BATCH, CACHE_BYTES // image))
 
 
 def _stream(seed: int, stream: tuple[int, int], count: int) -> np.ndarray:

@@ -37,8 +37,9 @@ def sample(
     """n images from nothing: tokens int64 [n, H, W] on the model's device.
 
     Image i depends on the model, the options, `seed` and i only: neither on n nor on `batch`, the most images that are
-    drawn side by side (None: what fits in 1 GiB of cache, at most 64). `progress` hears of pixels. Raises InputError
-    for options out of range, for a BERT model, and for a model whose logits are not finite.
+    drawn side by side (None: what fits in 1 GiB of cache, of which a sparse model needs less, at most 64). `progress`
+    hears of pixels. Raises InputError for options out of range, for a BERT model, and for a model whose logits are not
+    finite.
     """
     check_options(n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch)
     nothing = torch.empty(1, 0, dtype=torch.int64, device=model.wte.device)

@@ -56,8 +56,8 @@ def decode_step(
     head h looks through the entry h % their number. The queries are row `slot`.
     pages [tiles]: slot t of the sequence is at pages[t // 64] * 64 + t % 64 of the cache, without it at t
     """
-    place = torch.tensor([slot], device=cache.device)
-    if pages is not None:  # not a number: on a GPU the step would wait for it
+    place = torch.full((1,), slot, device=cache.device)
+    if pages is not None:  # as a tensor: a GPU would have to be waited for to make it a number
         place = pages[slot // PAGE].long().view(1) * PAGE + slot % PAGE
     h = wte[pixels] + wpe[slot]
     for index, (w, kept) in enumerate(zip(layers, cache, strict=True)):

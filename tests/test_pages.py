@@ -1,5 +1,7 @@
 """A rolling cache: what nobody sees any more is forgotten, whatever takes its place changes no bit, and it is small."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from check import CUDA_KERNELS, backends, served
@@ -21,14 +23,14 @@ def places(pages, slots):
     return pages.long()[slots // TILE] * TILE + slots % TILE
 
 
-def assert_same(got, want, bits):
+def assert_same(got, want, ulps):
+    """The same bits where a kernel is at work; plain torch adds up in an order that strides decide."""
     assert not got.isnan().any()
-    limit = 0 if bits else 8 * torch.finfo(got.dtype).eps * want.abs().max()
-    assert (got - want).abs().max() <= limit
+    assert (got - want).abs().max() <= ulps * torch.finfo(got.dtype).eps * want.abs().max()
 
 
 @given(
-    tokens=st.integers(65, 700),
+    tokens=st.integers(65, 500),
     windows=st.lists(st.integers(1, 200), min_size=1, max_size=3),
     far=st.sampled_from([0.0, 1e-4, 1e-3]),
     sos=st.booleans(),
@@ -119,17 +121,17 @@ def whole(monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("known", [0, 63, 64, 190, 285])
+@pytest.mark.parametrize(("known", "kernels"), [(0, torch.bfloat16), (63, torch.float32), (230, torch.bfloat16)])
 @pytest.mark.parametrize("name", SPARSE)
-def test_a_rolling_cache_gives_the_bits_of_a_whole_one(name, known, whole, one_thread):
-    """What is forgotten may be NaN. Of float64, which plain torch computes, the last bits depend on strides."""
-    for dtype in [torch.float32, torch.bfloat16] + [torch.float64] * (name == "heads" and known == 190):
+def test_a_rolling_cache_gives_the_bits_of_a_whole_one(name, known, kernels, whole, one_thread):
+    """What is forgotten may be NaN. Plain torch is at work in float64, where errors add up as in test_sample.py."""
+    for dtype in [kernels] + [torch.float64] * (name == "heads" and known == 230):
         model = make(dtype, **SPARSE[name])
         flat = pixels(model, 2).flatten(1)
         want, all_slots = whole(logits_of, model, flat, known)
         got, few = logits_of(model, flat, known, poison=True)
         assert all_slots.pages is None and few.data.nbytes < all_slots.data.nbytes
-        assert_same(got, want, dtype is not torch.float64)
+        assert_same(got, want, model.config.tokens * (dtype is torch.float64))
 
 
 @pytest.mark.parametrize("name", ["neighborhood", "heads"])
@@ -142,14 +144,14 @@ def test_images_are_those_of_a_whole_cache(name, whole, one_thread):
 
 def test_the_cache_does_not_grow_with_the_image():
     """A neighbourhood of 7 sees 3 rows up and 3 pixels on: so many pages, two more for where they begin, and sos."""
-    for height in (16, 32, 128):
+    for height in (16, 128):
         pages = pages_of([compiled("neighborhood(7)", (height, 128))])
         assert pages.count <= 3 + (3 * 128 + 4) // TILE == 9
     fields = {"layers": 24, "width": 512, "heads": 8, "size": (128, 128)}
-    with torch.device("meta"):
-        model, dense = (ImageGPT(Config(**fields, pattern=p)).bfloat16() for p in ("neighborhood(7)", None))
-    assert cache_slots(model.config) == 576 and cache_slots(dense.config) == 16384
-    assert default_batch(model) == 37 and default_batch(dense) == 1  # of 28 and 805 MB each
+    for pattern, slots, batch in (("neighborhood(7)", 576, 37), (None, 16384, 1)):  # of 28 and 805 MB each
+        config = Config(**fields, pattern=pattern)
+        assert cache_slots(config) == slots
+        assert default_batch(SimpleNamespace(config=config, wte=torch.empty(0, dtype=torch.bfloat16))) == batch
 
 
 CASES = [
@@ -202,7 +204,7 @@ def test_attention_reads_pages_wherever_they_are(backend, dtype, length, spare, 
     with use_backend(backend, poison=True):
         want = ops.attention_decode(q, k.to(kind), v.to(kind), *rest, scales)
         got = ops.attention_decode(q, kp.to(kind), vp.to(kind), *rest, scales_there, pages)
-    assert_same(got, want, backend != "reference")
+    assert_same(got, want, 8 * (backend == "reference"))
 
 
 @pytest.mark.parametrize("backend", backends("decode_step"))
@@ -216,8 +218,8 @@ def test_a_step_puts_its_slot_into_its_page(backend):
     with use_backend(backend):
         step = pixel, decoder.weights, 151, 1e-5, decoder.masks
         want, got = ops.decode_step(data, *step), ops.decode_step(few, *step, pages)
-    assert_same(got, want, backend != "reference")
-    assert_same(few[..., places(pages, torch.arange(260)), :], data, backend != "reference")
+    assert_same(got, want, 8 * (backend == "reference"))
+    assert_same(few[..., places(pages, torch.arange(260)), :], data, 8 * (backend == "reference"))
     assert int(few.isnan().sum()) == few[..., : 7 * TILE - 260, :].numel()
 
 

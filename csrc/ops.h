@@ -118,11 +118,14 @@ struct Ops {
                                 float scale, float p, int64_t seed, Stream) = nullptr;
   // attention_decode: one query a head over the first `length` slots of a cache [B, H, T, D], of image b over the first
   // lengths[b] where lengths i32 [B] is given. k_scale, v_scale f32 [B, H, pages of kTile slots]: what the elements of
-  // an e4m3 cache are multiplied with. mask: the query is row prefix + lengths[b] - 1. partials f32 [B, H, chunks, D +
-  // 2]: o, maximum and sum of each kDecodeChunk slots: those of a shared prefix of so many slots, which
-  // attention_prefix has made, then room for the cache's own, without which the sequence is not split over blocks
+  // an e4m3 cache are multiplied with. pages i32 [tiles]: slot t is at pages[t / kTile] * kTile + t % kTile of k and v,
+  // which hold what the mask still shows; without it, at t. mask: the query is row prefix + lengths[b] - 1. partials
+  // f32 [B, H, chunks, D + 2]: o, maximum and sum of each kDecodeChunk slots: those of a shared prefix of so many
+  // slots, which attention_prefix has made, then room for the cache's own, without which the sequence is not split over
+  // blocks
   void (*attention_decode)(View o, View partials, View q, View k, View v, View k_scale, View v_scale, View lengths,
-                           BlockMaskView mask, int64_t length, int64_t prefix, float scale, Stream) = nullptr;
+                           View pages, BlockMaskView mask, int64_t length, int64_t prefix, float scale,
+                           Stream) = nullptr;
   // attention_prefix: the first partials of B queries over a prefix [M, H, P, D] that each B / M neighbours share
   void (*attention_prefix)(View partials, View q, View k, View v, View k_scale, View v_scale, View lengths,
                            BlockMaskView mask, int64_t length, float scale, Stream) = nullptr;
@@ -133,9 +136,10 @@ struct Ops {
   // linear: y = x weight^T (+ bias) for the few rows of a decoding step; a row's bits do not depend on its neighbours
   void (*linear_fwd)(View y, View x, View weight, View bias, Stream) = nullptr;
   // decode_step: one pixel more through all layers; logits [B, V], cache [L, B * 2 * H, T, D] with k before v, which
-  // receives its slot, pixels i64 [B], wte [V, d], wpe [T, d], ln_f [d], wtet [V, d]; masks: the queries are row slot
+  // receives its slot, pixels i64 [B], wte [V, d], wpe [T, d], ln_f [d], wtet [V, d]; masks: the queries are row slot;
+  // pages: as attention_decode's, and every head has a mask
   void (*decode_step)(View logits, View cache, View pixels, View wte, View wpe, LayersView layers, View ln_f, View wtet,
-                      MasksView masks, int64_t slot, float eps, Stream) = nullptr;
+                      View pages, MasksView masks, int64_t slot, float eps, Stream) = nullptr;
   // sampling: the token at which the distribution function of softmax(logits / temperature), cut to top_k (0: all) and
   // top_p (1: all), exceeds the uniform; -1 where the logits are not finite
   void (*sample_tokens)(View tokens, View logits, View uniforms, double temperature, int64_t top_k, double top_p,

@@ -1,5 +1,7 @@
 """The forward pass with a memory: prefill runs all known pixels at once, decode_one_token adds one pixel at a time."""
 
+from functools import lru_cache, partial
+
 import torch
 from torch import Tensor
 
@@ -8,21 +10,58 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.ops.decode_step import LayerWeights, StepMasks, StepWeights
-from igpt_fast.patterns import masks_of
+from igpt_fast.patterns import TILE, Pages, masks_of, pages_of
 
 
 class KVCache:
-    """Keys and values of the slots 0..length-1: data [layers, batch, 2, heads, T, head_dim], k before v."""
+    """Keys and values of those of the slots 0..length-1 that some later slot sees.
+
+    data: [layers, batch, 2, heads, slots, head_dim], k before v. pages: int32 [tiles], by which slot t is at
+    pages[t // 64] * 64 + t % 64 of few slots, which pages take turns in; None where each of T slots has its own.
+    """
 
     def __init__(self, config: Config, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.layers, batch, 2, config.heads, config.tokens, config.head_dim)
+        self._table = _table_of(config)
+        shape = (config.layers, batch, 2, config.heads, cache_slots(config), config.head_dim)
         self.data = torch.empty(shape, dtype=dtype, device=device)
+        self.pages = self._table and self._table.of.to(device)
         self.length = 0
+
+    def keep(self, layer: int, kv: Tensor) -> None:
+        """Take k and v [batch, 2, heads, K, head_dim] of the slots 0..K-1, or what later ones see of them."""
+        slots, places = self._held(kv.shape[3])
+        self.data[layer][..., places, :] = kv[..., slots, :]
 
     def fill(self, rows: slice, source: "KVCache") -> None:
         """Give every image of `rows` the known slots of the one image in `source`."""
         self.length = source.length
-        self.data[:, rows, ..., : self.length, :] = source.data[..., : self.length, :]
+        _, places = self._held(self.length)
+        self.data[:, rows, ..., places, :] = source.data[..., places, :]
+
+    def _held(self, length: int) -> tuple[Tensor | slice, Tensor | slice]:
+        """Of the first `length` slots those that are kept, and where in the cache."""
+        if self._table is None:
+            return slice(length), slice(length)
+        slots, places = (t.to(self.data.device) for t in self._table.held(length))
+        return slots, places
+
+
+def cache_slots(config: Config) -> int:
+    """How many slots of keys and values of one image are kept at a time: fewer than T where patterns allow it."""
+    table = _table_of(config)
+    return config.tokens if table is None else table.count * TILE
+
+
+def _table_of(config: Config) -> Pages | None:
+    texts = tuple(dict.fromkeys(text for layer in range(config.layers) for text in config.patterns(layer)))
+    return _table(texts, config.size)
+
+
+@lru_cache(maxsize=64)
+def _table(texts: tuple[str | None, ...], size: tuple[int, int]) -> Pages | None:
+    if None in texts:
+        return None
+    return pages_of(masks_of(texts, size, True, size[0] * size[1], torch.device("cpu")))
 
 
 @torch.inference_mode()
@@ -37,8 +76,8 @@ def prefill(model: ImageGPT, pixels: Tensor) -> tuple[Tensor, KVCache]:
         raise InputError(f"{slots - 1} pixels are known of {model.config.tokens}: there is none left to predict")
     cache = KVCache(model.config, len(pixels), model.wte.dtype, model.wte.device)
     h, delta = model.embed(pixels), None
-    for block, kept in zip(model.blocks, cache.data, strict=True):
-        h, delta = block(h, delta, kept)
+    for layer, block in enumerate(model.blocks):
+        h, delta = block(h, delta, partial(cache.keep, layer))
     x, _ = ops.rms_norm(delta[:, -1], model.ln_f, model.config.eps, residual=h[:, -1])
     cache.length = slots
     return ops.linear(x, model.wtet), cache
@@ -80,7 +119,7 @@ def decode_one_token(decoder: Decoder, pixel: Tensor) -> Tensor:
     cache, slot = decoder.cache, decoder.cache.length
     if slot >= decoder.config.tokens:
         raise InputError(f"the cache already holds all {slot} slots of an image")
-    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, decoder.config.eps, decoder.masks)
+    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, decoder.config.eps, decoder.masks, cache.pages)
     cache.length = slot + 1
     return logits
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ops
-from igpt_fast.cached import Decoder, KVCache, check_order, decode_one_token, prefill
+from igpt_fast.cached import Decoder, KVCache, cache_slots, check_order, decode_one_token, prefill
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
@@ -37,8 +37,9 @@ def sample(
     """n images from nothing: tokens int64 [n, H, W] on the model's device.
 
     Image i depends on the model, the options, `seed` and i only: neither on n nor on `batch`, the most images that are
-    drawn side by side (None: what fits in 1 GiB of cache, at most 64). `progress` hears of pixels. Raises InputError
-    for options out of range, for a BERT model, and for a model whose logits are not finite.
+    drawn side by side (None: what fits in 1 GiB of cache, of which a sparse model needs less, at most 64). `progress`
+    hears of pixels. Raises InputError for options out of range, for a BERT model, and for a model whose logits are not
+    finite.
     """
     check_options(n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch)
     nothing = torch.empty(1, 0, dtype=torch.int64, device=model.wte.device)
@@ -153,7 +154,8 @@ def _start(
 def default_batch(model: ImageGPT) -> int:
     """How many images are drawn side by side when the caller does not say."""
     c = model.config
-    return max(1, min(LARGEST_BATCH, CACHE_BYTES // (2 * c.layers * c.tokens * c.width * model.wte.element_size())))
+    image = 2 * c.layers * cache_slots(c) * c.width * model.wte.element_size()
+    return max(1, min(LARGEST_BATCH, CACHE_BYTES // image))
 
 
 def _stream(seed: int, stream: tuple[int, int], count: int) -> np.ndarray:

@@ -158,7 +158,7 @@ def test_a_split_changes_no_bit(backend, length, in_bytes):
     for chunks in (0, -(-length // CHUNK)):
         o, partials = torch.full_like(q, torch.nan), torch.full((1, 2, chunks, 34), torch.nan)
         BACKENDS[backend].attention_decode(
-            o, partials if chunks else None, q.contiguous(), k, v, *scales, None, None, length, 0, 0.2, 0
+            o, partials if chunks else None, q.contiguous(), k, v, *scales, None, None, None, length, 0, 0.2, 0
         )
         results.append(o)
     assert torch.equal(*results) and not results[0].isnan().any()

@@ -21,14 +21,14 @@ def floats(*shape, grad=True):
     return torch.randn(*shape).requires_grad_(grad)
 
 
-def step_call(*masks, of=()):
+def step_call(*masks, of=(), pages=None, slots=9):
     d, biases = 16, (None, floats(4 * 16, grad=False))
     layers = []
     for fc_bias in biases:
         layers += [floats(d, grad=False), floats(3 * d, d, grad=False), None, floats(d, d, grad=False), None]
         layers += [floats(d, grad=False), floats(4 * d, d, grad=False), fc_bias, floats(d, 4 * d, grad=False), None]
     tables = [floats(rows, d, grad=False) for rows in (7, 9, 7)]
-    cache = floats(2, 3, 2, 2, 9, 8, grad=False)
+    cache = floats(2, 3, 2, 2, slots, 8, grad=False)
     return (
         cache,
         torch.arange(3),
@@ -41,6 +41,7 @@ def step_call(*masks, of=()):
         list(of),
         5,
         1e-5,
+        pages,
     )
 
 
@@ -51,6 +52,7 @@ def decode_call(slots=9):
 def calls():
     q, k, v = (floats(1, 2, 70, 16) for _ in range(3))
     mask = list(compiled("row", (7, 10)).tensors)
+    pages, kept = torch.tensor([0, 0], dtype=torch.int32), compiled("row", (3, 3)).tensors
     bits = torch.zeros(5, 3, dtype=torch.uint8), torch.rand(4, 3)
     return {
         "rms_norm": [
@@ -64,9 +66,14 @@ def calls():
         "attention_decode": [
             (*decode_call(), 7, 0.25, None, [], [], []),
             (*decode_call(), 7, 0.25, torch.tensor([4], dtype=torch.int32), mask, list(decode_call()[1:]), []),
+            (*decode_call(64), 7, 0.25, None, mask, [], [], pages),
         ],
         "cache_append": [(*decode_call()[1:], *decode_call(2)[1:], 5, None, [])],
-        "decode_step": [step_call(), step_call(*compiled("row", (3, 3)).tensors, of=[0, -1, 0, 0])],
+        "decode_step": [
+            step_call(),
+            step_call(*kept, of=[0, -1, 0, 0]),
+            step_call(*kept, of=[0, 0], pages=pages, slots=64),
+        ],
         "sample_tokens": [
             (floats(3, 8, grad=False), torch.rand(3, dtype=torch.float64), 1.0, 4, 0.9),
             (floats(3, 8, grad=False), torch.rand(3, dtype=torch.float64), 0.0, None, None),

@@ -118,7 +118,7 @@ def test_a_decoding_step_refuses_a_broken_mask(backend, i, change):
     q, k, v = torch.randn(2, 2, 1, 32), torch.randn(2, 2, 128, 32), torch.randn(2, 2, 128, 32)
     tables[i] = change(tables[i])
     with pytest.raises(ValueError, match="mask"):
-        BACKENDS[backend].attention_decode(q, None, q, k, v, None, None, None, tuple(tables), 128, 0, 0.3, 0)
+        BACKENDS[backend].attention_decode(q, None, q, k, v, None, None, None, None, tuple(tables), 128, 0, 0.3, 0)
 
 
 @pytest.mark.parametrize("backend", CPU)
@@ -132,7 +132,16 @@ def test_a_decoding_step_refuses_masks_of_other_layers(backend, of, message):
     cache, pixels = floats(2, 4, 9, 8), torch.zeros(1, dtype=I64)
     args = cache, pixels, floats(5, d), floats(9, d), _native.native_layers(2 * layers), floats(d), floats(5, d)
     with pytest.raises(ValueError, match=message):
-        native.decode_step(floats(1, 5), *args, masks, 3, 1e-5, 0)
+        native.decode_step(floats(1, 5), *args, None, masks, 3, 1e-5, 0)
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("page", [-1, 2])
+def test_a_kernel_reads_no_page_outside_the_cache(backend, page):
+    pages = torch.tensor([0, page], dtype=torch.int32)
+    q, k, mask = floats(2, 2, 1, 32), floats(2, 2, 128, 32), compiled("local", (8, 16)).tensors
+    with pytest.raises(ValueError, match=f"page {page} is outside the cache's 2"):
+        BACKENDS[backend].attention_decode(q, None, q, k, k, None, None, None, pages, mask, 128, 0, 0.3, 0)
 
 
 # ---- the public ops ----

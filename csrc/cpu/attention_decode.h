@@ -10,15 +10,41 @@ namespace IGPT_ISA {
 // an addition. Narrow vectors spend them on width, so that a row of values is read whole.
 constexpr int kBlock = kLanes >= 16 ? 4 : 8, kStreams = 8 / kBlock;
 
-// What a query sees of a cache: the slots of an ascending list or, without one, the first `count`.
+// What a query sees of a cache: the slots of a list or, without one, the first `count`.
 struct Seen {
   int64_t count = 0;
   const int32_t* slot = nullptr;  // [count], then kAhead times the last, which are asked for but not read
 };
 constexpr int kAhead = 32;  // rows of a list between the one that is read and the one that the cache is asked for
 
-// What row length - 1 of a mask sees of the first `length` slots, listed in `slots`, which has room for kAhead more.
-static inline Seen seen_in(const BlockMaskView& mask, int64_t length, int32_t* slots) {
+// Where in a cache of so many slots those of the sequence are: by the table of its pages or, without one, at their own.
+class Places {
+ public:
+  Places(const View& pages, int64_t room, int64_t length) : page_(pages.as<int32_t>()), pages_(room / kTile) {
+    IGPT_CHECK(!pages || (pages.dtype == DType::i32 && pages.dense() && pages.numel() * kTile >= length),
+               "attention_decode: pages must be dense int32, one for each %d of %lld slots", kTile,
+               (long long)(length));
+    IGPT_CHECK(pages || length <= room, "attention_decode: %lld slots are asked of a cache of %lld",
+               (long long)(length), (long long)(room));
+  }
+  explicit operator bool() const { return page_ != nullptr; }
+  // The first slot of a tile.
+  int64_t of_tile(int64_t tile) const {
+    const int64_t page = page_ ? page_[tile] : tile;
+    IGPT_CHECK(!page_ || (page >= 0 && page < pages_), "attention_decode: page %lld is outside the cache's %lld",
+               (long long)(page), (long long)(pages_));
+    return page * kTile;
+  }
+  int64_t operator()(int64_t slot) const { return of_tile(slot / kTile) + slot % kTile; }
+
+ private:
+  const int32_t* page_;
+  int64_t pages_;
+};
+
+// The places of what row length - 1 of a mask sees of the first `length` slots, listed in `slots`, which has room for
+// kAhead more.
+static inline Seen seen_in(const BlockMaskView& mask, const Places& places, int64_t length, int32_t* slots) {
   IGPT_CHECK(!mask.order, "attention_decode: a mask is in raster order");
   const View &start = mask.row_start, &tile = mask.row_tile, &ids = mask.row_mask;
   IGPT_CHECK(start.dtype == DType::i32 && tile.dtype == DType::i32 && ids.dtype == DType::i32 &&
@@ -37,9 +63,10 @@ static inline Seen seen_in(const BlockMaskView& mask, int64_t length, int32_t* s
     if (left <= 0) break;  // behind the query there is nothing yet
     uint64_t bits = id < 0 ? ~0ull : mask.bits.as<uint64_t>()[id * kTile + row % kTile];
     if (left < kTile) bits &= (1ull << left) - 1;
-    for (; bits; bits &= bits - 1) slots[count++] = int32_t(j * kTile + __builtin_ctzll(bits));
+    for (const int64_t first = bits ? places.of_tile(j) : 0; bits; bits &= bits - 1)
+      slots[count++] = int32_t(first + __builtin_ctzll(bits));
   }
-  if (count == length) return {count, nullptr};
+  if (count == length && !places) return {count, nullptr};
   for (int a = 0; a < kAhead && count; ++a) slots[count + a] = slots[count - 1];
   return {count, slots};
 }

@@ -16,7 +16,7 @@ namespace igpt {
 namespace IGPT_ISA {
 
 struct Sizes {
-  int64_t B, d, heads, D, inner, T, V, slot;
+  int64_t B, d, heads, D, inner, T, V, slot, place;  // T: of the cache, where the slot has its place
 };
 
 static void check_weight(const View& w, int64_t rows, int64_t cols, DType dtype, const char* name) {
@@ -31,7 +31,12 @@ static void check_bias(const View& b, int64_t cols, DType dtype, const char* nam
 // What each mask shows of the cache in this step: listed once, for all heads that look through it.
 class Sights {
  public:
-  Sights(const MasksView& masks, int64_t layers, int64_t length) : masks_(masks), all_{length, nullptr} {
+  Sights(const MasksView& masks, const Places& places, int64_t layers, int64_t length)
+      : masks_(masks), all_{length, nullptr} {
+    bool everywhere = masks.groups > 0;
+    for (int64_t i = 0; i < masks.layers * masks.groups; ++i) everywhere = everywhere && masks.of[i] >= 0;
+    IGPT_CHECK(everywhere || !places,
+               "decode_step: a cache of pages needs masks of all heads: without one all slots are seen");
     if (!masks.groups) return;
     IGPT_CHECK(masks.layers == layers, "decode_step: masks for %lld layers were given to %lld",
                (long long)(masks.layers), (long long)(layers));
@@ -39,7 +44,7 @@ class Sights {
       IGPT_CHECK(masks.of[i] < masks.count, "decode_step: there is no mask %d", masks.of[i]);
     slots_ = scratch<int32_t>(masks.count * (length + kAhead)), seen_ = scratch<Seen>(masks.count);
     for (int64_t m = 0; m < masks.count; ++m)
-      seen_[size_t(m)] = seen_in(masks.mask[m], length, slots_.get() + m * (length + kAhead));
+      seen_[size_t(m)] = seen_in(masks.mask[m], places, length, slots_.get() + m * (length + kAhead));
   }
   const Seen& of(int64_t layer, int64_t head) const {
     const int32_t m = masks_.groups ? masks_.of[layer * masks_.groups + head % masks_.groups] : -1;
@@ -54,7 +59,7 @@ class Sights {
 };
 
 static Sizes check_step(const View& logits, const View& cache, const View& pixels, const View& wte, const View& wpe,
-                        const LayersView& layers, const View& ln_f, const View& wtet, int64_t slot) {
+                        const LayersView& layers, const View& ln_f, const View& wtet, const View& pages, int64_t slot) {
   const DType t = cache.dtype;
   IGPT_CHECK(is_float(t), "decode_step: float32 or bfloat16 only");
   IGPT_CHECK(cache.ndim == 4 && cache.dense() && cache.size[0] == layers.count && layers.count > 0,
@@ -64,12 +69,13 @@ static Sizes check_step(const View& logits, const View& cache, const View& pixel
   s.inner = layers.layer[0].fc.rows(), s.heads = s.D ? s.d / s.D : 0;
   IGPT_CHECK(s.D % 8 == 0 && s.D <= 128 && s.heads * s.D == s.d && cache.size[1] == s.B * 2 * s.heads,
              "decode_step: the cache does not fit %lld images of width %lld", (long long)(s.B), (long long)(s.d));
-  IGPT_CHECK(slot >= 0 && slot < s.T, "decode_step: slot must be in 0..%lld", (long long)(s.T - 1));
+  const int64_t positions = pages ? wpe.rows() : s.T;
+  IGPT_CHECK(slot >= 0 && slot < positions, "decode_step: slot must be in 0..%lld", (long long)(positions - 1));
   IGPT_CHECK(pixels.dtype == DType::i64 && pixels.dense(), "decode_step: pixels must be dense int64");
   for (int64_t b = 0; b < s.B; ++b)
     IGPT_CHECK(pixels.as<int64_t>()[b] >= 0 && pixels.as<int64_t>()[b] < wte.rows(),
                "decode_step: pixel %lld is outside the palette", (long long)(pixels.as<int64_t>()[b]));
-  check_weight(wte, wte.rows(), s.d, t, "wte"), check_weight(wpe, s.T, s.d, t, "wpe");
+  check_weight(wte, wte.rows(), s.d, t, "wte"), check_weight(wpe, positions, s.d, t, "wpe");
   check_weight(ln_f, 1, s.d, t, "ln_f"), check_weight(wtet, s.V, s.d, t, "wtet");
   check_weight(logits, s.B, s.V, t, "logits");
   for (int64_t l = 0; l < layers.count; ++l) {
@@ -159,8 +165,8 @@ static void share_attention(Buffers<E>& buffers, T* cache, const Sizes& s, const
     std::memcpy(query, qkv, size_t(s.D) * sizeof(float));
     for (int64_t c = 0; c < s.D; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, s.D - c);
-      store_upto(keys + s.slot * s.D + c, load_upto(qkv + s.d + c, n), n);
-      store_upto(values + s.slot * s.D + c, load_upto(qkv + 2 * s.d + c, n), n);
+      store_upto(keys + s.place * s.D + c, load_upto(qkv + s.d + c, n), n);
+      store_upto(values + s.place * s.D + c, load_upto(qkv + 2 * s.d + c, n), n);
     }
     decode_head<T>(row, query, Head<const T>(keys, s.D), Head<const T>(values, s.D), s.D, sights.of(layer, head), scale,
                    score);
@@ -210,9 +216,11 @@ static void run_step(const View& logits, const View& cache, const View& pixels, 
 }
 
 static void decode_step(View logits, View cache, View pixels, View wte, View wpe, LayersView layers, View ln_f,
-                        View wtet, MasksView masks, int64_t slot, float eps, Stream) {
-  const Sizes s = check_step(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, slot);
-  const Sights sights(masks, layers.count, slot + 1);
+                        View wtet, View pages, MasksView masks, int64_t slot, float eps, Stream) {
+  Sizes s = check_step(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, pages, slot);
+  const Places places(pages, s.T, slot + 1);
+  const Sights sights(masks, places, layers.count, slot + 1);
+  s.place = places(slot);
   if (s.B == 0) return;
   if (cache.dtype == DType::f32)
     return run_step<Wide<float>, float>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);

@@ -3,6 +3,7 @@
 // q, o [B, H, 1, D] bf16 or f16   k, v [B, H, T, D] of that dtype or e4m3 with scales, any strides that are multiples
 // of 16 bytes   D 32, 64, 96 or 128   lengths i32 [B] on the device, where images differ or a CUDA graph goes on
 // counting   mask: of the tiles in the query's row of it, what is seen; no other slot's step is read
+// pages i32 [tiles] on the device, beside a mask: slot t is at pages[t / 64] * 64 + t % 64 of k, v and their scales
 //
 // A block owns a head, each of its warps every so manieth chunk of kDecodeChunk slots (attention_decode.cuh); what they
 // found meets in shared memory. For few heads the sequence is split: a warp a chunk, `partials` in memory, and a second
@@ -112,12 +113,17 @@ __global__ void __launch_bounds__(D) attention_decode_merge_kernel(Heads<uint16_
 }
 
 static void attention_decode(View o, View partials, View q, View k, View v, View k_scale, View v_scale, View lengths,
-                             BlockMaskView mask, int64_t length, int64_t prefix, float scale, Stream stream) {
+                             View pages, BlockMaskView mask, int64_t length, int64_t prefix, float scale,
+                             Stream stream) {
   constexpr const char* kOp = "attention_decode";
   check_cache(k, v, k_scale, v_scale, q, kOp);
   check_side(q, q, "q", kOp), check_side(o, q, "o", kOp);
   IGPT_CHECK(q.size[2] == 1 && k.size[0] == q.size[0], "attention_decode: one query a head and a cache for each image");
-  IGPT_CHECK(length >= 1 && length <= k.size[2], "attention_decode: length must be in 1..%lld", (long long)(k.size[2]));
+  IGPT_CHECK(length >= 1 && (pages || length <= k.size[2]), "attention_decode: length must be in 1..%lld",
+             (long long)(k.size[2]));
+  IGPT_CHECK(!pages || (mask && pages.dtype == DType::i32 && pages.dense() && pages.numel() * kTile >= length &&
+                        length <= INT32_MAX / 2),
+             "attention_decode: pages must be dense int32, one for each %d slots, beside a mask", kTile);
   IGPT_CHECK(prefix >= 0 && prefix <= INT32_MAX / 2, "attention_decode: the prefix is too long");
   IGPT_CHECK(scale > 0.f, "attention_decode: scale must be positive");
   check_lengths(lengths, q.size[0], kOp), check_mask_rows(mask, q, prefix + length, kOp);
@@ -140,7 +146,7 @@ static void attention_decode(View o, View partials, View q, View k, View v, View
                           Lengths{lengths.as<int>(), int(length), int(prefix)}};
   by_cache(q, k, [&]<class E, int D>() {
     LAUNCH((attention_decode_kernel<D, E>), unsigned(split ? heads * own : heads), threads, 0, stream,
-           Heads<uint16_t>(o), sequence, Heads<const uint16_t>(q), q.dtype, Cache<E>(k, v, k_scale, v_scale),
+           Heads<uint16_t>(o), sequence, Heads<const uint16_t>(q), q.dtype, Cache<E>(k, v, k_scale, v_scale, pages),
            Mask(mask), split, scale * kLog2e);
     if (split)
       LAUNCH(attention_decode_merge_kernel<D>, unsigned(heads), D, 0, stream, Heads<uint16_t>(o), q.dtype, sequence);

@@ -88,7 +88,7 @@ struct Worker {
     }
   }
 
-  // Slots first.. of a head; behind `last` the last one stands again, and is hidden later.
+  // Places first.. of a head; behind `last` the last one stands again, and is hidden later.
   __device__ void load_keys(const Slots& k, const float* scales, int first, int last) {
     if (scales) k_scale = __ldg(scales + first / kTile);
 #pragma unroll
@@ -209,10 +209,13 @@ struct Worker {
     const Slots k = slots_of(cache.k, bh), v = slots_of(cache.v, bh);
     const float *k_scales = kBytes ? cache.k_scale[bh] : nullptr, *v_scales = kBytes ? cache.v_scale[bh] : nullptr;
     bool more = next(at);
-    if (more) {
-      load_keys(k, k_scales, first_slot + at * kStep, slots - 1);
-      load_values(v, v_scales, first_slot + at * kStep, slots - 1);
-    }
+    int shift = 0;  // of the step whose keys are here
+    const auto keys = [&] {
+      shift = cache.shift(first_slot + at * kStep);
+      load_keys(k, k_scales, first_slot + at * kStep + shift, slots - 1 + shift);
+    };
+    const auto values = [&] { load_values(v, v_scales, first_slot + at * kStep + shift, slots - 1 + shift); };
+    if (more) keys(), values();
     while (more) {
       const unsigned now = at;
       at = after(at, warps);
@@ -220,11 +223,11 @@ struct Worker {
       SlotBits bits[kEach];
       scores(s);
       more = next(at);
-      if (more) load_keys(k, k_scales, first_slot + at * kStep, slots - 1);
+      if (more) keys();
       seen(now, bits);
       softmax(s, bits, fade);
       mix(s, fade);
-      if (more) load_values(v, v_scales, first_slot + at * kStep, slots - 1);
+      if (more) values();
       if (!more || at / kSteps != now / kSteps) done(now / kSteps), clear();
     }
   }

@@ -93,8 +93,11 @@ template <class E>
 struct Cache {
   Heads<const E> k, v;
   Scales k_scale, v_scale;
-  Cache(const View& k, const View& v, const View& ks, const View& vs)
-      : k(k), v(v), k_scale(ks, int(k.size[1])), v_scale(vs, int(k.size[1])) {}
+  const int* pages;  // of the sequence's tiles, or null: each is at its own place
+  Cache(const View& k, const View& v, const View& ks, const View& vs, const View& pages = {})
+      : k(k), v(v), k_scale(ks, int(k.size[1])), v_scale(vs, int(k.size[1])), pages(pages.as<int>()) {}
+  // How far behind its slot of the sequence a tile's place is.
+  __device__ int shift(int slot) const { return pages ? (__ldg(pages + slot / kTile) - slot / kTile) * kTile : 0; }
 };
 // How many slots of its own a query sees at most, and behind how many of a prefix they stand.
 struct Lengths {

@@ -10,6 +10,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.ops._native import (
     Tensors,
     backend_for,
+    check_range,
     empty,
     has_cuda_kernels,
     multiprocessors,
@@ -34,6 +35,7 @@ def attention_decode(
     mask: BlockMask | None = None,
     prefix: Sequence[Tensor] = (),
     scales: Sequence[Tensor] = (),
+    pages: Tensor | None = None,
 ) -> Tensor:
     """One query a head over the first `length` slots of a cache; no gradient. An image's bits do not depend on others.
 
@@ -43,13 +45,15 @@ def attention_decode(
     mask: the query is row P + lengths[b] - 1 of it (it need not be causal: there is nothing later); what sees nothing
     gives zeros. On a GPU a prefix under a mask ends at a multiple of 64 slots.
     scales float32 [B, H, pages of 64 slots] of k and v, then of the prefix's: what a float8 cache is multiplied with
-    Raises InputError for shapes that do not fit, or a length outside 1..Tmax.
+    pages int32 [tiles]: slot t is at pages[t // 64] * 64 + t % 64 of k, v and their scales, which hold the pages that
+    the mask still shows (`igpt_fast.patterns.pages_of`)
+    Raises InputError for shapes that do not fit, a length outside 1..Tmax, or pages without a mask or outside k and v.
     """
-    _check(q, k, v, length, lengths, mask, prefix, scales)
+    _check(q, k, v, length, lengths, mask, prefix, scales, pages)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     tables = [] if mask is None else list(mask.raster.to(q.device).tensors)
     run = torch.ops.igpt.attention_decode if torch.compiler.is_compiling() else _decode
-    return run(q, k, v, length, scale, lengths, tables, list(prefix), list(scales))
+    return run(q, k, v, length, scale, lengths, tables, list(prefix), list(scales), pages)
 
 
 def cache_append(
@@ -66,7 +70,8 @@ def cache_append(
     k, v [B, H, n, D] float   k_cache, v_cache [B, H, Tmax, D], of k's dtype or float8_e4m3fn   lengths int32 [B]
     scales float32 [B, H, pages of 64 slots] of a float8 cache's k and v: updated too. A page's scale is the least power
     of two that its largest element fits, NaN where that is not finite; where it grows, what the page holds is rounded
-    anew. Slots outside the cache are left out on a GPU. Raises InputError for shapes that do not fit.
+    anew. Slots are the cache's own, by whatever pages it is read; on a GPU those outside are left out. Raises
+    InputError for shapes that do not fit.
     """
     B, H, Tmax, D = k_cache.shape if k_cache.ndim == 4 else (0,) * 4
     if v_cache.shape != k_cache.shape or k.shape != v.shape or k.ndim != 4 or (*k.shape[:2], k.size(3)) != (B, H, D):
@@ -80,12 +85,14 @@ def cache_append(
     run(k_cache, v_cache, k, v, slot, lengths, list(scales))
 
 
-def _check(q, k, v, length, lengths, mask, prefix, scales) -> None:
+def _check(q, k, v, length, lengths, mask, prefix, scales, pages) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3:] != k.shape[3:]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise InputError(f"attention_decode: expected q [B, H, 1, D] and k, v [B, H, Tmax, D], got {shapes}")
-    if q.size(2) != 1 or not 1 <= length <= k.size(2):
-        raise InputError(f"attention_decode: one query and 1..{k.size(2)} keys, got {q.size(2)} and length {length}")
+    most = k.size(2) if pages is None else pages.numel() * TILE
+    if q.size(2) != 1 or not 1 <= length <= most:
+        raise InputError(f"attention_decode: one query and 1..{most} keys, got {q.size(2)} and length {length}")
+    check_pages("attention_decode", pages, length, k.size(2), mask is not None)
     if prefix:
         pk, pv = prefix
         fits = pk.ndim == 4 and pk.shape == pv.shape and pk.shape[1:2] == k.shape[1:2] and pk.shape[3:] == k.shape[3:]
@@ -101,7 +108,30 @@ def _check(q, k, v, length, lengths, mask, prefix, scales) -> None:
             f"attention_decode: the mask was compiled for {mask.tokens} tokens, the call has {slots} slots"
         )
     named = dict(zip(("prefix_k", "prefix_v"), prefix, strict=False)) | _named(scales)
-    same_device("attention_decode", q=q, k=k, v=v, lengths=lengths, **named)
+    same_device("attention_decode", q=q, k=k, v=v, lengths=lengths, pages=pages, **named)
+
+
+def check_pages(op: str, pages: Tensor | None, slots: int, room: int, masked: bool) -> None:
+    """Raises InputError unless pages give so many slots places in a cache of `room`, and masks say what is seen."""
+    if pages is None:
+        return
+    if pages.dtype is not torch.int32 or pages.ndim != 1 or len(pages) * TILE < slots:
+        raise InputError(
+            f"{op}: expected pages int32 [{-(-slots // TILE)} or more], one for each {TILE} of {slots} slots, got "
+            f"{pages.dtype} {tuple(pages.shape)}"
+        )
+    if not masked:
+        raise InputError(
+            f"{op}: a cache of pages holds what masks show, and a head without a mask sees every slot; give a mask to "
+            "every head, or a whole cache and no pages"
+        )
+    count = room // TILE
+    check_range(op, "pages", pages, count)
+    if pages.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in pages.aminmax())
+        if low < 0 or high >= count:
+            bad = low if low < 0 else high
+            raise InputError(f"{op}: page {bad} is outside a cache of {room} slots, which has {count} pages of {TILE}")
 
 
 def _check_parts(op: str, q, k, v, lengths, scales, count: int, *prefix: Tensor) -> None:
@@ -131,6 +161,7 @@ def _decode(
     mask: Tensors,
     prefix: Tensors,
     scales: Tensors,
+    pages: Tensor | None,
 ) -> Tensor:
     P = prefix[0].size(2) if prefix else 0
 
@@ -148,7 +179,7 @@ def _decode(
     if native is None:
         seen = unpack(mask, (len(mask[0]) - 1) * TILE).to(q.device) if mask else None
         return reference.attention_decode.attention_decode(
-            q, k, v, length, scale, lengths, seen, tuple(prefix) or None, tuple(scales)
+            q, k, v, length, scale, lengths, seen, tuple(prefix) or None, tuple(scales), pages
         )
     o = empty(q.shape, q)
     q, k, v, *prefix = (rows(t, sixteens=has_cuda_kernels(native.name)) for t in (q, k, v, *prefix))
@@ -158,10 +189,12 @@ def _decode(
     room = given + chunks * split
     partials = empty((B, H, room, D + 2), q, torch.float32) if room else None
     k_scale, v_scale, *prefix_scales = [rows(s) for s in scales] or (None, None)
-    rest = None if lengths is None else lengths.contiguous(), tuple(mask) or None, length
+    starts, tables, stream = None if lengths is None else lengths.contiguous(), tuple(mask) or None, stream_of(q)
     if prefix:
-        native.attention_prefix(partials, q, *prefix, *(prefix_scales or (None, None)), *rest, scale, stream_of(q))
-    native.attention_decode(o, partials, q, k, v, k_scale, v_scale, *rest, P, scale, stream_of(q))
+        given = *prefix, *(prefix_scales or (None, None))
+        native.attention_prefix(partials, q, *given, starts, tables, length, scale, stream)
+    places = None if pages is None else pages.contiguous()
+    native.attention_decode(o, partials, q, k, v, k_scale, v_scale, starts, places, tables, length, P, scale, stream)
     return o
 
 
@@ -200,12 +233,13 @@ def _attention_decode_op(
     mask: Tensors,
     prefix: Tensors,
     scales: Tensors,
+    pages: Tensor | None = None,
 ) -> Tensor:
-    return _decode(q, k, v, length, scale, lengths, mask, prefix, scales)
+    return _decode(q, k, v, length, scale, lengths, mask, prefix, scales, pages)
 
 
 @_attention_decode_op.register_fake
-def _(q, k, v, length, scale, lengths, mask, prefix, scales):
+def _(q, k, v, length, scale, lengths, mask, prefix, scales, pages=None):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 

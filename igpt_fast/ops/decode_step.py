@@ -22,7 +22,7 @@ from igpt_fast.ops._native import (
 )
 from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import refused_head_dim
-from igpt_fast.ops.attention_decode import attention_decode
+from igpt_fast.ops.attention_decode import attention_decode, check_pages
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.norm import rms_norm
 from igpt_fast.patterns import TILE, BlockMask, unpack
@@ -73,6 +73,7 @@ class StepMasks:
         self.groups = math.lcm(*map(len, self.layers))
         numbers = {mask: n for n, mask in enumerate(self.distinct)} | {None: -1}
         self.of = [numbers[masks[g % len(masks)]] for masks in self.layers for g in range(self.groups)]
+        self.everywhere = -1 not in self.of  # every head has one
         self.tokens = min((mask.tokens for mask in self.distinct), default=None)
         self._there: dict[torch.device, list[tuple[BlockMask | None, ...]]] = {}
 
@@ -98,31 +99,36 @@ def decode_step(
     slot: int,
     eps: float = 1e-5,
     masks: StepMasks | Sequence[BlockMask | Sequence[BlockMask | None] | None] = (),
+    pages: Tensor | None = None,
 ) -> Tensor:
     """Put the newest pixels into the cache's slot → logits [B, V] of the next ones, in the weights' dtype; no gradient.
 
     cache [L, B, 2, H, T, D], contiguous, k before v: it holds the slots below `slot` and receives `slot`   pixels [B]
     masks: empty, or what StepMasks takes; give a StepMasks itself to have them looked up once. The queries are row
-    `slot`, and only what they see is read. A row's bits do not depend on the other rows. Raises InputError for shapes
-    and masks that do not fit or a slot outside 0..T-1.
+    `slot`, and only what they see is read. A row's bits do not depend on the other rows.
+    pages int32 [tiles]: slot t is at pages[t // 64] * 64 + t % 64 of a cache of fewer slots, and every head has a mask,
+    of which none shows a page whose place another has taken (`igpt_fast.patterns.pages_of`)
+    Raises InputError for shapes, masks and pages that do not fit or a slot outside 0..T-1.
     """
     if cache.ndim != 6 or cache.shape[2] != 2 or len(cache) != len(weights.layers) or pixels.shape != cache.shape[1:2]:
         raise InputError(
             f"decode_step: cache {list(cache.shape)} does not fit {len(weights.layers)} layers and pixels "
             f"{list(pixels.shape)}; expected [layers, B, 2, heads, T, head_dim] and [B]"
         )
-    if not 0 <= slot < cache.shape[4]:
-        raise InputError(f"decode_step: slot is {slot}; the cache has the slots 0 to {cache.shape[4] - 1}")
-    same_device("decode_step", cache=cache, pixels=pixels, wte=weights.wte)
+    slots = cache.shape[4] if pages is None else min(pages.numel() * TILE, len(weights.wpe))
+    if not 0 <= slot < slots:
+        raise InputError(f"decode_step: slot is {slot}; the cache has the slots 0 to {slots - 1}")
+    same_device("decode_step", cache=cache, pixels=pixels, wte=weights.wte, pages=pages)
     masks = _checked(masks, len(cache), slot)
+    check_pages("decode_step", pages, slot + 1, cache.shape[4], masks is not None and masks.everywhere)
     if torch.compiler.is_compiling():
         flat = [t for layer in weights.layers for t in layer]
         tables = [t for mask in masks.distinct for t in mask.to(cache.device).tensors] if masks else []
         of = masks.of if masks else []
         return torch.ops.igpt.decode_step(
-            cache, pixels, weights.wte, weights.wpe, flat, weights.ln_f, weights.wtet, tables, of, slot, eps
+            cache, pixels, weights.wte, weights.wpe, flat, weights.ln_f, weights.wtet, tables, of, slot, eps, pages
         )
-    return _decode_step(cache, pixels, weights, masks, slot, eps)
+    return _decode_step(cache, pixels, weights, masks, slot, eps, pages)
 
 
 def _checked(masks, layers: int, slot: int) -> StepMasks | None:
@@ -139,7 +145,13 @@ def _checked(masks, layers: int, slot: int) -> StepMasks | None:
 
 
 def _decode_step(
-    cache: Tensor, pixels: Tensor, w: StepWeights, masks: StepMasks | None, slot: int, eps: float
+    cache: Tensor,
+    pixels: Tensor,
+    w: StepWeights,
+    masks: StepMasks | None,
+    slot: int,
+    eps: float,
+    pages: Tensor | None,
 ) -> Tensor:
     refusal = w.refusal or refused_head_dim(cache.shape[-1])
     if cache.dtype is not w.wte.dtype or not cache.is_contiguous():
@@ -148,13 +160,14 @@ def _decode_step(
     if native is None:
         seen = masks.on(cache.device) if masks else ()
         return reference.decode_step.decode_step(
-            cache, pixels, w.wte, w.wpe, w.layers, w.ln_f, w.wtet, slot, eps, _OURS, seen
+            cache, pixels, w.wte, w.wpe, w.layers, w.ln_f, w.wtet, slot, eps, _OURS, seen, pages
         )
     logits = empty((len(pixels), len(w.wtet)), w.wtet)
     flat = cache.view(len(cache), -1, *cache.shape[-2:])
     seen, stream = masks.native if masks else None, stream_of(cache)
+    places = None if pages is None else pages.contiguous()
     native.decode_step(
-        logits, flat, pixels.contiguous(), w.wte, w.wpe, w.native, w.ln_f, w.wtet, seen, slot, eps, stream
+        logits, flat, pixels.contiguous(), w.wte, w.wpe, w.native, w.ln_f, w.wtet, places, seen, slot, eps, stream
     )
     return logits
 
@@ -172,13 +185,15 @@ def _decode_step_op(
     of: Sequence[int],
     slot: int,
     eps: float,
+    pages: Tensor | None = None,
 ) -> Tensor:
     fields = len(LayerWeights._fields)
     listed = [LayerWeights(*layers[i : i + fields]) for i in range(0, len(layers), fields)]
     every = [*map(_mask_of, zip(*[iter(masks)] * 9, strict=True)), None]
     groups = len(of) // len(listed)
     seen = StepMasks([[every[n] for n in of[at : at + groups]] for at in range(0, len(of), groups or 1)])
-    return _decode_step(cache, pixels, StepWeights(wte, wpe, listed, ln_f, wtet), seen if masks else None, slot, eps)
+    weights = StepWeights(wte, wpe, listed, ln_f, wtet)
+    return _decode_step(cache, pixels, weights, seen if masks else None, slot, eps, pages)
 
 
 def _mask_of(tensors: Tensors) -> BlockMask:
@@ -188,5 +203,5 @@ def _mask_of(tensors: Tensors) -> BlockMask:
 
 
 @_decode_step_op.register_fake
-def _(cache, pixels, wte, wpe, layers, ln_f, wtet, masks, of, slot, eps):
+def _(cache, pixels, wte, wpe, layers, ln_f, wtet, masks, of, slot, eps, pages=None):
     return wtet.new_empty(len(pixels), len(wtet))

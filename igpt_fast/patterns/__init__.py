@@ -2,6 +2,7 @@
 
 from igpt_fast.patterns.block_mask import BlockMask, compiled
 from igpt_fast.patterns.layers import described, masks_of, normalised, of_layer
+from igpt_fast.patterns.pages import Pages, pages_of
 from igpt_fast.patterns.parse import parse
 from igpt_fast.patterns.predicates import (
     PATTERNS,
@@ -26,6 +27,7 @@ __all__ = [
     "PATTERNS",
     "TILE",
     "BlockMask",
+    "Pages",
     "Pattern",
     "Pixels",
     "Predicate",
@@ -42,6 +44,7 @@ __all__ = [
     "neighborhood",
     "normalised",
     "of_layer",
+    "pages_of",
     "parse",
     "parts_of",
     "random_blocks",

@@ -51,7 +51,8 @@ class BlockMask:
         says, a slot sees itself (causal: the neighbour in raster order) and, in a causal sequence, slot 0 (sos). Never
         holds more than 64 rows of the mask. order: a name of ORDERS for the tiles; None: the one with clearly the
         fewest, or one for each part of a union where that leaves fewer. Raises InputError for a text that cannot be
-        read, an unknown order, and for a predicate of your own that gives no bool or, in a causal sequence, looks ahead.
+        read, an unknown order, and for a predicate of your own that gives no bool or, in a causal sequence, looks
+        ahead.
         """
         if order is not None and order not in ORDERS:
             raise InputError(f"there is no token order {order!r}; use one of {', '.join(ORDERS)}")

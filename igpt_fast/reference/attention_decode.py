@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast.reference.attention import attention
 
-PAGE = 64  # slots that share a scale in a cache of 8 bits
+PAGE = 64  # slots that stand together, and share a scale in a cache of 8 bits
 SMALLEST_SCALE = 2.0**-60
 
 
@@ -19,6 +19,7 @@ def attention_decode(
     seen: Tensor | None = None,
     prefix: tuple[Tensor, Tensor] | None = None,
     scales: tuple[Tensor, ...] = (),
+    pages: Tensor | None = None,
 ) -> Tensor:
     """One query a head over the first slots of a cache.   q [B, H, 1, D]   k, v [B, H, Tmax, D]   → [B, H, 1, D]
 
@@ -26,12 +27,18 @@ def attention_decode(
     prefix: k, v [M, H, P, D] that stand before the slots of each B / M neighbours
     seen bool [T, T]: the query is row P + lengths[b] - 1 of it; what sees nothing gives zeros
     scales [B, H, pages] of k, v (and of the prefix): what the elements of an e4m3 cache are multiplied with
+    pages [tiles]: slot t of the sequence is at pages[t // 64] * 64 + t % 64 of k and v
     """
     if scales:
         k, v = dequantized(k, scales[0], q.dtype), dequantized(v, scales[1], q.dtype)
         if prefix is not None:
             prefix = tuple(dequantized(x, s, q.dtype) for x, s in zip(prefix, scales[2:], strict=True))
-    k, v, P = k[:, :, :length], v[:, :, :length], 0
+    if pages is None:
+        k, v = k[:, :, :length], v[:, :, :length]
+    else:
+        slots = torch.arange(length, device=q.device)
+        k, v = (x[:, :, pages.long()[slots // PAGE] * PAGE + slots % PAGE] for x in (k, v))
+    P = 0
     if prefix is not None:
         P, n = prefix[0].size(2), len(q) // len(prefix[0])
         k, v = (torch.cat((p.repeat_interleave(n, 0), x), 2) for p, x in zip(prefix, (k, v), strict=True))

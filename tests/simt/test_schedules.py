@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from igpt_fast.patterns import compiled
 from simt import bench
 
 pytestmark = pytest.mark.skipif(bench.missing() is not None, reason=bench.missing() or "")
@@ -87,12 +88,19 @@ def cache(rows: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, list]:
 
 
 def attention_decode(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
-    """Split over the sequence where its dtype is bfloat16."""
+    """Split over the sequence where its dtype is bfloat16, in pages that stand backwards where it is float32."""
     cols = min(cols, 400)
     kv, [k_scale, v_scale, lengths] = cache(rows, cols, dtype)
     split = outputs((rows, 2, -(-cols // 128), 34)) if dtype is torch.bfloat16 else [None]
     q = floats(rows, 2, 1, 32, dtype=torch.bfloat16)
-    inputs = [*split, q, *kv, k_scale, v_scale, lengths, None, cols, 0, 0.3, 0]
+    pages = mask = None
+    if dtype is torch.float32 and cols > 128:
+        kv, mask = (
+            floats(2, rows, 2, 64 * -(-cols // 64), 32, dtype=torch.bfloat16),
+            compiled("local", (1, cols)).tensors,
+        )
+        pages = torch.arange(kv.size(3) // 64 - 1, -1, -1, dtype=torch.int32)
+    inputs = [*split, q, *kv, k_scale, v_scale, lengths, pages, mask, cols, 0, 0.3, 0]
     return outputs((rows, 2, 1, 32), dtype=torch.bfloat16), inputs
 
 

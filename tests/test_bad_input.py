@@ -10,7 +10,7 @@ from simt import bench
 from simt.test_schedules import CASES
 from torch import Tensor
 
-from igpt_fast import InputError, ops
+from igpt_fast import BlockMask, InputError, ops
 from igpt_fast.ops import _native
 from igpt_fast.ops._native import BACKENDS, use_backend
 from igpt_fast.patterns import compiled
@@ -109,6 +109,20 @@ BROKEN_TABLES = [
     (2, lambda t: t[:-1]),
     (6, lambda t: t.int()),
 ]
+BROKEN_ORDERS = [lambda t: t[:-1], lambda t: t.long(), lambda t: t + 1, lambda t: t * 0]
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("change", BROKEN_ORDERS)
+def test_attention_refuses_a_broken_order_and_decoding_any(backend, change):
+    tables = list(BlockMask.compile("local", (8, 16), order="transposed").tensors)
+    q = torch.randn(1, 2, 128, 32)
+    decode = q[:, :, :1], None, q[:, :, :1], q, q, None, None, None, None, tuple(tables), 128, 0, 0.3, 0
+    with pytest.raises(ValueError, match="raster order"):
+        BACKENDS[backend].attention_decode(*decode)
+    tables[8] = change(tables[8])
+    with pytest.raises(ValueError, match="a mask's order"):
+        BACKENDS[backend].attention_fwd(q, torch.empty(1, 2, 128), q, q, q, tuple(tables), True, 0.3, 0)
 
 
 @pytest.mark.parametrize("backend", CPU)

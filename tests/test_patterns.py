@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from igpt_fast import BlockMask, InputError
-from igpt_fast.patterns import PATTERNS, compiled, parse, row, unpack
+from igpt_fast.patterns import PATTERNS, compiled, parse, parts_of, row, unpack
 from igpt_fast.patterns.__main__ import main
 from igpt_fast.patterns.orders import ORDERS, tiles_by_order
 from igpt_fast.patterns.predicates import _drawn
@@ -142,6 +142,8 @@ def test_texts_that_are_no_pattern(text, message):
 def test_refusals():
     with pytest.raises(InputError, match="later slot"):
         BlockMask.from_dense(torch.ones(3, 3, dtype=torch.bool), causal=True)
+    with pytest.raises(InputError, match="no token order 'diagonal'; use one of raster, transposed"):
+        BlockMask.compile("row", (3, 3), order="diagonal")
     with pytest.raises(InputError, match="square"):
         BlockMask.from_dense(torch.ones(3, 4, dtype=torch.bool))
 
@@ -161,11 +163,54 @@ def test_hilberts_curve_never_jumps():
 @pytest.mark.parametrize("text", ["column", "neighborhood(5)", "global_tokens(3)"])
 @pytest.mark.parametrize("size", [(12, 20), (5, 13)])
 def test_tiles_by_order_are_those_of_the_permuted_matrix(text, size):
-    mask = compiled(text, size)
-    for name, count in tiles_by_order(mask, size).items():
+    mask = compiled(text, size).raster
+    counts = tiles_by_order(mask.tensors, size)
+    assert counts.keys() == ORDERS.keys()
+    for name, count in counts.items():
         order = ORDERS[name](size)
-        assert count == len(BlockMask.from_dense(mask.dense()[order][:, order]).tensors[1])
-    assert tiles_by_order(mask, size)["raster"] == len(mask.tensors[1])
+        tables = BlockMask.from_dense(mask.dense()[order][:, order]).tensors
+        assert count == len(tables[1]) == BlockMask.compile(text, size, order=name).tiles()
+        for ours, theirs in zip(BlockMask.compile(text, size, order=name).tensors[:8], tables[:8], strict=True):
+            assert torch.equal(ours, theirs)
+    most = sorted(counts.values())[1]
+    assert tiles_by_order(mask.tensors, size, most) == {name: n for name, n in counts.items() if n <= most}
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "order"),
+    [
+        ("column", (24, 24), "transposed"),
+        ("row", (64, 64), "raster"),
+        ("axial", (64, 64), "raster + transposed"),
+        ("strided", (64, 64), "raster + transposed"),
+        ("row | column | neighborhood(3)", (64, 64), "raster + transposed"),
+        ("blocks", (64, 64), "8x8 tiles"),
+        ("local(2000)", (48, 64), "raster"),
+    ],
+)
+def test_the_order_with_clearly_the_fewest_tiles_is_taken(text, size, order):
+    mask = compiled(text, size)
+    assert mask.order == order
+    assert torch.equal(unpack(mask.tensors, mask.tokens), mask.dense())
+    assert torch.equal(unpack(mask.raster.tensors, mask.tokens), mask.dense())
+    parts = [unpack(tables, mask.tokens) for tables in parts_of(mask.tensors)]
+    assert len(parts) == order.count("+") + 1
+    assert sum(int(part.sum()) for part in parts) == mask.pairs, "no pair is in two parts"
+    assert mask.tiles() <= mask.raster.tiles()
+    start = mask.first(500)
+    assert start.order == order and torch.equal(unpack(start.tensors, 500), mask.dense()[:500, :500])
+    assert start.raster.order == "raster" and torch.equal(unpack(start.raster.tensors, 500), start.dense())
+
+
+def test_parts_hold_only_what_those_before_do_not(monkeypatch):
+    """On a small grid, where another part is not worth it unless that is said to be free."""
+    monkeypatch.setattr("igpt_fast.patterns.block_mask.PART", 0)
+    monkeypatch.setattr("igpt_fast.patterns.block_mask.WORTH", 9)
+    monkeypatch.setattr("igpt_fast.patterns.orders.WORTH", 0.99)
+    for text, causal in (("row | column", True), ("column | row | column", True), ("row | column", False)):
+        mask = BlockMask.compile(text, (24, 20), causal)
+        assert mask.order == "raster + transposed" and torch.equal(unpack(mask.tensors, 480), mask.dense())
+        assert sum(int(unpack(tables, 480).sum()) for tables in parts_of(mask.tensors)) == mask.pairs
 
 
 def test_the_command(tmp_path, capsys):
@@ -176,7 +221,12 @@ def test_the_command(tmp_path, capsys):
     assert Image.open(out).size == (1096, 588)
     assert main(["column", "--side", "8", "--json", "-o", str(out)]) == 0
     costs = json.loads(capsys.readouterr().out)
-    assert costs["tiles"]["transposed"] == 1 and costs["masks"] == 1 and costs["picture"] == str(out)
+    assert (
+        costs["tiles"]["transposed"] == 1
+        and costs["masks"] == 1
+        and costs["order"] == "raster"
+        and costs["picture"] == str(out)
+    )
     for wrong in (["colum"], ["row", "--side", "0"], ["row", "--side", "1", "2", "3"], ["row", "-o", "/nowhere/p.png"]):
         assert main(wrong) == 2
         assert capsys.readouterr().err.startswith("error: ")

@@ -139,11 +139,12 @@ struct Tiles {
     if (!mask.order) return;
     IGPT_CHECK(mask.order.dtype == DType::i32 && mask.order.dense() && mask.order.numel() == Tq,
                "attention: a mask's order must be dense int32, a slot for each token");
-    std::vector<bool> met(static_cast<size_t>(Tq));
+    const auto met = scratch<uint8_t>(Tq);
+    std::fill_n(met.get(), Tq, uint8_t(0));
     for (int64_t p = 0; p < Tq; ++p) {
       const int slot = at(mask.order, p);
-      IGPT_CHECK(slot >= 0 && slot < Tq && !met[size_t(slot)], "attention: a mask's order must have every slot once");
-      met[size_t(slot)] = true;
+      IGPT_CHECK(slot >= 0 && slot < Tq && !met[slot], "attention: a mask's order must have every slot once");
+      met[slot] = 1;
     }
   }
   void check_mask() const {

@@ -94,7 +94,7 @@ class BlockMask:
         mask = cls(n, causal, whole.tables(), seen, whole.pairs)
         if order is None:
             return mask._arranged(size, [part.tables() for part in parts_built if part.pairs])
-        return mask if order == "raster" else mask._ordered(order, ORDERS[order](size))
+        return mask if order == "raster" else mask.in_order(order, ORDERS[order](size))
 
     @classmethod
     def from_dense(cls, seen: Tensor, causal: bool = False) -> "BlockMask":
@@ -114,26 +114,28 @@ class BlockMask:
             builder.add(_block(seen(queries, keys)))
         return cls(n, causal, builder.tables(), seen, builder.pairs)
 
-    def _ordered(self, name: str, order: Tensor) -> "BlockMask":
+    def in_order(self, name: str, order: Tensor) -> "BlockMask":
+        """This mask, which is in raster order, with tiles in another. order: int [tokens], the slot at each place."""
         tables = reordered(self.tensors, self.tokens, order)
         return dataclasses.replace(self, tensors=tables, order=name, in_raster=self)
 
     def _arranged(self, size: tuple[int, int], parts: list[Tables]) -> "BlockMask":
         """This mask, in raster order, in the order that has the fewest tiles, or in parts that each have their own."""
         name = fewest_tiles(self.tensors, size, self.pairs)
-        best = self if name == "raster" else self._ordered(name, ORDERS[name](size))
+        best = self if name == "raster" else self.in_order(name, ORDERS[name](size))
         by_order: dict[str, Tables] = {}
         for tables in parts if len(parts) > 1 else ():
             name = fewest_tiles(tables, size)
             by_order[name] = by_order.get(name, ()) + tables
         if len(by_order) < 2:
             return best
-        split = ()
-        for name, tables in by_order.items():
+        split, names = (), [name for name in ORDERS if name in by_order]
+        for name in names:
+            tables = by_order[name]
             one = name == "raster" and len(tables) == FIELDS
             split += tables if one else reordered(tables, self.tokens, ORDERS[name](size) if name != "raster" else None)
-        apart = dataclasses.replace(self, tensors=split, order=" + ".join(by_order), in_raster=self)
-        more = PART * (len(by_order) - 1) * (self.tokens + TILE - 1) // TILE
+        apart = dataclasses.replace(self, tensors=split, order=" + ".join(names), in_raster=self)
+        more = PART * (len(names) - 1) * (self.tokens + TILE - 1) // TILE
         return apart if apart.tiles() + more <= WORTH * best.tiles() else best
 
     @property

@@ -46,7 +46,7 @@ def _grid(size: Size) -> tuple[Tensor, Tensor]:
 
 
 PART = 2  # what another part costs, in tiles a row of tiles: q, k, v are read again, the parts are merged
-WORTH = 0.8  # in other orders kernels look up where each row lies, and Hopper's own are for the raster alone
+WORTH = 0.6  # in other orders kernels look up where each row lies, and Hopper's own are for the raster alone
 
 # Name → size → int64 [T]: the slot that stands at each place.
 ORDERS: dict[str, Callable[[Size], Tensor]] = {

@@ -27,7 +27,9 @@ def draw(mask: BlockMask, size: tuple[int, int], title: str) -> Image.Image:
 
 
 def _caption(mask: BlockMask) -> str:
-    return f"the mask, and its tiles: {mask.pair_density():.1%} of the pairs in {mask.density():.1%} of the tiles"
+    tiles = f"{mask.raster.density():.1%} of the tiles"
+    taken = "" if mask.order == "raster" else f" ({mask.order}: {mask.density():.1%})"
+    return f"the mask, and its tiles: {mask.pair_density():.1%} of the pairs in {tiles}{taken}"
 
 
 def _grid(mask: BlockMask, size: tuple[int, int], pixel: int) -> Image.Image:
@@ -48,7 +50,7 @@ def _matrix(mask: BlockMask) -> Image.Image:
     for at in range(cells):
         rows = mask.seen(torch.arange(at * cell, min(n, (at + 1) * cell)), n).any(0)
         seen[at] = torch.nn.functional.pad(rows, (0, cells * cell - n)).view(cells, cell).any(1)
-    row_start, row_tile = (t.cpu().long() for t in mask.tensors[:2])
+    row_start, row_tile = (t.cpu().long() for t in mask.raster.tensors[:2])
     tiles = torch.zeros(len(row_start) - 1, len(row_start) - 1, dtype=torch.bool)
     tiles[torch.repeat_interleave(torch.arange(len(tiles)), row_start.diff()), row_tile] = True
     tile_of = torch.arange(cells) * cell // TILE

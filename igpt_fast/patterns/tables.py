@@ -66,7 +66,7 @@ def reordered(tables: Sequence[Tensor], tokens: int, order: Tensor | None) -> Ta
     """
     place = np.arange(tokens) if order is None else torch.argsort(order).numpy()
     found = [(place[q].astype(np.int32), place[k].astype(np.int32)) for q, k in pairs_of(tables, tokens)]
-    q, k = (np.concatenate(part) for part in zip(*found, strict=True))
+    q, k = (np.concatenate([np.empty(0, np.int32), *(pair[i] for pair in found)]) for i in range(2))
     row = (q // TILE).astype(np.uint16 if tokens < TILE << 16 else np.int64)  # of 16 bits: numpy then sorts by digits
     by_row = np.argsort(row, kind="stable")
     ends = np.cumsum(np.bincount(row, minlength=(tokens + TILE - 1) // TILE))

@@ -1,0 +1,83 @@
+"""Attention under masks in token orders other than the raster's, whole and in parts, against the dense reference."""
+
+import dataclasses
+
+import pytest
+import torch
+from check import BENCH, CUDA_KERNELS, check, served
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import dense, heads
+
+from igpt_fast import BlockMask, ops
+from igpt_fast.ops._native import use_backend
+from igpt_fast.patterns import compiled
+from igpt_fast.patterns.orders import ORDERS
+
+CASES = [
+    (backend, dtype)
+    for backend, dtype in served("attention_bwd", torch.float32, torch.bfloat16)
+    if not (dtype is torch.float32 and backend in CUDA_KERNELS)
+]
+
+
+def shuffled(tokens, seed):
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
+
+
+def in_parts(seen, seed):
+    """A mask of two parts that share out its pairs at random, each in an order of its own."""
+    whole = BlockMask.from_dense(seen)
+    first = torch.rand(seen.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    parts = [BlockMask.from_dense(seen & first), BlockMask.from_dense(seen & ~first)]
+    parts = [part.in_order("shuffled", shuffled(len(seen), seed + i)) for i, part in enumerate(parts)]
+    return dataclasses.replace(whole, tensors=parts[0].tensors + parts[1].tensors, in_raster=whole)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+@pytest.mark.parametrize("name", [name for name in ORDERS if name != "raster"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_patterns_in_every_order(backend, dtype, name, causal):
+    mask = BlockMask.compile("column | local(5)", (13, 11), causal, name)
+    assert mask.order == name and len(mask.tensors[8]) == 143
+    op = lambda q, k, v: ops.attention(q, k, v, mask, causal)  # noqa: E731
+    check(op, dense(mask.dense()), heads(1, 2, 143, 32), backend, dtype)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+@pytest.mark.parametrize("parts", [1, 2])
+@settings(max_examples=8)
+@given(
+    tokens=st.integers(2, 300),
+    head_dim=st.sampled_from([32, 64, 96, 128]),
+    density=st.sampled_from([0.001, 0.1, 0.7, 1.0]),
+)
+def test_any_mask_in_any_order(backend, dtype, parts, tokens, head_dim, density):
+    """Random masks, also with queries that see nothing in one part or in any: those give zeros."""
+    seen = torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(tokens)) < density
+    mask = BlockMask.from_dense(seen).in_order("shuffled", shuffled(tokens, 1)) if parts == 1 else in_parts(seen, 1)
+    args = heads(1, 2, tokens, head_dim if backend in CUDA_KERNELS else 16, seed=tokens)
+    check(lambda q, k, v: ops.attention(q, k, v, mask, False), dense(seen), args, backend, dtype)
+    q, k, v = (t.to(dtype).requires_grad_() for t in args)
+    with use_backend(backend, poison=True):
+        out = ops.attention(q, k, v, mask, False)
+        out.sum().backward()
+    assert out[:, :, ~seen.any(1)].eq(0).all() and q.grad[:, :, ~seen.any(1)].eq(0).all()
+    assert k.grad[:, :, ~seen.any(0)].eq(0).all() and v.grad[:, :, ~seen.any(0)].eq(0).all()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [c for c in CASES if c[0] not in BENCH])
+def test_the_order_that_a_pattern_takes_changes_nothing_but_rounding(backend, dtype):
+    """At sizes where the compiler chooses: one order for all, and one for each part of a union."""
+    for text, chosen in (("column", "transposed"), ("axial", "raster + transposed")):
+        mask, raster = compiled(text, (64, 64)), BlockMask.compile(text, (64, 64), order="raster")
+        assert mask.order == chosen and mask.tiles() < 0.2 * raster.tiles()
+        q, k, v = (t.to(dtype).requires_grad_() for t in heads(1, 1, 4096, 16))
+        found = []
+        with use_backend(backend, poison=True):
+            for each in (mask, raster, mask):
+                out = ops.attention(q, k, v, each)
+                found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+        for a, b, again in zip(*found, strict=True):
+            assert torch.equal(a, again)
+            assert (a - b).abs().max() <= (1e-5 if dtype is torch.float32 else 0.02) * b.abs().max()

@@ -22,6 +22,7 @@ class PlainGPT(nn.Module):
         super().__init__()
         self.config = config
         self.p = nn.ParameterDict({name.replace(".", "_"): tensor.clone() for name, tensor in state.items()})
+        self.seen: Tensor | None = None  # bool [T, T]: who sees whom, instead of everything before
 
     def forward(self, tokens: Tensor, start: int = 0, cache: Tensor | None = None) -> Tensor:
         """tokens [N, K], sos of token number `colors` included, for the slots start.. → logits [N, K, colors].
@@ -37,7 +38,8 @@ class PlainGPT(nn.Module):
             if cache is not None:
                 cache[layer, 0, :, :, start:stop], cache[layer, 1, :, :, start:stop] = k, v
                 k, v = cache[layer, :, :, :, :stop]
-            mixed = SDPA(q, k, v, is_causal=start == 0).transpose(1, 2).flatten(2)
+            mixed = SDPA(q, k, v, attn_mask=self.seen, is_causal=start == 0 and self.seen is None)
+            mixed = mixed.transpose(1, 2).flatten(2)
             h = h + F.linear(mixed, p[at + "attn_proj_weight"])
             x = F.rms_norm(h, (c.width,), p[at + "ln_2"], c.eps)
             h = h + F.linear(quick_gelu(F.linear(x, p[at + "mlp_fc_weight"])), p[at + "mlp_proj_weight"])

@@ -10,7 +10,21 @@ import torch
 
 from benchmarks import training
 from benchmarks.harness import Case, Close, Goal, best_of, served_by
-from benchmarks.training import BATCH, BF16, COMPILED, FLOAT32, HF, HF_AS_IT_COMES, OURS, PLAIN, peers_precision
+from benchmarks.pattern_peers import Dense, Either
+from benchmarks.training import (
+    BATCH,
+    BF16,
+    COMPILED,
+    FLOAT32,
+    HF,
+    HF_AS_IT_COMES,
+    MASKED,
+    OURS,
+    OURS_DENSE,
+    PLAIN,
+    peers_precision,
+)
+from igpt_fast.patterns import compiled
 
 
 @pytest.mark.parametrize("precision", [BF16, FLOAT32])
@@ -45,6 +59,40 @@ def test_step(compare, device, quick, precision):
             ] if device == "cpu" else [],
             rounds=(3, 9),
             seconds=45.0,
+        )
+    )  # fmt: skip
+
+
+def test_sparse_step(compare, device, quick):
+    """64 × 64 pixels, two images: a pattern beside dense attention. Four thousand pixels: the truth is in float32."""
+    model = training.small_model(quick, device, 64, "row | neighborhood(7)")
+    tokens = training.tokens_for(model.config, device, 2)
+    theirs, density = peers_precision(BF16, device), compiled(model.config.pattern, model.config.size).pair_density()
+    sparse, dense = (training.truth(model, tokens, s, torch.float32) for s in (training.seen_by(model), None))
+
+    def side(name):
+        run = training.step(name, model, tokens, BF16 if name == OURS_DENSE else theirs, quick)
+        return run if name == MASKED else lambda: Dense(run())
+
+    goals = {OURS_DENSE: 1.7, PLAIN: 3.0}
+    compare(
+        Case(
+            op="training step, row | neighborhood(7)",
+            shape=training.describe(model.config, 2),
+            dtype=BF16,
+            device=device,
+            backend=served_by("attention_bwd", torch.empty(0, dtype=torch.bfloat16, device=device)),
+            ours=training.step(OURS, model, tokens, BF16),
+            peers={name: side(name) for name in (MASKED, OURS_DENSE, PLAIN)},
+            judge=Either(Close(sparse, torch.bfloat16, theirs == BF16), Close(dense, torch.bfloat16)),
+            work={"images/s": 2, "GFLOP/s": training.flop(model.config, 2, density)},
+            note="" if theirs == BF16 else f"torch in {theirs}, far faster here for it",
+            goals=[
+                Goal(f"training with a pattern against {peer}", lambda e, p=peer: e["peers"][p].get("ratio"), least)
+                for peer, least in goals.items()
+            ] if device == "cpu" else [],
+            rounds=(3, 5),
+            seconds=30.0,
         )
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ builds that side, takes two steps, and prints JSON: the process's peak, and how 
 model built, in 10^6 bytes.
 """
 
+import dataclasses
 import gc
 import json
 import sys
@@ -23,41 +24,44 @@ from igpt_fast.optimizer import BETAS, adam
 
 BATCH = 4
 OURS, PLAIN, COMPILED = "igpt-fast", "torch SDPA", "torch SDPA, torch.compile"
+OURS_DENSE, MASKED = "igpt-fast, dense", "torch SDPA, boolean mask"
 HF = "HF ImageGPT, eager"  # without dropout, as Image GPT was trained
 HF_AS_IT_COMES = "HF ImageGPT, eager, dropout 0.1"  # as its configuration has it
 BF16, FLOAT32 = "bfloat16 autocast", "float32"
 
 
-def small_model(quick: bool, device: str = "cpu") -> igpt.ImageGPT:
-    """8 layers, d = 256, 4 heads, 32×32, 512 colours. Its output table is not zero, as a fresh model's would be."""
-    tiny = {"layers": 2, "width": 64, "heads": 2, "colors": 64, "size": (8, 8)}
-    config = igpt.Config(
-        **({"layers": 8, "width": 256, "heads": 4, "colors": 512, "size": (32, 32)} | (tiny if quick else {}))
-    )
+def small_model(quick: bool, device: str = "cpu", side: int = 32, pattern: str | None = None) -> igpt.ImageGPT:
+    """8 layers, d = 256, 4 heads, 512 colours. Its output table is not zero, as a fresh model's would be."""
+    tiny = {"layers": 2, "width": 64, "heads": 2, "colors": 64, "size": (side // 4, side // 4)}
+    sizes = {"layers": 8, "width": 256, "heads": 4, "colors": 512, "size": (side, side)} | (tiny if quick else {})
+    config = igpt.Config(**sizes, pattern=pattern)
     torch.manual_seed(0)
     model = igpt.ImageGPT(config)
     nn.init.normal_(model.wtet, std=0.05)
     return model.to(device)
 
 
-def describe(config: igpt.Config) -> str:
+def describe(config: igpt.Config, batch: int = BATCH) -> str:
     """The sizes in a line."""
     height, width = config.size
-    return f"{config.layers} layers, d = {config.width}, {config.heads} heads, {height} × {width}, batch {BATCH}"
+    return f"{config.layers} layers, d = {config.width}, {config.heads} heads, {height} × {width}, batch {batch}"
 
 
-def tokens_for(config: igpt.Config, device: str = "cpu") -> Tensor:
-    """Random tokens int64 [BATCH, T]."""
+def tokens_for(config: igpt.Config, device: str = "cpu", batch: int = BATCH) -> Tensor:
+    """Random tokens int64 [batch, T]."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(config.colors, (BATCH, config.tokens), generator=generator).to(device)
+    return torch.randint(config.colors, (batch, config.tokens), generator=generator).to(device)
 
 
-def flop(config: igpt.Config) -> float:
-    """FLOP of one step as they are counted for models: three times the forward pass, causal attention by half."""
+def flop(config: igpt.Config, batch: int = BATCH, density: float = 1.0) -> float:
+    """FLOP of one step as they are counted for models: three times the forward pass, causal attention by half.
+
+    density: the share of dense attention's pairs that are seen
+    """
     c = config
-    tokens = BATCH * c.tokens
+    tokens = batch * c.tokens
     linears = 2 * tokens * (c.layers * (4 * c.width**2 + 2 * c.width * c.mlp_width) + c.colors * c.width)
-    return 3 * (linears + 2 * tokens * c.tokens * c.width * c.layers)
+    return 3 * (linears + 2 * tokens * c.tokens * c.width * c.layers * density)
 
 
 def peers_precision(precision: str, device: str) -> str:
@@ -71,7 +75,11 @@ def step(side: str, model: igpt.ImageGPT, tokens: Tensor, precision: str, quick:
     The learning rate is 0: steps do all their work, always from the same weights.
     """
     autocast = precision == BF16
-    if side == OURS:
+    if side == OURS_DENSE:
+        weights = model.state_dict()
+        model = igpt.ImageGPT(dataclasses.replace(model.config, pattern=None)).to(tokens.device)
+        model.load_state_dict(weights)
+    if side in (OURS, OURS_DENSE):
         named = dict(model.named_parameters())
         grads = lambda: _grads(named, "wtet", "wte", "blocks.0.attn.qkv.weight")  # noqa: E731
         return _step(model.loss, adam(named), tokens, grads, autocast)
@@ -89,6 +97,8 @@ def step(side: str, model: igpt.ImageGPT, tokens: Tensor, precision: str, quick:
 
         return _step(lambda x: peer_models.hf_loss(hf, x), _adam(hf), tokens, hf_grads, autocast)
     plain = peer_models.PlainGPT(model.config, model.state_dict())
+    if side == MASKED:
+        plain.seen = seen_by(model)
     loss = plain.loss
     if side == COMPILED:
         loss = peers.compiled(plain.loss, quick)
@@ -98,9 +108,17 @@ def step(side: str, model: igpt.ImageGPT, tokens: Tensor, precision: str, quick:
     return _step(loss, _adam(plain), tokens, lambda: _grads(named, "wtet", "wte", "blocks_0_attn_qkv_weight"), autocast)
 
 
-def truth(model: igpt.ImageGPT, tokens: Tensor) -> list[Tensor]:
-    """The loss and the same three gradients in float64."""
-    plain = peer_models.PlainGPT(model.config, model.state_dict()).double()
+def seen_by(model: igpt.ImageGPT) -> Tensor:
+    """bool [T, T]: who sees whom under the one pattern of a model."""
+    return igpt.patterns.compiled(model.config.pattern, model.config.size).dense().to(model.wte.device)
+
+
+def truth(
+    model: igpt.ImageGPT, tokens: Tensor, seen: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """The loss and the same three gradients, in float64 unless that takes too much memory. seen: as seen_by gives it"""
+    plain = peer_models.PlainGPT(model.config, model.state_dict()).to(dtype)
+    plain.seen = seen
     loss = plain.loss(tokens)
     loss.backward()
     return [loss.detach(), *_grads(dict(plain.p.items()), "wtet", "wte", "blocks_0_attn_qkv_weight")]

@@ -158,10 +158,8 @@ def _forward(native, q, k, v, tables, causal, scale, o=None):
 
 def _merge(o, lse, other, other_lse):
     """o and lse of keys in two parts, from those of each."""
-    both = torch.logaddexp(lse, other_lse)
-    mine, theirs = (torch.exp(each - both).unsqueeze(-1) for each in (lse, other_lse))
-    o.copy_((o * mine).addcmul_(other, theirs))
-    lse.copy_(both)
+    o.lerp_(other, torch.sigmoid(other_lse - lse).unsqueeze(-1).to(o.dtype))  # in one pass, and summed in float32
+    torch.logaddexp(lse, other_lse, out=lse)
 
 
 def _forward_packed(native, qkv, groups, causal, scale):

@@ -121,22 +121,22 @@ class BlockMask:
 
     def _arranged(self, size: tuple[int, int], parts: list[Tables]) -> "BlockMask":
         """This mask, in raster order, in the order that has the fewest tiles, or in parts that each have their own."""
-        name = fewest_tiles(self.tensors, size, self.pairs)
-        best = self if name == "raster" else self.in_order(name, ORDERS[name](size))
+        name, together = fewest_tiles(self.tensors, size, self.pairs)
         by_order: dict[str, Tables] = {}
+        apart = -PART * len(self.tensors[0])
         for tables in parts if len(parts) > 1 else ():
-            name = fewest_tiles(tables, size)
-            by_order[name] = by_order.get(name, ()) + tables
-        if len(by_order) < 2:
-            return best
+            own, count = fewest_tiles(tables, size)
+            by_order[own] = by_order.get(own, ()) + tables
+            apart += count
+        apart += PART * len(self.tensors[0]) * len(by_order)
+        if len(by_order) < 2 or apart > WORTH * together:
+            return self if name == "raster" else self.in_order(name, ORDERS[name](size))
         split, names = (), [name for name in ORDERS if name in by_order]
         for name in names:
-            tables = by_order[name]
-            one = name == "raster" and len(tables) == FIELDS
-            split += tables if one else reordered(tables, self.tokens, ORDERS[name](size) if name != "raster" else None)
-        apart = dataclasses.replace(self, tensors=split, order=" + ".join(names), in_raster=self)
-        more = PART * (len(names) - 1) * (self.tokens + TILE - 1) // TILE
-        return apart if apart.tiles() + more <= WORTH * best.tiles() else best
+            tables, order = by_order[name], None if name == "raster" else ORDERS[name](size)
+            alone = order is None and len(tables) == FIELDS
+            split += tables if alone else reordered(tables, self.tokens, order)
+        return dataclasses.replace(self, tensors=split, order=" + ".join(names), in_raster=self)
 
     @property
     def raster(self) -> "BlockMask":

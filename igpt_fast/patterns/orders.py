@@ -70,20 +70,23 @@ def tiles_by_order(tables: Sequence[Tensor], size: Size, most: int | None = None
     met = {name: np.zeros(tiles * tiles, bool) for name in tile_of}
     for q, k in pairs_of(tables, n):
         for name, found in list(met.items()):
-            found[tile_of[name][q] * tiles + tile_of[name][k]] = True
+            at = tile_of[name]
+            found[at[q] * tiles + at[k]] = True
             if most is not None and np.count_nonzero(found) > most:
                 del met[name]
     counts = {"raster": len(tables[1]), **{name: int(np.count_nonzero(found)) for name, found in met.items()}}
     return {name: count for name, count in counts.items() if most is None or count <= most}
 
 
-def fewest_tiles(tables: Sequence[Tensor], size: Size, pairs: int = 0) -> str:
-    """The order to take: another than the raster where that leaves WORTH of the raster's tiles or fewer.
+def fewest_tiles(tables: Sequence[Tensor], size: Size, pairs: int = 0) -> tuple[str, int]:
+    """The order to take, and its tiles: another than the raster where that leaves WORTH of the raster's or fewer.
 
     pairs: of the mask, if known: then a mask whose tiles are filled well is not looked at further
     """
-    most = int(WORTH * len(tables[1]))
+    raster = len(tables[1])
+    most = int(WORTH * raster)
     if pairs > most * TILE * TILE:
-        return "raster"
+        return "raster", raster
     counts = tiles_by_order(tables, size, most)
-    return min(counts, key=counts.get, default="raster")
+    name = min(counts, key=counts.get, default="raster")
+    return name, counts.get(name, raster)

@@ -64,17 +64,23 @@ def reordered(tables: Sequence[Tensor], tokens: int, order: Tensor | None) -> Ta
 
     order: int [tokens], the slot that stands at each place; None: the raster's
     """
+    tiles = (tokens + TILE - 1) // TILE
     place = np.arange(tokens) if order is None else torch.argsort(order).numpy()
-    found = [(place[q].astype(np.int32), place[k].astype(np.int32)) for q, k in pairs_of(tables, tokens)]
-    q, k = (np.concatenate([np.empty(0, np.int32), *(pair[i] for pair in found)]) for i in range(2))
-    row = (q // TILE).astype(np.uint16 if tokens < TILE << 16 else np.int64)  # of 16 bits: numpy then sorts by digits
-    by_row = np.argsort(row, kind="stable")
-    ends = np.cumsum(np.bincount(row, minlength=(tokens + TILE - 1) // TILE))
+    tile, within = place // TILE, place % TILE
+    exists = np.zeros(tiles * tiles, bool)
+    for q, k in pairs_of(tables, tokens):
+        exists[tile[q] * tiles + tile[k]] = True
+    number = np.cumsum(exists) - 1
+    cells = np.zeros(int(np.count_nonzero(exists)) * TILE * TILE, bool)
+    for q, k in pairs_of(tables, tokens):
+        cells[(number[tile[q] * tiles + tile[k]] * TILE + within[q]) * TILE + within[k]] = True
+    cells = cells.reshape(-1, TILE, TILE)
     builder = Builder(tokens, order)
-    for i, end in enumerate(ends):
+    for row in exists.reshape(tiles, tiles):
         block = empty_block(tokens)
-        here = by_row[ends[i - 1] if i else 0 : end]
-        block[q[here] % TILE, k[here]] = True
+        count = int(np.count_nonzero(row))
+        block.reshape(TILE, tiles, TILE)[:, row] = cells[:count].swapaxes(0, 1)
+        cells = cells[count:]
         builder.add(block)
     return builder.tables()
 

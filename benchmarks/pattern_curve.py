@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from benchmarks.report import load
 from igpt_fast.pictures import write_atomically
@@ -68,8 +70,9 @@ def draw(found: Mapping[str, Curve], machine: Mapping[str, Any]) -> bytes:
     axes.set_title(f"one layer of 4 heads of 64, batch 1, bfloat16, {machine['threads']} threads", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(64).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -116,6 +116,7 @@ class Reader {
     for (int64_t& n : v.stride) n = raw<int64_t>();
     Bytes content(raw<uint64_t>());
     take(content.data(), content.size());
+    if (content.empty()) return v;  // absent, as torch's empty tensors are
     buffers.push_back(std::make_unique<Buffer>(content));
     v.data = buffers.back()->data();
     return v;

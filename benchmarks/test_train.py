@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import training
 from benchmarks.harness import Case, Close, Goal, best_of, served_by
-from benchmarks.pattern_peers import Dense, Either
+from benchmarks.pattern_peers import MASKED, Dense, Either
 from benchmarks.training import (
     BATCH,
     BF16,
@@ -18,7 +18,6 @@ from benchmarks.training import (
     FLOAT32,
     HF,
     HF_AS_IT_COMES,
-    MASKED,
     OURS,
     OURS_DENSE,
     PLAIN,

@@ -19,12 +19,13 @@ import igpt_fast as igpt
 from benchmarks import peer_models, peers
 from benchmarks.harness import Call, Missing
 from benchmarks.measure import resident_mb, restart_high_water
+from benchmarks.pattern_peers import MASKED
 from igpt_fast.ops.projection import bf16_is_slow
 from igpt_fast.optimizer import BETAS, adam
 
 BATCH = 4
 OURS, PLAIN, COMPILED = "igpt-fast", "torch SDPA", "torch SDPA, torch.compile"
-OURS_DENSE, MASKED = "igpt-fast, dense", "torch SDPA, boolean mask"
+OURS_DENSE = "igpt-fast, dense"
 HF = "HF ImageGPT, eager"  # without dropout, as Image GPT was trained
 HF_AS_IT_COMES = "HF ImageGPT, eager, dropout 0.1"  # as its configuration has it
 BF16, FLOAT32 = "bfloat16 autocast", "float32"

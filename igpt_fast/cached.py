@@ -12,6 +12,8 @@ from igpt_fast.model import ImageGPT
 from igpt_fast.ops.decode_step import LayerWeights, StepMasks, StepWeights
 from igpt_fast.patterns import TILE, Pages, masks_of, pages_of
 
+Places = Tensor | slice  # of the slots of a sequence, or of a cache
+
 
 class KVCache:
     """Keys and values of those of the slots 0..length-1 that some later slot sees.
@@ -27,18 +29,18 @@ class KVCache:
         self.pages = self._table and self._table.of.to(device)
         self.length = 0
 
-    def keep(self, layer: int, kv: Tensor) -> None:
-        """Take k and v [batch, 2, heads, K, head_dim] of the slots 0..K-1, or what later ones see of them."""
-        slots, places = self._held(kv.shape[3])
+    def keep(self, layer: int, held: tuple[Places, Places], kv: Tensor) -> None:
+        """Take k and v [batch, 2, heads, K, head_dim] of the slots 0..K-1, or what later ones see of them: held(K)."""
+        slots, places = held
         self.data[layer][..., places, :] = kv[..., slots, :]
 
     def fill(self, rows: slice, source: "KVCache") -> None:
         """Give every image of `rows` the known slots of the one image in `source`."""
         self.length = source.length
-        _, places = self._held(self.length)
+        _, places = self.held(self.length)
         self.data[:, rows, ..., places, :] = source.data[..., places, :]
 
-    def _held(self, length: int) -> tuple[Tensor | slice, Tensor | slice]:
+    def held(self, length: int) -> tuple[Places, Places]:
         """Of the first `length` slots those that are kept, and where in the cache."""
         if self._table is None:
             return slice(length), slice(length)
@@ -75,9 +77,9 @@ def prefill(model: ImageGPT, pixels: Tensor) -> tuple[Tensor, KVCache]:
     if slots > model.config.tokens:
         raise InputError(f"{slots - 1} pixels are known of {model.config.tokens}: there is none left to predict")
     cache = KVCache(model.config, len(pixels), model.wte.dtype, model.wte.device)
-    h, delta = model.embed(pixels), None
+    h, delta, held = model.embed(pixels), None, cache.held(slots)
     for layer, block in enumerate(model.blocks):
-        h, delta = block(h, delta, partial(cache.keep, layer))
+        h, delta = block(h, delta, partial(cache.keep, layer, held))
     x, _ = ops.rms_norm(delta[:, -1], model.ln_f, model.config.eps, residual=h[:, -1])
     cache.length = slots
     return ops.linear(x, model.wtet), cache

@@ -25,7 +25,7 @@ from igpt_fast.ops.attention import refused_head_dim
 from igpt_fast.ops.attention_decode import attention_decode, check_pages
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.norm import rms_norm
-from igpt_fast.patterns import TILE, BlockMask, unpack
+from igpt_fast.patterns import TILE, BlockMask, parts_of, unpack
 from igpt_fast.reference.decode_step import Kit, LayerWeights
 
 _OURS = Kit(rms_norm, linear, attention_decode, bias_quick_gelu)
@@ -63,13 +63,11 @@ class StepMasks:
     """
 
     def __init__(self, layers: Sequence[BlockMask | Sequence[BlockMask | None] | None]) -> None:
-        self.layers = [tuple(masks) if isinstance(masks, Sequence) else (masks,) for masks in layers]
-        every = [mask for masks in self.layers for mask in masks]
-        if not all(self.layers) or not all(mask is None or isinstance(mask, BlockMask) for mask in every):
+        given = [tuple(masks) if isinstance(masks, Sequence) else (masks,) for masks in layers]
+        if not all(given) or not all(mask is None or isinstance(mask, BlockMask) for masks in given for mask in masks):
             raise InputError("decode_step: masks must be a BlockMask, None, or a sequence of these for each layer")
-        self.layers = [tuple(mask and mask.raster for mask in masks) for masks in self.layers]
-        every = [mask for masks in self.layers for mask in masks]
-        self.distinct = list(dict.fromkeys(mask for mask in every if mask is not None))
+        self.layers = [tuple(mask and mask.raster for mask in masks) for masks in given]
+        self.distinct = list(dict.fromkeys(mask for masks in self.layers for mask in masks if mask is not None))
         self.groups = math.lcm(*map(len, self.layers))
         numbers = {mask: n for n, mask in enumerate(self.distinct)} | {None: -1}
         self.of = [numbers[masks[g % len(masks)]] for masks in self.layers for g in range(self.groups)]
@@ -189,7 +187,7 @@ def _decode_step_op(
 ) -> Tensor:
     fields = len(LayerWeights._fields)
     listed = [LayerWeights(*layers[i : i + fields]) for i in range(0, len(layers), fields)]
-    every = [*map(_mask_of, zip(*[iter(masks)] * 9, strict=True)), None]
+    every = [*map(_mask_of, parts_of(masks)), None]
     groups = len(of) // len(listed)
     seen = StepMasks([[every[n] for n in of[at : at + groups]] for at in range(0, len(of), groups or 1)])
     weights = StepWeights(wte, wpe, listed, ln_f, wtet)

@@ -123,12 +123,12 @@ class BlockMask:
         """This mask, in raster order, in the order that has the fewest tiles, or in parts that each have their own."""
         name, together = fewest_tiles(self.tensors, size, self.pairs)
         by_order: dict[str, Tables] = {}
-        apart = -PART * len(self.tensors[0])
+        apart = 0
         for tables in parts if len(parts) > 1 else ():
             own, count = fewest_tiles(tables, size)
             by_order[own] = by_order.get(own, ()) + tables
             apart += count
-        apart += PART * len(self.tensors[0]) * len(by_order)
+        apart += PART * len(self.tensors[0]) * (len(by_order) - 1)
         if len(by_order) < 2 or apart > WORTH * together:
             return self if name == "raster" else self.in_order(name, ORDERS[name](size))
         split, names = (), [name for name in ORDERS if name in by_order]

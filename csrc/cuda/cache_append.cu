@@ -27,7 +27,7 @@ __device__ inline uint32_t e4m3_of(float x) {
   const uint32_t bits = __float_as_uint(x), size = bits & 0x7fffffffu, sign = bits >> 24 & 0x80u;
   if (size > 0x7f800000u) return 0x7fu;                                                           // NaN
   if (size < 0x3c800000u) return sign | uint32_t(__float2int_rn(__uint_as_float(size) * 512.f));  // below 2^-6
-  return sign | ((size + 0x7ffffu + (size >> 20 & 1)) >> 20) - 960u;  // exponents differ by 120
+  return sign | (((size + 0x7ffffu + (size >> 20 & 1)) >> 20) - 960u);  // exponents differ by 120
 }
 __device__ inline float float_of(uint32_t e4m3) {
   const uint32_t exponent = e4m3 >> 3 & 15u, mantissa = e4m3 & 7u;

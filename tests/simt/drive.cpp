@@ -4,6 +4,7 @@
 //                     and again, on the bench under several schedules, they must give the same bits
 //   drive race        a planted race, which the race check must see
 //   drive wild        a planted read past a buffer
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>

@@ -14,6 +14,7 @@ using igpt::BlockMaskView;
 using igpt::DType;
 using igpt::LayersView;
 using igpt::LayerView;
+using igpt::MaskParts;
 using igpt::MasksView;
 using igpt::Stream;
 using igpt::View;
@@ -130,12 +131,36 @@ struct type_caster<BlockMaskView> {  // None, or the nine tensors of a BlockMask
   PYBIND11_TYPE_CASTER(BlockMaskView, const_name("tuple | None"));
   bool load(handle h, bool) {
     if (h.is_none()) return true;
-    if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 9) return false;
-    View* fields[] = {&value.row_start, &value.row_tile, &value.row_mask, &value.col_start, &value.col_tile,
-                      &value.col_mask,  &value.bits,     &value.bits_t,   &value.order};
-    for (int i = 0; i < 9; ++i) *fields[i] = view_of(PyTuple_GET_ITEM(h.ptr(), i));
+    if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != kFields) return false;
+    value = fields(h.ptr(), 0);
     return true;
   }
+  static constexpr int kFields = 9;
+  static BlockMaskView fields(PyObject* tuple, Py_ssize_t first) {
+    BlockMaskView mask;
+    View* fields[] = {&mask.row_start, &mask.row_tile, &mask.row_mask, &mask.col_start, &mask.col_tile,
+                      &mask.col_mask,  &mask.bits,     &mask.bits_t,   &mask.order};
+    static_assert(sizeof fields / sizeof *fields == kFields);
+    for (int i = 0; i < kFields; ++i) *fields[i] = view_of(PyTuple_GET_ITEM(tuple, first + i));
+    return mask;
+  }
+};
+
+template <>
+struct type_caster<MaskParts> {  // None, or the tensors of its parts one behind the other; the list lives as the caster
+  PYBIND11_TYPE_CASTER(MaskParts, const_name("tuple | None"));
+  bool load(handle h, bool) {
+    using Mask = type_caster<BlockMaskView>;
+    if (h.is_none()) return true;
+    if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) % Mask::kFields) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(h.ptr()); i += Mask::kFields)
+      parts_.push_back(Mask::fields(h.ptr(), i));
+    value = {parts_.data(), int64_t(parts_.size())};
+    return true;
+  }
+
+ private:
+  std::vector<BlockMaskView> parts_;
 };
 
 template <>
@@ -197,6 +222,9 @@ class OneDevice {
     for (const View* v :
          {&m.row_start, &m.row_tile, &m.row_mask, &m.col_start, &m.col_tile, &m.col_mask, &m.bits, &m.bits_t, &m.order})
       see(*v);
+  }
+  void see(const MaskParts& m) {
+    for (int64_t i = 0; i < m.count; ++i) see(m.part[i]);
   }
   void see(const LayersView& l) {
     for (int64_t i = 0; i < l.count; ++i) see(l.layer[i].qkv);  // Python has seen that a layer's weights are together

@@ -65,6 +65,11 @@ struct BlockMaskView {
   View order;                          // i32 [T], absent: place p has slot p
   IGPT_INLINE explicit operator bool() const { return static_cast<bool>(row_start); }
 };
+// The parts of a mask, of which no two have a pair in common; none where there is no mask. Somebody else owns the list.
+struct MaskParts {
+  const BlockMaskView* part = nullptr;
+  int64_t count = 0;
+};
 
 // The weights of a model's blocks, for the ops that run all of them: [d] norms, [3 d, d] qkv with q before k before v,
 // [d, d], [m, d] and [d, m] linears, their biases or nothing. Somebody else owns the list.
@@ -105,11 +110,12 @@ struct Ops {
   void (*linear_cross_entropy_fwd)(View loss, View lse, View hidden, View weight, View targets, Stream) = nullptr;
   void (*linear_cross_entropy_dlogits)(View dlogits, View dloss, View hidden, View weight, View targets, View lse,
                                        Stream) = nullptr;
-  // attention: o = softmax(scale q k^T) v over [B, H, T, D] views; lse natural log, float32 [B, H, T]
-  void (*attention_fwd)(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
+  // attention: o = softmax(scale q k^T) v over [B, H, T, D] views; lse natural log, float32 [B, H, T]. room, [B, H, Tq,
+  // 4] of q's dtype: where the CUDA kernels keep eight bytes a query if the mask has several parts
+  void (*attention_fwd)(View o, View lse, View q, View k, View v, MaskParts mask, bool causal, float scale,
                         Stream) = nullptr;
-  void (*attention_bwd)(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
-                        BlockMaskView mask, bool causal, float scale, Stream) = nullptr;
+  void (*attention_bwd)(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse, View room,
+                        MaskParts mask, bool causal, float scale, Stream) = nullptr;
   // attention_dropout: the same, causal, with dropout(softmax(..), p); the seed and a weight's place decide whether it
   // is kept, as igpt_fast/reference/attention_dropout.py says. seed >= 0, p a multiple of 2^-24 in [0, 1)
   void (*attention_dropout_fwd)(View o, View lse, View q, View k, View v, float scale, float p, int64_t seed,

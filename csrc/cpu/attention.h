@@ -97,6 +97,19 @@ struct Tiles {
     const int64_t e = at(mask.col_start, j) + n;
     return {at(mask.col_tile, e), at(mask.col_mask, e)};
   }
+  // The last query tile that sees key tile j, which some do.
+  int64_t last_query(int64_t j) const { return mask ? at(mask.col_tile, at(mask.col_start, j + 1) - 1) : nq - 1; }
+  // How many key tiles there are at most that both a query tile or one before it and it or a later one sees.
+  int64_t most_keys() const {
+    if (!mask) return nk;
+    const auto more = scratch<int32_t>(nq + 1);
+    std::fill_n(more.get(), nq + 1, 0);
+    for (int64_t j = 0; j < nk; ++j)
+      if (col_count(j)) ++more[col_tile(j, 0).index], --more[last_query(j) + 1];
+    int32_t now = 0, most = 0;
+    for (int64_t i = 0; i < nq; ++i) most = std::max(most, now += more[i]);
+    return most;
+  }
   // The slot at each place; null: place p has slot p.
   const int32_t* order() const { return mask.order.as<int32_t>(); }
   // True when every query of tile i sees every key of tile j: no bits need looking at.
@@ -155,8 +168,27 @@ struct Tiles {
     check_order();
     check_lists(mask.row_start, mask.row_tile, mask.row_mask, nq, nk, masks);
     check_lists(mask.col_start, mask.col_tile, mask.col_mask, nk, nq, masks);
+    // Rows in turn meet the entries of each column in turn: the lists are sorted, and name the same tiles.
+    const auto met = scratch<int32_t>(nk);
+    std::fill_n(met.get(), nk, 0);
+    for (int64_t i = 0; i < nq; ++i)
+      for (int64_t n = 0; n < row_count(i); ++n) {
+        const int64_t j = row_tile(i, n).index, e = met[j]++;
+        IGPT_CHECK(e < col_count(j) && col_tile(j, e).index == i && (n == 0 || row_tile(i, n - 1).index < j),
+                   "attention: the mask's rows and columns name different tiles, or not in order");
+      }
+    IGPT_CHECK(mask.row_tile.numel() == mask.col_tile.numel(),
+               "attention: the mask's rows and columns name different tiles, or not in order");
   }
 };
+
+// Of each part of a mask; without one, of all pairs.
+static inline std::vector<Tiles> tiles_of(const View& q, const View& k, bool causal, const MaskParts& mask) {
+  std::vector<Tiles> parts;
+  if (mask.count == 0) parts.emplace_back(q.size[2], k.size[2], causal, BlockMaskView());
+  for (int64_t p = 0; p < mask.count; ++p) parts.emplace_back(q.size[2], k.size[2], causal, mask.part[p]);
+  return parts;
+}
 
 // Dropout of the softmax's weights. A hash of the seed and of a weight's place decides whether it is kept: no mask is
 // stored, and the backward pass asks again, in whichever order.
@@ -211,13 +243,21 @@ struct Head {
         order(places) {}
   int64_t slot(int64_t t) const { return order ? order[t] : t; }
   T* row(int64_t t) const { return data + slot(t) * stride; }
+  // Tells the cache of row t's use to come, if there is such a row: rows of an order or of a fused buffer are no stream
+  // that a processor foresees.
+  IGPT_INLINE void ask(int64_t t, int64_t end, int64_t D) const {
+    if (t >= end) return;
+    for (int64_t c = 0; c < D; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row(t) + c, !std::is_const_v<T>);
+  }
 };
+constexpr int kRowsAhead = 6;  // more would push each other out: rows of a column share a few sets of the cache
 
 // A operand: rows of a tile as they are, [kTile, D / step] units; rows behind the end are zero.
 template <class E, class T>
 static void pack_rows(typename E::Unit* a, const Head<T>& x, int64_t t, int64_t T_end, int64_t D) {
   const int64_t Ku = D / E::kStep, rows = std::min<int64_t>(kTile, T_end - t);
   for (int64_t r = 0; r < rows; ++r) {
+    x.ask(t + r + kRowsAhead, T_end, D);
     const T* p = x.row(t + r);
     for (int64_t k = 0; k < Ku; ++k) a[r * Ku + k] = E::unit(p + k * E::kStep);
   }
@@ -244,8 +284,10 @@ template <class E, class T>
 static void pack_transposed(typename E::Unit* b, const Head<T>& x, int64_t t, int64_t T_end, int64_t D) {
   const int64_t Ku = D / E::kStep, rows = std::min<int64_t>(kTile, T_end - t);
   const int64_t whole_r = rows / kLanes * kLanes, whole_k = Ku / kLanes * kLanes;
-  transpose_units(b, kTile, whole_r, whole_k,
-                  [&](int64_t r, int64_t k) { return E::units(x.row(t + r) + k * E::kStep); });
+  transpose_units(b, kTile, whole_r, whole_k, [&](int64_t r, int64_t k) {
+    __builtin_prefetch(x.row(std::min(t + r + kLanes, T_end - 1)) + k * E::kStep);
+    return E::units(x.row(t + r) + k * E::kStep);
+  });
   for (int64_t r = 0; r < kTile; ++r)
     for (int64_t k = r < whole_r ? whole_k : 0; k < Ku; ++k)
       b[k * kTile + r] = r < rows ? E::unit(x.row(t + r) + k * E::kStep) : 0;
@@ -255,7 +297,8 @@ static void pack_transposed(typename E::Unit* b, const Head<T>& x, int64_t t, in
 template <class E, class T>
 static void pack_tokens(typename E::Unit* b, const Head<T>& x, int64_t t, int64_t T_end, int64_t D, int64_t Dp) {
   const int64_t rows = std::min<int64_t>(kTile, T_end - t);
-  for (int64_t r = 0; r < kTile; r += 2)
+  for (int64_t r = 0; r < kTile; r += 2) {
+    for (int e = 0; e < 2; ++e) x.ask(t + r + e + kRowsAhead, T_end, D);
     for (int64_t c = 0; c < Dp; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, D - c);
       vf even = {}, odd = {};
@@ -263,6 +306,15 @@ static void pack_tokens(typename E::Unit* b, const Head<T>& x, int64_t t, int64_
       if (r + 1 < rows && n > 0) odd = load_upto(x.row(t + r + 1) + c, n);
       E::store_b_pair(b, r / 2, Dp, c, even, odd);
     }
+  }
+}
+
+// A row of sums leaves: into memory, or on top of what is there. `sums` has room for whole vectors, and is used up.
+template <class T>
+static inline void leave_row(T* to, float* sums, DType dtype, int64_t D, bool add) {
+  for (int64_t c = 0; add && c < D; c += kLanes)
+    store(sums + c, load(sums + c) + load_upto(to + c, std::min<int64_t>(kLanes, D - c)));
+  store_row(to, sums, dtype, D);
 }
 
 static inline void check_heads(const View& v, const View& q, const char* name) {

@@ -2,33 +2,41 @@
 //
 // With P = exp(scale q k^T - lse), delta = rowsum(dout o), dS = scale P (dout v^T - delta):  dv = P^T dout   dk = dS^T
 // q   dq = dS k. A task owns one head, so nothing is shared, nothing is added atomically, and the bits do not depend on
-// the threads. It packs q and dout once, then walks over key tiles j and, inside, over the query tiles i that see them,
-// transposed (keys down, queries across): so lse and delta are plain vectors, P^T and dS^T are row-major operands of dv
-// and dk, and dq^T = k^T dS^T accumulates in a float buffer of the head. Five products of 2 D flops a score:
-// multiply-adds bound it. attention_dropout_bwd:  the same for weights W = P mask / (1 - p), causal: dv = W^T dout, and
-// W / P scales dout v^T.
+// the threads. It walks over query tiles i and, inside, over the key tiles j that they see. Tiles are transposed (keys
+// down, queries across): so lse and delta are plain vectors, P^T and dS^T are row-major operands of dv and dk, and dq^T
+// = k^T dS^T is summed while i lasts. dk and dv are summed in a place that a key tile has from the first query tile
+// that sees it to the last: a causal mask without further rules needs a place for every tile, a sparse one a few, which
+// stay in the cache. Five products of 2 D flops a score: multiply-adds bound it. attention_dropout_bwd:  the same for
+// weights W = P mask / (1 - p), causal: dv = W^T dout, and W / P scales dout v^T.
 #include "attention.h"
 
 namespace igpt {
 namespace IGPT_ISA {
 
 template <class E>
-struct BwdScratch {  // one thread's; n = query tiles, Ku = D / step, Tu = 64 / step
+struct BwdScratch {  // one thread's; Ku = D / step, Tu = 64 / step
   using Unit = typename E::Unit;
-  Scratch<Unit> qt, dot, qn, don;       // [n, Ku, 64] q and dout transposed   [n, Tu, Dp] the same along the tokens
-  Scratch<Unit> k, v, kt, p, ds, ds_b;  // [64, Ku]   [64, Ku]   [Dp, Tu]   [64, Tu]   [64, Tu]   [Tu, 64]
-  Scratch<float> dq, dk, dv, s, dp;     // [n, Dp, 64]   [64, Dp]   [64, Dp]   [64, 64]   [64, 64]
-  Scratch<float> lse, delta;            // [n, 64]   [n, 64]
-  Scratch<uint32_t> low, high;          // [n, 64]   [n, 64]: dropout's bits of the queries
-  BwdScratch(int64_t n, int64_t D, int64_t Dp)
-      : qt(scratch<Unit>(n * kTile * D / E::kStep)), dot(scratch<Unit>(n * kTile * D / E::kStep)),
-        qn(scratch<Unit>(n * kTile * Dp / E::kStep)), don(scratch<Unit>(n * kTile * Dp / E::kStep)),
-        k(scratch<Unit>(kTile * D / E::kStep)), v(scratch<Unit>(kTile * D / E::kStep)),
-        kt(scratch<Unit>(Dp * kTile / E::kStep)), p(scratch<Unit>(kTile * kTile / E::kStep)),
+  int64_t n_places;
+  Scratch<Unit> qt, dot, qn, don;  // a query tile: [Ku, 64] q and dout transposed   [Tu, Dp] the same along the tokens
+  Scratch<Unit> k, v, kt;          // a place's key tile: [places, 64, Ku]   [places, 64, Ku]   [places, Dp, Tu]
+  Scratch<float> dk, dv;           // [places, 64, Dp]
+  Scratch<Unit> p, ds, ds_b;       // [64, Tu]   [64, Tu]   [Tu, 64]
+  Scratch<float> dq, s, dp, rows;  // [Dp, 64]   [64, 64]   [64, 64]   [64, Dp]
+  Scratch<float> lse, delta;       // [64]   [64]
+  Scratch<float> deltas;           // [queries] by slot: found by the first part, for those to come
+  Scratch<uint32_t> low, high;     // [64]   [64]: dropout's bits of the queries
+  Scratch<int32_t> place, unused;  // [key tiles] the place that it has, or -1   [places] those that nobody has
+  BwdScratch(int64_t places, int64_t nq, int64_t nk, int64_t D, int64_t Dp)
+      : n_places(places), qt(scratch<Unit>(kTile * D / E::kStep)), dot(scratch<Unit>(kTile * D / E::kStep)),
+        qn(scratch<Unit>(kTile * Dp / E::kStep)), don(scratch<Unit>(kTile * Dp / E::kStep)),
+        k(scratch<Unit>(places * kTile * D / E::kStep)), v(scratch<Unit>(places * kTile * D / E::kStep)),
+        kt(scratch<Unit>(places * kTile * Dp / E::kStep)), dk(scratch<float>(places * kTile * Dp)),
+        dv(scratch<float>(places * kTile * Dp)), p(scratch<Unit>(kTile * kTile / E::kStep)),
         ds(scratch<Unit>(kTile * kTile / E::kStep)), ds_b(scratch<Unit>(kTile * kTile / E::kStep)),
-        dq(scratch<float>(n * Dp * kTile)), dk(scratch<float>(kTile * Dp)), dv(scratch<float>(kTile * Dp)),
-        s(scratch<float>(kTile * kTile)), dp(scratch<float>(kTile * kTile)), lse(scratch<float>(n * kTile)),
-        delta(scratch<float>(n * kTile)), low(scratch<uint32_t>(n * kTile)), high(scratch<uint32_t>(n * kTile)) {}
+        dq(scratch<float>(Dp * kTile)), s(scratch<float>(kTile * kTile)), dp(scratch<float>(kTile * kTile)),
+        rows(scratch<float>(kTile * Dp)), lse(scratch<float>(kTile)), delta(scratch<float>(kTile)),
+        deltas(scratch<float>(nq * kTile)), low(scratch<uint32_t>(kTile)), high(scratch<uint32_t>(kTile)),
+        place(scratch<int32_t>(nk)), unused(scratch<int32_t>(places)) {}
 };
 
 // delta of a tile's 64 queries, summed in the very order in which the product dP sums: where a softmax has one term, O
@@ -49,9 +57,9 @@ static void row_sums(float* delta, const typename E::Unit* dot, const typename E
 
 // S^T, dP^T -> P^T and dS^T, for keys `key` and `key + 1` of the tile (a pair is what the B operand of dq^T stores).
 template <class E>
-static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t i, int64_t j, float scale, uint64_t bits0,
-                                 uint64_t bits1, const Dropout& dropout) {
-  const float *lse = w.lse.get() + i * kTile, *delta = w.delta.get() + i * kTile;
+static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t j, float scale, uint64_t bits0, uint64_t bits1,
+                                 const Dropout& dropout) {
+  const float *lse = w.lse.get(), *delta = w.delta.get();
   const uint64_t bits[2] = {bits0, bits1};
   for (int64_t c = 0; c < kTile; c += kLanes) {
     vf ds[2] = {};
@@ -69,8 +77,8 @@ static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t i, int64
       vf dp = load(w.dp.get() + at), kept = p;
       if (dropout) {
         vu low, high;
-        std::memcpy(&low, w.low.get() + i * kTile + c, sizeof low);
-        std::memcpy(&high, w.high.get() + i * kTile + c, sizeof high);
+        std::memcpy(&low, w.low.get() + c, sizeof low);
+        std::memcpy(&high, w.high.get() + c, sizeof high);
         const vf weights = dropout.weights(low, high, vu{} + uint32_t(j * kTile + key + e));
         dp *= weights, kept *= weights;
       }
@@ -82,125 +90,188 @@ static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t i, int64
   }
 }
 
+// One head and one part of its mask. Where it adds, another part has been before.
 template <class E, class T>
-static void head(BwdScratch<E>& w, int64_t bh, const View& dq, const View& dk, const View& dv, const View& dout,
-                 const View& q, const View& k, const View& v, const View& o, const View& lse, const Tiles& tiles,
-                 float scale, const Dropout& dropout) {
+struct BwdHead {
   using Unit = typename E::Unit;
   using Range = Extent::Range;
-  const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep;
-  const int32_t* order = tiles.order();
-  const Head<const T> hq(q, bh, order), hk(k, bh, order), hv(v, bh, order), ho(o, bh, order), hdo(dout, bh, order);
-  for (int64_t i = 0; i < tiles.nq; ++i) {
-    pack_transposed<E>(w.qt.get() + i * kTile * Ku, hq, i * kTile, tiles.Tq, D);
-    pack_transposed<E>(w.dot.get() + i * kTile * Ku, hdo, i * kTile, tiles.Tq, D);
-    pack_tokens<E>(w.qn.get() + i * Tu * Dp, hq, i * kTile, tiles.Tq, D, Dp);
-    pack_tokens<E>(w.don.get() + i * Tu * Dp, hdo, i * kTile, tiles.Tq, D, Dp);
-    pack_transposed<E>(w.k.get(), ho, i * kTile, tiles.Tq, D);  // room that the keys take later
-    row_sums<E>(w.delta.get() + i * kTile, w.dot.get() + i * kTile * Ku, w.k.get(), Ku);
-  }
-  for (int64_t t = 0; t < tiles.nq * kTile; ++t)
-    w.lse[t] = t < tiles.Tq ? lse.as<float>()[bh * tiles.Tq + hq.slot(t)] : 0.f;
-  for (int64_t t = 0; dropout && t < tiles.nq * kTile; ++t) {
-    const uint64_t bits = dropout.query(bh, t);
-    w.low[t] = uint32_t(bits), w.high[t] = uint32_t(bits >> 32);
-  }
-  std::fill_n(w.dq.get(), tiles.nq * Dp * kTile, 0.f);
+  BwdScratch<E>& w;
+  const Tiles& tiles;
+  const int64_t bh, D, Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep;
+  const Head<T> dq, dk, dv;
+  const Head<const T> dout, q, k, v, o;
+  const float* lse;
+  const DType dtype;
+  const float scale;
+  const bool add;
+  const Dropout& dropout;
+  int64_t unused = 0;  // places
 
-  for (int64_t j = 0; j < tiles.nk; ++j) {
-    pack_rows<E>(w.k.get(), hk, j * kTile, tiles.Tk, D);
-    pack_rows<E>(w.v.get(), hv, j * kTile, tiles.Tk, D);
+  // Packs key tile j into a place.
+  int64_t open(int64_t j) {
+    const int64_t at = w.place[j] = w.unused[--unused];
+    pack_rows<E>(w.k.get() + at * kTile * Ku, k, j * kTile, tiles.Tk, D);
+    pack_rows<E>(w.v.get() + at * kTile * Ku, v, j * kTile, tiles.Tk, D);
     // k^T as an A operand: row c holds column c, tokens along K. It is what pack_tokens makes, transposed.
-    Unit* tokens = reinterpret_cast<Unit*>(w.dk.get());  // not in use yet
-    pack_tokens<E>(tokens, hk, j * kTile, tiles.Tk, D, Dp);
-    transpose_units(w.kt.get(), Tu, Tu, Dp,
+    float *dk_j = w.dk.get() + at * kTile * Dp, *dv_j = w.dv.get() + at * kTile * Dp;
+    Unit* tokens = reinterpret_cast<Unit*>(dk_j);  // not in use yet
+    pack_tokens<E>(tokens, k, j * kTile, tiles.Tk, D, Dp);
+    transpose_units(w.kt.get() + at * Dp * Tu, Tu, Tu, Dp,
                     [&](int64_t r, int64_t c) { return load(reinterpret_cast<float*>(tokens + r * Dp + c)); });
-    std::fill_n(w.dk.get(), kTile * Dp, 0.f);
-    std::fill_n(w.dv.get(), kTile * Dp, 0.f);
-    for (int64_t n = 0; n < tiles.col_count(j); ++n) {
-      const auto tile = tiles.col_tile(j, n);
-      const int64_t i = tile.index;
-      const bool full = tiles.full(i, j, tile.mask);
-      const Extent& extent = tiles.extent(i, j, tile.mask);
-      const Range all = extent.all_keys.to(2);
-      const Unit *qt = w.qt.get() + i * kTile * Ku, *dot = w.dot.get() + i * kTile * Ku;
-      Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
-        const Range keys = seen.to(2);
-        const int64_t r = keys.begin, c = queries.begin, at = r * kTile + c;
-        gemm<E, false>(keys.size(), queries.size(), Ku, w.s.get() + at, kTile, w.k.get() + r * Ku, Ku, qt + c, kTile);
-        gemm<E, false>(keys.size(), queries.size(), Ku, w.dp.get() + at, kTile, w.v.get() + r * Ku, Ku, dot + c, kTile);
-      });
-      for (int64_t r = all.begin; r < all.end; r += 2)
-        gradient_rows<E>(w, r, i, j, scale, full ? ~0ull : tiles.col_bits(i, j, tile.mask, r),
-                         full ? ~0ull : tiles.col_bits(i, j, tile.mask, r + 1), dropout);
-      const Unit *qn = w.qn.get() + i * Tu * Dp, *don = w.don.get() + i * Tu * Dp;
-      Extent::each(extent.queries, all, [&](Range keys, Range seeing) {
-        const Range units = seeing.to(E::kStep);
-        const int64_t r = keys.begin, u = units.begin / E::kStep, n_units = units.size() / E::kStep, at = r * Tu + u;
-        gemm<E, true>(keys.size(), Dp, n_units, w.dv.get() + r * Dp, Dp, w.p.get() + at, Tu, don + u * Dp, Dp);
-        gemm<E, true>(keys.size(), Dp, n_units, w.dk.get() + r * Dp, Dp, w.ds.get() + at, Tu, qn + u * Dp, Dp);
-      });
-      float* dq_i = w.dq.get() + i * Dp * kTile;
-      Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
-        const Range units = seen.to(E::kStep);
-        const int64_t u = units.begin / E::kStep, n_units = units.size() / E::kStep, c = queries.begin;
-        gemm<E, true>(Dp, queries.size(), n_units, dq_i + c, kTile, w.kt.get() + u, Tu, w.ds_b.get() + u * kTile + c,
-                      kTile);
-      });
-    }
-    const Head<T> hdk(dk, bh, order), hdv(dv, bh, order);
+    std::fill_n(dk_j, kTile * Dp, 0.f);
+    std::fill_n(dv_j, kTile * Dp, 0.f);
+    return at;
+  }
+  // dk and dv of key tile j leave its place.
+  void close(int64_t j) {
+    const int64_t at = w.place[j];
     for (int64_t r = 0; r < std::min<int64_t>(kTile, tiles.Tk - j * kTile); ++r) {
-      store_row(hdk.row(j * kTile + r), w.dk.get() + r * Dp, dk.dtype, D);
-      store_row(hdv.row(j * kTile + r), w.dv.get() + r * Dp, dv.dtype, D);
+      for (const auto& x : {dk, dv}) x.ask(j * kTile + r + kRowsAhead, tiles.Tk, D);
+      leave_row(dk.row(j * kTile + r), w.dk.get() + (at * kTile + r) * Dp, dtype, D, add);
+      leave_row(dv.row(j * kTile + r), w.dv.get() + (at * kTile + r) * Dp, dtype, D, add);
+    }
+    w.place[j] = -1;
+    w.unused[unused++] = int32_t(at);
+  }
+
+  void pack_queries(int64_t i) {
+    pack_transposed<E>(w.qt.get(), q, i * kTile, tiles.Tq, D);
+    pack_transposed<E>(w.dot.get(), dout, i * kTile, tiles.Tq, D);
+    pack_tokens<E>(w.qn.get(), q, i * kTile, tiles.Tq, D, Dp);
+    pack_tokens<E>(w.don.get(), dout, i * kTile, tiles.Tq, D, Dp);
+    if (!add) {
+      Unit* ot = reinterpret_cast<Unit*>(w.dq.get());  // not in use yet
+      pack_transposed<E>(ot, o, i * kTile, tiles.Tq, D);
+      row_sums<E>(w.delta.get(), w.dot.get(), ot, Ku);
+    }
+    for (int64_t r = 0; r < kTile; ++r) {
+      const int64_t t = i * kTile + r, slot = t < tiles.Tq ? q.slot(t) : t;
+      w.lse[r] = t < tiles.Tq ? lse[slot] : 0.f;
+      if (add)
+        w.delta[r] = w.deltas[slot];
+      else
+        w.deltas[slot] = w.delta[r];
+      const uint64_t bits = dropout ? dropout.query(bh, t) : 0;
+      w.low[r] = uint32_t(bits), w.high[r] = uint32_t(bits >> 32);
+    }
+    std::fill_n(w.dq.get(), Dp * kTile, 0.f);
+  }
+
+  void meet(int64_t i, int64_t j, int mask, int64_t at) {
+    const bool full = tiles.full(i, j, mask);
+    const Extent& extent = tiles.extent(i, j, mask);
+    const Range all = extent.all_keys.to(2);
+    const Unit *k_j = w.k.get() + at * kTile * Ku, *v_j = w.v.get() + at * kTile * Ku, *kt = w.kt.get() + at * Dp * Tu;
+    float *dk_j = w.dk.get() + at * kTile * Dp, *dv_j = w.dv.get() + at * kTile * Dp;
+    Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
+      const Range keys = seen.to(2);
+      const int64_t r = keys.begin, c = queries.begin, to = r * kTile + c;
+      gemm<E, false>(keys.size(), queries.size(), Ku, w.s.get() + to, kTile, k_j + r * Ku, Ku, w.qt.get() + c, kTile);
+      gemm<E, false>(keys.size(), queries.size(), Ku, w.dp.get() + to, kTile, v_j + r * Ku, Ku, w.dot.get() + c, kTile);
+    });
+    for (int64_t r = all.begin; r < all.end; r += 2)
+      gradient_rows<E>(w, r, j, scale, full ? ~0ull : tiles.col_bits(i, j, mask, r),
+                       full ? ~0ull : tiles.col_bits(i, j, mask, r + 1), dropout);
+    Extent::each(extent.queries, all, [&](Range keys, Range seeing) {
+      const Range units = seeing.to(E::kStep);
+      const int64_t r = keys.begin, u = units.begin / E::kStep, n_units = units.size() / E::kStep, from = r * Tu + u;
+      gemm<E, true>(keys.size(), Dp, n_units, dv_j + r * Dp, Dp, w.p.get() + from, Tu, w.don.get() + u * Dp, Dp);
+      gemm<E, true>(keys.size(), Dp, n_units, dk_j + r * Dp, Dp, w.ds.get() + from, Tu, w.qn.get() + u * Dp, Dp);
+    });
+    Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
+      const Range units = seen.to(E::kStep);
+      const int64_t u = units.begin / E::kStep, n_units = units.size() / E::kStep, c = queries.begin;
+      gemm<E, true>(Dp, queries.size(), n_units, w.dq.get() + c, kTile, kt + u, Tu, w.ds_b.get() + u * kTile + c,
+                    kTile);
+    });
+  }
+
+  void store_queries(int64_t i) {
+    float* rows = w.rows.get();
+    transpose_units(rows, Dp, Dp, kTile, [&](int64_t c, int64_t r) { return load(w.dq.get() + c * kTile + r); });
+    for (int64_t r = 0; r < std::min<int64_t>(kTile, tiles.Tq - i * kTile); ++r) {
+      dq.ask(i * kTile + r + kRowsAhead, tiles.Tq, D);
+      leave_row(dq.row(i * kTile + r), rows + r * Dp, dtype, D, add);
     }
   }
 
-  const Head<T> hdq(dq, bh, order);
-  for (int64_t i = 0; i < tiles.nq; ++i) {
-    const float* dqt = w.dq.get() + i * Dp * kTile;
-    float* rows = w.dk.get();  // not in use any more
-    transpose_units(rows, Dp, Dp, kTile, [&](int64_t c, int64_t r) { return load(dqt + c * kTile + r); });
-    for (int64_t r = 0; r < std::min<int64_t>(kTile, tiles.Tq - i * kTile); ++r)
-      store_row(hdq.row(i * kTile + r), rows + r * Dp, dq.dtype, D);
+  void run() {
+    for (int64_t at = 0; at < w.n_places; ++at) w.unused[unused++] = int32_t(at);
+    std::fill_n(w.place.get(), tiles.nk, -1);
+    for (int64_t i = 0; i < tiles.nq; ++i) {
+      if (add && tiles.row_count(i) == 0) continue;
+      pack_queries(i);
+      for (int64_t n = 0; n < tiles.row_count(i); ++n) {
+        const auto [j, mask] = tiles.row_tile(i, n);
+        meet(i, j, mask, w.place[j] < 0 ? open(j) : w.place[j]);
+        if (tiles.last_query(j) == i) close(j);
+      }
+      store_queries(i);
+    }
+    for (int64_t j = 0; j < tiles.nk && !add; ++j)
+      if (tiles.col_count(j) == 0) open(j), close(j);  // zeros
   }
-}
+};
 
 template <class E, class T>
 static void backward(const View& dq, const View& dk, const View& dv, const View& dout, const View& q, const View& k,
-                     const View& v, const View& o, const View& lse, const Tiles& tiles, float scale,
+                     const View& v, const View& o, const View& lse, const std::vector<Tiles>& parts, float scale,
                      const Dropout& dropout) {
-  const int64_t heads = q.size[0] * q.size[1], D = q.size[3];
+  const int64_t heads = q.size[0] * q.size[1], D = q.size[3], nq = parts[0].nq, nk = parts[0].nk;
+  int64_t places = 1;
+  for (const Tiles& tiles : parts) places = std::max(places, tiles.most_keys());
   std::vector<BwdScratch<E>> workers;
-  for (int64_t i = 0; i < std::min<int64_t>(heads, max_threads()); ++i) workers.emplace_back(tiles.nq, D, padded(D));
+  for (int64_t i = 0; i < std::min<int64_t>(heads, max_threads()); ++i)
+    workers.emplace_back(places, nq, nk, D, padded(D));
   parallel_for(heads, [&](int64_t bh, int thread) {
-    head<E, T>(workers[size_t(thread)], bh, dq, dk, dv, dout, q, k, v, o, lse, tiles, scale, dropout);
+    for (const Tiles& tiles : parts) {
+      const int32_t* by = tiles.order();
+      BwdHead<E, T>{.w = workers[size_t(thread)],
+                    .tiles = tiles,
+                    .bh = bh,
+                    .D = D,
+                    .dq = {dq, bh, by},
+                    .dk = {dk, bh, by},
+                    .dv = {dv, bh, by},
+                    .dout = {dout, bh, by},
+                    .q = {q, bh, by},
+                    .k = {k, bh, by},
+                    .v = {v, bh, by},
+                    .o = {o, bh, by},
+                    .lse = lse.as<float>() + bh * tiles.Tq,
+                    .dtype = q.dtype,
+                    .scale = scale,
+                    .add = &tiles != &parts[0],
+                    .dropout = dropout}
+          .run();
+    }
   });
 }
 
 static void dispatch(const View& dq, const View& dk, const View& dv, const View& dout, const View& q, const View& k,
-                     const View& v, const View& o, const View& lse, const BlockMaskView& mask, bool causal, float scale,
+                     const View& v, const View& o, const View& lse, const MaskParts& mask, bool causal, float scale,
                      const Dropout& dropout) {
   check_attention(q, k, v);
   for (const View* x : {&dq, &dk, &dv, &dout, &o}) check_heads(*x, q, "every gradient");
   IGPT_CHECK(same_shape(dq, q) && same_shape(dk, k) && same_shape(dv, v) && same_shape(dout, q) && same_shape(o, q),
              "attention_bwd: gradients must be shaped like what they belong to");
-  const Tiles tiles(q.size[2], k.size[2], causal, mask);
-  if (q.dtype == DType::f32) return backward<F32Units, float>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale, dropout);
+  const auto parts = tiles_of(q, k, causal, mask);
+  if (q.dtype == DType::f32) return backward<F32Units, float>(dq, dk, dv, dout, q, k, v, o, lse, parts, scale, dropout);
 #if defined(__AVX512BF16__)
-  backward<Bf16Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale, dropout);
+  backward<Bf16Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, parts, scale, dropout);
 #else
-  backward<F32Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, tiles, scale, dropout);
+  backward<F32Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, parts, scale, dropout);
 #endif
 }
 
-static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
-                          BlockMaskView mask, bool causal, float scale, Stream) {
+static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse, View,
+                          MaskParts mask, bool causal, float scale, Stream) {
   dispatch(dq, dk, dv, dout, q, k, v, o, lse, mask, causal, scale, Dropout());
 }
 
 static void attention_dropout_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
                                   float scale, float p, int64_t seed, Stream) {
-  dispatch(dq, dk, dv, dout, q, k, v, o, lse, BlockMaskView(), true, scale, Dropout(p, seed));
+  dispatch(dq, dk, dv, dout, q, k, v, o, lse, MaskParts(), true, scale, Dropout(p, seed));
 }
 
 void fill_attention_bwd(Ops& t) {

@@ -66,11 +66,12 @@ static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float sc
 
 template <class E, class T>
 static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const View& q, const typename E::Unit* kt,
-                       const typename E::Unit* vp, const Tiles& tiles, int64_t bh, int64_t i, float scale,
+                       const typename E::Unit* vp, const Tiles& tiles, int64_t bh, int64_t i, float scale, bool add,
                        const Dropout& dropout) {
   using Unit = typename E::Unit;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep, t = i * kTile;
   const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
+  if (add && tiles.row_count(i) == 0) return;
   pack_rows<E>(w.q.get(), Head<const T>(q, bh, tiles.order()), t, tiles.Tq, D);
   std::fill_n(w.m.get(), kTile, kEmptyLse);
   std::fill_n(w.l.get(), kTile, 0.f);
@@ -101,65 +102,76 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
   }
   const Head<T> o(out, bh, tiles.order());
   for (int64_t r = 0; r < rows; ++r) {
-    const float l = w.l[r], inverse = l > 0.f ? 1.f / l : 0.f;
+    o.ask(t + r + kRowsAhead, t + rows, D);
+    const float l = w.l[r], here = l > 0.f ? w.m[r] * kLn2 + std::log(l) : kEmptyLse;
+    if (add && !(l > 0.f)) continue;
+    float& known = lse.as<float>()[bh * tiles.Tq + o.slot(t + r)];
+    const float share = add ? 1.f / (1.f + std::exp(known - here)) : 1.f;  // of these keys in all of them
+    const float factor = l > 0.f ? share / l : 0.f;
+    T* to = o.row(t + r);
     float* row = w.o.get() + r * Dp;
-    for (int64_t c = 0; c < Dp; c += kLanes) store(row + c, load(row + c) * inverse);
-    store_row(o.row(t + r), row, out.dtype, D);
-    lse.as<float>()[bh * tiles.Tq + o.slot(t + r)] = l > 0.f ? w.m[r] * kLn2 + std::log(l) : kEmptyLse;
+    for (int64_t c = 0; c < Dp; c += kLanes) {
+      vf x = load(row + c) * factor;
+      if (add && c < D) x += load_upto(to + c, std::min<int64_t>(kLanes, D - c)) * (1.f - share);
+      store(row + c, x);
+    }
+    store_row(to, row, out.dtype, D);
+    known = add ? std::max(known, here) + std::log1p(std::exp(-std::abs(known - here))) : here;
   }
 }
 
 template <class E, class T>
-static void forward(const View& o, const View& lse, const View& q, const View& k, const View& v, const Tiles& tiles,
-                    float scale, const Dropout& dropout) {
+static void forward(const View& o, const View& lse, const View& q, const View& k, const View& v,
+                    const std::vector<Tiles>& parts, float scale, const Dropout& dropout) {
   using Unit = typename E::Unit;
   const int64_t D = q.size[3], Dp = padded(D), heads = q.size[0] * q.size[1], threads = max_threads();
-  const int64_t k_size = tiles.nk * kTile * (D / E::kStep), v_size = tiles.nk * (kTile / E::kStep) * Dp;
-  const int64_t wave = std::min<int64_t>(heads, 2 * threads);  // heads packed at a time: memory stays bounded
+  const int64_t nq = parts[0].nq, nk = parts[0].nk;
+  const int64_t k_size = nk * kTile * (D / E::kStep), v_size = nk * (kTile / E::kStep) * Dp;
+  const int64_t wave = std::min(heads, threads);  // heads packed at a time: memory stays bounded
   auto kt = scratch<Unit>(wave * k_size);
   auto vp = scratch<Unit>(wave * v_size);
   std::vector<FwdScratch<E>> workers;
   for (int64_t i = 0; i < threads; ++i) workers.emplace_back(D, Dp);
   for (int64_t first = 0; first < heads; first += wave) {
     const int64_t count = std::min(wave, heads - first);
-    parallel_for(count * tiles.nk, [&](int64_t n, int) {
-      const int64_t h = n / tiles.nk, j = n % tiles.nk;
-      pack_transposed<E>(kt.get() + h * k_size + j * kTile * (D / E::kStep), Head<const T>(k, first + h, tiles.order()),
-                         j * kTile, tiles.Tk, D);
-      pack_tokens<E>(vp.get() + h * v_size + j * (kTile / E::kStep) * Dp, Head<const T>(v, first + h, tiles.order()),
-                     j * kTile, tiles.Tk, D, Dp);
-    });
-    parallel_for(count * tiles.nq, [&](int64_t n, int thread) {
-      const int64_t h = n / tiles.nq, i = tiles.nq - 1 - n % tiles.nq;  // the longest rows of a head first
-      query_tile<E, T>(workers[size_t(thread)], o, lse, q, kt.get() + h * k_size, vp.get() + h * v_size, tiles,
-                       first + h, i, scale, dropout);
-    });
+    for (const Tiles& tiles : parts) {
+      parallel_for(count * nk, [&](int64_t n, int) {
+        const int64_t h = n / nk, j = n % nk;
+        const Head<const T> hk(k, first + h, tiles.order()), hv(v, first + h, tiles.order());
+        pack_transposed<E>(kt.get() + h * k_size + j * kTile * (D / E::kStep), hk, j * kTile, tiles.Tk, D);
+        pack_tokens<E>(vp.get() + h * v_size + j * (kTile / E::kStep) * Dp, hv, j * kTile, tiles.Tk, D, Dp);
+      });
+      parallel_for(count * nq, [&](int64_t n, int thread) {
+        const int64_t h = n / nq, i = nq - 1 - n % nq;  // the longest rows of a head first
+        query_tile<E, T>(workers[size_t(thread)], o, lse, q, kt.get() + h * k_size, vp.get() + h * v_size, tiles,
+                         first + h, i, scale, &tiles != &parts[0], dropout);
+      });
+    }
   }
 }
 
-static void dispatch(const View& o, const View& lse, const View& q, const View& k, const View& v,
-                     const BlockMaskView& mask, bool causal, float scale, const Dropout& dropout) {
+static void dispatch(const View& o, const View& lse, const View& q, const View& k, const View& v, const MaskParts& mask,
+                     bool causal, float scale, const Dropout& dropout) {
   check_attention(q, k, v);
   check_heads(o, q, "o");
   IGPT_CHECK(o.size[2] == q.size[2] && lse.dtype == DType::f32 && lse.dense() && lse.numel() == q.numel() / q.size[3],
              "attention: o must be shaped like q and lse float32 [B, H, Tq]");
-  const Tiles tiles(q.size[2], k.size[2], causal, mask);
-  if (q.dtype == DType::f32) return forward<F32Units, float>(o, lse, q, k, v, tiles, scale, dropout);
+  const auto parts = tiles_of(q, k, causal, mask);
+  if (q.dtype == DType::f32) return forward<F32Units, float>(o, lse, q, k, v, parts, scale, dropout);
 #if defined(__AVX512BF16__)
-  forward<Bf16Units, bf16>(o, lse, q, k, v, tiles, scale, dropout);
+  forward<Bf16Units, bf16>(o, lse, q, k, v, parts, scale, dropout);
 #else
-  forward<F32Units, bf16>(o, lse, q, k, v, tiles, scale, dropout);
+  forward<F32Units, bf16>(o, lse, q, k, v, parts, scale, dropout);
 #endif
 }
 
-static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
-                          Stream) {
+static void attention_fwd(View o, View lse, View q, View k, View v, MaskParts mask, bool causal, float scale, Stream) {
   dispatch(o, lse, q, k, v, mask, causal, scale, Dropout());
 }
 
 static void attention_dropout_fwd(View o, View lse, View q, View k, View v, float scale, float p, int64_t seed,
                                   Stream) {
-  dispatch(o, lse, q, k, v, BlockMaskView(), true, scale, Dropout(p, seed));
+  dispatch(o, lse, q, k, v, MaskParts(), true, scale, Dropout(p, seed));
 }
 
 void fill_attention_fwd(Ops& t) {

@@ -128,6 +128,22 @@ __device__ inline void add_mix(float (&o)[M][D / 8][4], const float (&p)[M][N][4
   }
 }
 
+// A row of sums leaves through the registers, groups of four lanes with 16 bytes side by side: `factor` times what a
+// thread has at `side` and the next, on top of `kept` times what is there, which is not read where nothing is kept.
+template <int D, class T>
+__device__ inline void leave_row(T* row, const float (&sums)[D / 8][4], int side, float factor, float kept) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(row) + threadIdx.x % 4;
+#pragma unroll
+  for (int d = 0; d < D / 8; ++d) {
+    Floats<2> x = {sums[d][side] * factor, sums[d][side + 1] * factor};
+    if (kept > 0.f) {
+      const Floats<2> there = floats_of<T, 2>(to[4 * d]);
+      x.v[0] = fmaf(kept, there.v[0], x.v[0]), x.v[1] = fmaf(kept, there.v[1], x.v[1]);
+    }
+    to[4 * d] = bits_of<T, 2>(x);
+  }
+}
+
 // -inf where bits(r) does not have a column's bit; r counts from the thread's first row, the bits from column -first.
 template <int M, int N, class Bits>
 __device__ inline void hide(float (&s)[M][N][4], int first, Bits bits) {
@@ -257,20 +273,7 @@ inline void check_heads(const View& v, const View& q, const char* name) {
   IGPT_CHECK(v.numel() == 0 || aligned, "attention: rows of %s must begin at multiples of 16 bytes; copy it", name);
 }
 
-inline void check_attention(const View& q, const View& k, const View& v, bool causal, float scale,
-                            const BlockMaskView& mask) {
-  IGPT_CHECK(q.dtype == DType::bf16 || q.dtype == DType::f16, "attention: bfloat16 or float16 only");
-  IGPT_CHECK(q.ndim == 4 && q.size[3] % 32 == 0 && q.size[3] >= 32 && q.size[3] <= 128,
-             "attention: head dim must be 32, 64, 96 or 128");
-  check_heads(q, q, "q");
-  check_heads(k, q, "k");
-  check_heads(v, q, "v");
-  IGPT_CHECK(k.size[2] == v.size[2], "attention: k and v differ in length");
-  IGPT_CHECK(!(causal || mask) || q.size[2] == k.size[2],
-             "attention: causal or masked attention needs as many keys as queries");
-  IGPT_CHECK(q.size[2] <= INT32_MAX / 2 && k.size[2] <= INT32_MAX / 2, "attention: sequences are too long");
-  IGPT_CHECK(scale > 0.f, "attention: scale must be positive");
-  if (!mask) return;
+inline void check_mask(const BlockMaskView& mask, const View& q, const View& k) {
   const int64_t nq = (q.size[2] + kTile - 1) / kTile, nk = (k.size[2] + kTile - 1) / kTile;
   IGPT_CHECK(mask.row_start.numel() == nq + 1 && mask.col_start.numel() == nk + 1,
              "attention: the mask's tile lists do not fit the sequence");
@@ -286,9 +289,33 @@ inline void check_attention(const View& q, const View& k, const View& v, bool ca
              "attention: a mask's order must be dense int32 on q's device, a slot for each token");
 }
 
-// Whether Hopper's kernels serve a call: head dims 64, 96, 128, views that a tensor map can describe, raster order.
-inline bool on_hopper(std::initializer_list<View> views, const BlockMaskView& mask) {
-  bool mapped = !mask.order;
+inline void check_attention(const View& q, const View& k, const View& v, bool causal, float scale,
+                            const MaskParts& mask) {
+  IGPT_CHECK(q.dtype == DType::bf16 || q.dtype == DType::f16, "attention: bfloat16 or float16 only");
+  IGPT_CHECK(q.ndim == 4 && q.size[3] % 32 == 0 && q.size[3] >= 32 && q.size[3] <= 128,
+             "attention: head dim must be 32, 64, 96 or 128");
+  check_heads(q, q, "q");
+  check_heads(k, q, "k");
+  check_heads(v, q, "v");
+  IGPT_CHECK(k.size[2] == v.size[2], "attention: k and v differ in length");
+  IGPT_CHECK(!(causal || mask.count) || q.size[2] == k.size[2],
+             "attention: causal or masked attention needs as many keys as queries");
+  IGPT_CHECK(q.size[2] <= INT32_MAX / 2 && k.size[2] <= INT32_MAX / 2, "attention: sequences are too long");
+  IGPT_CHECK(scale > 0.f, "attention: scale must be positive");
+  for (int64_t p = 0; p < mask.count; ++p) check_mask(mask.part[p], q, k);
+}
+
+// body(part, whether it adds to what those before it gave), in order; once with the absent mask where there is none.
+template <class F>
+void each_part(const MaskParts& mask, F body) {
+  if (mask.count == 0) body(BlockMaskView(), false);
+  for (int64_t p = 0; p < mask.count; ++p) body(mask.part[p], p > 0);
+}
+
+// Whether Hopper's kernels serve a call: head dims 64, 96, 128, views that a tensor map can describe, raster order,
+// nothing there to add to.
+inline bool on_hopper(std::initializer_list<View> views, const BlockMaskView& mask, bool add) {
+  bool mapped = !mask.order && !add;
   for (const View& x : views) {
     mapped = mapped && x.size[3] >= 64 && x.numel() > 0;
     for (int i = 0; i < 3; ++i) mapped = mapped && (x.size[i] == 1 || x.stride[i] > 0);

@@ -5,11 +5,11 @@
 //
 // Three kernels, one after the other. (1) delta, by the very mma that sums dout v^T: where a softmax has one term, o is
 // v to the bit, and dS exactly zero. With log2(e) lse it waits in the first eight bytes of the query's row of dq, which
-// nobody else needs before (3). (2) dk and dv: a block owns 128 keys of one head (64 for D > 64), and walks over the
-// queries that see them by the mask's columns, 32 at a time: S^T = K Q^T and dP^T = V dO^T are summed in registers in
-// which mma wants them as the left operand of dV += P^T dO and dK += dS^T Q. (3) dq: a block owns 128 queries and walks
-// over keys as the forward pass does: S, dP, dQ += dS K. The other side's rows come by cp.async, the next 32 while
-// these are multiplied.
+// nobody else needs before (3), or in a room of its own where a mask's second part adds to dq. (2) dk and dv: a block
+// owns 128 keys of one head (64 for D > 64), and walks over the queries that see them by the mask's columns, 32 at a
+// time: S^T = K Q^T and dP^T = V dO^T are summed in registers in which mma wants them as the left operand of dV += P^T
+// dO and dK += dS^T Q. (3) dq: a block owns 128 queries and walks over keys as the forward pass does: S, dP, dQ += dS
+// K. The other side's rows come by cp.async, the next 32 while these are multiplied.
 //
 // S and dP are computed twice: seven products of 2 D flops a score where five would do, the price of sums that no two
 // blocks share. The alternative is dq in float, added to by every block of keys: by atomics, in any order, or in turns.
@@ -86,27 +86,20 @@ __device__ inline void gradient(float& p, float& ds, const Stats& of, float scal
   ds = p * (ds - of.delta);
 }
 
-// Rows t.. of a warp's sums leave through the registers: groups of four lanes are 16 bytes side by side.
+// Rows t.. of a warp's sums leave.
 template <int M, int D, class T>
 __device__ inline void store_rows(const PlacedHead<T>& out, int64_t t, int64_t end, const Sums<M, D>& sums,
-                                  float factor) {
-  const int lane = threadIdx.x % 32;
+                                  float factor, bool add) {
 #pragma unroll
-  for (int r = 0; r < 2 * M; ++r) {
-    const int64_t at = t + 8 * r + lane / 4;
-    if (at >= end) continue;
-    T* row = out.row(at) + lane % 4 * 2;
-#pragma unroll
-    for (int d = 0; d < D / 8; ++d)
-      *reinterpret_cast<uint32_t*>(row + 8 * d) =
-          ptx::pack2<T>(sums[r / 2][d][r % 2 * 2] * factor, sums[r / 2][d][r % 2 * 2 + 1] * factor);
-  }
+  for (int r = 0; r < 2 * M; ++r)
+    if (const int64_t at = t + 8 * r + threadIdx.x % 32 / 4; at < end)
+      leave_row<D>(out.row(at), sums[r / 2], r % 2 * 2, factor, add ? 1.f : 0.f);
 }
 
 // ---- (1) stats: a warp owns 16 queries, and finds their sums on the diagonal of dO O^T ----
 
 template <int D, class T>
-__global__ void __launch_bounds__(kThreads) attention_stats_kernel(PlacedHeads<T> dq,          // [B, H, Tq, D]
+__global__ void __launch_bounds__(kThreads) attention_stats_kernel(PlacedHeads<T> stats,       // [B, H, Tq, 4 or D]
                                                                    PlacedHeads<const T> dout,  // [B, H, Tq, D]
                                                                    PlacedHeads<const T> o,     // [B, H, Tq, D]
                                                                    const float* lse,           // [B, H, Tq]
@@ -127,21 +120,21 @@ __global__ void __launch_bounds__(kThreads) attention_stats_kernel(PlacedHeads<T
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     if (const int row = first + warp_row + g + 8 * h; row < Tq)
-      *reinterpret_cast<Stats*>(dq[bh].row(row)) = {lse[int64_t(bh) * Tq + dq[bh].slot(row)] * kLog2e,
-                                                    g % 2 ? sums[0][h][2 * h + 1] : sums[0][h][2 * h]};
+      *reinterpret_cast<Stats*>(stats[bh].row(row)) = {lse[int64_t(bh) * Tq + stats[bh].slot(row)] * kLog2e,
+                                                       g % 2 ? sums[0][h][2 * h + 1] : sums[0][h][2 * h]};
 }
 
 // ---- (2) dk and dv ----
 
 template <int D, class T>
-__global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(PlacedHeads<T> dk,          // [B, H, Tk, D]
-                                                                  PlacedHeads<T> dv,          // [B, H, Tk, D]
-                                                                  PlacedHeads<const T> dq,    // [B, H, Tq, D]: stats
-                                                                  PlacedHeads<const T> dout,  // [B, H, Tq, D]
-                                                                  PlacedHeads<const T> q,     // [B, H, Tq, D]
-                                                                  PlacedHeads<const T> k,     // [B, H, Tk, D]
-                                                                  PlacedHeads<const T> v,     // [B, H, Tk, D]
-                                                                  Pattern pattern, float scale) {
+__global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(PlacedHeads<T> dk,           // [B, H, Tk, D]
+                                                                  PlacedHeads<T> dv,           // [B, H, Tk, D]
+                                                                  PlacedHeads<const T> stats,  // [B, H, Tq, 4 or D]
+                                                                  PlacedHeads<const T> dout,   // [B, H, Tq, D]
+                                                                  PlacedHeads<const T> q,      // [B, H, Tq, D]
+                                                                  PlacedHeads<const T> k,      // [B, H, Tk, D]
+                                                                  PlacedHeads<const T> v,      // [B, H, Tk, D]
+                                                                  Pattern pattern, float scale, bool add) {
   DYN_SMEM(unsigned char, memory);
   constexpr int M = kKeysM<D>, kOwn = M * kTile;
   const Shared<M, D> shared = {ptx::smem_u32(memory)};
@@ -163,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(PlacedHeads<T>
     const bool there = row < pattern.Tq;
     const int slot = stage * kStep + threadIdx.x;
     ptx::cp_async<sizeof(Stats)>(shared.base + Shared<M, D>::kStats + slot * int(sizeof(Stats)),
-                                 dq[bh].row(there ? row : 0), there ? int(sizeof(Stats)) : 0);
+                                 stats[bh].row(there ? row : 0), there ? int(sizeof(Stats)) : 0);
   };
 
   // Steps.
@@ -177,10 +170,10 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(PlacedHeads<T>
       const int row = warp_row % kTile + lane / 4;
       hide(p, first, [&](int r) { return pattern.col_bits(i, j, id, row + r); });
     }
-    const Stats* stats = reinterpret_cast<const Stats*>(memory + Shared<M, D>::kStats) + stage * kStep + lane % 4 * 2;
+    const Stats* of_step = reinterpret_cast<const Stats*>(memory + Shared<M, D>::kStats) + stage * kStep + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
-      const Stats of[2] = {stats[8 * n], stats[8 * n + 1]};
+      const Stats of[2] = {of_step[8 * n], of_step[8 * n + 1]};
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -191,19 +184,21 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(PlacedHeads<T>
   });
 
   const int64_t t = int64_t(block) * kOwn + warp_row;
-  store_rows<M, D>(dk[bh], t, pattern.Tk, sums_k, scale);
-  store_rows<M, D>(dv[bh], t, pattern.Tk, sums_v, 1.f);
+  store_rows<M, D>(dk[bh], t, pattern.Tk, sums_k, scale, add);
+  store_rows<M, D>(dv[bh], t, pattern.Tk, sums_v, 1.f, add);
 }
 
 // ---- (3) dq ----
 
 template <int D, class T>
-__global__ void __launch_bounds__(kThreads) attention_dq_kernel(PlacedHeads<T> dq,  // [B, H, Tq, D]: stats, then dq
-                                                                PlacedHeads<const T> dout,  // [B, H, Tq, D]
-                                                                PlacedHeads<const T> q,     // [B, H, Tq, D]
-                                                                PlacedHeads<const T> k,     // [B, H, Tk, D]
-                                                                PlacedHeads<const T> v,     // [B, H, Tk, D]
-                                                                Pattern pattern, float scale) {
+__global__ void __launch_bounds__(kThreads)
+    attention_dq_kernel(PlacedHeads<T> dq,           // [B, H, Tq, D]
+                        PlacedHeads<const T> stats,  // [B, H, Tq, 4 or D], of dq too
+                        PlacedHeads<const T> dout,   // [B, H, Tq, D]
+                        PlacedHeads<const T> q,      // [B, H, Tq, D]
+                        PlacedHeads<const T> k,      // [B, H, Tk, D]
+                        PlacedHeads<const T> v,      // [B, H, Tk, D]
+                        Pattern pattern, float scale, bool add) {
   DYN_SMEM(unsigned char, memory);
   constexpr int M = kQueriesM, kOwn = M * kTile;
   const Shared<M, D> shared = {ptx::smem_u32(memory)};
@@ -222,11 +217,11 @@ __global__ void __launch_bounds__(kThreads) attention_dq_kernel(PlacedHeads<T> d
     load_tile<D, kStep>(shared.other(1, stage), v[bh], t, pattern.Tk);
   };
   const int64_t t = int64_t(block) * kOwn + warp_row;
-  Stats stats[2 * M];
+  Stats of[2 * M];
 #pragma unroll
   for (int r = 0; r < 2 * M; ++r) {
     const int64_t at = t + 8 * r + lane / 4;
-    stats[r] = at < pattern.Tq ? *reinterpret_cast<const Stats*>(dq[bh].row(at)) : Stats{0.f, 0.f};
+    of[r] = at < pattern.Tq ? *reinterpret_cast<const Stats*>(stats[bh].row(at)) : Stats{0.f, 0.f};
   }
   __syncwarp();  // all four lanes of a row have read it before any writes
 
@@ -246,15 +241,15 @@ __global__ void __launch_bounds__(kThreads) attention_dq_kernel(PlacedHeads<T> d
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) gradient(p[m][n][e], ds[m][n][e], stats[2 * m + e / 2], scale2);
+        for (int e = 0; e < 4; ++e) gradient(p[m][n][e], ds[m][n][e], of[2 * m + e / 2], scale2);
     add_mix<D, T>(sums, ds, shared.other(0, stage), 0);
   });
 
-  store_rows<M, D>(dq[bh], t, pattern.Tq, sums, scale);
+  store_rows<M, D>(dq[bh], t, pattern.Tq, sums, scale, add);
 }
 
-static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse,
-                          BlockMaskView mask, bool causal, float scale, Stream stream) {
+static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse, View room,
+                          MaskParts mask, bool causal, float scale, Stream stream) {
   check_attention(q, k, v, causal, scale, mask);
   check_heads(dq, q, "dq");
   check_heads(dk, q, "dk");
@@ -266,27 +261,34 @@ static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, 
              "attention_bwd: gradients must be shaped like what they belong to");
   IGPT_CHECK(lse.dtype == DType::f32 && lse.dense() && lse.numel() == heads * Tq,
              "attention_bwd: lse must be dense float32 [B, H, Tq]");
+  IGPT_CHECK(mask.count < 2 ||
+                 (room.ndim == 4 && room.numel() == heads * Tq * 4 && room.size[3] == 4 && room.dense() &&
+                  room.dtype == q.dtype && room.device == q.device && reinterpret_cast<uintptr_t>(room.data) % 8 == 0),
+             "attention_bwd: a mask of several parts needs a room of dense [B, H, Tq, 4] in q's dtype on q's device");
   IGPT_CHECK(heads * ((std::max(Tq, Tk) + kTile - 1) / kTile) <= INT32_MAX, "attention: too many heads for one launch");
   const OnDevice device(q);
-  if (on_hopper({q, k, v, o, dout, dq}, mask))
-    return attention_bwd_sm90(dq, dk, dv, dout, q, k, v, o, lse, mask, causal, scale, stream);
-  const Pattern pattern(Tq, Tk, causal, mask);
-  by_head(q, [&]<class T, int D>() {
-    const auto blocks = [&](int64_t tokens, int rows) { return unsigned(heads * ((tokens + rows - 1) / rows)); };
-    const PlacedHeads<const T> from_dq(dq, mask), hdout(dout, mask), hq(q, mask), hk(k, mask), hv(v, mask);
-    constexpr int kKeys = kKeysM<D> * kTile, kQueries = kQueriesM * kTile;
-    constexpr int kKeysBytes = Shared<kKeysM<D>, D>::kBytes, kQueriesBytes = Shared<kQueriesM, D>::kBytes;
-    allow_shared(attention_dkdv_kernel<D, T>, kKeysBytes);
-    allow_shared(attention_dq_kernel<D, T>, kQueriesBytes);
-    if (heads && Tq)
-      LAUNCH((attention_stats_kernel<D, T>), blocks(Tq, kTile), kThreads, 4 * kTile * D, stream,
-             PlacedHeads<T>(dq, mask), hdout, PlacedHeads<const T>(o, mask), lse.as<float>(), int(Tq));
-    if (heads && Tk)
-      LAUNCH((attention_dkdv_kernel<D, T>), blocks(Tk, kKeys), kThreads, kKeysBytes, stream, PlacedHeads<T>(dk, mask),
-             PlacedHeads<T>(dv, mask), from_dq, hdout, hq, hk, hv, pattern, scale);
-    if (heads && Tq)
-      LAUNCH((attention_dq_kernel<D, T>), blocks(Tq, kQueries), kThreads, kQueriesBytes, stream,
-             PlacedHeads<T>(dq, mask), hdout, hq, hk, hv, pattern, scale);
+  each_part(mask, [&](const BlockMaskView& part, bool add) {
+    if (on_hopper({q, k, v, o, dout, dq}, part, add))
+      return attention_bwd_sm90(dq, dk, dv, dout, q, k, v, o, lse, part, causal, scale, stream);
+    const View& stats = add ? room : dq;
+    const Pattern pattern(Tq, Tk, causal, part);
+    by_head(q, [&]<class T, int D>() {
+      const auto blocks = [&](int64_t tokens, int rows) { return unsigned(heads * ((tokens + rows - 1) / rows)); };
+      const PlacedHeads<const T> of(stats, part), hdout(dout, part), hq(q, part), hk(k, part), hv(v, part);
+      constexpr int kKeys = kKeysM<D> * kTile, kQueries = kQueriesM * kTile;
+      constexpr int kKeysBytes = Shared<kKeysM<D>, D>::kBytes, kQueriesBytes = Shared<kQueriesM, D>::kBytes;
+      allow_shared(attention_dkdv_kernel<D, T>, kKeysBytes);
+      allow_shared(attention_dq_kernel<D, T>, kQueriesBytes);
+      if (heads && Tq)
+        LAUNCH((attention_stats_kernel<D, T>), blocks(Tq, kTile), kThreads, 4 * kTile * D, stream,
+               PlacedHeads<T>(stats, part), hdout, PlacedHeads<const T>(o, part), lse.as<float>(), int(Tq));
+      if (heads && Tk)
+        LAUNCH((attention_dkdv_kernel<D, T>), blocks(Tk, kKeys), kThreads, kKeysBytes, stream, PlacedHeads<T>(dk, part),
+               PlacedHeads<T>(dv, part), of, hdout, hq, hk, hv, pattern, scale, add);
+      if (heads && Tq)
+        LAUNCH((attention_dq_kernel<D, T>), blocks(Tq, kQueries), kThreads, kQueriesBytes, stream,
+               PlacedHeads<T>(dq, part), of, hdout, hq, hk, hv, pattern, scale, add);
+    });
   });
 }
 

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(PlacedHeads<T> 
                                                                  PlacedHeads<const T> q,  // [B, H, Tq, D]
                                                                  PlacedHeads<const T> k,  // [B, H, Tk, D]
                                                                  PlacedHeads<const T> v,  // [B, H, Tk, D]
-                                                                 Pattern pattern, float scale2) {
+                                                                 Pattern pattern, float scale2, bool add) {
   DYN_SMEM(unsigned char, shared);
   constexpr int kKeys = kTile * D * 2;  // bytes of a tile
   const uint32_t shared_q = ptx::smem_u32(shared), shared_k = shared_q + kRows * D * 2, shared_v = shared_k + 2 * kKeys;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(PlacedHeads<T> 
   }
   ptx::cp_async_wait<0>();
 
-  // Rows leave through the registers: pairs of four lanes are 16 bytes side by side.
+  // What other keys gave is faded as the online softmax would.
   const PlacedHead<T> out = o[bh];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
@@ -134,19 +134,18 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(PlacedHeads<T> 
     float sum = rows.sum[r];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (t >= pattern.Tq) continue;
-    const float inverse = sum > 0.f ? 1.f / sum : 0.f;
-    T* row = out.row(t) + lane % 4 * 2;
-#pragma unroll
-    for (int d = 0; d < D / 8; ++d)
-      *reinterpret_cast<uint32_t*>(row + 8 * d) =
-          ptx::pack2<T>(rows.o[m][d][side] * inverse, rows.o[m][d][side + 1] * inverse);
-    if (lane % 4 == 0)
-      lse[int64_t(bh) * pattern.Tq + out.slot(t)] = sum > 0.f ? (rows.top[r] + log2f(sum)) * kLn2 : kEmptyLse;
+    const bool here = t < pattern.Tq, first = lane % 4 == 0;
+    float* row_lse = lse + int64_t(bh) * pattern.Tq + (here ? out.slot(t) : 0);
+    const float before = __shfl_sync(0xffffffffu, add && here && first ? *row_lse : kEmptyLse, lane / 4 * 4);
+    if (!here || (add && !(sum > 0.f))) continue;
+    const float found = sum > 0.f ? (rows.top[r] + log2f(sum)) * kLn2 : kEmptyLse;
+    const float share = add ? 1.f / (1.f + expf(before - found)) : 1.f;  // of these keys in all of them
+    leave_row<D>(out.row(t), rows.o[m], side, sum > 0.f ? share / sum : 0.f, 1.f - share);
+    if (first) *row_lse = add ? fmaxf(before, found) + log1pf(expf(-fabsf(before - found))) : found;
   }
 }
 
-static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
+static void attention_fwd(View o, View lse, View q, View k, View v, MaskParts mask, bool causal, float scale,
                           Stream stream) {
   check_attention(q, k, v, causal, scale, mask);
   check_heads(o, q, "o");
@@ -156,12 +155,14 @@ static void attention_fwd(View o, View lse, View q, View k, View v, BlockMaskVie
   IGPT_CHECK(blocks <= INT32_MAX, "attention: too many heads for one launch");
   if (blocks == 0) return;
   const OnDevice device(q);
-  if (on_hopper({q, k, v}, mask)) return attention_fwd_sm90(o, lse, q, k, v, mask, causal, scale, stream);
-  by_head(q, [&]<class T, int D>() {
-    allow_shared(attention_fwd_kernel<D, T>, fwd_shared<D>());
-    LAUNCH((attention_fwd_kernel<D, T>), unsigned(blocks), kThreads, fwd_shared<D>(), stream, PlacedHeads<T>(o, mask),
-           lse.as<float>(), PlacedHeads<const T>(q, mask), PlacedHeads<const T>(k, mask), PlacedHeads<const T>(v, mask),
-           Pattern(q.size[2], k.size[2], causal, mask), scale * kLog2e);
+  each_part(mask, [&](const BlockMaskView& part, bool add) {
+    if (on_hopper({q, k, v}, part, add)) return attention_fwd_sm90(o, lse, q, k, v, part, causal, scale, stream);
+    by_head(q, [&]<class T, int D>() {
+      allow_shared(attention_fwd_kernel<D, T>, fwd_shared<D>());
+      LAUNCH((attention_fwd_kernel<D, T>), unsigned(blocks), kThreads, fwd_shared<D>(), stream, PlacedHeads<T>(o, part),
+             lse.as<float>(), PlacedHeads<const T>(q, part), PlacedHeads<const T>(k, part),
+             PlacedHeads<const T>(v, part), Pattern(q.size[2], k.size[2], causal, part), scale * kLog2e, add);
+    });
   });
 }
 

@@ -18,7 +18,7 @@ from igpt_fast.ops._native import (
     same_device,
     stream_of,
 )
-from igpt_fast.patterns import BlockMask, parts_of, unpack
+from igpt_fast.patterns import FIELDS, BlockMask, unpack
 
 
 def attention(
@@ -149,17 +149,8 @@ def slices(qkv: Tensor) -> tuple[Tensor, ...]:
 def _forward(native, q, k, v, tables, causal, scale, o=None):
     B, H, T, D = q.shape
     o, lse = empty((B, T, H, D), q).transpose(1, 2) if o is None else o, empty((B, H, T), q, torch.float32)
-    first, *others = [None] if tables is None else parts_of(tables)
-    native.attention_fwd(o, lse, *_rows(native, q, k, v), first, causal, scale, stream_of(q))
-    for part in others:
-        _merge(o, lse, *_forward(native, q, k, v, part, causal, scale))
+    native.attention_fwd(o, lse, *_rows(native, q, k, v), tables, causal, scale, stream_of(q))
     return o, lse
-
-
-def _merge(o, lse, other, other_lse):
-    """o and lse of keys in two parts, from those of each."""
-    o.lerp_(other, torch.sigmoid(other_lse - lse).unsqueeze(-1).to(o.dtype))  # in one pass, and summed in float32
-    torch.logaddexp(lse, other_lse, out=lse)
 
 
 def _forward_packed(native, qkv, groups, causal, scale):
@@ -179,14 +170,9 @@ def _rows(native, *tensors: Tensor) -> list[Tensor]:
 
 def _backward(native, dqkv, dout, q, k, v, o, lse, tables, causal, scale):
     """Fills the three gradients given as dqkv."""
-    given, stream = (*_rows(native, dout, q, k, v), o, lse), stream_of(q)
-    first, *others = [None] if tables is None else parts_of(tables)
-    native.attention_bwd(*dqkv, *given, first, causal, scale, stream)
-    for part in others:  # o and lse are those of all keys, so that the parts' gradients are summands
-        more = _grads_like(q, k)
-        native.attention_bwd(*more, *given, part, causal, scale, stream)
-        for grad, each in zip(dqkv, more, strict=True):
-            grad += each
+    several = tables is not None and len(tables) > FIELDS and has_cuda_kernels(native.name)
+    room = empty((*lse.shape, 4), q) if several else None
+    native.attention_bwd(*dqkv, *_rows(native, dout, q, k, v), o, lse, room, tables, causal, scale, stream_of(q))
 
 
 def _grads_like(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:

@@ -21,9 +21,10 @@ from igpt_fast.patterns.predicates import (
     row,
     strided,
 )
-from igpt_fast.patterns.tables import TILE, parts_of, unpack
+from igpt_fast.patterns.tables import FIELDS, TILE, parts_of, unpack
 
 __all__ = [
+    "FIELDS",
     "PATTERNS",
     "TILE",
     "BlockMask",

@@ -31,6 +31,7 @@ namespace {
 using igpt::BlockMaskView;
 using igpt::DType;
 using igpt::LayersView;
+using igpt::MaskParts;
 using igpt::MasksView;
 using igpt::Ops;
 using igpt::Stream;
@@ -83,6 +84,9 @@ class Reader {
     } else if constexpr (std::is_same_v<T, BlockMaskView>) {
       if (content_.at(at_) == 0) return ++at_, BlockMaskView();
       return {view(), view(), view(), view(), view(), view(), view(), view(), view()};
+    } else if constexpr (std::is_same_v<T, MaskParts>) {
+      if (content_.at(at_++) != 0) throw std::runtime_error("calls with masks are not recorded");
+      return {};
     } else if constexpr (std::is_same_v<T, LayersView> || std::is_same_v<T, MasksView>) {
       throw std::runtime_error("calls with layers are not recorded");
     } else {

@@ -24,6 +24,7 @@ using igpt::BlockMaskView;
 using igpt::DType;
 using igpt::LayersView;
 using igpt::LayerView;
+using igpt::MaskParts;
 using igpt::MasksView;
 using igpt::Ops;
 using igpt::View;
@@ -71,9 +72,15 @@ class Copies {
     return v;
   }
   BlockMaskView guard(BlockMaskView m) {
-    for (View* v : {&m.row_start, &m.row_tile, &m.row_mask, &m.col_start, &m.col_tile, &m.col_mask, &m.bits, &m.bits_t})
+    for (View* v :
+         {&m.row_start, &m.row_tile, &m.row_mask, &m.col_start, &m.col_tile, &m.col_mask, &m.bits, &m.bits_t, &m.order})
       *v = guard(*v);
     return m;
+  }
+  MaskParts guard(MaskParts m) {
+    masks_.assign(m.part, m.part + m.count);
+    for (BlockMaskView& y : masks_) y = guard(y);
+    return {masks_.data(), m.count};
   }
   LayersView guard(LayersView l) {
     layers_.assign(l.layer, l.layer + l.count);

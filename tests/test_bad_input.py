@@ -126,6 +126,16 @@ def test_attention_refuses_a_broken_order_and_decoding_any(backend, change):
 
 
 @pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("i", [1, 4])
+def test_attention_refuses_rows_and_columns_that_differ(backend, i):
+    tables, q = list(compiled("local", (8, 24)).tensors), torch.randn(1, 2, 192, 32)
+    tables[i] = tables[i].flip(0)
+    lse = torch.zeros(1, 2, 192)
+    with pytest.raises(ValueError, match="rows and columns name different tiles"):
+        BACKENDS[backend].attention_bwd(*[q.clone() for _ in range(8)], lse, None, tuple(tables), True, 0.3, 0)
+
+
+@pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize(("i", "change"), BROKEN_TABLES)
 def test_a_decoding_step_refuses_a_broken_mask(backend, i, change):
     tables = list(compiled("local", (8, 16)).tensors)

@@ -3,7 +3,7 @@
     PYTHONPATH=tests python -m simt.calls FILE
 
 So a new op comes under the sanitizers by having a case there. A call: its name and its arguments, each
-as a number or a tensor, in native byte order; drive.cpp knows how many there are from struct Ops.
+as a number, a tensor or several tensors, in native byte order; drive.cpp knows how many there are from struct Ops.
 """
 
 import struct
@@ -29,7 +29,7 @@ def argument(a: Any) -> bytes:
     if a is None:
         return b"\0"
     if isinstance(a, tuple | list):
-        return b"".join(map(argument, a))
+        return b"\3" + struct.pack("=Q", len(a)) + b"".join(map(argument, a))
     if not isinstance(a, Tensor):
         return b"\1" + struct.pack("=d", float(a))
     span = 1 + sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True)) if a.numel() else 0

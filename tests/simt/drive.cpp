@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <list>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -82,11 +83,11 @@ class Reader {
       number();
       return {};
     } else if constexpr (std::is_same_v<T, BlockMaskView>) {
-      if (content_.at(at_) == 0) return ++at_, BlockMaskView();
-      return {view(), view(), view(), view(), view(), view(), view(), view(), view()};
+      const auto masks = several();
+      return masks.empty() ? BlockMaskView() : masks.at(0);
     } else if constexpr (std::is_same_v<T, MaskParts>) {
-      if (content_.at(at_++) != 0) throw std::runtime_error("calls with masks are not recorded");
-      return {};
+      parts_.push_back(several());
+      return {parts_.back().data(), int64_t(parts_.back().size())};
     } else if constexpr (std::is_same_v<T, LayersView> || std::is_same_v<T, MasksView>) {
       throw std::runtime_error("calls with layers are not recorded");
     } else {
@@ -111,6 +112,15 @@ class Reader {
     if (raw<char>() != 1) throw std::runtime_error("a number was expected");
     return raw<double>();
   }
+  std::vector<BlockMaskView> several() {
+    std::vector<BlockMaskView> masks;
+    const char kind = raw<char>();
+    if (kind == 0) return masks;
+    if (kind != 3) throw std::runtime_error("the tensors of a mask were expected");
+    for (uint64_t n = raw<uint64_t>() / 9; n; --n)
+      masks.push_back({view(), view(), view(), view(), view(), view(), view(), view(), view()});
+    return masks;
+  }
   View view() {
     View v;
     const char kind = raw<char>();
@@ -126,6 +136,7 @@ class Reader {
     v.data = buffers.back()->data();
     return v;
   }
+  std::list<std::vector<BlockMaskView>> parts_;  // what calls point into
   std::vector<char> content_;
   size_t at_ = 0;
 };

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast import ops
-from igpt_fast.cached import Decoder, KVCache, cache_slots, check_order, decode_one_token, prefill
+from igpt_fast.cached import Decoder, KVCache, cache_slots, check_order, prefill
 from igpt_fast.config import Config
+from igpt_fast.drawing import Options, draw
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.ops.sampling import check_sampling
@@ -104,7 +104,7 @@ def _generate(
     rows: list[tuple[int, int, int]],
     seed: int,
     batch: int | None,
-    options: tuple[float, int | None, float | None],
+    options: Options,
     progress: Progress | None,
 ) -> Tensor:
     """Images [len(rows), H, W]. A row is (index into known [M, K], image, completion); the last two name its stream."""
@@ -119,15 +119,11 @@ def _generate(
             part, images = rows[start : start + size], out[start : start + size]
             logits, decoder = _start(model, known, [row[0] for row in part], prefixes)
             uniforms = torch.from_numpy(np.stack([_stream(seed, row[1:], c.tokens) for row in part], axis=1))
-            for at, uniform in enumerate(uniforms.to(known.device).unbind()[count:], start=count):
-                token = ops.sample_tokens(logits, uniform, *options)
-                images[:, at] = token
-                if (at + 1) % c.size[1] == 0 or at + 1 == c.tokens:  # once a line, because looking waits for the device
-                    _refuse_garbage(images[:, count : at + 1], start, count, c.size[1])
+            for done in draw(decoder, logits, images, uniforms.to(known.device), options):
+                if done % c.size[1] == 0 or done == c.tokens:  # once a line, because looking waits for the device
+                    _refuse_garbage(images[:, count:done], start, count, c.size[1])
                     if progress is not None:
-                        progress(start * left + len(part) * (at + 1 - count), len(rows) * left)
-                if at + 1 < c.tokens:
-                    logits = decode_one_token(decoder, token.clamp(min=0))
+                        progress(start * left + len(part) * (done - count), len(rows) * left)
     return out.view(-1, *c.size)
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"palette", "kmeans", "images", "decode", "arrays", "sources", "pixels", "tokens"},
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},
-    {"cached", "sample", "classify", "run", "batches"},
+    {"cached", "drawing", "sample", "classify", "run", "batches"},
     {"train", "probe", "evaluate", "sklearn"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},

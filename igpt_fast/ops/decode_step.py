@@ -94,7 +94,7 @@ def decode_step(
     cache: Tensor,
     pixels: Tensor,
     weights: StepWeights,
-    slot: int,
+    slot: int | Tensor,
     eps: float = 1e-5,
     masks: StepMasks | Sequence[BlockMask | Sequence[BlockMask | None] | None] = (),
     pages: Tensor | None = None,
@@ -104,6 +104,7 @@ def decode_step(
     cache [L, B, 2, H, T, D], contiguous, k before v: it holds the slots below `slot` and receives `slot`   pixels [B]
     masks: empty, or what StepMasks takes; give a StepMasks itself to have them looked up once. The queries are row
     `slot`, and only what they see is read. A row's bits do not depend on the other rows.
+    slot: a number; or int64 [1] on a GPU, where nobody looks at it: so a CUDA graph may go on counting it
     pages int32 [tiles]: slot t is at pages[t // 64] * 64 + t % 64 of a cache of fewer slots, and every head has a mask,
     of which none shows a page whose place another has taken (`igpt_fast.patterns.pages_of`)
     Raises InputError for shapes, masks and pages that do not fit or a slot outside 0..T-1.
@@ -113,12 +114,21 @@ def decode_step(
             f"decode_step: cache {list(cache.shape)} does not fit {len(weights.layers)} layers and pixels "
             f"{list(pixels.shape)}; expected [layers, B, 2, heads, T, head_dim] and [B]"
         )
-    slots = cache.shape[4] if pages is None else min(pages.numel() * TILE, len(weights.wpe))
+    slots, counted = cache.shape[4] if pages is None else min(pages.numel() * TILE, len(weights.wpe)), None
+    if isinstance(slot, Tensor):
+        if slot.shape != (1,) or slot.dtype is not torch.int64 or torch.compiler.is_compiling():
+            raise InputError(
+                f"decode_step: slot is {slot.dtype} {list(slot.shape)}; give a number, or int64 [1], which "
+                "torch.compile does not take"
+            )
+        counted, slot = slot, slots - 1
     if not 0 <= slot < slots:
         raise InputError(f"decode_step: slot is {slot}; the cache has the slots 0 to {slots - 1}")
-    same_device("decode_step", cache=cache, pixels=pixels, wte=weights.wte, pages=pages)
+    same_device("decode_step", cache=cache, pixels=pixels, wte=weights.wte, pages=pages, slot=counted)
     masks = _checked(masks, len(cache), slot)
     check_pages("decode_step", pages, slot + 1, cache.shape[4], masks is not None and masks.everywhere)
+    if counted is not None:
+        return _by_single_ops(cache, pixels, weights, masks, counted, eps, pages)
     if torch.compiler.is_compiling():
         flat = [t for layer in weights.layers for t in layer]
         tables = [t for mask in masks.distinct for t in mask.to(cache.device).tensors] if masks else []
@@ -156,10 +166,7 @@ def _decode_step(
         refusal = "the cache is not contiguous or differs from the weights in dtype"
     native = backend_for("decode_step", (cache, w.wte), refusal)
     if native is None:
-        seen = masks.on(cache.device) if masks else ()
-        return reference.decode_step.decode_step(
-            cache, pixels, w.wte, w.wpe, w.layers, w.ln_f, w.wtet, slot, eps, _OURS, seen, pages
-        )
+        return _by_single_ops(cache, pixels, w, masks, slot, eps, pages)
     logits = empty((len(pixels), len(w.wtet)), w.wtet)
     flat = cache.view(len(cache), -1, *cache.shape[-2:])
     seen, stream = masks.native if masks else None, stream_of(cache)
@@ -168,6 +175,21 @@ def _decode_step(
         logits, flat, pixels.contiguous(), w.wte, w.wpe, w.native, w.ln_f, w.wtet, places, seen, slot, eps, stream
     )
     return logits
+
+
+def _by_single_ops(
+    cache: Tensor,
+    pixels: Tensor,
+    w: StepWeights,
+    masks: StepMasks | None,
+    slot: int | Tensor,
+    eps: float,
+    pages: Tensor | None,
+) -> Tensor:
+    """By single ops, which read the slot where it is."""
+    seen, heads = masks.on(cache.device) if masks else (), (w.ln_f, w.wtet)
+    step = reference.decode_step.decode_step
+    return step(cache, pixels, w.wte, w.wpe, w.layers, *heads, slot, eps, _OURS, seen, pages)
 
 
 @torch.library.custom_op("igpt::decode_step", mutates_args=("cache",))

@@ -42,7 +42,7 @@ def decode_step(
     layers: Sequence[LayerWeights],
     ln_f: Tensor,
     wtet: Tensor,
-    slot: int,
+    slot: int | Tensor,
     eps: float = 1e-5,
     kit: Kit = Kit(),
     seen: Sequence[Sequence[Any]] = (),
@@ -55,32 +55,48 @@ def decode_step(
     seen: of each layer one or more masks as the kit's attention takes them, here bool [T, T], or None, which shows all;
     head h looks through the entry h % their number. The queries are row `slot`.
     pages [tiles]: slot t of the sequence is at pages[t // 64] * 64 + t % 64 of the cache, without it at t
+    slot: a number, or int64 [1] on the cache's device, which is then never waited for
     """
-    place = torch.full((1,), slot, device=cache.device)
-    if pages is not None:  # as a tensor: a GPU would have to be waited for to make it a number
-        place = pages[slot // PAGE].long().view(1) * PAGE + slot % PAGE
-    h = wte[pixels] + wpe[slot]
+    if isinstance(slot, Tensor):
+        at, length = slot, cache.shape[4] if pages is None else len(wpe)
+        lengths = (slot + 1).int().expand(len(pixels))
+    else:
+        at, length, lengths = torch.full((1,), slot, device=cache.device), slot + 1, None
+    place = at if pages is None else pages[at // PAGE].long() * PAGE + at % PAGE
+    h, delta = wte[pixels] + wpe[at], None
     for index, (w, kept) in enumerate(zip(layers, cache, strict=True)):
-        qkv = kit.linear(kit.rms_norm(h, w.ln_1, eps), w.qkv, w.qkv_bias)
+        x, h = _norm(kit, h, delta, w.ln_1, eps)
+        qkv = kit.linear(x, w.qkv, w.qkv_bias)
         q, k, v = qkv.unflatten(-1, (3, kept.shape[2], -1)).unsqueeze(-2).unbind(1)  # [B, H, 1, D]
         kept.index_copy_(3, place, torch.stack((k, v), 1).to(kept.dtype))
-        mixed = _attention(kit, q, *kept.unbind(1), slot + 1, seen[index] if seen else (None,), pages)
-        h = h + kit.linear(mixed.flatten(1), w.attn_proj, w.attn_proj_bias)
-        z = kit.linear(kit.rms_norm(h, w.ln_2, eps), w.fc)
-        h = h + kit.linear(kit.bias_quick_gelu(z, w.fc_bias), w.mlp_proj, w.mlp_proj_bias)
-    return kit.linear(kit.rms_norm(h, ln_f, eps), wtet)
+        mixed = _attention(kit, q, *kept.unbind(1), length, lengths, seen[index] if seen else (None,), pages)
+        x, h = _norm(kit, h, kit.linear(mixed.flatten(1), w.attn_proj, w.attn_proj_bias), w.ln_2, eps)
+        delta = kit.linear(kit.bias_quick_gelu(kit.linear(x, w.fc), w.fc_bias), w.mlp_proj, w.mlp_proj_bias)
+    return kit.linear(_norm(kit, h, delta, ln_f, eps)[0], wtet)
+
+
+def _norm(kit: Kit, h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of h + delta, and h + delta."""
+    return (kit.rms_norm(h, weight, eps), h) if delta is None else kit.rms_norm(delta, weight, eps, h)
 
 
 def _attention(
-    kit: Kit, q: Tensor, k: Tensor, v: Tensor, length: int, seen: Sequence[Any], pages: Tensor | None
+    kit: Kit,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: int,
+    lengths: Tensor | None,
+    seen: Sequence[Any],
+    pages: Tensor | None,
 ) -> Tensor:
     """A head's own mask: those that share one are a slice of the heads."""
     count = len(seen)
     if count == 1:
-        return kit.attention_decode(q, k, v, length, None, None, seen[0], pages=pages)
+        return kit.attention_decode(q, k, v, length, None, lengths, seen[0], pages=pages)
     mixed = torch.empty_like(q)
     for first in range(min(count, q.size(1))):
         some = slice(first, None, count)
         parts = q[:, some], k[:, some], v[:, some]
-        mixed[:, some] = kit.attention_decode(*parts, length, None, None, seen[first], pages=pages)
+        mixed[:, some] = kit.attention_decode(*parts, length, None, lengths, seen[first], pages=pages)
     return mixed

@@ -1,0 +1,78 @@
+"""The pixels of images, drawn one by one. On a GPU a step is recorded once, as a CUDA graph, and replayed thereafter.
+
+A step is a few hundred small kernels, which the host could launch no faster than every few microseconds.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from igpt_fast import ops
+from igpt_fast.cached import Decoder, decode_one_token
+
+log = logging.getLogger("igpt_fast")
+
+Options = tuple[float, int | None, float | None]  # temperature, top_k, top_p
+FIRST_STEPS = 2  # of those that a graph replays: before it is recorded libraries have made what they make only once
+
+
+def draw(decoder: Decoder, logits: Tensor, images: Tensor, uniforms: Tensor, options: Options) -> Iterator[int]:
+    """Fills in the pixels behind those that the decoder's cache knows; says after each how many are known.
+
+    logits [N, colors] of the first pixel to draw   images int64 [N, T]   uniforms float64 [T, N]: pixel t's in row t
+    A row of logits that are not finite leaves -1.
+    """
+    first, last = decoder.cache.length - 1, images.shape[1] - 1
+    if images.device.type != "cuda":
+        for at in range(first, last + 1):
+            images[:, at] = token = ops.sample_tokens(logits, uniforms[at], *options)
+            if at < last:
+                logits = decode_one_token(decoder, token.clamp(min=0))
+            yield at + 1
+        return
+    steps = CountedSteps(decoder, logits, images, uniforms, options)
+    run = steps.step
+    for at in range(first, last):
+        if at == first + FIRST_STEPS:
+            run = recorded(run)
+        run()
+        decoder.cache.length += 1
+        yield at + 1
+    steps.draw()
+    yield last + 1
+
+
+class CountedSteps:
+    """Steps that differ in nothing that the host knows: where they are is counted on the device."""
+
+    def __init__(self, decoder: Decoder, logits: Tensor, images: Tensor, uniforms: Tensor, options: Options) -> None:
+        self.decoder, self.logits, self.images = decoder, logits.clone(), images
+        self.uniforms, self.options = uniforms, options
+        self.at = torch.full((1,), decoder.cache.length - 1, device=images.device)  # the pixel to draw
+
+    def draw(self) -> Tensor:
+        """One pixel of each image → int64 [N]"""
+        token = ops.sample_tokens(self.logits, self.uniforms.index_select(0, self.at)[0], *self.options)
+        self.images.index_copy_(1, self.at, token.unsqueeze(1))
+        return token
+
+    def step(self) -> None:
+        """One pixel of each image, and the logits of the next."""
+        d, pixel = self.decoder, self.draw().clamp(min=0)
+        self.at += 1  # slot t of the cache has pixel t - 1
+        eps, pages = d.config.eps, d.cache.pages
+        self.logits.copy_(ops.decode_step(d.cache.data, pixel, d.weights, self.at, eps, d.masks, pages))
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of the step; the step itself, with a word why, where it cannot be recorded."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        log.warning("sampling launches the kernels of every step one by one: no CUDA graph of it: %s", error)
+        return step
+    return graph.replay

@@ -205,7 +205,7 @@ def test_the_order_with_clearly_the_fewest_tiles_is_taken(text, size, order):
 def test_parts_hold_only_what_those_before_do_not(monkeypatch):
     """On a small grid, where another part is not worth it unless that is said to be free."""
     monkeypatch.setattr("igpt_fast.patterns.block_mask.PART", 0)
-    monkeypatch.setattr("igpt_fast.patterns.block_mask.WORTH", 9)
+    monkeypatch.setattr("igpt_fast.patterns.block_mask.WORTH_PARTS", 9)
     monkeypatch.setattr("igpt_fast.patterns.orders.WORTH", 0.99)
     for text, causal in (("row | column", True), ("column | row | column", True), ("row | column", False)):
         mask = BlockMask.compile(text, (24, 20), causal)

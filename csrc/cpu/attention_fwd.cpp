@@ -26,7 +26,7 @@ constexpr int kVectors = kTile / kLanes;  // vectors in a row of a tile
 
 // Turns row r of S into P, and brings m, l and the row of O up to date. Where a vector of bits is empty, S is not read.
 template <class E, bool kFull>
-static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale2, uint64_t bits,
+static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale, uint64_t bits,
                                const Dropout& dropout, uint64_t query, int64_t first_key) {
   const float* s = w.s.get() + r * kTile;
   const auto empty = [&](int i) { return !kFull && (bits >> (i * kLanes) & ((1ull << kLanes) - 1)) == 0; };
@@ -34,7 +34,7 @@ static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float sc
   vf top = splat(-INFINITY);
   for (int i = 0; i < kVectors; ++i) {
     if (empty(i)) continue;
-    v[i] = load(s + i * kLanes) * scale2;
+    v[i] = load(s + i * kLanes) * scale;
     if (!kFull) v[i] = keep(uint32_t(bits >> (i * kLanes)), v[i], splat(-INFINITY));
     top = max(top, v[i]);
   }
@@ -46,7 +46,7 @@ static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float sc
       E::store_a(p, i * kLanes, vf{});
       continue;
     }
-    v[i] = exp2(v[i] - m);
+    v[i] = exp2((v[i] - m) * kLog2e);  // of a single key exactly 1, here and in the backward pass
     total += v[i];
     if (dropout)
       v[i] *= dropout.weights(vu{} + uint32_t(query), vu{} + uint32_t(query >> 32),
@@ -57,7 +57,7 @@ static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float sc
     w.l[r] += sum(total);
     return;
   }
-  const float fade = exp2(splat(before - m))[0];
+  const float fade = exp2(splat((before - m) * kLog2e))[0];
   w.m[r] = m;
   w.l[r] = w.l[r] * fade + sum(total);
   float* o = w.o.get() + r * Dp;
@@ -88,10 +88,10 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
     });
     for (int64_t r = extent.all_queries.begin; r < std::min(rows, extent.all_queries.end); ++r)
       if (full)
-        softmax_row<E, true>(w, r, Dp, scale * kLog2e, ~0ull, dropout, dropout.query(bh, t + r), j * kTile);
+        softmax_row<E, true>(w, r, Dp, scale, ~0ull, dropout, dropout.query(bh, t + r), j * kTile);
       else
-        softmax_row<E, false>(w, r, Dp, scale * kLog2e, tiles.row_bits(i, j, tile.mask, r), dropout,
-                              dropout.query(bh, t + r), j * kTile);
+        softmax_row<E, false>(w, r, Dp, scale, tiles.row_bits(i, j, tile.mask, r), dropout, dropout.query(bh, t + r),
+                              j * kTile);
     Extent::each(extent.keys, {extent.all_queries.begin, std::min(rows, extent.all_queries.end)},
                  [&](Extent::Range queries, Extent::Range seen) {
                    const Extent::Range units = seen.to(E::kStep);
@@ -103,7 +103,7 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
   const Head<T> o(out, bh, tiles.order());
   for (int64_t r = 0; r < rows; ++r) {
     o.ask(t + r + kRowsAhead, t + rows, D);
-    const float l = w.l[r], here = l > 0.f ? w.m[r] * kLn2 + std::log(l) : kEmptyLse;
+    const float l = w.l[r], here = l > 0.f ? w.m[r] + std::log(l) : kEmptyLse;
     if (add && !(l > 0.f)) continue;
     float& known = lse.as<float>()[bh * tiles.Tq + o.slot(t + r)];
     const float share = add ? 1.f / (1.f + std::exp(known - here)) : 1.f;  // of these keys in all of them

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast.errors import InputError
-from igpt_fast.patterns.orders import ORDERS, PART, WORTH, fewest_tiles
+from igpt_fast.patterns.orders import ORDERS, PART, WORTH_PARTS, fewest_tiles
 from igpt_fast.patterns.parse import parse
 from igpt_fast.patterns.predicates import Pattern, Pixels, Predicate
 from igpt_fast.patterns.tables import FIELDS, TILE, Builder, Tables, empty_block, parts_of, reordered
@@ -128,8 +128,8 @@ class BlockMask:
             own, count = fewest_tiles(tables, size)
             by_order[own] = by_order.get(own, ()) + tables
             apart += count
-        apart += PART * len(self.tensors[0]) * (len(by_order) - 1)
-        if len(by_order) < 2 or apart > WORTH * together:
+        apart += PART * (len(self.tensors[0]) - 1) * (len(by_order) - 1)
+        if len(by_order) < 2 or apart > WORTH_PARTS * together:
             return self if name == "raster" else self.in_order(name, ORDERS[name](size))
         split, names = (), [name for name in ORDERS if name in by_order]
         for name in names:

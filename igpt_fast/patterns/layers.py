@@ -6,6 +6,7 @@ elements are None, a text, or a sequence that is cycled over the heads. "dense" 
 
 import typing
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -78,7 +79,9 @@ def _pattern_tables(
 
 @_pattern_tables.register_fake
 def _(text, height, width, causal, slots, device):
-    known = _kept(text, (height, width), causal, slots, torch.device("cpu")).tensors
+    # In a thread of its own: here tensors have no values, which a mask that is not yet known is compiled from.
+    with ThreadPoolExecutor(1) as aside:
+        known = aside.submit(_kept, text, (height, width), causal, slots, torch.device("cpu")).result().tensors
     return [torch.empty(t.shape, dtype=t.dtype, device=device) for t in known]
 
 

@@ -45,8 +45,9 @@ def _grid(size: Size) -> tuple[Tensor, Tensor]:
     return torch.div(index, size[1], rounding_mode="floor"), index % size[1]
 
 
-PART = 2  # what another part costs, in tiles a row of tiles: q, k, v are read again, the parts are merged
 WORTH = 0.6  # in other orders kernels look up where each row lies, and Hopper's own are for the raster alone
+PART = 1  # what another part costs, in tiles a row of tiles: q, k, v are read again, o and the gradients added to
+WORTH_PARTS = 0.7  # of the tiles in one part
 
 # Name → size → int64 [T]: the slot that stands at each place.
 ORDERS: dict[str, Callable[[Size], Tensor]] = {

@@ -66,6 +66,16 @@ def test_any_mask_in_any_order(backend, dtype, parts, tokens, head_dim, density)
     assert k.grad[:, :, ~seen.any(0)].eq(0).all() and v.grad[:, :, ~seen.any(0)].eq(0).all()
 
 
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+def test_what_is_not_a_number_shows_whatever_part_it_is_in(backend, dtype):
+    seen = torch.ones(70, 70, dtype=torch.bool).tril()
+    q, k, v = (t.to(dtype) for t in heads(1, 2, 70, 32))
+    k[:, :, 13] = torch.nan
+    with use_backend(backend, poison=True):
+        out = ops.attention(q, k, v, in_parts(seen, 1), False)
+    assert torch.equal(out.isnan().all(-1), seen[:, 13].expand(1, 2, 70)) and out[:, :, :13].isfinite().all()
+
+
 @pytest.mark.parametrize(("backend", "dtype"), [c for c in CASES if c[0] not in BENCH])
 def test_the_order_that_a_pattern_takes_changes_nothing_but_rounding(backend, dtype):
     """At sizes where the compiler chooses: one order for all, and one for each part of a union."""

@@ -103,11 +103,11 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
   const Head<T> o(out, bh, tiles.order());
   for (int64_t r = 0; r < rows; ++r) {
     o.ask(t + r + kRowsAhead, t + rows, D);
-    const float l = w.l[r], here = l > 0.f ? w.m[r] + std::log(l) : kEmptyLse;
-    if (add && !(l > 0.f)) continue;
+    const float l = w.l[r], here = l == 0.f ? kEmptyLse : w.m[r] + std::log(l);
+    if (add && l == 0.f) continue;
     float& known = lse.as<float>()[bh * tiles.Tq + o.slot(t + r)];
     const float share = add ? 1.f / (1.f + std::exp(known - here)) : 1.f;  // of these keys in all of them
-    const float factor = l > 0.f ? share / l : 0.f;
+    const float factor = l == 0.f ? 0.f : share / l;
     T* to = o.row(t + r);
     float* row = w.o.get() + r * Dp;
     for (int64_t c = 0; c < Dp; c += kLanes) {

@@ -137,10 +137,10 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(PlacedHeads<T> 
     const bool here = t < pattern.Tq, first = lane % 4 == 0;
     float* row_lse = lse + int64_t(bh) * pattern.Tq + (here ? out.slot(t) : 0);
     const float before = __shfl_sync(0xffffffffu, add && here && first ? *row_lse : kEmptyLse, lane / 4 * 4);
-    if (!here || (add && !(sum > 0.f))) continue;
-    const float found = sum > 0.f ? (rows.top[r] + log2f(sum)) * kLn2 : kEmptyLse;
+    if (!here || (add && sum == 0.f)) continue;
+    const float found = sum == 0.f ? kEmptyLse : (rows.top[r] + log2f(sum)) * kLn2;
     const float share = add ? 1.f / (1.f + expf(before - found)) : 1.f;  // of these keys in all of them
-    leave_row<D>(out.row(t), rows.o[m], side, sum > 0.f ? share / sum : 0.f, 1.f - share);
+    leave_row<D>(out.row(t), rows.o[m], side, sum == 0.f ? 0.f : share / sum, 1.f - share);
     if (first) *row_lse = add ? fmaxf(before, found) + log1pf(expf(-fabsf(before - found))) : found;
   }
 }

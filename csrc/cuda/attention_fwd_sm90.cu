@@ -137,9 +137,9 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
       float sum = rows.sum[r];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      inverse[r] = sum > 0.f ? 1.f / sum : 0.f;
+      inverse[r] = sum == 0.f ? 0.f : 1.f / sum;
       if (threadIdx.x % 4 == 0 && t + 8 * r < pattern.Tq)
-        lse[int64_t(bh) * pattern.Tq + t + 8 * r] = sum > 0.f ? (rows.top[r] + log2f(sum)) * kLn2 : kEmptyLse;
+        lse[int64_t(bh) * pattern.Tq + t + 8 * r] = sum == 0.f ? kEmptyLse : (rows.top[r] + log2f(sum)) * kLn2;
     }
     store_rows<D>(o[bh], t, pattern.Tq, sums, inverse);
   }

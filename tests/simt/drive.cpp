@@ -60,15 +60,18 @@ class Buffer {
 
 // ---- recorded calls ----
 
+std::vector<char> content_of(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error("no calls in " + path);
+  std::vector<char> content(std::filesystem::file_size(path));  // some 300 MB: a byte at a time takes a minute
+  if (!file.read(content.data(), std::streamsize(content.size()))) throw std::runtime_error("cannot read " + path);
+  return content;
+}
+
 class Reader {
  public:
-  explicit Reader(const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    if (!file) throw std::runtime_error("no calls in " + path);
-    content_.resize(std::filesystem::file_size(path));  // some 300 MB: a byte at a time takes a minute
-    if (!file.read(reinterpret_cast<char*>(content_.data()), std::streamsize(content_.size())))
-      throw std::runtime_error("cannot read " + path);
-  }
+  explicit Reader(const std::vector<char>& content) : content_(content) {}
+  bool skipping = false;  // the bytes of tensors, of a call that will not be made
   bool more() const { return at_ < content_.size(); }
   std::string name() {
     std::string s(raw<uint32_t>(), '\0');
@@ -103,10 +106,13 @@ class Reader {
     take(&x, sizeof x);
     return x;
   }
-  void take(void* to, size_t bytes) {
+  const char* skip(size_t bytes) {
     if (bytes > content_.size() - at_) throw std::runtime_error("the file of calls ends too early");
-    std::copy_n(content_.data() + at_, bytes, static_cast<char*>(to));  // also no bytes to nowhere
     at_ += bytes;
+    return content_.data() + at_ - bytes;
+  }
+  void take(void* to, size_t bytes) {
+    std::copy_n(skip(bytes), bytes, static_cast<char*>(to));  // also no bytes to nowhere
   }
   double number() {
     if (raw<char>() != 1) throw std::runtime_error("a number was expected");
@@ -129,7 +135,9 @@ class Reader {
     v.dtype = DType(raw<uint8_t>()), v.ndim = raw<uint8_t>(), v.device = world::kDevice;
     for (int64_t& n : v.size) n = raw<int64_t>();
     for (int64_t& n : v.stride) n = raw<int64_t>();
-    Bytes content(raw<uint64_t>());
+    const uint64_t bytes = raw<uint64_t>();
+    if (skipping) return skip(bytes), v;
+    Bytes content(bytes);
     take(content.data(), content.size());
     if (content.empty()) return v;  // absent, as torch's empty tensors are
     buffers.push_back(std::make_unique<Buffer>(content));
@@ -137,7 +145,7 @@ class Reader {
     return v;
   }
   std::list<std::vector<BlockMaskView>> parts_;  // what calls point into
-  std::vector<char> content_;
+  const std::vector<char>& content_;
   size_t at_ = 0;
 };
 
@@ -211,13 +219,20 @@ bool agrees(const std::string& name, const std::function<Bytes()>& result) {
 int replay(const char* path, const std::string& only) {
   bool good = true;
   int calls = 0;
-  std::vector<std::unique_ptr<Reader>> runs;  // of one file, one each, so that every run starts from the same bytes
-  for (int i = 0; i < world::kKinds * world::kRuns; ++i) runs.push_back(std::make_unique<Reader>(path));
+  const std::vector<char> content = content_of(path);
+  std::vector<std::unique_ptr<Reader>> runs;  // one each, so that every run starts from the same bytes
+  for (int i = 0; i < world::kKinds * world::kRuns; ++i) runs.push_back(std::make_unique<Reader>(content));
   while (runs[0]->more()) {
     std::vector<Replay> call;
     std::string name;
-    for (auto& reader : runs) name = reader->name(), call.push_back(next(*reader, name));
-    if (!only.empty() && name != only) continue;
+    bool wanted = true;
+    for (auto& reader : runs) {
+      name = reader->name();
+      wanted = only.empty() || name == only;
+      reader->skipping = !wanted;
+      call.push_back(next(*reader, name));
+    }
+    if (!wanted) continue;
     size_t i = 0;
     for (int kind = 0; kind < world::kKinds; ++kind) {
       world::kind(kind);

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Registers, shared memory and spills of every CUDA kernel, by nvcc -Xptxas -v; fails on a spill or local memory. The
-# table is kept in benchmarks/results/spills.txt.
+# Registers, shared memory and spills of every CUDA kernel, by nvcc -Xptxas -v; fails on a spill or local memory, and
+# where the assembler makes every wgmma wait for the one before. The table is kept in benchmarks/results/spills.txt.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(mktemp -d)
@@ -24,3 +24,4 @@ awk '/Compiling entry function/ { split($0, part, "\047"); kernel = part[2]; arc
 cp "$out/table" "$root/benchmarks/results/spills.txt"
 cat "$out/table"
 awk '/bytes stack frame/ && ($1 + $5 + $9 > 0) { bad = 1 } END { exit bad }' "$out/log" || { echo "error: a kernel spills or uses local memory" >&2; exit 1; }
+! grep "wgmma.mma_async instructions are serialized" "$out/log" >&2 || { echo "error: a kernel's wgmma are serialized" >&2; exit 1; }

@@ -219,8 +219,8 @@ struct Pattern {
     if (col_start) return {col_start[j], col_start[j + 1]};
     return {causal ? j : 0, nq};
   }
-  // True when every query of tile i sees every key of tile j.
-  __device__ bool whole(int i, int j, int id) const { return id == -1 && !(causal && i == j) && (j + 1) * kTile <= Tk; }
+  // True when every query of tile i sees every key of tile j, or would but for a mask.
+  __device__ bool whole(int i, int j) const { return !(causal && i == j) && (j + 1) * kTile <= Tk; }
   // Which keys of tile j query r of tile i sees.
   __device__ uint64_t row_bits(int i, int j, int id, int r) const {
     uint64_t seen = id < 0 ? ~0ull : bits[int64_t(id) * kTile + r];

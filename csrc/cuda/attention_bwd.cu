@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(PlacedHeads<T>
     Scores<M> p = {}, ds = {};  // transposed: rows are keys
     add_scores<D, T>(p, shared.own(0), shared.other(0, stage), warp_row, 0);
     add_scores<D, T>(ds, shared.own(1), shared.other(1, stage), warp_row, 0);
-    if (!pattern.whole(i, j, id)) {
+    if (id != -1 || !pattern.whole(i, j)) {
       const int row = warp_row % kTile + lane / 4;
       hide(p, first, [&](int r) { return pattern.col_bits(i, j, id, row + r); });
     }
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads)
     Scores<M> p = {}, ds = {};
     add_scores<D, T>(p, shared.own(0), shared.other(0, stage), warp_row, 0);
     add_scores<D, T>(ds, shared.own(1), shared.other(1, stage), warp_row, 0);
-    if (!pattern.whole(i, j, id)) {
+    if (id != -1 || !pattern.whole(i, j)) {
       const int row = warp_row % kTile + lane / 4;
       hide(p, first, [&](int r) { return pattern.row_bits(i, j, id, row + r); });
     }

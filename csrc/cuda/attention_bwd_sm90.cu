@@ -4,15 +4,18 @@
 // the first eight bytes of the query's row of dq. (2) dk and dv: a warpgroup owns 64 keys, and queries come by TMA in
 // tiles of 64, with dout and their stats. S^T = K Q^T and dP^T = V dO^T by wgmma with both operands in shared memory;
 // P^T and dS^T, packed, are the left operands of dV += P^T dO and dK += dS^T Q from registers. (3) dq: a warpgroup owns
-// 64 queries, keys and values come: S = Q K^T, dP = dO V^T, dQ += dS K. In both the products of the next tile are
-// queued behind the last of this one, and P is made while dP is multiplied. No sum is shared between blocks, so no
-// atomics, and the same bits always.
+// 64 queries, keys and values come: S = Q K^T, dP = dO V^T, dQ += dS K. No sum is shared between blocks, so no atomics,
+// and the same bits always.
+//
+// In both, dP and the next tile's S are queued before this tile's exponentials, so that the tensor cores have work of a
+// warpgroup that has none to wait for. What is exposed is the last product of a tile: none is carried round the loop
+// (attention_fwd_sm90.cu says why). Blocks: two warpgroups, as many as multiprocessors, for item after item.
 //
 // B = 32, H = 8, T = 1024, D = 64 causal: 120 G flops, 128 with the tiles' own waste of 6 %, 162 us at 790 TFLOP/s; a
 // score takes 7/32 cycle of the tensor cores and 2/16 of exp2. Bytes: those of attention_bwd.cu.
 //
-// sass attention_dkdv_sm90_kernel<64, bf16>: HGMMA = 16, LOCAL = 0
-// sass attention_dq_sm90_kernel<64, bf16>: HGMMA = 12, LOCAL = 0
+// sass attention_dkdv_sm90_kernel<64, bf16>: HGMMA = 32, LOCAL = 0
+// sass attention_dq_sm90_kernel<64, bf16>: HGMMA = 24, LOCAL = 0
 #include "attention_sm90.cuh"
 
 namespace igpt {
@@ -26,10 +29,13 @@ template <int D>
 constexpr int kBytes = Panels<D>::kTileBytes;
 constexpr int kStatsBytes = kTile * 16;  // sixteen bytes a row are the least that TMA brings
 template <int D>
-using KeysShape = Layout<2, 2 * kBytes<D>, D == 128 ? 1 : 2, 4, 2 * kBytes<D> + kStatsBytes, 1, 240, 24>;
+using KeysShape = Layout<2, 1, 2 * kBytes<D>, D == 128 ? 1 : 2, 4, 2 * kBytes<D> + kStatsBytes, 1, 240, 24>;
 template <int D>
-using QueriesShape = std::conditional_t<D == 128, Layout<2, 2 * kBytes<D>, 2, 3, 2 * kBytes<D>, 1, 240, 24>,
-                                        Layout<3, 2 * kBytes<D>, 2, D == 96 ? 3 : 5, 2 * kBytes<D>, 1, 160, 32>>;
+using QueriesShape = Layout<2, 1, 2 * kBytes<D>, 2, D == 64 ? 8 : D == 96 ? 5 : 3, 2 * kBytes<D>, 1, 240, 24>;
+
+// Whether the next tile's S is queued before this one's softmax: dK and dV of D = 128 leave no registers for it.
+template <int D>
+constexpr bool kAhead = D < 128;
 
 // ---- (1) stats: a warpgroup owns 64 queries ----
 
@@ -64,7 +70,7 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int n = h; n < kTile / 8; n += 2)
       delta |= __float_as_uint(g % 2 ? s[4 * n + 2 * h + 1] : s[4 * n + 2 * h]) & (n == 2 * warp + h ? ~0u : 0u);
-    if (const int row = tile * kTile + first_row() + 8 * h; row < Tq)
+    if (const int row = tile * kTile + first_row(threadIdx.x) + 8 * h; row < Tq)
       *reinterpret_cast<Stats*>(dq[bh].row(row)) = {lse[int64_t(bh) * Tq + row] * kLog2e, __uint_as_float(delta)};
   }
 }
@@ -84,16 +90,15 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
   using L = KeysShape<D>;
   ATTENTION_RING(L, ring);
   ring.begin();
-  const int bh = work.head(), count = work.count();
-  // Keys that most queries see come first in causal attention.
-  const auto first_tile = [&](int n) { return work.place(n, false) * L::kGroups; };
-
   if (threadIdx.x >= L::kMath) {
-    const int head = bh % dk.count, image = bh / dk.count;
     bring_items(
-        ring, count, first_tile, [&](int j) { return pattern.col(j); }, pattern.col_tile, pattern.col_mask,
-        [&](uint32_t to, uint32_t bar, int j) { bring_two<D>(to, &k, &v, bar, j, head, image); },
-        [&](uint32_t to, uint32_t bar, int i) {
+        ring, work, [&](int j) { return pattern.col(j); }, pattern.col_tile, pattern.col_mask,
+        [&](int j, int i) { return pattern.whole(i, j); },
+        [&](uint32_t to, uint32_t bar, int j, int bh) {
+          bring_two<D>(to, &k, &v, bar, j, bh % dk.count, bh / dk.count);
+        },
+        [&](uint32_t to, uint32_t bar, int i, int bh) {
+          const int head = bh % dk.count, image = bh / dk.count;
           bring_two<D>(to, &q, &dout, bar, i, head, image);
           ptx::tma_load(to + 2 * kBytes<D>, &stats, bar, 0, i * kTile, head, image);
         });
@@ -104,54 +109,76 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
   const int group = threadIdx.x / 128;
   const float scale2 = scale * kLog2e;
   Met<L> tile;
-#pragma unroll 1
-  for (int n = 0; n < count; ++n) {
-    const int j = first_tile(n) + group;
-    const uint32_t own = ring.own(n, group);
-    Scores64 s, ds;  // transposed: rows are keys
-    Packed p;
+  each_item(ring, [&](uint32_t item) {
+    const auto own_tile = [&] { return ring.item(item).place * L::kAll + group; };
+    const uint32_t own = ring.own(item, group);
+    Scores64 s[2], ds;  // transposed: rows are keys
     Sums64<D> sums_k = {}, sums_v = {};
-    ptx::mbar_wait(ring.own_full(n), 0);
-    int held = -1;  // the stage of the products in flight
-    const auto finish = [&] { finish_products(ring, held, sums_v, sums_k); };
-    if (find(tile, ring, group, finish)) {
-      ptx::hold_registers(sums_k);
-      ptx::hold_registers(sums_v);
-      for (;;) {
-        const uint32_t from = ring.stage(tile.stage);
-        start_scores<D, T>(s, own, from);
-        start_scores<D, T>(ds, own + kBytes<D>, from + kBytes<D>);
+    // False at the end of the tiles that follow one another. `s` has a tile's scores, `ahead` will have the next one's.
+    const auto step = [&](Scores64& s, Scores64& ahead) {
+      const uint32_t from = ring.stage(tile.at());
+      Met<L> next = tile;
+      next.advance();
+      bool more = true;
+      if constexpr (!kAhead<D>) start_scores<D, T>(s, own, from);
+      start_scores<D, T>(ds, own + kBytes<D>, from + kBytes<D>);
+      if constexpr (kAhead<D>) {
+        more = look(next, ring, group);
+        start_scores<D, T>(ahead, own, more ? ring.stage(next.at()) : from);
+      } else {
         ptx::wgmma_wait<1>();
         ptx::hold_registers(s);
-        ptx::hold_registers(sums_v);
-        ptx::hold_registers(sums_k);
-        if (held >= 0) ring.release(held);
-        if (!pattern.whole(tile.index, j, tile.id))
-          hide(s, [&](int r) { return pattern.col_bits(tile.index, j, tile.id, first_row() + 8 * r); });
-        // Of the thread's queries 8 n + e, e of 2: a row of the tile has 16 bytes, which hold two of these.
-        const Stats* of =
-            reinterpret_cast<const Stats*>(ring_shared + (from - ring.shared) + 2 * kBytes<D>) + threadIdx.x % 4 * 4;
+      }
+      if (!tile.whole[0]) {
+        const Note<L>& note = ring.note(tile.at());
+        const int i = note.index, j = own_tile(), id = note.id[group];
+        hide(s, [&](int r) { return pattern.col_bits(i, j, id, r); });
+      }
+      // Of the thread's queries 8 n + e, e of 2: a row of the tile has 16 bytes, which hold two of these.
+      const Stats* of =
+          reinterpret_cast<const Stats*>(ring_shared + (from - ring.shared) + 2 * kBytes<D>) + threadIdx.x % 4 * 4;
 #pragma unroll
-        for (int i = 0; i < kTile / 2; ++i) s[i] = ptx::ex2(fmaf(s[i], scale2, -of[i / 4 * 16 + i % 2 * 2].lse2));
-        pack<T>(p, s);
-        start_mix<D, T>(sums_v, p, from + kBytes<D>);
-        ptx::wgmma_wait<1>();
-        ptx::hold_registers(ds);
+      for (int i = 0; i < kTile / 2; ++i) s[i] = ptx::ex2(fmaf(s[i], scale2, -of[i / 4 * 16 + i % 2 * 2].lse2));
+      Packed p, g;
+      pack<T>(p, s);
+      start_mix<D, T>(sums_v, p, from + kBytes<D>);
+      ptx::wgmma_wait<kAhead<D> ? 2 : 1>();
+      ptx::hold_registers(ds);
 #pragma unroll
-        for (int i = 0; i < kTile / 2; ++i) ds[i] = s[i] * (ds[i] - of[i / 4 * 16 + i % 2 * 2].delta);
-        Packed g;
-        pack<T>(g, ds);
-        start_mix<D, T>(sums_k, g, from);
-        held = int(tile.stage), tile.advance();
-        if constexpr (D == 128) finish();  // the next scores and these packed ones want more registers than there are
-        if (!find(tile, ring, group, finish)) break;
+      for (int i = 0; i < kTile / 2; ++i) ds[i] = s[i] * (ds[i] - of[i / 4 * 16 + i % 2 * 2].delta);
+      pack<T>(g, ds);
+      start_mix<D, T>(sums_k, g, from);
+      if constexpr (!kAhead<D>) more = look(next, ring, group);
+      ptx::wgmma_wait<0>();
+      if constexpr (kAhead<D>) ptx::hold_registers(ahead);
+      ptx::hold_registers(sums_v);
+      ptx::hold_registers(sums_k);
+      ring.release(ring.full(tile.at()));
+      if (more) tile = next;
+      else tile.advance();
+      return more;
+    };
+    while (find(tile, ring, group)) {
+      ptx::hold_registers(sums_k);
+      ptx::hold_registers(sums_v);
+      if constexpr (kAhead<D>) {
+        start_scores<D, T>(s[0], own, ring.stage(tile.at()));
+        ptx::wgmma_wait<0>();
+        ptx::hold_registers(s[0]);
+        while (step(s[0], s[1]) && step(s[1], s[0])) {
+        }
+      } else {
+        while (step(s[0], s[0])) {
+        }
       }
     }
-
-    const int64_t t = int64_t(j) * kTile + first_row();
+    const int bh = ring.item(item).head;
+    const int64_t t = int64_t(own_tile()) * kTile + first_row(threadIdx.x);
+    __syncwarp();
+    ring.release(ring.own_full(item));
     store_rows<D>(dk[bh], t, pattern.Tk, sums_k, {scale, scale});
     store_rows<D>(dv[bh], t, pattern.Tk, sums_v, {1.f, 1.f});
-  }
+  });
 }
 
 // ---- (3) dq ----
@@ -167,15 +194,16 @@ __global__ void __launch_bounds__(QueriesShape<D>::kThreads, 1)
   using L = QueriesShape<D>;
   ATTENTION_RING(L, ring);
   ring.begin();
-  const int bh = work.head(), count = work.count();
-  const auto first_tile = [&](int n) { return work.place(n, true) * L::kGroups; };  // the longest rows first
-
   if (threadIdx.x >= L::kMath) {
-    const int head = bh % dq.count, image = bh / dq.count;
     bring_items(
-        ring, count, first_tile, [&](int i) { return pattern.row(i); }, pattern.row_tile, pattern.row_mask,
-        [&](uint32_t to, uint32_t bar, int i) { bring_two<D>(to, &q, &dout, bar, i, head, image); },
-        [&](uint32_t to, uint32_t bar, int j) { bring_two<D>(to, &k, &v, bar, j, head, image); });
+        ring, work, [&](int i) { return pattern.row(i); }, pattern.row_tile, pattern.row_mask,
+        [&](int i, int j) { return pattern.whole(i, j); },
+        [&](uint32_t to, uint32_t bar, int i, int bh) {
+          bring_two<D>(to, &q, &dout, bar, i, bh % dq.count, bh / dq.count);
+        },
+        [&](uint32_t to, uint32_t bar, int j, int bh) {
+          bring_two<D>(to, &k, &v, bar, j, bh % dq.count, bh / dq.count);
+        });
     return;
   }
 
@@ -183,49 +211,58 @@ __global__ void __launch_bounds__(QueriesShape<D>::kThreads, 1)
   const int group = threadIdx.x / 128;
   const float scale2 = scale * kLog2e;
   Met<L> tile;
-#pragma unroll 1
-  for (int n = 0; n < count; ++n) {
-    const int i = first_tile(n) + group;
-    const uint32_t own = ring.own(n, group);
-    const int64_t t = int64_t(i) * kTile + first_row();
+  each_item(ring, [&](uint32_t item) {
+    const int bh = ring.item(item).head, i = ring.item(item).place * L::kAll + group;
+    const uint32_t own = ring.own(item, group);
+    const int64_t t = int64_t(i) * kTile + first_row(threadIdx.x);
     Stats of[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       of[r] = t + 8 * r < pattern.Tq ? *reinterpret_cast<const Stats*>(dq[bh].row(t + 8 * r)) : Stats{0.f, 0.f};
     __syncwarp();  // all four lanes of a row have read it before any writes
-    Scores64 s, ds;
+    Scores64 s[2], ds;
     Sums64<D> sums = {};
-    ptx::mbar_wait(ring.own_full(n), 0);
-    int held = -1;  // the stage of the product in flight
-    const auto finish = [&] { finish_products(ring, held, sums); };
-    if (find(tile, ring, group, finish)) {
+    const auto step = [&](Scores64& s, Scores64& ahead) {  // as in (2)
+      const uint32_t from = ring.stage(tile.at());
+      Met<L> next = tile;
+      next.advance();
+      const bool more = look(next, ring, group);
+      start_scores<D, T>(ds, own + kBytes<D>, from + kBytes<D>);
+      start_scores<D, T>(ahead, own, more ? ring.stage(next.at()) : from);
+      if (!tile.whole[0]) {
+        const Note<L>& note = ring.note(tile.at());
+        const int j = note.index, id = note.id[group];
+        hide(s, [&](int r) { return pattern.row_bits(i, j, id, r); });
+      }
+#pragma unroll
+      for (int j = 0; j < kTile / 2; ++j) s[j] = ptx::ex2(fmaf(s[j], scale2, -of[of_row(j)].lse2));
+      ptx::hold_registers(s);  // made here, while dP is multiplied
+      ptx::wgmma_wait<1>();
+      ptx::hold_registers(ds);
+#pragma unroll
+      for (int j = 0; j < kTile / 2; ++j) ds[j] = s[j] * (ds[j] - of[of_row(j)].delta);
+      Packed g;
+      pack<T>(g, ds);
+      start_mix<D, T>(sums, g, from);
+      ptx::wgmma_wait<0>();
+      ptx::hold_registers(ahead);
       ptx::hold_registers(sums);
-      for (;;) {
-        const uint32_t from = ring.stage(tile.stage);
-        start_scores<D, T>(s, own, from);
-        start_scores<D, T>(ds, own + kBytes<D>, from + kBytes<D>);
-        ptx::wgmma_wait<1>();
-        ptx::hold_registers(s);
-        ptx::hold_registers(sums);
-        if (held >= 0) ring.release(held);
-        if (!pattern.whole(i, tile.index, tile.id))
-          hide(s, [&](int r) { return pattern.row_bits(i, tile.index, tile.id, first_row() + 8 * r); });
-#pragma unroll
-        for (int j = 0; j < kTile / 2; ++j) s[j] = ptx::ex2(fmaf(s[j], scale2, -of[of_row(j)].lse2));
-        ptx::hold_registers(s);  // made here, while dP is multiplied
-        ptx::wgmma_wait<0>();
-        ptx::hold_registers(ds);
-#pragma unroll
-        for (int j = 0; j < kTile / 2; ++j) ds[j] = s[j] * (ds[j] - of[of_row(j)].delta);
-        Packed g;
-        pack<T>(g, ds);
-        start_mix<D, T>(sums, g, from);
-        held = int(tile.stage), tile.advance();
-        if (!find(tile, ring, group, finish)) break;
+      ring.release(ring.full(tile.at()));
+      if (more) tile = next;
+      else tile.advance();
+      return more;
+    };
+    while (find(tile, ring, group)) {
+      ptx::hold_registers(sums);
+      start_scores<D, T>(s[0], own, ring.stage(tile.at()));
+      ptx::wgmma_wait<0>();
+      ptx::hold_registers(s[0]);
+      while (step(s[0], s[1]) && step(s[1], s[0])) {
       }
     }
+    ring.release(ring.own_full(item));
     store_rows<D>(dq[bh], t, pattern.Tq, sums, {scale, scale});
-  }
+  });
 }
 
 // The first sixteen bytes of each row.
@@ -247,15 +284,16 @@ void attention_bwd_sm90(View dq, View dk, View dv, View dout, View q, View k, Vi
       using K = KeysShape<D>;
       using Q = QueriesShape<D>;
       const int64_t heads = q.size[0] * q.size[1];
-      const Work keys = Work::of<K>(heads, k.size[2]), queries = Work::of<Q>(heads, q.size[2]);
+      // The longest first: in causal attention the first keys, and the last queries.
+      const Work keys = Work::of<K>(heads, k.size[2], false), queries = Work::of<Q>(heads, q.size[2], true);
       allow_shared(attention_dkdv_sm90_kernel<D, T>, K::kShared);
       allow_shared(attention_dq_sm90_kernel<D, T>, Q::kShared);
       const CUtensorMap mq = map_of<D>(q), mk = map_of<D>(k), mv = map_of<D>(v), mdout = map_of<D>(dout);
       LAUNCH((attention_stats_sm90_kernel<D, T>), unsigned(heads * pattern.nq), 128, 2 * kBytes<D>, stream,
              Heads<T>(dq), mdout, map_of<D>(o), lse.as<float>(), int(q.size[2]));
-      LAUNCH((attention_dkdv_sm90_kernel<D, T>), unsigned(heads * keys.blocks()), K::kThreads, K::kShared, stream,
+      LAUNCH((attention_dkdv_sm90_kernel<D, T>), keys.blocks<K>(), K::kThreads, K::kShared, stream,
              Heads<T>(dk), Heads<T>(dv), map_of_stats(dq), mdout, mq, mk, mv, pattern, keys, scale);
-      LAUNCH((attention_dq_sm90_kernel<D, T>), unsigned(heads * queries.blocks()), Q::kThreads, Q::kShared, stream,
+      LAUNCH((attention_dq_sm90_kernel<D, T>), queries.blocks<Q>(), Q::kThreads, Q::kShared, stream,
              Heads<T>(dq), mdout, mq, mk, mv, pattern, queries, scale);
     }
   });

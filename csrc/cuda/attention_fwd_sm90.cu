@@ -1,21 +1,26 @@
 // attention_fwd on Hopper: formulas, shapes and refusals of attention_fwd.cu, for head dims 64, 96 and 128.
 //
-// A block owns 64 queries a warpgroup: two warpgroups and two blocks a multiprocessor for D = 64, else three and one.
-// One thread beside them walks over the tiles of 64 keys that any of the warpgroups meets, and brings K and V by TMA
-// into a ring of stages, with a note of which warpgroup sees how much of the tile.
+// A block has two warpgroups. Each owns two lines, tiles of 64 queries one below the other (D = 128: one line, whose sums
+// are twice as wide). One thread beside them walks over the tiles of 64 keys that any line meets, and brings K and V by
+// TMA into a ring of stages, with a note of which line sees how much of the tile. Blocks are as many as multiprocessors
+// and take item after item: what the next one wants comes while this one ends.
 //
 // A warpgroup waits for nobody but the copies. S = Q K^T by wgmma m64n64k16; the online softmax in registers, where two
 // rows belong to four lanes each; P, packed, is the left operand of O += P V from registers, with V read along its
-// rows. For D > 64, P V and the next tile's Q K^T are queued together. The tensor cores work for the other warpgroups
-// while one makes its exponentials. O is scaled only where a maximum has risen.
+// rows. Before a softmax the scores of the next one are queued: of the other line and the same tile, or of the next
+// tile. So the tensor cores always have work of the very warpgroup that makes exponentials; left to chance, warpgroups
+// reach them all at once and then leave them all alone. Products in flight are not carried round the loop: the
+// assembler follows none of them there, and would let each wait for the one before. A maximum may rise by 2^8 before O
+// and the sums are scaled to it: P stays within what its type holds.
 //
 // Flops, bytes: those of attention_fwd.cu, with tiles of 64 x 64 on the diagonal: waste of 6 % at T = 1024. A score of
-// D = 64 takes 1/16 cycle of the tensor cores, of exp2 at 16 a cycle, and 4.5 of 128 instructions a cycle: the first
-// two are even, and four warpgroups share them. 128 queries read 16 KB of K and V a tile for 2.1 MFLOP at D = 64: 4
-// TB/s of L2 at 500 TFLOP/s. Shared memory: 96 bytes a cycle at the full rate, of 128.
+// D = 64 takes 1/16 cycle of the tensor cores, as much of exp2 at 16 a cycle, and 7.8 of 128 instructions a cycle, of
+// which 4.5 are the softmax's own: the first two are even, and bind. 256 queries read 16 KB of K and V a tile for 4.2
+// MFLOP at D = 64: 2 TB/s of L2 at 500 TFLOP/s; 128 queries of D = 128 twice that. Shared memory: 96 bytes a cycle at
+// the full rate, of 128.
 //
-// sass attention_fwd_sm90_kernel<64, bf16>: HGMMA = 8, LOCAL = 0
-// sass attention_fwd_sm90_kernel<128, bf16>: HGMMA = 12, LOCAL = 0
+// sass attention_fwd_sm90_kernel<64, bf16>: HGMMA = 16, LOCAL = 0
+// sass attention_fwd_sm90_kernel<128, bf16>: HGMMA = 24, LOCAL = 0
 #include "attention_sm90.cuh"
 
 namespace igpt {
@@ -25,52 +30,69 @@ using namespace attention;
 
 namespace {
 
-// Queries of a warpgroup stay, K and V come.
+// Queries stay, K and V come.
 template <int D>
 constexpr int kBytes = Panels<D>::kTileBytes;
 template <int D>
-using Shape = std::conditional_t<D == 64, Layout<2, kBytes<D>, 2, 4, 2 * kBytes<D>, 2, 104, 32>,
-                                 Layout<3, kBytes<D>, 2, D == 96 ? 6 : 4, 2 * kBytes<D>, 1, 160, 32>>;
+using Shape = Layout<2, D == 128 ? 1 : 2, kBytes<D>, 2, D == 64 ? 8 : 5, 2 * kBytes<D>, 1, 240, 24>;
 
-// Whether the next tile's scores are queued behind P V: P and S want registers side by side, which four warpgroups on a
-// multiprocessor do not have, nor need.
+constexpr float kRise = 8.f;  // how far a maximum may rise, as a power of two, before sums are scaled to it
+
+// Sums of a line. Of the thread's two rows: the maximum of scale2 * score, or what it was until it had risen by kRise,
+// and the sum of this thread's columns.
 template <int D>
-constexpr bool kAhead = D > 64;
-
-// Of the thread's two rows: the maximum of scale2 * score, and the sum of this thread's columns.
-struct Softmax {
+struct Rows {
+  Sums64<D> o = {};
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 };
+// S of a tile, and P while it is multiplied.
+struct Weights {
+  Scores64 s;
+  Packed p;
+};
 
-// S becomes P, packed; O is faded where a maximum has risen.
-template <int D, class T>
-__device__ inline void softmax(Softmax& rows, Sums64<D>& o, Packed& p, const Scores64& s, float scale2) {
-  float base[2], fade[2];
+template <int D>
+__device__ inline void swap(Rows<D>& a, Rows<D>& b) {
+  const Rows<D> c = a;
+  a = b, b = c;
+}
+
+// S becomes P, packed. Before it touches O it calls settle(), which must wait for the product in flight into O.
+template <int D, class T, class Settle>
+__device__ inline void softmax(Rows<D>& rows, Weights& x, float scale2, Settle settle) {
+  float top[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float tops[2] = {-INFINITY, -INFINITY};  // two chains are shorter than one
 #pragma unroll
     for (int j = 0; j < kTile / 2; ++j)
-      if (of_row(j) == r) tops[j % 2] = fmaxf(tops[j % 2], s[j]);
-    float top = fmaxf(tops[0], tops[1]);
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    top = fmaxf(rows.top[r], top * scale2);
-    base[r] = top == -INFINITY ? 0.f : top;  // a row that has seen nothing: all of P is exp2(-inf)
-    fade[r] = ptx::ex2(rows.top[r] - base[r]);
-    rows.top[r] = top;
-    rows.sum[r] *= fade[r];
+      if (of_row(j) == r) tops[j % 2] = fmaxf(tops[j % 2], x.s[j]);
+    top[r] = fmaxf(tops[0], tops[1]);
+    top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+    top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2)) * scale2;
   }
-  if (__any_sync(0xffffffffu, fade[0] != 1.f || fade[1] != 1.f)) {
+  settle();
+  if (__any_sync(0xffffffffu, top[0] > rows.top[0] + kRise || top[1] > rows.top[1] + kRise)) {
+    float fade[2];
 #pragma unroll
-    for (int j = 0; j < D / 2; ++j) o[j] *= fade[of_row(j)];
+    for (int r = 0; r < 2; ++r) {
+      const float before = rows.top[r];
+      rows.top[r] = fmaxf(before, top[r]);
+      fade[r] = rows.top[r] == -INFINITY ? 1.f : ptx::ex2(before - rows.top[r]);
+      rows.sum[r] *= fade[r];
+    }
+#pragma unroll
+    for (int j = 0; j < D / 2; ++j) rows.o[j] *= fade[of_row(j)];
   }
+  float base[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) base[r] = rows.top[r] == -INFINITY ? 0.f : rows.top[r];  // all of P is exp2(-inf) then
 #pragma unroll
   for (int j = 0; j < kTile / 2; j += 2) {
     const int r = of_row(j);
-    const float x = ptx::ex2(fmaf(s[j], scale2, -base[r])), y = ptx::ex2(fmaf(s[j + 1], scale2, -base[r]));
-    rows.sum[r] += x + y;
-    p[j / 8][j / 2 % 4] = ptx::pack2<T>(x, y);
+    const float a = ptx::ex2(fmaf(x.s[j], scale2, -base[r])), b = ptx::ex2(fmaf(x.s[j + 1], scale2, -base[r]));
+    rows.sum[r] += a + b;
+    x.p[j / 8][j / 2 % 4] = ptx::pack2<T>(a, b);
   }
 }
 
@@ -85,64 +107,122 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
   using L = Shape<D>;
   ATTENTION_RING(L, ring);
   ring.begin();
-  const int bh = work.head(), count = work.count();
-  const auto first_tile = [&](int n) { return work.place(n, true) * L::kGroups; };  // the longest rows first
-
   if (threadIdx.x >= L::kMath) {
-    const int head = bh % o.count, image = bh / o.count;
     bring_items(
-        ring, count, first_tile, [&](int i) { return pattern.row(i); }, pattern.row_tile, pattern.row_mask,
-        [&](uint32_t to, uint32_t bar, int i) { bring_tile<D>(to, &q, bar, i * kTile, head, image); },
-        [&](uint32_t to, uint32_t bar, int j) { bring_two<D>(to, &k, &v, bar, j, head, image); });
+        ring, work, [&](int i) { return pattern.row(i); }, pattern.row_tile, pattern.row_mask,
+        [&](int i, int j) { return pattern.whole(i, j); },
+        [&](uint32_t to, uint32_t bar, int i, int bh) {
+          bring_tile<D>(to, &q, bar, i * kTile, bh % o.count, bh / o.count);
+        },
+        [&](uint32_t to, uint32_t bar, int j, int bh) {
+          bring_two<D>(to, &k, &v, bar, j, bh % o.count, bh / o.count);
+        });
     return;
   }
 
   ptx::reg_alloc<L::kMathRegisters>();
   const int group = threadIdx.x / 128;
   Met<L> tile;
-#pragma unroll 1
-  for (int n = 0; n < count; ++n) {
-    const int i = first_tile(n) + group;
-    const uint32_t own = ring.own(n, group);
-    Scores64 s;
-    Packed p;
-    Sums64<D> sums = {};
-    Softmax rows;
-    ptx::mbar_wait(ring.own_full(n), 0);
-    int held = -1;  // the stage of the product in flight
-    const auto finish = [&] { finish_products(ring, held, sums); };
-    if (find(tile, ring, group, finish)) {
-      ptx::hold_registers(sums);
-      start_scores<D, T>(s, own, ring.stage(tile.stage));
-      for (;;) {
-        ptx::wgmma_wait<0>();
-        ptx::hold_registers(s);
-        ptx::hold_registers(sums);
-        if (held >= 0) ring.release(held);
-        if (!pattern.whole(i, tile.index, tile.id))
-          hide(s, [&](int r) { return pattern.row_bits(i, tile.index, tile.id, first_row() + 8 * r); });
-        softmax<D, T>(rows, sums, p, s, scale2);
-        start_mix<D, T>(sums, p, ring.stage(tile.stage) + kBytes<D>);
-        held = int(tile.stage), tile.advance();
-        if constexpr (!kAhead<D>) finish();
-        if (!find(tile, ring, group, finish)) break;
-        start_scores<D, T>(s, own, ring.stage(tile.stage));
+  each_item(ring, [&](uint32_t item) {
+    const auto tile_of = [&](int l) { return ring.item(item).place * L::kAll + group * L::kLines + l; };
+    Rows<D> rows[L::kLines];
+    Rows<D>&first = rows[0], &last = rows[L::kLines - 1];
+    Weights a, b;
+    const auto start = [&](Weights& x, int l, const Met<L>& of) {
+      start_scores<D, T>(x.s, ring.own(item, group * L::kLines + l), ring.stage(of.at()));
+    };
+    const auto mix = [&](Weights& x, Rows<D>& to, int l, auto settle) {
+      ptx::hold_registers(x.s);
+      if (!(l == 0 ? tile.whole[0] : tile.whole[L::kLines - 1])) {
+        const Note<L>& note = ring.note(tile.at());
+        const int i = tile_of(l), j = note.index, id = note.id[group * L::kLines + l];
+        hide(x.s, [&](int r) { return pattern.row_bits(i, j, id, r); });
       }
+      softmax<D, T>(to, x, scale2, settle);
+      start_mix<D, T>(to.o, x.p, ring.stage(tile.at()) + kBytes<D>);
+    };
+    const auto finish = [&] {
+      ptx::wgmma_wait<0>();
+      ptx::hold_registers(first.o);
+      ptx::hold_registers(last.o);
+    };
+    const auto nothing = [] {};
+
+    while (find(tile, ring, group)) {
+      if (L::kLines == 2 && !all_of(tile)) {  // alone: one code for both lines, which trade places
+        const int l = !tile.met[0];
+        if (l) swap(first, last);
+        ptx::hold_registers(first.o);
+        start(a, l, tile);
+        ptx::wgmma_wait<0>();
+        mix(a, first, l, nothing);
+        ptx::wgmma_wait<0>();
+        ptx::hold_registers(first.o);
+        if (l) swap(first, last);
+      } else {
+        ptx::hold_registers(first.o);
+        ptx::hold_registers(last.o);
+        start(a, 0, tile);
+        ptx::wgmma_wait<0>();
+        for (;;) {  // `a` has the scores of the first line and this tile; no product is in flight
+          Met<L> next = tile;
+          bool more = true;
+          if constexpr (L::kLines == 2) {
+            start(b, 1, tile);
+          } else {
+            next.advance();
+            more = look(next, ring, group);
+            start(b, 0, more ? next : tile);  // where there is no next tile, scores that nobody will read
+          }
+          mix(a, first, 0, nothing);
+          if (!more) {
+            ptx::wgmma_wait<0>();  // here as well, or the assembler takes the products for unfinished
+            break;
+          }
+          const uint32_t before = tile.at();
+          tile = next;
+          next.advance();
+          more = look(next, ring, group) && all_of(next);
+          start(a, 0, more ? next : tile);
+          ptx::wgmma_wait<D == 96 ? 1 : 2>();  // 96: there are no registers for both P
+          mix(b, last, L::kLines - 1, [&] {
+            if constexpr (L::kLines == 1) {
+              ptx::wgmma_wait<1>();  // the same O
+              ptx::hold_registers(first.o);
+              ring.release(ring.full(before));
+            }
+          });
+          finish();
+          if (!more) break;
+          ring.release(ring.full(tile.at()));
+          tile = next;
+        }
+        finish();
+      }
+      ring.release(ring.full(tile.at()));
+      tile.advance();
     }
 
-    const int64_t t = int64_t(i) * kTile + first_row();
-    float inverse[2];
+    const int bh = ring.item(item).head, i = tile_of(0);
+    __syncwarp();
+    ring.release(ring.own_full(item));
+    const auto leave = [&](const Rows<D>& x, int l) {
+      const int64_t t = int64_t(i + l) * kTile + first_row(ptx::thread_again());
+      float inverse[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = rows.sum[r];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      inverse[r] = sum == 0.f ? 0.f : 1.f / sum;
-      if (threadIdx.x % 4 == 0 && t + 8 * r < pattern.Tq)
-        lse[int64_t(bh) * pattern.Tq + t + 8 * r] = sum == 0.f ? kEmptyLse : (rows.top[r] + log2f(sum)) * kLn2;
-    }
-    store_rows<D>(o[bh], t, pattern.Tq, sums, inverse);
-  }
+      for (int r = 0; r < 2; ++r) {
+        float sum = x.sum[r];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        inverse[r] = sum == 0.f ? 0.f : 1.f / sum;
+        if (ptx::thread_again() % 4 == 0 && t + 8 * r < pattern.Tq)
+          lse[int64_t(bh) * pattern.Tq + t + 8 * r] = sum == 0.f ? kEmptyLse : (x.top[r] + log2f(sum)) * kLn2;
+      }
+      store_rows<D>(o[bh], t, pattern.Tq, x.o, inverse);
+    };
+#pragma unroll
+    for (int l = 0; l < L::kLines; ++l) leave(rows[l], l);
+  });
 }
 
 }  // namespace
@@ -152,10 +232,9 @@ void attention_fwd_sm90(View o, View lse, View q, View k, View v, BlockMaskView 
   by_head(q, [&]<class T, int D>() {
     if constexpr (D >= 64) {
       using L = Shape<D>;
-      const Work work = Work::of<L>(q.size[0] * q.size[1], q.size[2]);
+      const Work work = Work::of<L>(q.size[0] * q.size[1], q.size[2], true);
       allow_shared(attention_fwd_sm90_kernel<D, T>, L::kShared);
-      LAUNCH((attention_fwd_sm90_kernel<D, T>), unsigned(q.size[0] * q.size[1] * work.blocks()), L::kThreads,
-             L::kShared, stream, Heads<T>(o), lse.as<float>(), map_of<D>(q), map_of<D>(k), map_of<D>(v),
+      LAUNCH((attention_fwd_sm90_kernel<D, T>), work.blocks<L>(), L::kThreads, L::kShared, stream, Heads<T>(o), lse.as<float>(), map_of<D>(q), map_of<D>(k), map_of<D>(v),
              Pattern(q.size[2], k.size[2], causal, mask), work, scale * kLog2e);
     }
   });

@@ -21,6 +21,13 @@ PTX_FN uint32_t smem_u32(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// "%tid.x", read where it stands: the compiler keeps neither it nor what follows from it in registers until then.
+PTX_FN int thread_again() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // "cp.async": BYTES from global memory to shared memory, of which the first `given` are read and the rest are zeros
 // (given = 0 reads nothing). Sixteen bytes go past L1.
 template <int BYTES>

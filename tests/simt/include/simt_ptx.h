@@ -61,6 +61,9 @@ constexpr bool is_bf16() {
 inline uint32_t smem_u32(const void* p) {
   return simt::shared_address(p);
 }
+inline int thread_again() {
+  return int(threadIdx.x);
+}
 template <int BYTES>
 inline void cp_async(uint32_t dst, const void* src, int given = BYTES) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");

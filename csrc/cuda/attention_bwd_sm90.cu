@@ -2,20 +2,18 @@
 //
 // (1) stats, as there: delta on the diagonal of dO O^T, by the very wgmma that sums dO V^T, waits with log2(e) lse in
 // the first eight bytes of the query's row of dq. (2) dk and dv: a warpgroup owns 64 keys, and queries come by TMA in
-// tiles of 64, with dout and their stats. S^T = K Q^T and dP^T = V dO^T by wgmma with both operands in shared memory;
-// P^T and dS^T, packed, are the left operands of dV += P^T dO and dK += dS^T Q from registers. (3) dq: a warpgroup owns
-// 64 queries, keys and values come: S = Q K^T, dP = dO V^T, dQ += dS K. No sum is shared between blocks, so no atomics,
-// and the same bits always.
-//
-// In both, dP and the next tile's S are queued before this tile's exponentials, so that the tensor cores have work of a
-// warpgroup that has none to wait for. What is exposed is the last product of a tile: none is carried round the loop
-// (attention_fwd_sm90.cu says why). Blocks: two warpgroups, as many as multiprocessors, for item after item.
+// tiles of 64, with dout and their stats. S^T = K Q^T and dP^T = V dO^T by wgmma; P^T and dS^T, packed, are the left
+// operands of dV += P^T dO and dK += dS^T Q from registers. (3) dq: a warpgroup owns 64 queries, keys and values come:
+// S = Q K^T, dP = dO V^T, dQ += dS K. What a warpgroup owns is in registers, if they are enough: from shared memory it
+// would be read again for every tile. In both the products of the next tile are queued behind the last of this one, and
+// P is made while dP is multiplied. No sum is shared between blocks, so no atomics, and the same bits always. Blocks:
+// as many as multiprocessors, for item after item.
 //
 // B = 32, H = 8, T = 1024, D = 64 causal: 120 G flops, 128 with the tiles' own waste of 6 %, 162 us at 790 TFLOP/s; a
 // score takes 7/32 cycle of the tensor cores and 2/16 of exp2. Bytes: those of attention_bwd.cu.
 //
-// sass attention_dkdv_sm90_kernel<64, bf16>: HGMMA = 32, LOCAL = 0
-// sass attention_dq_sm90_kernel<64, bf16>: HGMMA = 24, LOCAL = 0
+// sass attention_dkdv_sm90_kernel<64, bf16>: HGMMA = 16, LOCAL = 0
+// sass attention_dq_sm90_kernel<64, bf16>: HGMMA = 12, LOCAL = 0
 #include "attention_sm90.cuh"
 
 namespace igpt {
@@ -31,11 +29,16 @@ constexpr int kStatsBytes = kTile * 16;  // sixteen bytes a row are the least th
 template <int D>
 using KeysShape = Layout<2, 1, 2 * kBytes<D>, D == 128 ? 1 : 2, 4, 2 * kBytes<D> + kStatsBytes, 1, 240, 24>;
 template <int D>
-using QueriesShape = Layout<2, 1, 2 * kBytes<D>, 2, D == 64 ? 8 : D == 96 ? 5 : 3, 2 * kBytes<D>, 1, 240, 24>;
+using QueriesShape = Layout<2, 1, 2 * kBytes<D>, 2,
+                            D == 64   ? 8
+                            : D == 96 ? 5
+                                      : 3,
+                            2 * kBytes<D>, 1, 240, 24>;
 
-// Whether the next tile's S is queued before this one's softmax: dK and dV of D = 128 leave no registers for it.
+// Whether keys and values that a warpgroup owns are in registers, where wgmma takes them for the half of what reading
+// them from shared memory costs it. Those of D > 64 find no room beside dk and dv.
 template <int D>
-constexpr bool kAhead = D < 128;
+constexpr bool kOwnKeys = D == 64;
 
 // ---- (1) stats: a warpgroup owns 64 queries ----
 
@@ -106,71 +109,66 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
   }
 
   ptx::reg_alloc<L::kMathRegisters>();
-  const int group = threadIdx.x / 128;
   const float scale2 = scale * kLog2e;
   Met<L> tile;
-  each_item(ring, [&](uint32_t item) {
+  each_item(ring, [&](uint32_t item, int group) {
     const auto own_tile = [&] { return ring.item(item).place * L::kAll + group; };
-    const uint32_t own = ring.own(item, group);
-    Scores64 s[2], ds;  // transposed: rows are keys
+    Own<D, kOwnKeys<D>> keys, values;
+    take(keys, ring.own(item, group));
+    take(values, ring.own(item, group) + kBytes<D>);
+    Scores64 s, ds;  // transposed: rows are keys
+    Packed p, g;
     Sums64<D> sums_k = {}, sums_v = {};
-    // False at the end of the tiles that follow one another. `s` has a tile's scores, `ahead` will have the next one's.
-    const auto step = [&](Scores64& s, Scores64& ahead) {
-      const uint32_t from = ring.stage(tile.at());
-      Met<L> next = tile;
-      next.advance();
-      bool more = true;
-      if constexpr (!kAhead<D>) start_scores<D, T>(s, own, from);
-      start_scores<D, T>(ds, own + kBytes<D>, from + kBytes<D>);
-      if constexpr (kAhead<D>) {
-        more = look(next, ring, group);
-        start_scores<D, T>(ahead, own, more ? ring.stage(next.at()) : from);
-      } else {
-        ptx::wgmma_wait<1>();
-        ptx::hold_registers(s);
-      }
-      if (!tile.whole[0]) {
-        const Note<L>& note = ring.note(tile.at());
-        const int i = note.index, j = own_tile(), id = note.id[group];
-        hide(s, [&](int r) { return pattern.col_bits(i, j, id, r); });
-      }
-      // Of the thread's queries 8 n + e, e of 2: a row of the tile has 16 bytes, which hold two of these.
-      const Stats* of =
-          reinterpret_cast<const Stats*>(ring_shared + (from - ring.shared) + 2 * kBytes<D>) + threadIdx.x % 4 * 4;
-#pragma unroll
-      for (int i = 0; i < kTile / 2; ++i) s[i] = ptx::ex2(fmaf(s[i], scale2, -of[i / 4 * 16 + i % 2 * 2].lse2));
-      Packed p, g;
-      pack<T>(p, s);
-      start_mix<D, T>(sums_v, p, from + kBytes<D>);
-      ptx::wgmma_wait<kAhead<D> ? 2 : 1>();
-      ptx::hold_registers(ds);
-#pragma unroll
-      for (int i = 0; i < kTile / 2; ++i) ds[i] = s[i] * (ds[i] - of[i / 4 * 16 + i % 2 * 2].delta);
-      pack<T>(g, ds);
-      start_mix<D, T>(sums_k, g, from);
-      if constexpr (!kAhead<D>) more = look(next, ring, group);
+    const auto start = [&] {
+      start_scores<D, T>(s, keys, ring.stage(tile.at()));
+      start_scores<D, T>(ds, values, ring.stage(tile.at()) + kBytes<D>);
+    };
+    const auto finish = [&] {
       ptx::wgmma_wait<0>();
-      if constexpr (kAhead<D>) ptx::hold_registers(ahead);
       ptx::hold_registers(sums_v);
       ptx::hold_registers(sums_k);
-      ring.release(ring.full(tile.at()));
-      if (more) tile = next;
-      else tile.advance();
-      return more;
     };
     while (find(tile, ring, group)) {
+      int held = -1;  // the stage of the products in flight
       ptx::hold_registers(sums_k);
       ptx::hold_registers(sums_v);
-      if constexpr (kAhead<D>) {
-        start_scores<D, T>(s[0], own, ring.stage(tile.at()));
-        ptx::wgmma_wait<0>();
-        ptx::hold_registers(s[0]);
-        while (step(s[0], s[1]) && step(s[1], s[0])) {
+      for (bool more = true; more;) {
+        const uint32_t from = ring.stage(tile.at());
+        start();
+        ptx::wgmma_wait<1>();
+        ptx::hold_registers(s);
+        ptx::hold_registers(sums_v);
+        ptx::hold_registers(sums_k);
+        if (held >= 0) ring.release(ring.full(held));
+        if (!tile.whole[0]) {
+          const Note<L>& note = ring.note(tile.at());
+          const int i = note.index, j = own_tile(), id = note.id[group];
+          hide(s, [&](int r) { return pattern.col_bits(i, j, id, r); });
         }
-      } else {
-        while (step(s[0], s[0])) {
+        // Of the thread's queries 8 n + e, e of 2: a row of the tile has 16 bytes, which hold two of these.
+        const Stats* of =
+            reinterpret_cast<const Stats*>(ring_shared + (from - ring.shared) + 2 * kBytes<D>) + threadIdx.x % 4 * 4;
+#pragma unroll
+        for (int i = 0; i < kTile / 2; ++i) s[i] = ptx::ex2(fmaf(s[i], scale2, -of[i / 4 * 16 + i % 2 * 2].lse2));
+        pack<T>(p, s);
+        start_mix<D, T>(sums_v, p, from + kBytes<D>);
+        ptx::wgmma_wait<1>();
+        ptx::hold_registers(ds);
+#pragma unroll
+        for (int i = 0; i < kTile / 2; ++i) ds[i] = s[i] * (ds[i] - of[i / 4 * 16 + i % 2 * 2].delta);
+        pack<T>(g, ds);
+        start_mix<D, T>(sums_k, g, from);
+        held = int(tile.at());
+        tile.advance();
+        if constexpr (D == 128) {  // the next scores and these packed ones want more registers than there are
+          finish();
+          ring.release(ring.full(held));
+          held = -1;
         }
+        more = look(tile, ring, group);
       }
+      finish();
+      if (held >= 0) ring.release(ring.full(held));
     }
     const int bh = ring.item(item).head;
     const int64_t t = int64_t(own_tile()) * kTile + first_row(threadIdx.x);
@@ -208,57 +206,54 @@ __global__ void __launch_bounds__(QueriesShape<D>::kThreads, 1)
   }
 
   ptx::reg_alloc<L::kMathRegisters>();
-  const int group = threadIdx.x / 128;
   const float scale2 = scale * kLog2e;
   Met<L> tile;
-  each_item(ring, [&](uint32_t item) {
+  each_item(ring, [&](uint32_t item, int group) {
     const int bh = ring.item(item).head, i = ring.item(item).place * L::kAll + group;
-    const uint32_t own = ring.own(item, group);
     const int64_t t = int64_t(i) * kTile + first_row(threadIdx.x);
     Stats of[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       of[r] = t + 8 * r < pattern.Tq ? *reinterpret_cast<const Stats*>(dq[bh].row(t + 8 * r)) : Stats{0.f, 0.f};
     __syncwarp();  // all four lanes of a row have read it before any writes
-    Scores64 s[2], ds;
+    Own<D, true> queries, douts;
+    take(queries, ring.own(item, group));
+    take(douts, ring.own(item, group) + kBytes<D>);
+    Scores64 s, ds;
+    Packed g;
     Sums64<D> sums = {};
-    const auto step = [&](Scores64& s, Scores64& ahead) {  // as in (2)
-      const uint32_t from = ring.stage(tile.at());
-      Met<L> next = tile;
-      next.advance();
-      const bool more = look(next, ring, group);
-      start_scores<D, T>(ds, own + kBytes<D>, from + kBytes<D>);
-      start_scores<D, T>(ahead, own, more ? ring.stage(next.at()) : from);
-      if (!tile.whole[0]) {
-        const Note<L>& note = ring.note(tile.at());
-        const int j = note.index, id = note.id[group];
-        hide(s, [&](int r) { return pattern.row_bits(i, j, id, r); });
-      }
-#pragma unroll
-      for (int j = 0; j < kTile / 2; ++j) s[j] = ptx::ex2(fmaf(s[j], scale2, -of[of_row(j)].lse2));
-      ptx::hold_registers(s);  // made here, while dP is multiplied
-      ptx::wgmma_wait<1>();
-      ptx::hold_registers(ds);
-#pragma unroll
-      for (int j = 0; j < kTile / 2; ++j) ds[j] = s[j] * (ds[j] - of[of_row(j)].delta);
-      Packed g;
-      pack<T>(g, ds);
-      start_mix<D, T>(sums, g, from);
-      ptx::wgmma_wait<0>();
-      ptx::hold_registers(ahead);
-      ptx::hold_registers(sums);
-      ring.release(ring.full(tile.at()));
-      if (more) tile = next;
-      else tile.advance();
-      return more;
-    };
     while (find(tile, ring, group)) {
+      int held = -1;  // the stage of the product in flight
       ptx::hold_registers(sums);
-      start_scores<D, T>(s[0], own, ring.stage(tile.at()));
-      ptx::wgmma_wait<0>();
-      ptx::hold_registers(s[0]);
-      while (step(s[0], s[1]) && step(s[1], s[0])) {
+      for (bool more = true; more;) {
+        const uint32_t from = ring.stage(tile.at());
+        start_scores<D, T>(s, queries, from);
+        start_scores<D, T>(ds, douts, from + kBytes<D>);
+        ptx::wgmma_wait<1>();
+        ptx::hold_registers(s);
+        ptx::hold_registers(sums);
+        if (held >= 0) ring.release(ring.full(held));
+        if (!tile.whole[0]) {
+          const Note<L>& note = ring.note(tile.at());
+          const int j = note.index, id = note.id[group];
+          hide(s, [&](int r) { return pattern.row_bits(i, j, id, r); });
+        }
+#pragma unroll
+        for (int j = 0; j < kTile / 2; ++j) s[j] = ptx::ex2(fmaf(s[j], scale2, -of[of_row(j)].lse2));
+        ptx::hold_registers(s);  // made here, while dP is multiplied
+        ptx::wgmma_wait<0>();
+        ptx::hold_registers(ds);
+#pragma unroll
+        for (int j = 0; j < kTile / 2; ++j) ds[j] = s[j] * (ds[j] - of[of_row(j)].delta);
+        pack<T>(g, ds);
+        start_mix<D, T>(sums, g, from);
+        held = int(tile.at());
+        tile.advance();
+        more = look(tile, ring, group);
       }
+      ptx::wgmma_wait<0>();
+      ptx::hold_registers(sums);
+      ring.release(ring.full(held));
     }
     ring.release(ring.own_full(item));
     store_rows<D>(dq[bh], t, pattern.Tq, sums, {scale, scale});
@@ -291,10 +286,10 @@ void attention_bwd_sm90(View dq, View dk, View dv, View dout, View q, View k, Vi
       const CUtensorMap mq = map_of<D>(q), mk = map_of<D>(k), mv = map_of<D>(v), mdout = map_of<D>(dout);
       LAUNCH((attention_stats_sm90_kernel<D, T>), unsigned(heads * pattern.nq), 128, 2 * kBytes<D>, stream,
              Heads<T>(dq), mdout, map_of<D>(o), lse.as<float>(), int(q.size[2]));
-      LAUNCH((attention_dkdv_sm90_kernel<D, T>), keys.blocks<K>(), K::kThreads, K::kShared, stream,
-             Heads<T>(dk), Heads<T>(dv), map_of_stats(dq), mdout, mq, mk, mv, pattern, keys, scale);
-      LAUNCH((attention_dq_sm90_kernel<D, T>), queries.blocks<Q>(), Q::kThreads, Q::kShared, stream,
-             Heads<T>(dq), mdout, mq, mk, mv, pattern, queries, scale);
+      LAUNCH((attention_dkdv_sm90_kernel<D, T>), keys.blocks<K>(), K::kThreads, K::kShared, stream, Heads<T>(dk),
+             Heads<T>(dv), map_of_stats(dq), mdout, mq, mk, mv, pattern, keys, scale);
+      LAUNCH((attention_dq_sm90_kernel<D, T>), queries.blocks<Q>(), Q::kThreads, Q::kShared, stream, Heads<T>(dq),
+             mdout, mq, mk, mv, pattern, queries, scale);
     }
   });
 }

@@ -1,23 +1,24 @@
 // attention_fwd on Hopper: formulas, shapes and refusals of attention_fwd.cu, for head dims 64, 96 and 128.
 //
-// A block has two warpgroups. Each owns two lines, tiles of 64 queries one below the other (D = 128: one line, whose sums
-// are twice as wide). One thread beside them walks over the tiles of 64 keys that any line meets, and brings K and V by
-// TMA into a ring of stages, with a note of which line sees how much of the tile. Blocks are as many as multiprocessors
-// and take item after item: what the next one wants comes while this one ends.
+// A block has two warpgroups. Each owns two lines, tiles of 64 queries one below the other (one line for D > 64, whose
+// registers are fewer). One thread beside them walks over the tiles of 64 keys that any line meets, and brings K and V
+// by TMA into a ring of stages, with a note of which line sees how much of the tile. Blocks are as many as
+// multiprocessors and take item after item: what the next one wants comes while this one ends.
 //
-// A warpgroup waits for nobody but the copies. S = Q K^T by wgmma m64n64k16; the online softmax in registers, where two
-// rows belong to four lanes each; P, packed, is the left operand of O += P V from registers, with V read along its
-// rows. Before a softmax the scores of the next one are queued: of the other line and the same tile, or of the next
-// tile. So the tensor cores always have work of the very warpgroup that makes exponentials; left to chance, warpgroups
-// reach them all at once and then leave them all alone. Products in flight are not carried round the loop: the
-// assembler follows none of them there, and would let each wait for the one before. A maximum may rise by 2^8 before O
-// and the sums are scaled to it: P stays within what its type holds.
+// A warpgroup waits for nobody but the copies. S = Q K^T by wgmma m64n64k16 with Q in registers: from shared memory it
+// would be read again for every tile, as many bytes as K. The online softmax is in registers, where two rows belong to
+// four lanes each; P, packed, is the left operand of O += P V, with V read along its rows. Before a softmax the scores
+// of the next one are queued: of the other line and the same tile, or of the next tile. So the tensor cores have work
+// of the very warpgroup that makes exponentials; left to chance, warpgroups reach them all at once and then leave them
+// all alone. Products in flight are not carried round the loop: the assembler does not follow them there, and would let
+// each wait for the one before. A maximum may rise by 2^8 before O and the sums are scaled to it: P stays within what
+// its type holds.
 //
 // Flops, bytes: those of attention_fwd.cu, with tiles of 64 x 64 on the diagonal: waste of 6 % at T = 1024. A score of
-// D = 64 takes 1/16 cycle of the tensor cores, as much of exp2 at 16 a cycle, and 7.8 of 128 instructions a cycle, of
-// which 4.5 are the softmax's own: the first two are even, and bind. 256 queries read 16 KB of K and V a tile for 4.2
-// MFLOP at D = 64: 2 TB/s of L2 at 500 TFLOP/s; 128 queries of D = 128 twice that. Shared memory: 96 bytes a cycle at
-// the full rate, of 128.
+// D = 64 takes 1/16 cycle of the tensor cores, as much of exp2 at 16 a cycle, and 7.3 of 128 instructions a cycle, of
+// which 4.5 are the softmax's own: the first two are even, and bind. A tile of K and V serves 256 queries at D = 64 (16
+// KB for 4.2 MFLOP: 2 TB/s of L2 at 500 TFLOP/s) and 128 beyond, which is twice that. Shared memory: 64 bytes a cycle
+// at the full rate, of 128.
 //
 // sass attention_fwd_sm90_kernel<64, bf16>: HGMMA = 16, LOCAL = 0
 // sass attention_fwd_sm90_kernel<128, bf16>: HGMMA = 24, LOCAL = 0
@@ -34,14 +35,19 @@ namespace {
 template <int D>
 constexpr int kBytes = Panels<D>::kTileBytes;
 template <int D>
-using Shape = Layout<2, D == 128 ? 1 : 2, kBytes<D>, 2, D == 64 ? 8 : 5, 2 * kBytes<D>, 1, 240, 24>;
+using Shape = Layout<2, D == 64 ? 2 : 1, kBytes<D>, 2,
+                     D == 64   ? 8
+                     : D == 96 ? 7
+                               : 5,
+                     2 * kBytes<D>, 1, 240, 24>;
 
 constexpr float kRise = 8.f;  // how far a maximum may rise, as a power of two, before sums are scaled to it
 
-// Sums of a line. Of the thread's two rows: the maximum of scale2 * score, or what it was until it had risen by kRise,
-// and the sum of this thread's columns.
+// A line: its queries, and its sums. Of the thread's two rows: the maximum of scale2 * score, or what it was until it
+// had risen by kRise, and the sum of this thread's columns.
 template <int D>
 struct Rows {
+  Operand64<D> q;
   Sums64<D> o = {};
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 };
@@ -121,15 +127,16 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
   }
 
   ptx::reg_alloc<L::kMathRegisters>();
-  const int group = threadIdx.x / 128;
   Met<L> tile;
-  each_item(ring, [&](uint32_t item) {
+  each_item(ring, [&](uint32_t item, int group) {
     const auto tile_of = [&](int l) { return ring.item(item).place * L::kAll + group * L::kLines + l; };
     Rows<D> rows[L::kLines];
     Rows<D>&first = rows[0], &last = rows[L::kLines - 1];
     Weights a, b;
-    const auto start = [&](Weights& x, int l, const Met<L>& of) {
-      start_scores<D, T>(x.s, ring.own(item, group * L::kLines + l), ring.stage(of.at()));
+#pragma unroll
+    for (int l = 0; l < L::kLines; ++l) take(rows[l].q, ring.own(item, group * L::kLines + l));
+    const auto start = [&](Weights& x, const Rows<D>& of, const Met<L>& at) {
+      start_scores<D, T>(x.s, of.q, ring.stage(at.at()));
     };
     const auto mix = [&](Weights& x, Rows<D>& to, int l, auto settle) {
       ptx::hold_registers(x.s);
@@ -153,7 +160,7 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
         const int l = !tile.met[0];
         if (l) swap(first, last);
         ptx::hold_registers(first.o);
-        start(a, l, tile);
+        start(a, first, tile);
         ptx::wgmma_wait<0>();
         mix(a, first, l, nothing);
         ptx::wgmma_wait<0>();
@@ -162,17 +169,17 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
       } else {
         ptx::hold_registers(first.o);
         ptx::hold_registers(last.o);
-        start(a, 0, tile);
+        start(a, first, tile);
         ptx::wgmma_wait<0>();
         for (;;) {  // `a` has the scores of the first line and this tile; no product is in flight
           Met<L> next = tile;
           bool more = true;
           if constexpr (L::kLines == 2) {
-            start(b, 1, tile);
+            start(b, last, tile);
           } else {
             next.advance();
             more = look(next, ring, group);
-            start(b, 0, more ? next : tile);  // where there is no next tile, scores that nobody will read
+            start(b, last, more ? next : tile);  // where there is no next tile, scores that nobody will read
           }
           mix(a, first, 0, nothing);
           if (!more) {
@@ -183,8 +190,8 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
           tile = next;
           next.advance();
           more = look(next, ring, group) && all_of(next);
-          start(a, 0, more ? next : tile);
-          ptx::wgmma_wait<D == 96 ? 1 : 2>();  // 96: there are no registers for both P
+          start(a, first, more ? next : tile);
+          ptx::wgmma_wait<L::kLines == 2 ? 1 : 2>();  // two lines leave no registers for two P
           mix(b, last, L::kLines - 1, [&] {
             if constexpr (L::kLines == 1) {
               ptx::wgmma_wait<1>();  // the same O
@@ -234,8 +241,9 @@ void attention_fwd_sm90(View o, View lse, View q, View k, View v, BlockMaskView 
       using L = Shape<D>;
       const Work work = Work::of<L>(q.size[0] * q.size[1], q.size[2], true);
       allow_shared(attention_fwd_sm90_kernel<D, T>, L::kShared);
-      LAUNCH((attention_fwd_sm90_kernel<D, T>), work.blocks<L>(), L::kThreads, L::kShared, stream, Heads<T>(o), lse.as<float>(), map_of<D>(q), map_of<D>(k), map_of<D>(v),
-             Pattern(q.size[2], k.size[2], causal, mask), work, scale * kLog2e);
+      LAUNCH((attention_fwd_sm90_kernel<D, T>), work.blocks<L>(), L::kThreads, L::kShared, stream, Heads<T>(o),
+             lse.as<float>(), map_of<D>(q), map_of<D>(k), map_of<D>(v), Pattern(q.size[2], k.size[2], causal, mask),
+             work, scale * kLog2e);
     }
   });
 }

@@ -143,9 +143,10 @@ struct Ops {
   void (*linear_fwd)(View y, View x, View weight, View bias, Stream) = nullptr;
   // decode_step: one pixel more through all layers; logits [B, V], cache [L, B * 2 * H, T, D] with k before v, which
   // receives its slot, pixels i64 [B], wte [V, d], wpe [T, d], ln_f [d], wtet [V, d]; masks: the queries are row slot;
-  // pages: as attention_decode's, and every head has a mask
-  void (*decode_step)(View logits, View cache, View pixels, View wte, View wpe, LayersView layers, View ln_f, View wtet,
-                      View pages, MasksView masks, int64_t slot, float eps, Stream) = nullptr;
+  // pages: as attention_decode's, and every head has a mask. prefix [L, M * 2 * H, P, D]: stands before the slots of
+  // each B / M neighbours, whose cache then begins with slot P
+  void (*decode_step)(View logits, View cache, View prefix, View pixels, View wte, View wpe, LayersView layers,
+                      View ln_f, View wtet, View pages, MasksView masks, int64_t slot, float eps, Stream) = nullptr;
   // sampling: the token at which the distribution function of softmax(logits / temperature), cut to top_k (0: all) and
   // top_p (1: all), exceeds the uniform; -1 where the logits are not finite
   void (*sample_tokens)(View tokens, View logits, View uniforms, double temperature, int64_t top_k, double top_p,

@@ -20,14 +20,25 @@ class KVCache:
 
     data: [layers, batch, 2, heads, slots, head_dim], k before v. pages: int32 [tiles], by which slot t is at
     pages[t // 64] * 64 + t % 64 of few slots, which pages take turns in; None where each of T slots has its own.
+    prefix: [layers, M, 2, heads, P, head_dim], the first slots of each batch / M neighbours, which `data` then lacks;
+    None where each image has all of its own.
     """
 
-    def __init__(self, config: Config, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._table = _table_of(config)
-        shape = (config.layers, batch, 2, config.heads, cache_slots(config), config.head_dim)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(
+        self, config: Config, batch: int, dtype: torch.dtype, device: torch.device, prefix: Tensor | None = None
+    ) -> None:
+        self._table, self.prefix = _table_of(config), prefix
+        slots = cache_slots(config) - self.shared
+        self.data = torch.empty(
+            (config.layers, batch, 2, config.heads, slots, config.head_dim), dtype=dtype, device=device
+        )
         self.pages = self._table and self._table.of.to(device)
         self.length = 0
+
+    @property
+    def shared(self) -> int:
+        """How many slots are in `prefix`."""
+        return 0 if self.prefix is None else self.prefix.shape[4]
 
     def keep(self, layer: int, held: tuple[Places, Places], kv: Tensor) -> None:
         """Take k and v [batch, 2, heads, K, head_dim] of the slots 0..K-1, or what later ones see of them: held(K)."""
@@ -35,17 +46,22 @@ class KVCache:
         self.data[layer][..., places, :] = kv[..., slots, :]
 
     def fill(self, rows: slice, source: "KVCache") -> None:
-        """Give every image of `rows` the known slots of the one image in `source`."""
+        """Give every image of `rows` the known slots of the one image in `source`, but for those in `prefix`."""
         self.length = source.length
-        _, places = self.held(self.length)
-        self.data[:, rows, ..., places, :] = source.data[..., places, :]
+        slots, places = self.held(self.length)
+        self.data[:, rows, ..., places, :] = source.data[..., slots if self._table is None else places, :]
 
     def held(self, length: int) -> tuple[Places, Places]:
-        """Of the first `length` slots those that are kept, and where in the cache."""
+        """Of the first `length` slots those that are kept in `data`, and where."""
         if self._table is None:
-            return slice(length), slice(length)
+            return slice(self.shared, length), slice(length - self.shared)
         slots, places = (t.to(self.data.device) for t in self._table.held(length))
         return slots, places
+
+
+def shared_slots(config: Config, known: int) -> int:
+    """How many slots images that have the first `known` pixels in common keep once for all of them: whole tiles."""
+    return (known + 1) // TILE * TILE if known and _table_of(config) is None else 0
 
 
 def cache_slots(config: Config) -> int:
@@ -121,7 +137,8 @@ def decode_one_token(decoder: Decoder, pixel: Tensor) -> Tensor:
     cache, slot = decoder.cache, decoder.cache.length
     if slot >= decoder.config.tokens:
         raise InputError(f"the cache already holds all {slot} slots of an image")
-    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, decoder.config.eps, decoder.masks, cache.pages)
+    eps, held = decoder.config.eps, (cache.pages, cache.prefix)
+    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, eps, decoder.masks, *held)
     cache.length = slot + 1
     return logits
 

@@ -62,8 +62,8 @@ class CountedSteps:
         """One pixel of each image, and the logits of the next."""
         d, pixel = self.decoder, self.draw().clamp(min=0)
         self.at += 1  # slot t of the cache has pixel t - 1
-        eps, pages = d.config.eps, d.cache.pages
-        self.logits.copy_(ops.decode_step(d.cache.data, pixel, d.weights, self.at, eps, d.masks, pages))
+        eps, held = d.config.eps, (d.cache.pages, d.cache.prefix)
+        self.logits.copy_(ops.decode_step(d.cache.data, pixel, d.weights, self.at, eps, d.masks, *held))
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:

@@ -5,13 +5,13 @@ decoding step treats each row alone, and what is known is prefilled one image at
 on its neighbours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.cached import Decoder, KVCache, cache_slots, check_order, prefill
+from igpt_fast.cached import Decoder, KVCache, cache_slots, check_order, prefill, shared_slots
 from igpt_fast.config import Config
 from igpt_fast.drawing import Options, draw
 from igpt_fast.errors import InputError
@@ -107,16 +107,18 @@ def _generate(
     options: Options,
     progress: Progress | None,
 ) -> Tensor:
-    """Images [len(rows), H, W]. A row is (index into known [M, K], image, completion); the last two name its stream."""
+    """Images [len(rows), H, W]. A row is (index into known [M, K], image, completion); the last two name its stream.
+    Each index has equally many rows, side by side.
+    """
     c, count = model.config, known.shape[1]
     check_order(c)
     out = known.new_empty(len(rows), c.tokens)
     out[:, :count] = known[[row[0] for row in rows]]
-    left, size, prefixes = c.tokens - count, batch or default_batch(model), {}
+    left, each, prefixes = c.tokens - count, len(rows) // max(len(known), 1), {}
     # A caller's autocast would reach prefill's linears but not the decoding ops: all runs in the model's own dtype.
     with torch.inference_mode(), torch.autocast(known.device.type, enabled=False):
-        for start in range(0, len(rows) if left else 0, size):
-            part, images = rows[start : start + size], out[start : start + size]
+        for start, end in _batches(len(known) if left else 0, each, batch or default_batch(model, count, each)):
+            part, images = rows[start:end], out[start:end]
             logits, decoder = _start(model, known, [row[0] for row in part], prefixes)
             uniforms = torch.from_numpy(np.stack([_stream(seed, row[1:], c.tokens) for row in part], axis=1))
             for done in draw(decoder, logits, images, uniforms.to(known.device), options):
@@ -130,28 +132,49 @@ def _generate(
 def _start(
     model: ImageGPT, known: Tensor, which: list[int], prefixes: dict[int, tuple[Tensor, KVCache]]
 ) -> tuple[Tensor, Decoder]:
-    """The logits of the first pixel to draw, and a decoder, for the rows known[which]; equal rows stand side by side.
+    """The logits of the first pixel to draw, and a decoder, for the rows known[which]; equal rows stand side by side,
+    equally many of each.
 
-    Each is prefilled once and alone. `prefixes` carries the last one over to the next batch, which may go on with it.
+    Each is prefilled once and alone, and what rows have in common they keep once. `prefixes` carries the last one over
+    to the next batch, which may go on with it.
     """
-    cache = KVCache(model.config, len(which), model.wte.dtype, known.device)
-    logits = model.wtet.new_empty(len(which), model.config.colors)
-    for index in dict.fromkeys(which):
+    c, of, prefix = model.config, list(dict.fromkeys(which)), None
+    each, shared = len(which) // len(of), shared_slots(c, known.shape[1])
+    if shared:
+        shape = (c.layers, len(of), 2, c.heads, shared, c.head_dim)
+        prefix = torch.empty(shape, dtype=model.wte.dtype, device=known.device)
+    cache = KVCache(c, len(which), model.wte.dtype, known.device, prefix)
+    logits = model.wtet.new_empty(len(which), c.colors)
+    for at, index in enumerate(of):
         if index not in prefixes:
             prefixes.clear()
             prefixes[index] = prefill(model, known[index : index + 1])
-        first = which.index(index)
-        same = slice(first, first + which.count(index))
-        logits[same], prefix = prefixes[index]
-        cache.fill(same, prefix)
+        same = slice(at * each, (at + 1) * each)
+        logits[same], source = prefixes[index]
+        if prefix is not None:
+            prefix[:, at] = source.data[:, 0, ..., :shared, :]
+        cache.fill(same, source)
     return logits, Decoder(model, cache)
 
 
-def default_batch(model: ImageGPT) -> int:
-    """How many images are drawn side by side when the caller does not say."""
+def _batches(count: int, each: int, size: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each batch, of at most `size` rows: of whole ones of `count` images that have `each`, or of
+    one of them.
+    """
+    if each <= size:
+        step = size // each * each
+        yield from ((at, min(at + step, count * each)) for at in range(0, count * each, step))
+        return
+    for first in range(0, count * each, each):
+        yield from ((at, min(at + size, first + each)) for at in range(first, first + each, size))
+
+
+def default_batch(model: ImageGPT, known: int = 0, each: int = 1) -> int:
+    """How many images, `each` of them with `known` pixels in common, are drawn side by side when nobody says."""
     c = model.config
-    image = 2 * c.layers * cache_slots(c) * c.width * model.wte.element_size()
-    return max(1, min(LARGEST_BATCH, CACHE_BYTES // image))
+    shared = shared_slots(c, known)
+    slots = cache_slots(c) - shared + -(-shared // each)
+    return max(1, min(LARGEST_BATCH, CACHE_BYTES // (2 * c.layers * slots * c.width * model.wte.element_size())))
 
 
 def _stream(seed: int, stream: tuple[int, int], count: int) -> np.ndarray:

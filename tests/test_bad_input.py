@@ -154,7 +154,7 @@ def test_a_decoding_step_refuses_masks_of_other_layers(backend, of, message):
     ]
     masks = _native.native_masks([compiled("row", (3, 3)).tensors], of, 1)
     cache, pixels = floats(2, 4, 9, 8), torch.zeros(1, dtype=I64)
-    args = cache, pixels, floats(5, d), floats(9, d), _native.native_layers(2 * layers), floats(d), floats(5, d)
+    args = cache, None, pixels, floats(5, d), floats(9, d), _native.native_layers(2 * layers), floats(d), floats(5, d)
     with pytest.raises(ValueError, match=message):
         native.decode_step(floats(1, 5), *args, None, masks, 3, 1e-5, 0)
 

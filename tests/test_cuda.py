@@ -9,7 +9,7 @@ from test_backends import calls
 
 from igpt_fast import Config, ImageGPT, InputError, drawing, ops
 from igpt_fast.ops._native import BACKENDS, use_backend
-from igpt_fast.sample import sample
+from igpt_fast.sample import complete, sample
 
 pytestmark = pytest.mark.skipif("cuda" not in BACKENDS, reason="no GPU here, or built without CUDA")
 
@@ -150,14 +150,18 @@ def test_it_runs_on_torchs_current_stream(fn):
 
 @pytest.mark.parametrize("pattern", [None, "neighborhood(3)"])
 def test_images_are_drawn_by_a_cuda_graph(pattern, caplog, monkeypatch):
-    """Or else by the same steps one by one, to the same pixels; without a pattern, and with a cache of pages."""
+    """Or else by the same steps one by one, to the same pixels; without a pattern, where completions share what they
+    know, and with a cache of pages.
+    """
     config = Config(layers=2, width=64, heads=2, colors=16, size=(40, 8), pattern=pattern)
     model = ImageGPT(config).to("cuda", torch.bfloat16)
     with caplog.at_level("WARNING", "igpt_fast"):
         replayed = sample(model, n=3, seed=1)
+        completed = complete(model, replayed, keep=0.5, n=2, seed=1)
     assert "one by one" not in caplog.text
     monkeypatch.setattr(drawing, "recorded", lambda step: step)
     assert torch.equal(sample(model, n=3, seed=1), replayed)
+    assert torch.equal(complete(model, replayed, keep=0.5, n=2, seed=1), completed)
 
 
 MEMORY = torch.cuda.get_device_properties(0).total_memory >> 30 if torch.cuda.is_available() else 0

@@ -40,19 +40,19 @@ def grouped(flat):
     return [LayerWeights(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS)]
 
 
-def ours(slot, cache, pixels, wte, wpe, *rest, masks=()):
+def ours(slot, cache, pixels, wte, wpe, *rest, masks=(), prefix=None):
     """Logits, and the cache with its new slot, so that both are compared."""
     *flat, ln_f, wtet = rest
     cache = cache.clone()
-    logits = ops.decode_step(cache, pixels, StepWeights(wte, wpe, grouped(flat), ln_f, wtet), slot, masks=masks)
-    return logits, cache
+    weights = StepWeights(wte, wpe, grouped(flat), ln_f, wtet)
+    return ops.decode_step(cache, pixels, weights, slot, masks=masks, prefix=prefix), cache
 
 
-def meaning(slot, cache, pixels, wte, wpe, *rest, seen=()):
+def meaning(slot, cache, pixels, wte, wpe, *rest, seen=(), prefix=None):
     *flat, ln_f, wtet = rest
     cache = cache.clone()
-    logits = reference.decode_step.decode_step(cache, pixels, wte, wpe, grouped(flat), ln_f, wtet, slot, seen=seen)
-    return logits, cache
+    step = partial(reference.decode_step.decode_step, cache, pixels, wte, wpe, grouped(flat), ln_f, wtet, slot)
+    return step(seen=seen, prefix=prefix), cache
 
 
 @pytest.mark.parametrize("backend", backends("decode_step"))

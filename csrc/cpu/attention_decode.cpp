@@ -17,7 +17,7 @@ static void decode(const View& o, const View& q, const View& k, const View& v, c
   parallel_for(heads, [&](int64_t bh, int thread) {
     float query[128] = {}, row[128];
     load_row(query, Head<const T>(q, bh).row(0), q.dtype, D);
-    decode_head<T>(row, query, Head<const T>(k, bh), Head<const T>(v, bh), D, seen, scale,
+    decode_head<T>(row, query, Kept<T>(Head<const T>(k, bh)), Kept<T>(Head<const T>(v, bh)), D, seen, scale,
                    scores.get() + thread * stride);
     store_row(Head<T>(o, bh).row(0), row, o.dtype, D);
   });

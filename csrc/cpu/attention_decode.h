@@ -71,6 +71,16 @@ static inline Seen seen_in(const BlockMaskView& mask, const Places& places, int6
   return {count, slots};
 }
 
+// A head's keys or values: those of the first `count` slots, which neighbours share, stand before its own.
+template <class T>
+struct Kept {
+  Head<const T> own, shared;
+  int64_t count;
+  explicit Kept(const Head<const T>& all) : own(all), shared(all), count(0) {}
+  Kept(const Head<const T>& own, const Head<const T>& shared, int64_t count) : own(own), shared(shared), count(count) {}
+  const T* row(int64_t slot) const { return slot < count ? shared.row(slot) : own.row(slot - count); }
+};
+
 // The rows that a query sees, by their number, and a word to the cache about those that come later.
 template <class T>
 struct FirstRows {
@@ -79,10 +89,16 @@ struct FirstRows {
   void ask(const T* here, int64_t, int64_t c) const { prefetch(here, c); }
 };
 template <class T>
+struct SharedRows {
+  Kept<T> kept;
+  const T* row(int64_t t) const { return kept.row(t); }
+  void ask(const T* here, int64_t, int64_t c) const { prefetch(here, c); }
+};
+template <class T>
 struct ListedRows {
-  Head<const T> head;
+  Kept<T> kept;
   const int32_t* slot;
-  const T* row(int64_t t) const { return head.row(slot[t]); }
+  const T* row(int64_t t) const { return kept.row(slot[t]); }
   void ask(const T*, int64_t t, int64_t c) const { prefetch<kLanes, 0>(row(t + kAhead), c); }
 };
 
@@ -162,16 +178,18 @@ static void decode_rows(float* row, float* query, const Rows& hk, const Rows& hv
 // row [D rounded up to whole vectors] = softmax(scale q K^T) V over the slots that are seen, zeros where none is. query
 // [likewise, zeros behind D] is used up; score has room for padded(seen.count) floats.
 template <class T>
-static void decode_head(float* row, float* query, const Head<const T>& hk, const Head<const T>& hv, int64_t D,
-                        const Seen& seen, float scale, float* score) {
+static void decode_head(float* row, float* query, const Kept<T>& k, const Kept<T>& v, int64_t D, const Seen& seen,
+                        float scale, float* score) {
   if (!seen.count) {
     for (int64_t c = 0; c < D; c += kLanes) store(row + c, vf{});
     return;
   }
-  if (seen.slot)
-    return decode_rows<T>(row, query, ListedRows<T>{hk, seen.slot}, ListedRows<T>{hv, seen.slot}, D, seen.count, scale,
-                          score);
-  decode_rows<T>(row, query, FirstRows<T>{hk}, FirstRows<T>{hv}, D, seen.count, scale, score);
+  const auto over = [&](auto keys, auto values) {
+    decode_rows<T>(row, query, keys, values, D, seen.count, scale, score);
+  };
+  if (seen.slot) return over(ListedRows<T>{k, seen.slot}, ListedRows<T>{v, seen.slot});
+  if (k.count) return over(SharedRows<T>{k}, SharedRows<T>{v});
+  over(FirstRows<T>{k.own}, FirstRows<T>{v.own});
 }
 
 }  // namespace IGPT_ISA

@@ -17,6 +17,7 @@ namespace IGPT_ISA {
 
 struct Sizes {
   int64_t B, d, heads, D, inner, T, V, slot, place;  // T: of the cache, where the slot has its place
+  int64_t prefix, sharers;                           // slots that stand before the cache, and of how many images
 };
 
 static void check_weight(const View& w, int64_t rows, int64_t cols, DType dtype, const char* name) {
@@ -58,8 +59,9 @@ class Sights {
   Scratch<Seen> seen_;
 };
 
-static Sizes check_step(const View& logits, const View& cache, const View& pixels, const View& wte, const View& wpe,
-                        const LayersView& layers, const View& ln_f, const View& wtet, const View& pages, int64_t slot) {
+static Sizes check_step(const View& logits, const View& cache, const View& prefix, const View& pixels, const View& wte,
+                        const View& wpe, const LayersView& layers, const View& ln_f, const View& wtet,
+                        const View& pages, int64_t slot) {
   const DType t = cache.dtype;
   IGPT_CHECK(is_float(t), "decode_step: float32 or bfloat16 only");
   IGPT_CHECK(cache.ndim == 4 && cache.dense() && cache.size[0] == layers.count && layers.count > 0,
@@ -69,7 +71,17 @@ static Sizes check_step(const View& logits, const View& cache, const View& pixel
   s.inner = layers.layer[0].fc.rows(), s.heads = s.D ? s.d / s.D : 0;
   IGPT_CHECK(s.D % 8 == 0 && s.D <= 128 && s.heads * s.D == s.d && cache.size[1] == s.B * 2 * s.heads,
              "decode_step: the cache does not fit %lld images of width %lld", (long long)(s.B), (long long)(s.d));
-  const int64_t positions = pages ? wpe.rows() : s.T;
+  s.prefix = 0, s.sharers = 1;
+  if (prefix) {
+    IGPT_CHECK(prefix.ndim == 4 && prefix.dense() && prefix.dtype == t && prefix.size[0] == layers.count &&
+                   prefix.size[1] > 0 && prefix.size[1] % (2 * s.heads) == 0 && prefix.size[3] == s.D && !pages,
+               "decode_step: the prefix must be dense, [layers, M * 2 * H, P, D] and of the cache's dtype, without pages");
+    s.prefix = prefix.size[2], s.sharers = cache.size[1] / prefix.size[1];
+    IGPT_CHECK(prefix.size[1] * s.sharers == cache.size[1] && s.prefix <= slot,
+               "decode_step: the prefix must be that of so many images that they divide %lld, and end before the slot",
+               (long long)(s.B));
+  }
+  const int64_t positions = pages ? wpe.rows() : s.prefix + s.T;
   IGPT_CHECK(slot >= 0 && slot < positions, "decode_step: slot must be in 0..%lld", (long long)(positions - 1));
   IGPT_CHECK(pixels.dtype == DType::i64 && pixels.dense(), "decode_step: pixels must be dense int64");
   for (int64_t b = 0; b < s.B; ++b)
@@ -150,17 +162,23 @@ static void share_linear(Y* y, int64_t ldy, const typename E::X* x, int64_t Kp, 
   }
 }
 
-// The heads' new keys and values go into the cache, then their queries look at what they see of it.
+// The heads' new keys and values go into the cache, then their queries look at what they see of it. Images that share a
+// prefix follow one another within a head: of theirs one reads it from memory, the others from a cache.
 template <class E, class T>
-static void share_attention(Buffers<E>& buffers, T* cache, const Sizes& s, const Sights& sights, int64_t layer,
-                            float* score) {
+static void share_attention(Buffers<E>& buffers, T* cache, const T* prefix, const Sizes& s, const Sights& sights,
+                            int64_t layer, float* score) {
   const float scale = 1.f / std::sqrt(float(s.D));
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t bh = 0; bh < s.B * s.heads; ++bh) {
-    const int64_t b = bh / s.heads, head = bh % s.heads;
+  for (int64_t task = 0; task < s.B * s.heads; ++task) {
+    const int64_t group = task / (s.heads * s.sharers), head = task / s.sharers % s.heads;
+    const int64_t b = group * s.sharers + task % s.sharers;
     const float* qkv = buffers.qkv.get() + b * 3 * s.d + head * s.D;
     T* keys = cache + (b * 2 * s.heads + head) * s.T * s.D;
     T* values = keys + s.heads * s.T * s.D;
+    const auto kept = [&](const T* own, int64_t kind) {
+      const T* shared = prefix + ((group * 2 + kind) * s.heads + head) * s.prefix * s.D;
+      return Kept<T>(Head<const T>(own, s.D), Head<const T>(shared, s.D), s.prefix);
+    };
     float query[128] = {}, row[128];
     std::memcpy(query, qkv, size_t(s.D) * sizeof(float));
     for (int64_t c = 0; c < s.D; c += kLanes) {
@@ -168,8 +186,7 @@ static void share_attention(Buffers<E>& buffers, T* cache, const Sizes& s, const
       store_upto(keys + s.place * s.D + c, load_upto(qkv + s.d + c, n), n);
       store_upto(values + s.place * s.D + c, load_upto(qkv + 2 * s.d + c, n), n);
     }
-    decode_head<T>(row, query, Head<const T>(keys, s.D), Head<const T>(values, s.D), s.D, sights.of(layer, head), scale,
-                   score);
+    decode_head<T>(row, query, kept(keys, 0), kept(values, 1), s.D, sights.of(layer, head), scale, score);
     for (int64_t c = 0; c < s.D; c += kLanes)
       store_upto(buffers.mixed.get() + b * buffers.dx + head * s.D + c, load(row + c),
                  std::min<int64_t>(kLanes, s.D - c));
@@ -177,9 +194,9 @@ static void share_attention(Buffers<E>& buffers, T* cache, const Sizes& s, const
 }
 
 template <class E, class T>
-static void run_step(const View& logits, const View& cache, const View& pixels, const View& wte, const View& wpe,
-                     const LayersView& layers, const View& ln_f, const View& wtet, const Sights& sights, const Sizes& s,
-                     float eps) {
+static void run_step(const View& logits, const View& cache, const View& prefix, const View& pixels, const View& wte,
+                     const View& wpe, const LayersView& layers, const View& ln_f, const View& wtet,
+                     const Sights& sights, const Sizes& s, float eps) {
   const int threads = max_threads();
   Buffers<E> buffers(s, threads);
   float *const qkv = buffers.qkv.get(), *const delta = buffers.delta.get();
@@ -204,7 +221,8 @@ static void run_step(const View& logits, const View& cache, const View& pixels, 
       const LayerView& w = layers.layer[l];
       add_and_norm(x, dx, h, wide, l ? delta : nullptr, w.ln_1.as<T>(), s.B, s.d, eps);
       share_linear<E, T>(qkv, 3 * s.d, x, dx, s.B, w.qkv, w.qkv_bias, as_it_is);
-      share_attention<E, T>(buffers, cache.as<T>() + l * per_layer, s, sights, l, score);
+      const T* before = prefix ? prefix.as<T>() + l * prefix.stride[0] : cache.as<T>();
+      share_attention<E, T>(buffers, cache.as<T>() + l * per_layer, before, s, sights, l, score);
       share_linear<E, T>(delta, s.d, mixed, dx, s.B, w.attn_proj, w.attn_proj_bias, as_it_is);
       add_and_norm(x, dx, h, wide, delta, w.ln_2.as<T>(), s.B, s.d, eps);
       share_linear<E, T>(z, inner_x, x, dx, s.B, w.fc, w.fc_bias, gelu);
@@ -215,19 +233,19 @@ static void run_step(const View& logits, const View& cache, const View& pixels, 
   }
 }
 
-static void decode_step(View logits, View cache, View pixels, View wte, View wpe, LayersView layers, View ln_f,
-                        View wtet, View pages, MasksView masks, int64_t slot, float eps, Stream) {
-  Sizes s = check_step(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, pages, slot);
-  const Places places(pages, s.T, slot + 1);
+static void decode_step(View logits, View cache, View prefix, View pixels, View wte, View wpe, LayersView layers,
+                        View ln_f, View wtet, View pages, MasksView masks, int64_t slot, float eps, Stream) {
+  Sizes s = check_step(logits, cache, prefix, pixels, wte, wpe, layers, ln_f, wtet, pages, slot);
+  const Places places(pages, s.prefix + s.T, slot + 1);
   const Sights sights(masks, places, layers.count, slot + 1);
-  s.place = places(slot);
+  s.place = places(slot) - s.prefix;
   if (s.B == 0) return;
   if (cache.dtype == DType::f32)
-    return run_step<Wide<float>, float>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
+    return run_step<Wide<float>, float>(logits, cache, prefix, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
 #if defined(__AVX512BF16__)
-  run_step<Pairs, bf16>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
+  run_step<Pairs, bf16>(logits, cache, prefix, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
 #else
-  run_step<Wide<bf16>, bf16>(logits, cache, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
+  run_step<Wide<bf16>, bf16>(logits, cache, prefix, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
 #endif
 }
 

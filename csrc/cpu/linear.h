@@ -49,25 +49,33 @@ constexpr int64_t kOutputs = 16;  // weight rows a task
 
 // Lane i M + j: the dot product of x's row i and w's row j, over K elements. x is padded with zeros to Kp; w is not.
 // Rows behind the last repeat it; their lanes are not used.
+//
+// One or two rows of x wait for memory: they take a weight row at a time, so that memory is read in its order: what no
+// cache holds comes faster then. Four keep the multipliers busy: all their products go on at once, each of them in the
+// same order, because a vector that is loaded serves four, and a sum need not wait for the one before.
 template <class E, int N, class W>
 static inline vf dots(const typename E::X* x, int64_t Kp, const W* w, int64_t K, int64_t ms) {
-  constexpr int M = kLanes / N;
+  constexpr int M = kLanes / N, kRows = N < 4 ? 1 : M;
   vf acc[kLanes];
   clear(acc);
-  // A row at a time, so that memory is read in its order: what no cache holds comes faster then.
 #pragma GCC unroll 16
-  for (int j = 0; j < M; ++j) {
-    const W* row = w + std::min<int64_t>(j, ms - 1) * K;
+  for (int j0 = 0; j0 < M; j0 += kRows) {
+    const W* row[kRows];
+    for (int j = 0; j < kRows; ++j) row[j] = w + std::min<int64_t>(j0 + j, ms - 1) * K;
+    const auto step = [&](int64_t k, auto load) {
+      typename E::Vector v[kRows];
+      for (int j = 0; j < kRows; ++j) v[j] = load(row[j] + k);
+      for (int i = 0; i < N; ++i) {
+        const auto xv = E::load_x(x + i * Kp + k);
+        for (int j = 0; j < kRows; ++j) acc[i * M + j0 + j] = E::dot(acc[i * M + j0 + j], xv, v[j]);
+      }
+    };
     int64_t k = 0;
     for (; k + E::kStep <= K; k += E::kStep) {
-      prefetch<E::kStep>(row, k);
-      const auto v = E::load(row + k);
-      for (int i = 0; i < N; ++i) acc[i * M + j] = E::dot(acc[i * M + j], E::load_x(x + i * Kp + k), v);
+      for (int j = 0; j < kRows; ++j) prefetch<E::kStep>(row[j], k);
+      step(k, [](const W* p) { return E::load(p); });
     }
-    if (k < K) {
-      const auto v = E::load_n(row + k, K - k);
-      for (int i = 0; i < N; ++i) acc[i * M + j] = E::dot(acc[i * M + j], E::load_x(x + i * Kp + k), v);
-    }
+    if (k < K) step(k, [&](const W* p) { return E::load_n(p, K - k); });
   }
   return sums(acc);
 }

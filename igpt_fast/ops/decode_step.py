@@ -98,6 +98,7 @@ def decode_step(
     eps: float = 1e-5,
     masks: StepMasks | Sequence[BlockMask | Sequence[BlockMask | None] | None] = (),
     pages: Tensor | None = None,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """Put the newest pixels into the cache's slot → logits [B, V] of the next ones, in the weights' dtype; no gradient.
 
@@ -107,14 +108,17 @@ def decode_step(
     slot: a number; or int64 [1] on a GPU, where nobody looks at it: so a CUDA graph may go on counting it
     pages int32 [tiles]: slot t is at pages[t // 64] * 64 + t % 64 of a cache of fewer slots, and every head has a mask,
     of which none shows a page whose place another has taken (`igpt_fast.patterns.pages_of`)
-    Raises InputError for shapes, masks and pages that do not fit or a slot outside 0..T-1.
+    prefix [L, M, 2, H, P, D], contiguous, without pages: the slots that each B / M neighbours share. It stands before
+    their cache, which then has the slots P..T-1. On a GPU P is a multiple of 64 where there are masks.
+    Raises InputError for shapes, masks and pages that do not fit or a slot outside P..T-1.
     """
     if cache.ndim != 6 or cache.shape[2] != 2 or len(cache) != len(weights.layers) or pixels.shape != cache.shape[1:2]:
         raise InputError(
             f"decode_step: cache {list(cache.shape)} does not fit {len(weights.layers)} layers and pixels "
             f"{list(pixels.shape)}; expected [layers, B, 2, heads, T, head_dim] and [B]"
         )
-    slots, counted = cache.shape[4] if pages is None else min(pages.numel() * TILE, len(weights.wpe)), None
+    shared = _shared(cache, prefix, pages)
+    slots, counted = shared + cache.shape[4] if pages is None else min(pages.numel() * TILE, len(weights.wpe)), None
     if isinstance(slot, Tensor):
         if slot.shape != (1,) or slot.dtype is not torch.int64 or torch.compiler.is_compiling():
             raise InputError(
@@ -122,21 +126,36 @@ def decode_step(
                 "torch.compile does not take"
             )
         counted, slot = slot, slots - 1
-    if not 0 <= slot < slots:
-        raise InputError(f"decode_step: slot is {slot}; the cache has the slots 0 to {slots - 1}")
-    same_device("decode_step", cache=cache, pixels=pixels, wte=weights.wte, pages=pages, slot=counted)
+    if not shared <= slot < slots:
+        raise InputError(f"decode_step: slot is {slot}; the cache has the slots {shared} to {slots - 1}")
+    same_device("decode_step", cache=cache, pixels=pixels, wte=weights.wte, pages=pages, prefix=prefix, slot=counted)
     masks = _checked(masks, len(cache), slot)
     check_pages("decode_step", pages, slot + 1, cache.shape[4], masks is not None and masks.everywhere)
     if counted is not None:
-        return _by_single_ops(cache, pixels, weights, masks, counted, eps, pages)
+        return _by_single_ops(cache, pixels, weights, masks, counted, eps, pages, prefix)
     if torch.compiler.is_compiling():
         flat = [t for layer in weights.layers for t in layer]
         tables = [t for mask in masks.distinct for t in mask.to(cache.device).tensors] if masks else []
         of = masks.of if masks else []
         return torch.ops.igpt.decode_step(
-            cache, pixels, weights.wte, weights.wpe, flat, weights.ln_f, weights.wtet, tables, of, slot, eps, pages
+            cache, pixels, weights.wte, weights.wpe, flat, weights.ln_f, weights.wtet, tables, of, slot, eps, pages,
+            prefix,
+        )  # fmt: skip
+    return _decode_step(cache, pixels, weights, masks, slot, eps, pages, prefix)
+
+
+def _shared(cache: Tensor, prefix: Tensor | None, pages: Tensor | None) -> int:
+    """How many slots stand before the cache."""
+    if prefix is None:
+        return 0
+    fits = prefix.ndim == 6 and prefix.dtype is cache.dtype and pages is None and prefix.numel()
+    like = fits and prefix.shape[::5] == cache.shape[::5] and prefix.shape[2:4] == cache.shape[2:4]
+    if not like or cache.shape[1] % prefix.shape[1]:
+        raise InputError(
+            f"decode_step: expected a prefix [L, M, 2, H, P, D] like the cache {list(cache.shape)} {cache.dtype}, M "
+            f"dividing its images, and no pages beside it; got {list(prefix.shape)} {prefix.dtype}"
         )
-    return _decode_step(cache, pixels, weights, masks, slot, eps, pages)
+    return prefix.shape[4]
 
 
 def _checked(masks, layers: int, slot: int) -> StepMasks | None:
@@ -160,20 +179,20 @@ def _decode_step(
     slot: int,
     eps: float,
     pages: Tensor | None,
+    prefix: Tensor | None,
 ) -> Tensor:
     refusal = w.refusal or refused_head_dim(cache.shape[-1])
-    if cache.dtype is not w.wte.dtype or not cache.is_contiguous():
-        refusal = "the cache is not contiguous or differs from the weights in dtype"
+    if cache.dtype is not w.wte.dtype or not all(t.is_contiguous() for t in (cache, prefix) if t is not None):
+        refusal = "the cache or its prefix is not contiguous or differs from the weights in dtype"
     native = backend_for("decode_step", (cache, w.wte), refusal)
     if native is None:
-        return _by_single_ops(cache, pixels, w, masks, slot, eps, pages)
+        return _by_single_ops(cache, pixels, w, masks, slot, eps, pages, prefix)
     logits = empty((len(pixels), len(w.wtet)), w.wtet)
-    flat = cache.view(len(cache), -1, *cache.shape[-2:])
+    flat, before = (t if t is None else t.view(len(t), -1, *t.shape[-2:]) for t in (cache, prefix))
     seen, stream = masks.native if masks else None, stream_of(cache)
     places = None if pages is None else pages.contiguous()
-    native.decode_step(
-        logits, flat, pixels.contiguous(), w.wte, w.wpe, w.native, w.ln_f, w.wtet, places, seen, slot, eps, stream
-    )
+    ends = w.ln_f, w.wtet, places, seen, slot, eps, stream
+    native.decode_step(logits, flat, before, pixels.contiguous(), w.wte, w.wpe, w.native, *ends)
     return logits
 
 
@@ -185,11 +204,12 @@ def _by_single_ops(
     slot: int | Tensor,
     eps: float,
     pages: Tensor | None,
+    prefix: Tensor | None,
 ) -> Tensor:
     """By single ops, which read the slot where it is."""
     seen, heads = masks.on(cache.device) if masks else (), (w.ln_f, w.wtet)
     step = reference.decode_step.decode_step
-    return step(cache, pixels, w.wte, w.wpe, w.layers, *heads, slot, eps, _OURS, seen, pages)
+    return step(cache, pixels, w.wte, w.wpe, w.layers, *heads, slot, eps, _OURS, seen, pages, prefix)
 
 
 @torch.library.custom_op("igpt::decode_step", mutates_args=("cache",))
@@ -206,6 +226,7 @@ def _decode_step_op(
     slot: int,
     eps: float,
     pages: Tensor | None = None,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     fields = len(LayerWeights._fields)
     listed = [LayerWeights(*layers[i : i + fields]) for i in range(0, len(layers), fields)]
@@ -213,7 +234,7 @@ def _decode_step_op(
     groups = len(of) // len(listed)
     seen = StepMasks([[every[n] for n in of[at : at + groups]] for at in range(0, len(of), groups or 1)])
     weights = StepWeights(wte, wpe, listed, ln_f, wtet)
-    return _decode_step(cache, pixels, weights, seen if masks else None, slot, eps, pages)
+    return _decode_step(cache, pixels, weights, seen if masks else None, slot, eps, pages, prefix)
 
 
 def _mask_of(tensors: Tensors) -> BlockMask:
@@ -223,5 +244,5 @@ def _mask_of(tensors: Tensors) -> BlockMask:
 
 
 @_decode_step_op.register_fake
-def _(cache, pixels, wte, wpe, layers, ln_f, wtet, masks, of, slot, eps, pages=None):
+def _(cache, pixels, wte, wpe, layers, ln_f, wtet, masks, of, slot, eps, pages=None, prefix=None):
     return wtet.new_empty(len(pixels), len(wtet))

@@ -1,5 +1,7 @@
 """What one decoding step's attention over a cache means, and what it means to put a step's keys and values there."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def attention_decode(
     scale: float | None = None,
     lengths: Tensor | None = None,
     seen: Tensor | None = None,
-    prefix: tuple[Tensor, Tensor] | None = None,
+    prefix: Sequence[Tensor] = (),
     scales: tuple[Tensor, ...] = (),
     pages: Tensor | None = None,
 ) -> Tensor:
@@ -31,7 +33,7 @@ def attention_decode(
     """
     if scales:
         k, v = dequantized(k, scales[0], q.dtype), dequantized(v, scales[1], q.dtype)
-        if prefix is not None:
+        if prefix:
             prefix = tuple(dequantized(x, s, q.dtype) for x, s in zip(prefix, scales[2:], strict=True))
     if pages is None:
         k, v = k[:, :, :length], v[:, :, :length]
@@ -39,7 +41,7 @@ def attention_decode(
         slots = torch.arange(length, device=q.device)
         k, v = (x[:, :, pages.long()[slots // PAGE] * PAGE + slots % PAGE] for x in (k, v))
     P = 0
-    if prefix is not None:
+    if prefix:
         P, n = prefix[0].size(2), len(q) // len(prefix[0])
         k, v = (torch.cat((p.repeat_interleave(n, 0), x), 2) for p, x in zip(prefix, (k, v), strict=True))
     if lengths is None and seen is None:

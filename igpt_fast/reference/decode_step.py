@@ -47,6 +47,7 @@ def decode_step(
     kit: Kit = Kit(),
     seen: Sequence[Sequence[Any]] = (),
     pages: Tensor | None = None,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """Put the newest pixels into the cache's slot → logits of the next ones.
 
@@ -56,20 +57,23 @@ def decode_step(
     head h looks through the entry h % their number. The queries are row `slot`.
     pages [tiles]: slot t of the sequence is at pages[t // 64] * 64 + t % 64 of the cache, without it at t
     slot: a number, or int64 [1] on the cache's device, which is then never waited for
+    prefix [L, M, 2, H, P, D]: stands before the slots of each B / M neighbours, whose cache then begins with slot P
     """
+    P = 0 if prefix is None else prefix.shape[4]
     if isinstance(slot, Tensor):
         at, length = slot, cache.shape[4] if pages is None else len(wpe)
-        lengths = (slot + 1).int().expand(len(pixels))
+        lengths = (slot + 1 - P).int().expand(len(pixels))
     else:
-        at, length, lengths = torch.full((1,), slot, device=cache.device), slot + 1, None
-    place = at if pages is None else pages[at // PAGE].long() * PAGE + at % PAGE
+        at, length, lengths = torch.full((1,), slot, device=cache.device), slot + 1 - P, None
+    place = at - P if pages is None else pages[at // PAGE].long() * PAGE + at % PAGE
     h, delta = wte[pixels] + wpe[at], None
     for index, (w, kept) in enumerate(zip(layers, cache, strict=True)):
+        shared = () if prefix is None else prefix[index].unbind(1)
         x, h = _norm(kit, h, delta, w.ln_1, eps)
         qkv = kit.linear(x, w.qkv, w.qkv_bias)
         q, k, v = qkv.unflatten(-1, (3, kept.shape[2], -1)).unsqueeze(-2).unbind(1)  # [B, H, 1, D]
         kept.index_copy_(3, place, torch.stack((k, v), 1).to(kept.dtype))
-        mixed = _attention(kit, q, *kept.unbind(1), length, lengths, seen[index] if seen else (None,), pages)
+        mixed = _attention(kit, q, *kept.unbind(1), length, lengths, seen[index] if seen else (None,), pages, shared)
         x, h = _norm(kit, h, kit.linear(mixed.flatten(1), w.attn_proj, w.attn_proj_bias), w.ln_2, eps)
         delta = kit.linear(kit.bias_quick_gelu(kit.linear(x, w.fc), w.fc_bias), w.mlp_proj, w.mlp_proj_bias)
     return kit.linear(_norm(kit, h, delta, ln_f, eps)[0], wtet)
@@ -89,14 +93,16 @@ def _attention(
     lengths: Tensor | None,
     seen: Sequence[Any],
     pages: Tensor | None,
+    shared: Sequence[Tensor],
 ) -> Tensor:
     """A head's own mask: those that share one are a slice of the heads."""
     count = len(seen)
     if count == 1:
-        return kit.attention_decode(q, k, v, length, None, lengths, seen[0], pages=pages)
+        return kit.attention_decode(q, k, v, length, None, lengths, seen[0], shared, pages=pages)
     mixed = torch.empty_like(q)
     for first in range(min(count, q.size(1))):
         some = slice(first, None, count)
         parts = q[:, some], k[:, some], v[:, some]
-        mixed[:, some] = kit.attention_decode(*parts, length, None, lengths, seen[first], pages=pages)
+        before = [x[:, some] for x in shared]
+        mixed[:, some] = kit.attention_decode(*parts, length, None, lengths, seen[first], before, pages=pages)
     return mixed

@@ -123,18 +123,19 @@ def plain_step(plain: PlainGPT, known: Tensor, pixel: Tensor) -> Call:
     return run
 
 
-def plain_images(plain: PlainGPT, batch: int) -> Call:
-    """Whole images from the plain torch model and its cache → tokens [batch, T]."""
+def plain_images(plain: PlainGPT, known: Tensor) -> Call:
+    """Whole images from the plain torch model and its cache, behind known pixels [N, K] → tokens [N, T]."""
     config = plain.config
 
     @torch.inference_mode()
     def run() -> Tensor:
-        cache, token = plain.new_cache(batch), torch.full((batch,), config.colors, device=plain.p["wte"].device)
-        tokens = []
-        for slot in range(config.tokens):
-            token = draw(plain(token[:, None], slot, cache)[:, -1])
+        cache, last = plain.new_cache(len(known)), shifted(F.pad(known, (0, 1)), config.colors)
+        slot, tokens = 0, [known]
+        while slot < config.tokens:
+            token = draw(plain(last, slot, cache)[:, -1])[:, None]
+            slot, last = slot + last.shape[1], token
             tokens.append(token)
-        return torch.stack(tokens, 1)
+        return torch.cat(tokens, 1)
 
     return run
 
@@ -144,11 +145,11 @@ def hf_colors(hf: Any) -> int:
     return hf.config.vocab_size - 1
 
 
-def generate(hf: Any, batch: int, steps: int) -> Call | Missing:
-    """HF generate with its key-value cache: `steps` pixels of `batch` images from sos → tokens [batch, steps]."""
+def generate(hf: Any, known: Tensor, steps: int) -> Call | Missing:
+    """HF generate with its key-value cache: `steps` pixels behind sos and known ones [N, K] → tokens [N, K + steps]."""
     if isinstance(hf, Missing):
         return hf
-    start = torch.full((batch, 1), hf_colors(hf), device=hf.device)
+    start = shifted(F.pad(known, (0, 1)), hf_colors(hf))
     options = {"do_sample": True, "top_k": 0, "use_cache": True, "attention_mask": torch.ones_like(start)}
 
     def run() -> Tensor:

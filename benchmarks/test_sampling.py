@@ -1,6 +1,7 @@
-"""Sampling: drawing tokens from logits, one cached step in the middle of an image, and whole images."""
+"""Sampling: drawing tokens from logits, one cached step in the middle of an image, whole images, and completions."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +93,14 @@ def test_step(compare, device, quick, dtype):
     )
 
 
+def broken_images(config, known, tokens) -> float:
+    """0 where these are images of the palette behind what is known, and not of one colour; else 1."""
+    tokens = tokens.reshape(-1, config.tokens)
+    fine = len(tokens) == len(known) and 0 <= tokens.min() <= tokens.max() < config.colors
+    fine = fine and torch.equal(tokens[:, : known.shape[1]], known)
+    return 0.0 if fine and tokens[:, known.shape[1] :].unique().numel() > 1 else 1.0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_images(compare, device, quick, dtype):
     """From nothing to whole images, all steps of all positions: what a user waits for.
@@ -101,16 +110,13 @@ def test_images(compare, device, quick, dtype):
     model = small_model(quick, device).eval()
     config = model.config
 
-    def wrong(tokens):
-        fine = tokens.numel() == BATCH * config.tokens and 0 <= tokens.min() <= tokens.max() < config.colors
-        return 0.0 if fine and tokens.flatten().unique().numel() > 1 else 1.0
-
     plain, hf = peer_models.PlainGPT(config, model.state_dict()), peer_models.hf_model(model)
     mine = copy.deepcopy(model).to(getattr(torch, dtype))
     generate = "HF generate, use_cache=True"
     goal = Goal(
         f"cached sampling in {dtype} at batch 4 against HF generate", lambda e: e["peers"][generate].get("ratio"), 4.0
     )
+    nothing = torch.empty(BATCH, 0, dtype=torch.int64, device=device)
     compare(
         Case(
             op="sampling, whole images",
@@ -120,13 +126,43 @@ def test_images(compare, device, quick, dtype):
             backend=served_by("decode_step", torch.empty(0, device=device, dtype=getattr(torch, dtype))),
             ours=lambda: igpt.sample(mine, n=BATCH, batch=BATCH),
             peers={
-                "torch SDPA and a cache": peer_models.plain_images(plain, BATCH),
-                generate: peer_models.generate(hf, BATCH, config.tokens),
+                "torch SDPA and a cache": peer_models.plain_images(plain, nothing),
+                generate: peer_models.generate(hf, nothing, config.tokens),
             },
-            judge=Score(wrong, 0.0, 0.0),
+            judge=Score(partial(broken_images, config, nothing), 0.0, 0.0),
             work={"images/s": BATCH, "steps/s": config.tokens},
             goals=[goal] if device == "cpu" else [],
             rounds=(2, 2),  # each of a thousand steps
             memory=False,  # the cached step tells what a step needs; running all of this once more would tell no more
+        )
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_completions(compare, device, quick, dtype):
+    """Eight of one half image, which the default of the command line asks for. Dtypes as in test_images."""
+    model = small_model(quick, device).eval()
+    config, count = model.config, 8
+    half = config.tokens // 2
+    tokens = tokens_for(config, device, batch=1)
+    known = tokens[:, :half].expand(count, -1).contiguous()
+    plain, hf = peer_models.PlainGPT(config, model.state_dict()), peer_models.hf_model(model)
+    mine = copy.deepcopy(model).to(getattr(torch, dtype))
+    compare(
+        Case(
+            op="sampling, completions",
+            shape=f"{describe(config, count)}, {config.tokens - half} steps behind a half that all share",
+            dtype=dtype,
+            device=device,
+            backend=served_by("decode_step", torch.empty(0, device=device, dtype=getattr(torch, dtype))),
+            ours=lambda: igpt.complete(mine, tokens, keep=0.5, n=count),
+            peers={
+                "torch SDPA and a cache": peer_models.plain_images(plain, known),
+                "HF generate, use_cache=True": peer_models.generate(hf, known, config.tokens - half),
+            },
+            judge=Score(partial(broken_images, config, known), 0.0, 0.0),
+            work={"images/s": count, "steps/s": config.tokens - half},
+            rounds=(2, 2),
+            memory=False,
         )
     )

@@ -104,8 +104,9 @@ struct ListedRows {
 
 // score[t .. t + kLanes) = q . k_t for kLanes keys at once; keys behind the end repeat the last one and are masked
 // later.
-template <class T, class Rows>
-static inline vf dots(const float* q, const Rows& k, int64_t t, int64_t length, int64_t whole, int64_t D) {
+template <class T, int dim, class Rows>
+static inline vf dots(const float* q, const Rows& k, int64_t t, int64_t length, int64_t any) {
+  const int64_t D = dim ? dim : any, whole = D / kLanes * kLanes;
   vf acc[kLanes];
   const T* row[kLanes];
   clear(acc);
@@ -143,15 +144,15 @@ static inline void mix(float* out, const float* p, const Rows& v, int64_t c, int
   }
 }
 
-template <class T, class Rows>
-static void decode_rows(float* row, float* query, const Rows& hk, const Rows& hv, int64_t D, int64_t length,
+template <class T, int dim, class Rows>
+static void decode_rows(float* row, float* query, const Rows& hk, const Rows& hv, int64_t any, int64_t length,
                         float scale, float* score) {
-  const int64_t whole = D / kLanes * kLanes, end = padded(length);
+  const int64_t D = dim ? dim : any, whole = D / kLanes * kLanes, end = padded(length);
   for (int64_t c = 0; c < padded(D); c += kLanes) store(query + c, load(query + c) * (scale * kLog2e));
 
   vf tops = splat(-INFINITY);
   for (int64_t t = 0; t < end; t += kLanes) {
-    const vf s = dots<T, Rows>(query, hk, t, length, whole, D);
+    const vf s = dots<T, dim, Rows>(query, hk, t, length, D);
     store(score + t, s);
     tops = max(tops, s);  // a repeated key changes no maximum
   }
@@ -184,8 +185,10 @@ static void decode_head(float* row, float* query, const Kept<T>& k, const Kept<T
     for (int64_t c = 0; c < D; c += kLanes) store(row + c, vf{});
     return;
   }
+  // The head dim of most models is known to the compiler, which then writes its short loops out.
   const auto over = [&](auto keys, auto values) {
-    decode_rows<T>(row, query, keys, values, D, seen.count, scale, score);
+    D == 64 ? decode_rows<T, 64>(row, query, keys, values, D, seen.count, scale, score)
+            : decode_rows<T, 0>(row, query, keys, values, D, seen.count, scale, score);
   };
   if (seen.slot) return over(ListedRows<T>{k, seen.slot}, ListedRows<T>{v, seen.slot});
   if (k.count) return over(SharedRows<T>{k}, SharedRows<T>{v});

@@ -150,6 +150,7 @@ def test_generate(compare, device, quick, dtype):
         return 0.0 if fine and tokens.unique().numel() > 1 else 1.0
 
     ours, theirs = pair(hf, dtype)
+    nothing = torch.empty(4, 0, dtype=torch.int64, device=device)
     name = str(dtype).removeprefix("torch.")
     compare(
         Case(
@@ -158,8 +159,8 @@ def test_generate(compare, device, quick, dtype):
             dtype=name,
             device=device,
             backend=served_by("decode_step", torch.empty(0, dtype=dtype, device=device)),
-            ours=generate(ours, 4, steps),
-            peers={HF: generate(theirs, 4, steps)},
+            ours=generate(ours, nothing, steps),
+            peers={HF: generate(theirs, nothing, steps)},
             judge=Score(wrong, 0.0, 0.0),
             work={"images/s": 4 * steps / hf.config.n_positions, "steps/s": steps},
             goals=_goals(f"accelerate, generate in {name} at batch 4", 3.0, device)[:1],

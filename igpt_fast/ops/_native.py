@@ -177,10 +177,14 @@ def multiprocessors(t: Tensor) -> int:
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
     """Raises InputError, naming the argument, unless all tensors are where the first one is."""
-    (first, home), *others = ((name, t.device) for name, t in tensors.items() if t is not None)
-    for name, device in others:
-        if device != home:
-            raise InputError(f"{op}: {name} is on {device}, {first} on {home}; move both to one device")
+    first = home = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if home is None:
+            first, home = name, t.device
+        elif t.device != home:
+            raise InputError(f"{op}: {name} is on {t.device}, {first} on {home}; move both to one device")
 
 
 def check_range(op: str, name: str, indices: Tensor, limit: int) -> None:

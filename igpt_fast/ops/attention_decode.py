@@ -86,13 +86,14 @@ def cache_append(
 
 
 def _check(q, k, v, length, lengths, mask, prefix, scales, pages) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3:] != k.shape[3:]:
+    B, H, room, D = tuple(k.shape) if k.ndim == 4 else (0,) * 4
+    if q.ndim != 4 or k.shape != v.shape or tuple(q.shape) != (B, H, q.size(2), D):
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise InputError(f"attention_decode: expected q [B, H, 1, D] and k, v [B, H, Tmax, D], got {shapes}")
-    most = k.size(2) if pages is None else pages.numel() * TILE
+    most = room if pages is None else pages.numel() * TILE
     if q.size(2) != 1 or not 1 <= length <= most:
         raise InputError(f"attention_decode: one query and 1..{most} keys, got {q.size(2)} and length {length}")
-    check_pages("attention_decode", pages, length, k.size(2), mask is not None)
+    check_pages("attention_decode", pages, length, room, mask is not None)
     if prefix:
         pk, pv = prefix
         fits = pk.ndim == 4 and pk.shape == pv.shape and pk.shape[1:2] == k.shape[1:2] and pk.shape[3:] == k.shape[3:]
@@ -140,6 +141,8 @@ def _check_parts(op: str, q, k, v, lengths, scales, count: int, *prefix: Tensor)
         raise InputError(f"{op}: k is {k.dtype}, v {v.dtype}; give both in one dtype")
     if lengths is not None and (lengths.dtype is not torch.int32 or lengths.shape != q.shape[:1]):
         raise InputError(f"{op}: expected lengths int32 [{len(q)}], got {lengths.dtype} {tuple(lengths.shape)}")
+    if not scales and k.dtype is not BYTES:
+        return
     wanted = count if k.dtype is BYTES else 0
     pages = [(*x.shape[:2], -(-x.size(2) // TILE)) for x in (k, v, *prefix)][:wanted]
     if [tuple(s.shape) for s in scales] != pages or any(s.dtype is not torch.float32 for s in scales):
@@ -182,10 +185,11 @@ def _decode(
             q, k, v, length, scale, lengths, seen, tuple(prefix) or None, tuple(scales), pages
         )
     o = empty(q.shape, q)
-    q, k, v, *prefix = (rows(t, sixteens=has_cuda_kernels(native.name)) for t in (q, k, v, *prefix))
+    on_gpu = has_cuda_kernels(native.name)
+    q, k, v, *prefix = [rows(t, on_gpu) for t in (q, k, v, *prefix)]
     (B, H, _, D), chunks, given = q.shape, -(-length // CHUNK), -(-P // CHUNK)
     # Few heads leave most of a GPU idle, unless each is shared out; a second kernel then adds up what blocks found.
-    split = has_cuda_kernels(native.name) and chunks > 1 and multiprocessors(q) >= 4 * B * H
+    split = on_gpu and chunks > 1 and multiprocessors(q) >= 4 * B * H
     room = given + chunks * split
     partials = empty((B, H, room, D + 2), q, torch.float32) if room else None
     k_scale, v_scale, *prefix_scales = [rows(s) for s in scales] or (None, None)

@@ -53,7 +53,7 @@ sass: $(VENV)/dependencies
 	$(BIN)/python tests/sass.py build/cuda-tools/nvidia/cu13/bin
 
 # On a machine with a GPU, without .venv and without a network: build, all tests of the CUDA kernels, compute-sanitizer,
-# benchmarks, inside nine minutes. PART=build|tests|layouts|sanitizer|benchmarks runs one part.
+# benchmarks, inside nine minutes. PART=build|tests|layouts|sanitizer|rates|benchmarks runs one part.
 gpu-check:
 	PYTHONPATH="tests:$$PYTHONPATH" $(PYTHON) -m gpu.check --out "$(OUT)" $(if $(PART),--part $(PART))
 

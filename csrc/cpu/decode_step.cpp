@@ -73,9 +73,10 @@ static Sizes check_step(const View& logits, const View& cache, const View& prefi
              "decode_step: the cache does not fit %lld images of width %lld", (long long)(s.B), (long long)(s.d));
   s.prefix = 0, s.sharers = 1;
   if (prefix) {
-    IGPT_CHECK(prefix.ndim == 4 && prefix.dense() && prefix.dtype == t && prefix.size[0] == layers.count &&
-                   prefix.size[1] > 0 && prefix.size[1] % (2 * s.heads) == 0 && prefix.size[3] == s.D && !pages,
-               "decode_step: the prefix must be dense, [layers, M * 2 * H, P, D] and of the cache's dtype, without pages");
+    IGPT_CHECK(
+        prefix.ndim == 4 && prefix.dense() && prefix.dtype == t && prefix.size[0] == layers.count &&
+            prefix.size[1] > 0 && prefix.size[1] % (2 * s.heads) == 0 && prefix.size[3] == s.D && !pages,
+        "decode_step: the prefix must be dense, [layers, M * 2 * H, P, D] and of the cache's dtype, without pages");
     s.prefix = prefix.size[2], s.sharers = cache.size[1] / prefix.size[1];
     IGPT_CHECK(prefix.size[1] * s.sharers == cache.size[1] && s.prefix <= slot,
                "decode_step: the prefix must be that of so many images that they divide %lld, and end before the slot",

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SCRATCH = ROOT / "build" / "gpu-check"
 TREE, OBJECTS = SCRATCH / "tree", SCRATCH / "objects"
 HARDWARE, DRIVE, CALLS = OBJECTS / "libhardware.so", OBJECTS / "drive", SCRATCH / "calls"
+RATES = OBJECTS / "rates"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def build(machine: Machine, clock: Clock) -> dict[str, Any]:
         commands |= {name: functools.partial(compile_, machine, clock, name) for name in objects(machine)}
     done = clock.together(commands)
     statuses = {name: d.status for name, d in done.items()}
-    for name, linked, wanted in (("hardware", HARDWARE, is_hardware), ("drive", DRIVE, is_drive)):
+    programs = [("hardware", HARDWARE, is_hardware), ("drive", DRIVE, is_drive)]
+    programs += [("rates", RATES, is_rates)] * machine.hopper
+    for name, linked, wanted in programs:
         files = [OBJECTS / f"{o}.o" for o in objects(machine) if wanted(o)]
         if all(f.exists() for f in files) and files:
             shared = ["-shared"] if linked is HARDWARE else []
@@ -120,15 +123,20 @@ def objects(machine: Machine) -> dict[str, Path]:
     found = [*(TREE / "csrc/cuda").glob("*.cu"), *(TREE / "tests/simt/kernels").glob("*.cu")]
     found = [p for p in found if machine.hopper or not p.stem.endswith("_sm90")]
     found += [TREE / "tests/gpu/hardware.cu", TREE / "tests/simt/drive.cpp", TREE / "csrc/common/check.cpp"]
+    found += [TREE / "tests/gpu/rates_sm90.cu"] * machine.hopper
     return {f"{p.parent.name}-{p.stem}": p for p in found}
 
 
 def is_hardware(name: str) -> bool:
-    return name.startswith(("kernels-", "gpu-"))
+    return name.startswith(("kernels-", "gpu-hardware"))
 
 
 def is_drive(name: str) -> bool:
     return not name.startswith("gpu-")
+
+
+def is_rates(name: str) -> bool:
+    return name in ("gpu-rates_sm90", "common-check")
 
 
 def compile_(machine: Machine, clock: Clock, name: str) -> Done:

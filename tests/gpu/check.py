@@ -1,6 +1,6 @@
 """Everything that a machine with a GPU can say about the kernels, in one command that ends inside nine minutes.
 
-    make gpu-check OUT=dir [PART=build|tests|layouts|sanitizer|benchmarks] [PYTHON=python3]
+    make gpu-check OUT=dir [PART=build|tests|layouts|sanitizer|rates|benchmarks] [PYTHON=python3]
 
 It needs no network: nvcc, and a python3 with torch, pytest, hypothesis, pybind11, cmake, ninja and setuptools. The
 package goes into build/gpu-check/tree beside copies of tests and benchmarks, for this GPU's architecture alone; nothing
@@ -24,7 +24,21 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gpu import parts, report
-from gpu.build import CALLS, DRIVE, HARDWARE, ROOT, SCRATCH, TREE, Machine, bench_built, build, environment, tool, worst
+from gpu.build import (
+    CALLS,
+    DRIVE,
+    HARDWARE,
+    RATES,
+    ROOT,
+    SCRATCH,
+    TREE,
+    Machine,
+    bench_built,
+    build,
+    environment,
+    tool,
+    worst,
+)
 from gpu.parts import FAILED, NOT_RUN, PASSED, TIMED_OUT, Clock, Done, Part
 
 TOTAL = 505.0  # seconds: the rest of nine minutes is for asking about the GPU, and for ending what hangs
@@ -141,6 +155,16 @@ def benchmarks(machine: Machine, clock: Clock) -> dict[str, Any]:
     return found | {"entries": len(json.loads(results.read_text())["entries"]) if results.exists() else 0}
 
 
+def rates(machine: Machine, clock: Clock) -> dict[str, Any]:
+    """What the tensor cores do with operands from shared memory and from registers, which PLAN.md builds upon."""
+    if not RATES.exists():
+        return {"status": NOT_RUN, "reason": "of sm_90a, which this GPU is not" if not machine.hopper else "not built"}
+    done = clock.command("rates", [RATES], SCRATCH)
+    if done.status != PASSED:
+        return {"status": done.status, "reason": done.tail(1)}
+    return {"status": PASSED, "cycles": json.loads(done.log.read_text().split("\n", 1)[1])}
+
+
 # ---- compute-sanitizer over the recorded calls, one op at a time, so that each has a verdict ----
 
 
@@ -193,7 +217,8 @@ PARTS: list[tuple[str, float, Callable[[Machine, Clock], dict[str, Any]]]] = [
     ("tests", 100, tests),
     ("layouts", 40, layouts),
     ("sanitizer", 55, sanitizer),
-    ("benchmarks", 130, benchmarks),
+    ("rates", 10, rates),
+    ("benchmarks", 120, benchmarks),
 ]
 
 

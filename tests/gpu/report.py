@@ -93,6 +93,8 @@ def table(report: Mapping[str, Any], out: Path) -> str:
             counts = f"{total['passed']} passed, {total['failed']} failed"
         seconds = f"{part['seconds']:.0f} s" if "seconds" in part else ""
         lines.append(f"  {name:12} {part['status']:10} {seconds:>6}  {counts.splitlines()[0] if counts else ''}")
+    for what, rate in report["parts"].get("rates", {}).get("cycles", {}).items():
+        lines.append(f"  {what:60}{rate['cycles']:8.1f} cycles  {rate['mhz']:.0f} MHz")
     lines.append("kernel                  agreed   tests   memcheck   racecheck")
     words = {True: "yes", False: "NO", None: "not run"}
     for op, k in report.get("kernels", {}).items():

@@ -154,6 +154,21 @@ def test_counts_of_a_junit_file(tmp_path):
     assert check.counts(tmp_path / "none.xml")["passed"] == 0
 
 
+def test_rates_are_read_where_the_program_could_measure(clock, finished, tmp_path, monkeypatch):
+    program = tmp_path / "rates"
+    monkeypatch.setattr(check, "RATES", program)
+    monkeypatch.setattr(check, "SCRATCH", tmp_path)
+    machine = check.Machine({"capability": [9, 0]}, {}, tmp_path)
+    assert check.rates(machine, clock) == {"status": "not run", "reason": "not built"}
+    program.write_text('#!/bin/sh\necho \'{"m64n64k16": {"cycles": 32.25,\'; echo \'"mhz": 1755}}\'')
+    program.chmod(0o755)
+    found = check.rates(machine, clock)
+    assert found == {"status": "passed", "cycles": {"m64n64k16": {"cycles": 32.25, "mhz": 1755}}}
+    assert "32.2 cycles  1755 MHz" in report.table(finished | {"parts": {"rates": found}}, tmp_path)
+    program.write_text("#!/bin/sh\necho '{'; echo 'rates: no device' >&2; exit 1")
+    assert check.rates(machine, clock) == {"status": "failed", "reason": "rates: no device"}
+
+
 @pytest.fixture
 def finished():
     """A report as of a run on which one kernel agreed, one failed a test and one a sanitizer."""

@@ -9,7 +9,7 @@ from igpt_fast import ops
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
-from igpt_fast.ops.decode_step import LayerWeights, StepMasks, StepWeights
+from igpt_fast.ops.decode_step import LayerWeights, StepMasks, StepWeights, reads_prefixes
 from igpt_fast.patterns import TILE, Pages, masks_of, pages_of
 
 Places = Tensor | slice  # of the slots of a sequence, or of a cache
@@ -59,9 +59,14 @@ class KVCache:
         return slots, places
 
 
-def shared_slots(config: Config, known: int) -> int:
-    """How many slots images that have the first `known` pixels in common keep once for all of them: whole tiles."""
-    return (known + 1) // TILE * TILE if known and _table_of(config) is None else 0
+def shared_slots(model: ImageGPT, known: int) -> int:
+    """How many slots images that have the first `known` pixels in common keep once for all of them: whole tiles, where
+    kernels read them there and pages do not take turns.
+    """
+    c = model.config
+    if not known or _table_of(c) is not None or not reads_prefixes(model.wte, c.head_dim):
+        return 0
+    return (known + 1) // TILE * TILE
 
 
 def cache_slots(config: Config) -> int:

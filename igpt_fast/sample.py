@@ -139,7 +139,7 @@ def _start(
     to the next batch, which may go on with it.
     """
     c, of, prefix = model.config, list(dict.fromkeys(which)), None
-    each, shared = len(which) // len(of), shared_slots(c, known.shape[1])
+    each, shared = len(which) // len(of), shared_slots(model, known.shape[1])
     if shared:
         shape = (c.layers, len(of), 2, c.heads, shared, c.head_dim)
         prefix = torch.empty(shape, dtype=model.wte.dtype, device=known.device)
@@ -172,7 +172,7 @@ def _batches(count: int, each: int, size: int) -> Iterator[tuple[int, int]]:
 def default_batch(model: ImageGPT, known: int = 0, each: int = 1) -> int:
     """How many images, `each` of them with `known` pixels in common, are drawn side by side when nobody says."""
     c = model.config
-    shared = shared_slots(c, known)
+    shared = shared_slots(model, known)
     slots = cache_slots(c) - shared + -(-shared // each)
     return max(1, min(LARGEST_BATCH, CACHE_BYTES // (2 * c.layers * slots * c.width * model.wte.element_size())))
 

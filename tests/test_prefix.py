@@ -79,7 +79,7 @@ FIELDS = [{}, {"pattern": "row|neighborhood(5)"}, {"pattern": [[None, "row"], "c
 def test_completions_do_not_know_that_they_share(dtype, fields, monkeypatch):
     model = make(dtype, size=(10, 13), **fields)
     tokens = pixels(model, 2)
-    assert shared_slots(model.config, 78) == 64
+    assert shared_slots(model, 78) == 64
     got = [complete(model, tokens, keep=0.6, n=3, seed=5, batch=batch) for batch in (1, 2, 3, 5, 6, 64)]
     monkeypatch.setattr(sys.modules["igpt_fast.sample"], "shared_slots", lambda *_: 0)
     apart = complete(model, tokens, keep=0.6, n=3, seed=5)
@@ -89,8 +89,9 @@ def test_completions_do_not_know_that_they_share(dtype, fields, monkeypatch):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("fields", [{}, {"pattern": ["row", [None, "column"]]}])
-def test_the_device_counts_behind_shared_slots(fields):
+def test_the_device_counts_behind_shared_slots(fields, monkeypatch):
     """As the host does, which draws on a CPU."""
+    monkeypatch.setattr(sys.modules["igpt_fast.sample"], "shared_slots", lambda *_: 64)
     model = make(torch.float64, size=(10, 13), **fields)
     known = pixels(model, 2).flatten(1)[:, :78]
     given = torch.cat((known, known.new_zeros(2, 52)), 1)[[0, 0, 1, 1]]
@@ -106,10 +107,15 @@ def test_the_device_counts_behind_shared_slots(fields):
 
 
 def test_what_is_shared():
-    """Whole tiles of 64 slots, of which the first has no pixel; nothing where few slots take turns in pages."""
-    dense, rolling = (make(size=(32, 32), pattern=p).config for p in (None, "local(40)"))
+    """Whole tiles of 64 slots, of which the first has no pixel; nothing where few slots take turns in pages, and where
+    plain torch would copy them at every step.
+    """
+    dense, rolling = (make(size=(32, 32), pattern=p) for p in (None, "local(40)"))
     assert [shared_slots(dense, known) for known in (0, 1, 62, 63, 512, 1023)] == [0, 0, 0, 64, 512, 1024]
     assert shared_slots(rolling, 512) == 0
+    assert shared_slots(dense.double(), 512) == 0
+    with use_backend("reference"):
+        assert shared_slots(dense.float(), 512) == 0
 
 
 def test_batches():

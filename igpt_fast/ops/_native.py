@@ -123,6 +123,17 @@ def backend_for(op: str, tensors: Sequence[Tensor], refusal: Refusal = None):
     return None
 
 
+def serves(op: str, tensors: Sequence[Tensor], refusal: Refusal = None) -> bool:
+    """Whether a kernel would serve this call; no word where none does."""
+    return why_not(_preferred(tensors[0]), op, tensors, refusal) is None
+
+
+def _preferred(t: Tensor) -> str:
+    """The backend that is asked first for a tensor's device; "" where there is none."""
+    device = t.device.type
+    return next((n for n in _AUTOMATIC if _SERVES[n][0] == device), "") if _wanted == "auto" else _wanted
+
+
 def say_slower(message: str) -> None:
     """Logs, once, that a slower path is taken and why; IGPT_STRICT=1 raises it."""
     if _strict:
@@ -137,8 +148,7 @@ def fused_backend_for(op: str, tensors: Sequence[Tensor], refusal: str | None = 
 
     Each op of the sequence says itself what serves it; a fused one is not missed on a device for which there is none.
     """
-    device = tensors[0].device.type
-    name = next((n for n in _AUTOMATIC if _SERVES[n][0] == device), "") if _wanted == "auto" else _wanted
+    name = _preferred(tensors[0])
     return backend_for(op, tensors, refusal) if name in BACKENDS and BACKENDS[name].has(op) else None
 
 

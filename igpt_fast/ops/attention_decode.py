@@ -176,7 +176,7 @@ def _decode(
             return f"{name} has no lengths, prefixes or float8" if extras else refused_head_dim(q.size(-1))
         if mask and P % TILE:
             return f"under a mask a prefix of {P} slots does not end where a tile of {TILE} does"
-        return _refused_by_cuda(name, q) or (None if scale > 0 else f"scale {scale} is not positive")
+        return refused_by_cuda(name, q.dtype, q.size(-1)) or (None if scale > 0 else f"scale {scale} is not positive")
 
     native = backend_for("attention_decode", (q,), refused)
     if native is None:
@@ -209,7 +209,8 @@ def _append(
         if k.dtype is not v.dtype or (k_cache.dtype is not BYTES and k_cache.dtype is not k.dtype):
             return "k, v and the cache differ in dtype"
         aligned = all(t is rows(t, sixteens=True) for t in (k_cache, v_cache))
-        return _refused_by_cuda(name, k) if aligned else "rows of the cache do not begin at multiples of 16 bytes"
+        unaligned = None if aligned else "rows of the cache do not begin at multiples of 16 bytes"
+        return unaligned or refused_by_cuda(name, k.dtype, k.size(-1))
 
     native = backend_for("cache_append", (k, v), refused)
     if native is None:
@@ -220,10 +221,11 @@ def _append(
         native.cache_append(k_cache, v_cache, *(scales or (None, None)), k, v, starts, slot, stream_of(k))
 
 
-def _refused_by_cuda(name: str, x: Tensor) -> str | None:
-    if x.dtype is torch.float32:
+def refused_by_cuda(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the GPU's kernels of a decoding step do not serve; None when they do."""
+    if dtype is torch.float32:
         return f"{name} has no decoding attention for float32; use bfloat16 or float16"
-    return None if x.size(-1) in (32, 64, 96, 128) else f"head dim {x.size(-1)} is none of 32, 64, 96 and 128"
+    return None if head_dim in (32, 64, 96, 128) else f"head dim {head_dim} is none of 32, 64, 96 and 128"
 
 
 @torch.library.custom_op("igpt::attention_decode", mutates_args=())

@@ -18,11 +18,12 @@ from igpt_fast.ops._native import (
     native_layers,
     native_masks,
     same_device,
+    serves,
     stream_of,
 )
 from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import refused_head_dim
-from igpt_fast.ops.attention_decode import attention_decode, check_pages
+from igpt_fast.ops.attention_decode import attention_decode, check_pages, refused_by_cuda
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.norm import rms_norm
 from igpt_fast.patterns import TILE, BlockMask, parts_of, unpack
@@ -142,6 +143,12 @@ def decode_step(
             prefix,
         )  # fmt: skip
     return _decode_step(cache, pixels, weights, masks, slot, eps, pages, prefix)
+
+
+def reads_prefixes(weight: Tensor, head_dim: int) -> bool:
+    """Whether kernels read what images share where it is; plain torch would put it before each cache at every step."""
+    on_gpu = serves("attention_prefix", (weight,), lambda name: refused_by_cuda(name, weight.dtype, head_dim))
+    return on_gpu or serves("decode_step", (weight,), refused_head_dim(head_dim))
 
 
 def _shared(cache: Tensor, prefix: Tensor | None, pages: Tensor | None) -> int:

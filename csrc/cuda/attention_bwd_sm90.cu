@@ -35,8 +35,8 @@ using QueriesShape = Layout<2, 1, 2 * kBytes<D>, 2,
                                       : 3,
                             2 * kBytes<D>, 1, 240, 24>;
 
-// Whether keys and values that a warpgroup owns are in registers, where wgmma takes them for the half of what reading
-// them from shared memory costs it. Those of D > 64 find no room beside dk and dv.
+// Whether keys and values that a warpgroup owns are in registers, from which wgmma need not read them for every tile.
+// Those of D > 64 find no room beside dk and dv.
 template <int D>
 constexpr bool kOwnKeys = D == 64;
 

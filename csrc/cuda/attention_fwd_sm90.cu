@@ -9,10 +9,9 @@
 // would be read again for every tile, as many bytes as K. The online softmax is in registers, where two rows belong to
 // four lanes each; P, packed, is the left operand of O += P V, with V read along its rows. Before a softmax the scores
 // of the next one are queued: of the other line and the same tile, or of the next tile. So the tensor cores have work
-// of the very warpgroup that makes exponentials; left to chance, warpgroups reach them all at once and then leave them
-// all alone. Products in flight are not carried round the loop: the assembler does not follow them there, and would let
-// each wait for the one before. A maximum may rise by 2^8 before O and the sums are scaled to it: P stays within what
-// its type holds.
+// of the very warpgroup that makes exponentials, also when the others make theirs. Products in flight are not carried
+// round the loop: the assembler does not follow them there, and would let each wait for the one before. A maximum may
+// rise by 2^8 before O and the sums are scaled to it: P stays within what its type holds.
 //
 // Flops, bytes: those of attention_fwd.cu, with tiles of 64 x 64 on the diagonal: waste of 6 % at T = 1024. A score of
 // D = 64 takes 1/16 cycle of the tensor cores, as much of exp2 at 16 a cycle, and 7.3 of 128 instructions a cycle, of

@@ -101,68 +101,58 @@ def broken_images(config, known, tokens) -> float:
     return 0.0 if fine and tokens[:, known.shape[1] :].unique().numel() > 1 else 1.0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_images(compare, device, quick, dtype):
-    """From nothing to whole images, all steps of all positions: what a user waits for.
+HF = "HF generate, use_cache=True"
 
-    dtype: of our weights and cache. The peers stay in float32, on a CPU the faster one for them (see test_step).
+
+def compare_images(compare, model, dtype, device, op, known, ours, goals=()):
+    """Images behind known pixels [N, K], ours by a model of that dtype.
+
+    The peers stay in float32, on a CPU the faster one for them (see test_step).
     """
-    model = small_model(quick, device).eval()
-    config = model.config
-
+    config, (count, first) = model.config, known.shape
+    steps = config.tokens - first
     plain, hf = peer_models.PlainGPT(config, model.state_dict()), peer_models.hf_model(model)
     mine = copy.deepcopy(model).to(getattr(torch, dtype))
-    generate = "HF generate, use_cache=True"
-    goal = Goal(
-        f"cached sampling in {dtype} at batch 4 against HF generate", lambda e: e["peers"][generate].get("ratio"), 4.0
-    )
-    nothing = torch.empty(BATCH, 0, dtype=torch.int64, device=device)
+    where = " behind a half that all share" if first else ""
     compare(
         Case(
-            op="sampling, whole images",
-            shape=f"{describe(config)}, {config.tokens} steps",
+            op=op,
+            shape=f"{describe(config, count)}, {steps} steps{where}",
             dtype=dtype,
             device=device,
             backend=served_by("decode_step", torch.empty(0, device=device, dtype=getattr(torch, dtype))),
-            ours=lambda: igpt.sample(mine, n=BATCH, batch=BATCH),
+            ours=partial(ours, mine),
             peers={
-                "torch SDPA and a cache": peer_models.plain_images(plain, nothing),
-                generate: peer_models.generate(hf, nothing, config.tokens),
+                "torch SDPA and a cache": peer_models.plain_images(plain, known),
+                HF: peer_models.generate(hf, known, steps),
             },
-            judge=Score(partial(broken_images, config, nothing), 0.0, 0.0),
-            work={"images/s": BATCH, "steps/s": config.tokens},
-            goals=[goal] if device == "cpu" else [],
-            rounds=(2, 2),  # each of a thousand steps
+            judge=Score(partial(broken_images, config, known), 0.0, 0.0),
+            work={"images/s": count, "steps/s": steps},
+            goals=list(goals) if device == "cpu" else [],
+            rounds=(2, 2),  # each of hundreds of steps
             memory=False,  # the cached step tells what a step needs; running all of this once more would tell no more
         )
     )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images(compare, device, quick, dtype):
+    """From nothing to whole images, all steps of all positions: what a user waits for."""
+    model, nothing = small_model(quick, device).eval(), torch.empty(BATCH, 0, dtype=torch.int64, device=device)
+    what = f"cached sampling in {dtype} at batch 4 against HF generate"
+    goal = Goal(what, lambda e: e["peers"][HF].get("ratio"), 4.0)
+    ours = partial(igpt.sample, n=BATCH, batch=BATCH)
+    compare_images(compare, model, dtype, device, "sampling, whole images", nothing, ours, [goal])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_completions(compare, device, quick, dtype):
-    """Eight of one half image, which the default of the command line asks for. Dtypes as in test_images."""
-    model = small_model(quick, device).eval()
-    config, count = model.config, 8
-    half = config.tokens // 2
-    tokens = tokens_for(config, device, batch=1)
-    known = tokens[:, :half].expand(count, -1).contiguous()
-    plain, hf = peer_models.PlainGPT(config, model.state_dict()), peer_models.hf_model(model)
-    mine = copy.deepcopy(model).to(getattr(torch, dtype))
-    compare(
-        Case(
-            op="sampling, completions",
-            shape=f"{describe(config, count)}, {config.tokens - half} steps behind a half that all share",
-            dtype=dtype,
-            device=device,
-            backend=served_by("decode_step", torch.empty(0, device=device, dtype=getattr(torch, dtype))),
-            ours=lambda: igpt.complete(mine, tokens, keep=0.5, n=count),
-            peers={
-                "torch SDPA and a cache": peer_models.plain_images(plain, known),
-                "HF generate, use_cache=True": peer_models.generate(hf, known, config.tokens - half),
-            },
-            judge=Score(partial(broken_images, config, known), 0.0, 0.0),
-            work={"images/s": count, "steps/s": config.tokens - half},
-            rounds=(2, 2),
-            memory=False,
-        )
-    )
+    """Eight of one half image, which the default of the command line asks for."""
+    model, count = small_model(quick, device).eval(), 8
+    tokens = tokens_for(model.config, device, batch=1)
+    known = tokens[:, : model.config.tokens // 2].expand(count, -1).contiguous()
+
+    def ours(mine):
+        return igpt.complete(mine, tokens, keep=0.5, n=count)
+
+    compare_images(compare, model, dtype, device, "sampling, completions", known, ours)

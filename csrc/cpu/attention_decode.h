@@ -82,16 +82,10 @@ struct Kept {
 };
 
 // The rows that a query sees, by their number, and a word to the cache about those that come later.
-template <class T>
+template <class T, class From>  // a Head, or Kept
 struct FirstRows {
-  Head<const T> head;
-  const T* row(int64_t t) const { return head.row(t); }
-  void ask(const T* here, int64_t, int64_t c) const { prefetch(here, c); }
-};
-template <class T>
-struct SharedRows {
-  Kept<T> kept;
-  const T* row(int64_t t) const { return kept.row(t); }
+  From from;
+  const T* row(int64_t t) const { return from.row(t); }
   void ask(const T* here, int64_t, int64_t c) const { prefetch(here, c); }
 };
 template <class T>
@@ -191,8 +185,9 @@ static void decode_head(float* row, float* query, const Kept<T>& k, const Kept<T
             : decode_rows<T, 0>(row, query, keys, values, D, seen.count, scale, score);
   };
   if (seen.slot) return over(ListedRows<T>{k, seen.slot}, ListedRows<T>{v, seen.slot});
-  if (k.count) return over(SharedRows<T>{k}, SharedRows<T>{v});
-  over(FirstRows<T>{k.own}, FirstRows<T>{v.own});
+  if (k.count) return over(FirstRows<T, Kept<T>>{k}, FirstRows<T, Kept<T>>{v});
+  using Own = Head<const T>;
+  over(FirstRows<T, Own>{k.own}, FirstRows<T, Own>{v.own});
 }
 
 }  // namespace IGPT_ISA

@@ -168,8 +168,9 @@ struct Line {
   int at, end;
 };
 
-// Lines side by side: a tile that any of them has. id[h] is -2 where line h does not have it, -1 where it has it whole,
-// else the mask's number.
+// Lines side by side: a tile that any of them has. id[h] is kNotMet where line h does not have it, kWhole where no mask
+// hides any of it, as the lists have it too, else the mask's number.
+constexpr int kWhole = -1, kNotMet = -2;
 template <int N>
 struct Meeting {
   int index, id[N];
@@ -188,7 +189,7 @@ __device__ inline bool next(Meeting<N>& m, Line (&lines)[N], const int* tile, co
 #pragma unroll
   for (int h = 0; h < N; ++h) {
     const bool has = first[h] == m.index;
-    m.id[h] = !has ? -2 : mask ? mask[lines[h].at] : -1;
+    m.id[h] = !has ? kNotMet : mask ? mask[lines[h].at] : kWhole;
     lines[h].at += has;
   }
   return true;

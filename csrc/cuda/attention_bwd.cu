@@ -74,7 +74,7 @@ __device__ inline void walk(Line (&lines)[2], const int* tile, const int* mask, 
     if (more) load(stage ^ 1, coming.tile.index * kTile + coming.first);
     ptx::cp_async_commit();
     const int id = half ? step.tile.id[1] : step.tile.id[0];
-    if (id != -2) body(stage, step.tile.index, step.first, id);
+    if (id != kNotMet) body(stage, step.tile.index, step.first, id);
     step = coming;
   }
   ptx::cp_async_wait<0>();
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(PlacedHeads<T>
     Scores<M> p = {}, ds = {};  // transposed: rows are keys
     add_scores<D, T>(p, shared.own(0), shared.other(0, stage), warp_row, 0);
     add_scores<D, T>(ds, shared.own(1), shared.other(1, stage), warp_row, 0);
-    if (id != -1 || !pattern.whole(i, j)) {
+    if (id != kWhole || !pattern.whole(i, j)) {
       const int row = warp_row % kTile + lane / 4;
       hide(p, first, [&](int r) { return pattern.col_bits(i, j, id, row + r); });
     }
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads)
     Scores<M> p = {}, ds = {};
     add_scores<D, T>(p, shared.own(0), shared.other(0, stage), warp_row, 0);
     add_scores<D, T>(ds, shared.own(1), shared.other(1, stage), warp_row, 0);
-    if (id != -1 || !pattern.whole(i, j)) {
+    if (id != kWhole || !pattern.whole(i, j)) {
       const int row = warp_row % kTile + lane / 4;
       hide(p, first, [&](int r) { return pattern.row_bits(i, j, id, row + r); });
     }

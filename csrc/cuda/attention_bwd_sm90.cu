@@ -119,10 +119,6 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
     Scores64 s, ds;  // transposed: rows are keys
     Packed p, g;
     Sums64<D> sums_k = {}, sums_v = {};
-    const auto start = [&] {
-      start_scores<D, T>(s, keys, ring.stage(tile.at()));
-      start_scores<D, T>(ds, values, ring.stage(tile.at()) + kBytes<D>);
-    };
     const auto finish = [&] {
       ptx::wgmma_wait<0>();
       ptx::hold_registers(sums_v);
@@ -134,7 +130,8 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
       ptx::hold_registers(sums_v);
       for (bool more = true; more;) {
         const uint32_t from = ring.stage(tile.at());
-        start();
+        start_scores<D, T>(s, keys, from);
+        start_scores<D, T>(ds, values, from + kBytes<D>);
         ptx::wgmma_wait<1>();
         ptx::hold_registers(s);
         ptx::hold_registers(sums_v);

@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(PlacedHeads<T> 
     if (more) load(stage ^ 1, coming.index);
     ptx::cp_async_commit();
     const int id = half ? tile.id[1] : tile.id[0];
-    if (id == -2) continue;
-    const bool whole = id == -1 && pattern.whole(i, tile.index);
+    if (id == kNotMet) continue;
+    const bool whole = id == kWhole && pattern.whole(i, tile.index);
 #pragma unroll 1
     for (int key = 0; key < kTile; key += kStep<D>) {
       Scores<D> s = {};

@@ -36,10 +36,9 @@ struct alignas(8) Item {
 };
 constexpr int kNoMore = -1;
 
-// What the blocks of a call share out. Where there is work for many, a long
-// place and the short one from the other end of the head make one portion, so that portions are alike. A multiprocessor
-// has no more blocks than it runs at a time: they take portion after portion, and bring what the next one wants while
-// this one ends.
+// What the blocks of a call share out. Where there is work for many, a long place and the short one from the other end
+// of the head make one portion, so that portions are alike. A multiprocessor has no more blocks than it runs at a time:
+// they take portion after portion, and bring what the next one wants while this one ends.
 struct Work {
   int places, items, portions;  // of a head; places of a portion; portions in all
   bool last_first;              // from the last place on where those are the long ones
@@ -131,9 +130,9 @@ struct Ring {
   STATIC_SMEM(uint64_t, ring_words, Ring<L>::kWords); \
   const Ring<L> ring = {ptx::smem_u32(ring_shared), ring_words}
 
-// What a note says of a line and a tile that have no mask's number: all of it is seen, it is not met, or only the order
-// of the tokens or the end of the sequence hides some of it.
-constexpr int kWhole = -1, kNotMet = -2, kClipped = -3;
+// What a note says of a line and a tile, beside kWhole and kNotMet: no mask, but the order of the tokens or the end of
+// the sequence hides some of it.
+constexpr int kClipped = -3;
 
 // By one thread: walks over the tiles that any of the lines meets, load(stage's address, mbarrier, tile's index) asking
 // for kStage bytes of each; a note of kNoMore, without bytes, ends the walk.

@@ -104,18 +104,14 @@ def backend_for(op: str, tensors: Sequence[Tensor], refusal: Refusal = None):
     """The backend that serves this call, or None for the reference. A slower path is logged once, with its reason."""
     if _wanted == "reference":
         return None
-    if _wanted != "auto":
-        if reason := why_not(_wanted, op, tensors, refusal):
+    if name := _preferred(tensors[0]):
+        reason = why_not(name, op, tensors, refusal)
+        if reason is None:
+            return BACKENDS[name]
+        if _wanted != "auto":
             raise RuntimeError(f"{op}: {reason}")
-        return BACKENDS[_wanted]
-    device = tensors[0].device.type
-    for name in _AUTOMATIC:
-        if _SERVES[name][0] == device:
-            reason = why_not(name, op, tensors, refusal)
-            if reason is None:
-                return BACKENDS[name]
-            break
     else:
+        device = tensors[0].device.type
         reason = WHY_NO_EXTENSION or f"no backend for {device} tensors here"
         if not WHY_NO_EXTENSION and device == "cuda":
             reason = _C.cuda_why_not()

@@ -14,6 +14,7 @@ void fill_attention_fwd(Ops&);
 void fill_attention_bwd(Ops&);
 void fill_attention_decode(Ops&);
 void fill_linear(Ops&);
+void fill_matmul(Ops&);
 void fill_decode_step(Ops&);
 void fill_sampling(Ops&);
 void fill_palette(Ops&);
@@ -30,6 +31,7 @@ const Ops& table() {
     fill_attention_bwd(ops);
     fill_attention_decode(ops);
     fill_linear(ops);
+    fill_matmul(ops);
     fill_decode_step(ops);
     fill_sampling(ops);
     fill_palette(ops);

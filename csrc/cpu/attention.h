@@ -213,8 +213,7 @@ struct Dropout {
     x ^= high;
     x ^= x >> 15;
     x *= 0x846ca68bu;
-    const vi drawn = reinterpret_cast<vi>(x >> 8);
-    return drawn >= dropped ? splat(factor) : vf{};
+    return x >= vu{} + (uint32_t(dropped) << 8) ? splat(factor) : vf{};  // of 2^32 as many as of 2^24
   }
 
  private:
@@ -226,9 +225,9 @@ struct Dropout {
 };
 // first, first + 1, ...
 static inline vu counted(uint32_t first) {
-  vu v;
-  for (int i = 0; i < kLanes; ++i) v[i] = first + uint32_t(i);
-  return v;
+  vu lanes;  // a constant: with `first` in it the compiler would put the lanes in one by one
+  for (int i = 0; i < kLanes; ++i) lanes[i] = uint32_t(i);
+  return lanes + first;
 }
 
 // One head of a [B, H, T, D] view, its rows by the places of an order where there is one.

@@ -14,54 +14,69 @@ namespace IGPT_ISA {
 template <class E>
 struct FwdScratch {  // one thread's tiles
   using Unit = typename E::Unit;
-  Scratch<Unit> q, p;         // [64, D / step]   [64, 64 / step]
-  Scratch<float> s, o, m, l;  // [64, 64]   [64, Dp]   [64]   [64]
+  Scratch<Unit> q, p;          // [64, D / step]   [64, 64 / step]
+  Scratch<float> s, o, m, l;   // [64, 64]   [64, Dp]   [64]   [64]
+  Scratch<uint32_t> low, high; // [64]   [64]: dropout's bits of the queries
   FwdScratch(int64_t D, int64_t Dp)
       : q(scratch<Unit>(kTile * D / E::kStep)), p(scratch<Unit>(kTile * kTile / E::kStep)),
         s(scratch<float>(kTile * kTile)), o(scratch<float>(kTile * Dp)), m(scratch<float>(kTile)),
-        l(scratch<float>(kTile)) {}
+        l(scratch<float>(kTile)), low(scratch<uint32_t>(kTile)), high(scratch<uint32_t>(kTile)) {}
 };
 
 constexpr int kVectors = kTile / kLanes;  // vectors in a row of a tile
+constexpr float kRise = 8.f;              // a maximum follows the scores only if they are this far above it
 
-// Turns row r of S into P, and brings m, l and the row of O up to date. Where a vector of bits is empty, S is not read.
-template <class E, bool kFull>
-static inline void softmax_row(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale, uint64_t bits,
-                               const Dropout& dropout, uint64_t query, int64_t first_key) {
-  const float* s = w.s.get() + r * kTile;
-  const auto empty = [&](int i) { return !kFull && (bits >> (i * kLanes) & ((1ull << kLanes) - 1)) == 0; };
-  vf v[kVectors];
-  vf top = splat(-INFINITY);
-  for (int i = 0; i < kVectors; ++i) {
-    if (empty(i)) continue;
-    v[i] = load(s + i * kLanes) * scale;
-    if (!kFull) v[i] = keep(uint32_t(bits >> (i * kLanes)), v[i], splat(-INFINITY));
-    top = max(top, v[i]);
+// Turns kLanes rows of S from r on into P, and brings m, l and the rows of O up to date. Rows go together, so that what
+// is one number a row is a lane, and nothing waits for the sum along a row. Vectors of which no bit is set are not read.
+template <class E, bool kFull, bool kDropout>
+static inline void softmax_rows(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale, const uint64_t* bits,
+                                const Dropout& dropout, int64_t first_key) {
+  const auto seen = [&](int i, int n) {
+    return kFull ? ~0u : uint32_t(bits[i] >> (n * kLanes)) & uint32_t((1ull << kLanes) - 1);
+  };
+  const auto scores = [&](int i, int n) {
+    const vf s = load(w.s.get() + (r + i) * kTile + n * kLanes) * scale;
+    return kFull ? s : keep(seen(i, n), s, splat(-INFINITY));
+  };
+  vf tops[kLanes], totals[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    tops[i] = splat(-INFINITY);
+    for (int n = 0; n < kVectors; ++n)
+      if (seen(i, n)) tops[i] = max(tops[i], scores(i, n));
   }
-  const float here = max(top), before = w.m[r], m = here > before ? here : before;
-  vf total = {};
-  typename E::Unit* p = w.p.get() + r * kTile / E::kStep;
-  for (int i = 0; i < kVectors; ++i) {
-    if (empty(i)) {
-      E::store_a(p, i * kLanes, vf{});
-      continue;
+  const vf here = maxes(tops), before = load(w.m.get() + r), m = here > before + kRise ? here : before;
+  store(w.m.get() + r, m);
+  for (int i = 0; i < kLanes; ++i) {
+    typename E::Unit* p = w.p.get() + (r + i) * kTile / E::kStep;
+    totals[i] = vf{};
+    for (int n = 0; n < kVectors; ++n) {
+      if (!seen(i, n)) {
+        E::store_a(p, n * kLanes, vf{});
+        continue;
+      }
+      vf v = exp2((scores(i, n) - w.m[r + i]) * kLog2e);  // of a single key exactly 1, here and in the backward pass
+      totals[i] += v;
+      if (kDropout)
+        v *= dropout.weights(vu{} + w.low[r + i], vu{} + w.high[r + i], counted(uint32_t(first_key + n * kLanes)));
+      E::store_a(p, n * kLanes, v);
     }
-    v[i] = exp2((v[i] - m) * kLog2e);  // of a single key exactly 1, here and in the backward pass
-    total += v[i];
-    if (dropout)
-      v[i] *= dropout.weights(vu{} + uint32_t(query), vu{} + uint32_t(query >> 32),
-                              counted(uint32_t(first_key + i * kLanes)));
-    E::store_a(p, i * kLanes, v[i]);
   }
-  if (m == before) {
-    w.l[r] += sum(total);
-    return;
+  const vf fade = exp2((before - m) * kLog2e);  // 1 where nothing rose
+  store(w.l.get() + r, load(w.l.get() + r) * fade + sums(totals));
+  for (int i = 0; i < kLanes; ++i) {
+    if (m[i] == before[i]) continue;
+    float* o = w.o.get() + (r + i) * Dp;
+    for (int64_t c = 0; c < Dp; c += kLanes) store(o + c, load(o + c) * fade[i]);
   }
-  const float fade = exp2(splat((before - m) * kLog2e))[0];
-  w.m[r] = m;
-  w.l[r] = w.l[r] * fade + sum(total);
-  float* o = w.o.get() + r * Dp;
-  for (int64_t c = 0; c < Dp; c += kLanes) store(o + c, load(o + c) * fade);
+}
+
+template <bool kFull, class E>
+static inline void softmax(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale, const uint64_t* bits,
+                           const Dropout& dropout, int64_t first_key) {
+  if (dropout)
+    softmax_rows<E, kFull, true>(w, r, Dp, scale, bits, dropout, first_key);
+  else
+    softmax_rows<E, kFull, false>(w, r, Dp, scale, bits, dropout, first_key);
 }
 
 template <class E, class T>
@@ -73,6 +88,10 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
   const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
   if (add && tiles.row_count(i) == 0) return;
   pack_rows<E>(w.q.get(), Head<const T>(q, bh, tiles.order()), t, tiles.Tq, D);
+  for (int64_t r = 0; r < kTile && dropout; ++r) {
+    const uint64_t drawn = dropout.query(bh, t + r);
+    w.low[r] = uint32_t(drawn), w.high[r] = uint32_t(drawn >> 32);
+  }
   std::fill_n(w.m.get(), kTile, kEmptyLse);
   std::fill_n(w.l.get(), kTile, 0.f);
   std::fill_n(w.o.get(), kTile * Dp, 0.f);
@@ -86,12 +105,16 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
       const int64_t r = seeing.begin, end = std::min(seeing.end, rows), c = keys.begin;
       gemm<E, false>(end - r, keys.size(), Ku, w.s.get() + r * kTile + c, kTile, w.q.get() + r * Ku, Ku, kj + c, kTile);
     });
-    for (int64_t r = extent.all_queries.begin; r < std::min(rows, extent.all_queries.end); ++r)
-      if (full)
-        softmax_row<E, true>(w, r, Dp, scale, ~0ull, dropout, dropout.query(bh, t + r), j * kTile);
-      else
-        softmax_row<E, false>(w, r, Dp, scale, tiles.row_bits(i, j, tile.mask, r), dropout, dropout.query(bh, t + r),
-                              j * kTile);
+    const int64_t first = extent.all_queries.begin / kLanes * kLanes, last = std::min(rows, extent.all_queries.end);
+    for (int64_t r = first; r < last; r += kLanes) {
+      if (full && r + kLanes <= rows) {
+        softmax<true>(w, r, Dp, scale, nullptr, dropout, j * kTile);
+        continue;
+      }
+      uint64_t bits[kLanes];
+      for (int e = 0; e < kLanes; ++e) bits[e] = r + e < last ? tiles.row_bits(i, j, tile.mask, r + e) : 0;
+      softmax<false>(w, r, Dp, scale, bits, dropout, j * kTile);
+    }
     Extent::each(extent.keys, {extent.all_queries.begin, std::min(rows, extent.all_queries.end)},
                  [&](Extent::Range queries, Extent::Range seen) {
                    const Extent::Range units = seen.to(E::kStep);

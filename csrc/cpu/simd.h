@@ -213,6 +213,19 @@ static IGPT_INLINE vf sums(vf* v) {
   else
     return sums<width / 2>(v);
 }
+// Lane j of the result is max(v[j]). v is used up.
+template <int width = kLanes / 2>
+static IGPT_INLINE vf maxes(vf* v) {
+#pragma GCC unroll 16
+  for (int j = 0; j < width; ++j) {
+    exchange<width>(v[j], v[j + width]);
+    v[j] = max(v[j], v[j + width]);
+  }
+  if constexpr (width == 1)
+    return v[0];
+  else
+    return maxes<width / 2>(v);
+}
 template <int width = kLanes / 2>
 static inline float max(vf v) {
   v = max(v, rotate<width>(v));

@@ -139,6 +139,9 @@ struct Ops {
   // of two; where a page's must grow, what the page holds already is rounded anew
   void (*cache_append)(View k_cache, View v_cache, View k_scale, View v_scale, View k, View v, View lengths,
                        int64_t slot, Stream) = nullptr;
+  // dropout: y = x / (1 - p) where an element is kept, else 0; the seed and its index decide, as
+  // igpt_fast/reference/dropout.py says. seed and p as attention_dropout's
+  void (*dropout)(View y, View x, float p, int64_t seed, Stream) = nullptr;
   // linear: y = x weight^T (+ bias) for the few rows of a decoding step; a row's bits do not depend on its neighbours
   void (*linear_fwd)(View y, View x, View weight, View bias, Stream) = nullptr;
   // matmul: c = op(a) op(b) (+ bias), for bf16 where the processor multiplies it; op transposes what its flag says, f32
@@ -180,6 +183,7 @@ struct Ops {
   F(attention_fwd) F(attention_bwd) \
   F(attention_dropout_fwd) F(attention_dropout_bwd) \
   F(attention_decode) F(attention_prefix) F(cache_append) \
+  F(dropout) \
   F(linear_fwd) F(matmul) \
   F(decode_step) \
   F(sample_tokens) \

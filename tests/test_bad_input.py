@@ -191,6 +191,7 @@ def public(rows: int) -> dict[str, tuple]:
         "attention": (ops.attention, {"q": q, "k": k, "v": v}, "attention_bwd"),
         "attention_dropout": (lambda qkv: ops.attention_dropout(qkv, 0.1, 0),
                               {"qkv": floats(rows, 9, 3, 2, 32)}, "attention_dropout_bwd"),
+        "dropout": (lambda x: ops.dropout(x, 0.1, 0), {"x": x}, "dropout"),
         "attention_decode": (lambda q, k, v: ops.attention_decode(q, k, v, 4), {"q": q[:, :, :1], "k": k, "v": v}, ""),
         "cache_append": (lambda k_cache, v_cache, k, v: ops.cache_append(k_cache, v_cache, k, v, 2),
                          {"k_cache": k, "v_cache": v, "k": q[:, :, :3], "v": q[:, :, 3:6]}, ""),

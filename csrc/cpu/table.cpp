@@ -13,6 +13,7 @@ void fill_cross_entropy(Ops&);
 void fill_attention_fwd(Ops&);
 void fill_attention_bwd(Ops&);
 void fill_attention_decode(Ops&);
+void fill_dropout(Ops&);
 void fill_linear(Ops&);
 void fill_matmul(Ops&);
 void fill_decode_step(Ops&);
@@ -30,6 +31,7 @@ const Ops& table() {
     fill_attention_fwd(ops);
     fill_attention_bwd(ops);
     fill_attention_decode(ops);
+    fill_dropout(ops);
     fill_linear(ops);
     fill_matmul(ops);
     fill_decode_step(ops);

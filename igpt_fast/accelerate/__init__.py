@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from igpt_fast.accelerate import forwards
+from igpt_fast.accelerate.dropout import drawn
 from igpt_fast.accelerate.theirs import Forward, theirs
 from igpt_fast.errors import InputError
 from igpt_fast.ops._native import say_slower
@@ -34,6 +35,8 @@ def accelerate(model: nn.Module) -> nn.Module:
                 _replace(module, kind, run)
         if isinstance(module, them.ImageGPTForCausalImageModeling):
             _replace(module.lm_head, nn.Linear, forwards.head)
+        if isinstance(module, them.ImageGPTModel):
+            _replace(module.drop, nn.Dropout, drawn)
     return model
 
 

@@ -6,6 +6,7 @@ from igpt_fast.ops.attention_decode import attention_decode, cache_append
 from igpt_fast.ops.attention_dropout import attention_dropout
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.decode_step import decode_step
+from igpt_fast.ops.dropout import dropout
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.linear_cross_entropy import linear_cross_entropy
 from igpt_fast.ops.norm import rms_norm
@@ -23,6 +24,7 @@ __all__ = [
     "color_histogram",
     "cross_entropy",
     "decode_step",
+    "dropout",
     "kmeans_step",
     "linear",
     "linear_cross_entropy",

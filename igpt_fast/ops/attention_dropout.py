@@ -7,7 +7,7 @@ from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._native import backend_for, empty, fused_backend_for, needs_grad, rows
 from igpt_fast.ops.attention import refused_head_dim, slices
-from igpt_fast.reference.attention_dropout import LEVELS
+from igpt_fast.ops.dropout import checked
 
 
 def attention_dropout(qkv: Tensor, p: float, seed: int, scale: float | None = None) -> Tensor:
@@ -20,9 +20,7 @@ def attention_dropout(qkv: Tensor, p: float, seed: int, scale: float | None = No
     """
     if qkv.ndim != 5 or qkv.size(2) != 3:
         raise InputError(f"attention_dropout: expected qkv [B, T, 3, H, D], got {tuple(qkv.shape)}")
-    if not 0 <= p < 1 or not 0 <= seed < 1 << 63:
-        raise InputError(f"attention_dropout: p is {p}, seed {seed}; give 0 <= p < 1 and 0 <= seed < 2**63")
-    p = int(p * LEVELS) / LEVELS
+    p = checked("attention_dropout", p, seed)
     scale = qkv.size(-1) ** -0.5 if scale is None else scale
     compiling = torch.compiler.is_compiling()
     native = None if compiling else backend_for("attention_dropout_fwd", (qkv,), refused_head_dim(qkv.size(-1)))

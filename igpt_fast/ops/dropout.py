@@ -1,0 +1,54 @@
+"""Dropout whose mask is a hash of each element's place: nothing is drawn one after another, and nothing is stored."""
+
+import torch
+from torch import Tensor
+
+from igpt_fast import reference
+from igpt_fast.errors import InputError
+from igpt_fast.ops._native import empty, fused_backend_for, needs_grad, serves
+from igpt_fast.reference.dropout import LEVELS
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """x / (1 - p) where an element is kept, else 0, with its gradient.
+
+    x [...] floats   p in [0, 1)   seed 0 to 2^63 - 1   → [...] in x's dtype, contiguous
+    The seed and an element's index decide whether it is kept, as the reference says: the same seed keeps the same
+    elements anywhere. p is taken down to a multiple of 2^-24. There is a kernel for CPUs; a GPU's torch has its own.
+    Raises InputError for p or a seed out of range.
+    """
+    p = checked("dropout", p, seed)
+    native = None if torch.compiler.is_compiling() else fused_backend_for("dropout", (x,))
+    if native is None:
+        return reference.dropout.dropout(x, p, seed)
+    return _Dropout.apply(native, x, p, seed) if needs_grad(x) else _run(native, x, p, seed)
+
+
+def checked(op: str, p: float, seed: int) -> float:
+    """p, taken down to what the kernels count in; InputError where it or the seed is out of range."""
+    if not 0 <= p < 1 or not 0 <= seed < 1 << 63:
+        raise InputError(f"{op}: p is {p}, seed {seed}; give 0 <= p < 1 and 0 <= seed < 2**63")
+    return int(p * LEVELS) / LEVELS
+
+
+def has_dropout_kernel(x: Tensor) -> bool:
+    """Whether a kernel would serve dropout of x."""
+    return serves("dropout", (x,))
+
+
+def _run(native, x, p, seed):
+    y = empty(x.shape, x)
+    native.dropout(y, x.contiguous(), p, seed, 0)
+    return y
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, native, x, p, seed):
+        ctx.native, ctx.rest = native, (p, seed)
+        return _run(native, x, p, seed)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return None, _run(ctx.native, dy, *ctx.rest), None, None

@@ -144,9 +144,6 @@ struct Ops {
   void (*dropout)(View y, View x, float p, int64_t seed, Stream) = nullptr;
   // linear: y = x weight^T (+ bias) for the few rows of a decoding step; a row's bits do not depend on its neighbours
   void (*linear_fwd)(View y, View x, View weight, View bias, Stream) = nullptr;
-  // matmul: c = op(a) op(b) (+ bias), for bf16 where the processor multiplies it; op transposes what its flag says, f32
-  // is rounded
-  void (*matmul)(View c, View a, View b, View bias, bool a_transposed, bool b_transposed, Stream) = nullptr;
   // decode_step: one pixel more through all layers; logits [B, V], cache [L, B * 2 * H, T, D] with k before v, which
   // receives its slot, pixels i64 [B], wte [V, d], wpe [T, d], ln_f [d], wtet [V, d]; masks: the queries are row slot;
   // pages: as attention_decode's, and every head has a mask. prefix [L, M * 2 * H, P, D]: stands before the slots of
@@ -184,7 +181,7 @@ struct Ops {
   F(attention_dropout_fwd) F(attention_dropout_bwd) \
   F(attention_decode) F(attention_prefix) F(cache_append) \
   F(dropout) \
-  F(linear_fwd) F(matmul) \
+  F(linear_fwd) \
   F(decode_step) \
   F(sample_tokens) \
   F(palette_assign) F(palette_table) F(palette_decode) \
@@ -196,7 +193,6 @@ static_assert(sizeof(Ops) == (1 IGPT_EACH_OP(IGPT_ONE_OP)) * sizeof(void*), "a f
 
 const Ops* cpu_ops(const std::string& isa);       // nullptr: this machine cannot run that instruction set
 std::string cpu_why_not(const std::string& isa);  // "" when it can
-bool cpu_multiplies_tiles();                      // whether it has AMX: no kernel here uses it
 const Ops* cuda_ops();                            // nullptr: built without CUDA, or no device here
 std::string cuda_why_not();                       // "" when there is one
 std::string cuda_archs();                         // the architectures compiled in, "" without CUDA

@@ -224,6 +224,21 @@ static void pack_rows(typename E::Unit* a, const Head<T>& x, int64_t t, int64_t 
   std::memset(a + rows * Ku, 0, size_t((kTile - rows) * Ku) * sizeof(*a));
 }
 
+// out[c, r] = in[r, c] for matrices of units: kLanes rows and columns at a time, both multiples of kLanes. in(r, c)
+// loads the units of row r from column c on.
+template <class Unit, class In>
+static IGPT_INLINE void transpose_units(Unit* out, int64_t ldo, int64_t rows, int64_t cols, In&& in) {
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      vf v[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) v[i] = in(r + i, c);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(out + (c + i) * ldo + r), v[i]);
+    }
+}
+
 // B operand of a product along D: the tile transposed, [D / step, kTile] units; columns behind the end are zero.
 template <class E, class T>
 static void pack_transposed(typename E::Unit* b, const Head<T>& x, int64_t t, int64_t T_end, int64_t D) {

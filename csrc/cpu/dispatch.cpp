@@ -1,8 +1,5 @@
 // The only file that asks the processor what it is. Compiled for the baseline, so that asking is always safe.
 #include "../ops.h"
-#if defined(IGPT_X86)
-#include <cpuid.h>
-#endif
 
 namespace igpt {
 
@@ -33,16 +30,6 @@ std::string cpu_why_not(const std::string& isa) {
     return avx512 && __builtin_cpu_supports("avx512bf16") ? "" : "this processor has no AVX-512 bf16 instructions";
 #endif
   return isa + " is not compiled for this architecture";
-}
-
-bool cpu_multiplies_tiles() {
-#if defined(IGPT_X86)
-  constexpr unsigned kAmxBf16 = 1u << 22;
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16);
-#else
-  return false;
-#endif
 }
 
 const Ops* cpu_ops(const std::string& isa) {

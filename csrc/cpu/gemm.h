@@ -67,41 +67,11 @@ struct Bf16Units {
 };
 #endif
 
-// out[c, r] = in[r, c] for matrices of units: kLanes rows and columns at a time, both multiples of kLanes. in(r, c)
-// loads the units of row r from column c on.
-template <class Unit, class In>
-static IGPT_INLINE void transpose_units(Unit* out, int64_t ldo, int64_t rows, int64_t cols, In&& in) {
-  for (int64_t r = 0; r < rows; r += kLanes)
-    for (int64_t c = 0; c < cols; c += kLanes) {
-      vf v[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) v[i] = in(r + i, c);
-      transpose(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(out + (c + i) * ldo + r), v[i]);
-    }
-}
-
 #if defined(__AVX512F__)
 constexpr int kMr = 6, kNv = 4;  // 24 accumulators of 32 registers
 #else
 constexpr int kMr = 6, kNv = 2;  // 12 of 16
 #endif
-
-// acc += A B for MR rows and NV vectors of columns.
-template <class E, int MR, int NV>
-static IGPT_INLINE void accumulate(vf (&acc)[MR][NV], const typename E::Unit* A, int64_t lda, const typename E::Unit* B,
-                                   int64_t ldb, int64_t K) {
-  for (int64_t k = 0; k < K; ++k) {
-    typename E::Vector b[NV];
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) b[j] = E::load_b(B + k * ldb + j * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[i][j] = E::dot(acc[i][j], A[i * lda + k], b[j]);
-  }
-}
 
 template <class E, int MR, int NV, bool kAccumulate>
 static inline void gemm_block(float* C, int64_t ldc, const typename E::Unit* A, int64_t lda, const typename E::Unit* B,
@@ -112,7 +82,15 @@ static inline void gemm_block(float* C, int64_t ldc, const typename E::Unit* A, 
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
-  accumulate<E>(acc, A, lda, B, ldb, K);
+  for (int64_t k = 0; k < K; ++k) {
+    typename E::Vector b[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) b[j] = E::load_b(B + k * ldb + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) acc[i][j] = E::dot(acc[i][j], A[i * lda + k], b[j]);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8

@@ -15,7 +15,6 @@ void fill_attention_bwd(Ops&);
 void fill_attention_decode(Ops&);
 void fill_dropout(Ops&);
 void fill_linear(Ops&);
-void fill_matmul(Ops&);
 void fill_decode_step(Ops&);
 void fill_sampling(Ops&);
 void fill_palette(Ops&);
@@ -33,7 +32,6 @@ const Ops& table() {
     fill_attention_decode(ops);
     fill_dropout(ops);
     fill_linear(ops);
-    fill_matmul(ops);
     fill_decode_step(ops);
     fill_sampling(ops);
     fill_palette(ops);

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import attention_peers, peers
-from benchmarks.harness import Case, Close, dtype_name, float64, gradients64, served_by
+from benchmarks.harness import Case, Close, Score, dtype_name, float64, gradients64, served_by
 from igpt_fast import ops, patterns
 from igpt_fast.reference.attention import attention as reference
 
@@ -143,6 +143,39 @@ def test_fused_buffer(compare, device, quick, dtype):
     name, flop = "attention on fused qkv, forward and backward", 14 * pairs(qkv.shape[1])
     others = {"torch SDPA": theirs}
     compare(case(name, "attention_bwd", qkv, packed, others, Close(grads, dtype), flop))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, torch.float32), (64, torch.bfloat16), (96, torch.bfloat16)], ids=dtype_name
+)
+def test_dropout(compare, device, quick, head_dim, dtype, backward):
+    """Weights dropped as GPTs are trained, p = 0.1. Each side draws its own: judged is how far it is from no dropout.
+
+    Of values that know nothing of each other the difference is sqrt(p / (1 - p)) of the output, a third.
+    """
+    if device == "cuda" and dtype is torch.float32:
+        pytest.skip("the GPU's kernels are of 16 bits")
+    p, batch = 0.1, 32 if device == "cuda" and not quick else 2
+    qkv = qkv_of(batch, side(quick) ** 2, 8, head_dim, dtype, device).requires_grad_(backward)
+    args = [t.detach().requires_grad_(backward) for t in copies(qkv)]
+    dout = torch.randn_like(args[0])
+    with torch.no_grad():
+        whole = float64(truth, *args)[0]
+    ours = peers.call(lambda x: ops.attention_dropout(x, p, 7).transpose(1, 2), qkv)
+    theirs = peers.call(lambda q, k, v: SDPA(q, k, v, is_causal=True, dropout_p=p), *args)
+
+    def apart(outs):
+        dropped = (outs if isinstance(outs, torch.Tensor) else outs[-1]).double()  # o, or v's gradient: mixes, too
+        return abs(float((dropped - whole).norm() / whole.norm()) / (p / (1 - p)) ** 0.5 - 1)
+
+    if backward:
+        mine = peers.backward(ours, [qkv], dout)
+        ours, theirs = lambda: [mine()[0][:, :, 2].transpose(1, 2)], peers.backward(theirs, args, dout)
+        whole = gradients64(truth, args, [dout])[2]
+    flop = (10 if backward else 4) * pairs(qkv.shape[1])
+    name, field = "attention, causal, dropout 0.1" + ", backward" * backward, "attention_dropout_fwd"
+    compare(case(name, field, qkv, ours, {"torch SDPA": theirs}, Score(apart, 0.2, 0.2), flop, seconds=2.0))
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -63,6 +63,8 @@ def calls():
         "cross_entropy": [(floats(5, 7), torch.arange(5))],
         "linear_cross_entropy": [(floats(5, 8), floats(7, 8), torch.arange(5))],
         "attention": [(q, k, v, [], True, 0.25), (q, k, v, mask, True, 0.25)],
+        "attention_dropout": [(floats(1, 9, 3, 2, 16), 0.25, 0.5, 3)],
+        "dropout": [(floats(3, 8), 0.5, 3)],
         "attention_decode": [
             (*decode_call(), 7, 0.25, None, [], [], []),
             (*decode_call(), 7, 0.25, torch.tensor([4], dtype=torch.int32), mask, list(decode_call()[1:]), []),

@@ -11,6 +11,8 @@ void fill_color_histogram(Ops&);
 void fill_cross_entropy(Ops&);
 void fill_attention_bwd(Ops&);
 void fill_attention_decode(Ops&);
+void fill_attention_dropout_bwd(Ops&);
+void fill_attention_dropout_fwd(Ops&);
 void fill_attention_fwd(Ops&);
 void fill_attention_prefix(Ops&);
 void fill_cache_append(Ops&);
@@ -31,6 +33,8 @@ static const Ops& table() {
     fill_cross_entropy(ops);
     fill_attention_bwd(ops);
     fill_attention_decode(ops);
+    fill_attention_dropout_bwd(ops);
+    fill_attention_dropout_fwd(ops);
     fill_attention_fwd(ops);
     fill_attention_prefix(ops);
     fill_cache_append(ops);

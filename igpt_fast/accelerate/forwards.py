@@ -83,7 +83,9 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
     if cache is not None and isinstance(cache, theirs().EncoderDecoderCache):
         cache = cache.self_attention_cache
     past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
-    reason = _why_not(self, given, cache, past, hidden_states)
+    scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+    scale /= self.layer_idx + 1 if self.scale_attn_by_inverse_layer_idx else 1
+    reason = _why_not(self, given, cache, past, hidden_states, scale)
     if reason:
         say_slower(f"attention takes transformers' own path: {reason}")
         return type(self).forward(self, hidden_states, *args, **kwargs)
@@ -92,8 +94,6 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
     if cache is not None:
         extra = ({"cache_position": given["cache_position"]},) if "cache_position" in given else ()
         k, v = cache.update(k, v, self.layer_idx, *extra)
-    scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
-    scale /= self.layer_idx + 1 if self.scale_attn_by_inverse_layer_idx else 1
     if past:
         mixed = _newest(q, k[:, :, : past + 1], v[:, :, : past + 1], scale).transpose(1, 2)
     elif self.training and self.attn_dropout.p > 0:
@@ -110,7 +110,9 @@ def _newest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return ops.attention_decode(q, k, v, k.shape[2], scale)
 
 
-def _why_not(self: nn.Module, given: dict[str, Any], cache: Any, past: int, hidden_states: Tensor) -> str | None:
+def _why_not(
+    self: nn.Module, given: dict[str, Any], cache: Any, past: int, hidden_states: Tensor, scale: float
+) -> str | None:
     """Why ours does not compute this call of attention; None when it does."""
     queries = hidden_states.shape[1]
     if self.is_cross_attention or given.get("encoder_hidden_states") is not None:
@@ -126,7 +128,7 @@ def _why_not(self: nn.Module, given: dict[str, Any], cache: Any, past: int, hidd
     dropping = self.training and self.attn_dropout.p > 0
     if dropping and (past or self.attn_dropout.p == 1):
         return "attention dropout on cached keys, or of all weights"
-    if dropping and not has_dropout_kernel(_example(self, hidden_states)):
+    if dropping and not has_dropout_kernel(_example(self, hidden_states), scale):
         return "no kernel here has its dropout; attn_pdrop=0 is much faster"
     if not (plain(self.attn_dropout) and type(self.attn_dropout) is nn.Dropout):
         return "somebody watches or replaced its dropout"

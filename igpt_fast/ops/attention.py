@@ -1,6 +1,6 @@
 """Attention: checks, which backend runs, and how the gradient is attached."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -114,27 +114,31 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
 
 
 def refused_head_dim(head_dim: int) -> str | None:
-    """Why the native attention kernels do not serve a head dim; None when they do."""
+    """Why the CPU's attention kernels do not serve a head dim; None when they do."""
     return None if head_dim in range(8, 129, 8) else f"head dim {head_dim} is not a multiple of 8 up to 128"
+
+
+def refusal(dtype: torch.dtype, head_dim: int, scale: float = 1.0) -> Callable[[str], str | None]:
+    """Why a backend's attention kernels do not serve such heads; of their name, None where they do."""
+
+    def refused(name: str) -> str | None:
+        if not has_cuda_kernels(name):
+            return refused_head_dim(head_dim)
+        if dtype is torch.float32:
+            return f"{name} has no attention for float32; use bfloat16 or float16"
+        if head_dim not in (32, 64, 96, 128):
+            return f"head dim {head_dim} is none of 32, 64, 96 and 128"
+        return None if scale > 0 else f"scale {scale} is not positive"
+
+    return refused
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor, op: str, scale: float = 1.0):
     """Who serves `op`. A forward pass whose gradient will be wanted goes where that can be had."""
-
-    def refused(name: str) -> str | None:
-        if q.dtype is not k.dtype or q.dtype is not v.dtype:
-            return "q, k and v differ in dtype"
-        if not has_cuda_kernels(name):
-            return refused_head_dim(q.size(-1))
-        if q.dtype is torch.float32:
-            return f"{name} has no attention for float32; use bfloat16 or float16"
-        if q.size(-1) not in (32, 64, 96, 128):
-            return f"head dim {q.size(-1)} is none of 32, 64, 96 and 128"
-        return None if scale > 0 else f"scale {scale} is not positive"
-
+    alike = q.dtype is k.dtype and q.dtype is v.dtype
     if op == "attention_fwd" and needs_grad(q, k, v):
         op = "attention_bwd"
-    return backend_for(op, (q, k, v), refused)
+    return backend_for(op, (q, k, v), refusal(q.dtype, q.size(-1), scale) if alike else "q, k and v differ in dtype")
 
 
 def _tables(mask: BlockMask | None, device: torch.device) -> tuple[Tensor, ...] | None:
@@ -149,7 +153,7 @@ def slices(qkv: Tensor) -> tuple[Tensor, ...]:
 def _forward(native, q, k, v, tables, causal, scale, o=None):
     B, H, T, D = q.shape
     o, lse = empty((B, T, H, D), q).transpose(1, 2) if o is None else o, empty((B, H, T), q, torch.float32)
-    native.attention_fwd(o, lse, *_rows(native, q, k, v), tables, causal, scale, stream_of(q))
+    native.attention_fwd(o, lse, *readable(native, q, k, v), tables, causal, scale, stream_of(q))
     return o, lse
 
 
@@ -163,7 +167,7 @@ def _forward_packed(native, qkv, groups, causal, scale):
     return o, lses
 
 
-def _rows(native, *tensors: Tensor) -> list[Tensor]:
+def readable(native, *tensors: Tensor) -> list[Tensor]:
     """What the kernels can read in place, else copies."""
     return [rows(t, sixteens=has_cuda_kernels(native.name)) for t in tensors]
 
@@ -172,7 +176,7 @@ def _backward(native, dqkv, dout, q, k, v, o, lse, tables, causal, scale):
     """Fills the three gradients given as dqkv."""
     several = tables is not None and len(tables) > FIELDS and has_cuda_kernels(native.name)
     room = empty((*lse.shape, 4), q) if several else None
-    native.attention_bwd(*dqkv, *_rows(native, dout, q, k, v), o, lse, room, tables, causal, scale, stream_of(q))
+    native.attention_bwd(*dqkv, *readable(native, dout, q, k, v), o, lse, room, tables, causal, scale, stream_of(q))
 
 
 def _grads_like(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, fused_backend_for, needs_grad, rows
-from igpt_fast.ops.attention import refused_head_dim, slices
+from igpt_fast.ops._native import backend_for, empty, needs_grad, serves, stream_of
+from igpt_fast.ops.attention import readable, refusal, slices
 from igpt_fast.ops.dropout import checked
 
 
@@ -22,43 +22,92 @@ def attention_dropout(qkv: Tensor, p: float, seed: int, scale: float | None = No
         raise InputError(f"attention_dropout: expected qkv [B, T, 3, H, D], got {tuple(qkv.shape)}")
     p = checked("attention_dropout", p, seed)
     scale = qkv.size(-1) ** -0.5 if scale is None else scale
-    compiling = torch.compiler.is_compiling()
-    native = None if compiling else backend_for("attention_dropout_fwd", (qkv,), refused_head_dim(qkv.size(-1)))
-    if native is None:
-        q, k, v = slices(qkv)
-        out = reference.attention_dropout.attention_dropout(q, k, v, scale, p, seed)
-        return out.transpose(1, 2).contiguous()
-    if needs_grad(qkv):
+    if torch.compiler.is_compiling():
+        return torch.ops.igpt.attention_dropout(qkv, scale, p, seed)[0]
+    native = _native(qkv, scale)
+    if native is not None and needs_grad(qkv):
         return _AttentionDropout.apply(native, qkv, scale, p, seed)
     return _forward(native, qkv, scale, p, seed)[0]
 
 
-def has_dropout_kernel(qkv: Tensor) -> bool:
-    """Whether attention_dropout would be served by a kernel; nothing is logged where no backend has one."""
-    return fused_backend_for("attention_dropout_fwd", (qkv,), refused_head_dim(qkv.size(-1))) is not None
+def has_dropout_kernel(qkv: Tensor, scale: float) -> bool:
+    """Whether attention_dropout would be served by a kernel; nothing is logged where it would not."""
+    return serves("attention_dropout_fwd", (qkv,), refusal(qkv.dtype, qkv.size(-1), scale))
+
+
+def _native(qkv: Tensor, scale: float):
+    return backend_for("attention_dropout_fwd", (qkv,), refusal(qkv.dtype, qkv.size(-1), scale))
 
 
 def _forward(native, qkv, scale, p, seed):
     B, T, _, H, D = qkv.shape
+    if native is None:
+        o, lse = reference.attention_dropout.attention_dropout(*slices(qkv), scale, p, seed)
+        return o.transpose(1, 2).contiguous(), lse.float()
     o, lse = empty((B, T, H, D), qkv), empty((B, H, T), qkv, torch.float32)
-    inputs = [rows(t) for t in slices(qkv)]
-    native.attention_dropout_fwd(o.transpose(1, 2), lse, *inputs, scale, p, seed, 0)
+    inputs = readable(native, *slices(qkv))
+    native.attention_dropout_fwd(o.transpose(1, 2), lse, *inputs, scale, p, seed, stream_of(qkv))
     return o, lse
+
+
+def _backward(native, dout, qkv, o, lse, scale, p, seed):
+    dqkv = empty(qkv.shape, qkv)
+    given = readable(native, dout.transpose(1, 2), *slices(qkv))
+    native.attention_dropout_bwd(*slices(dqkv), *given, o.transpose(1, 2), lse, scale, p, seed, stream_of(qkv))
+    return dqkv
 
 
 class _AttentionDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, native, qkv, scale, p, seed):
-        o, lse = _forward(native, qkv, scale, p, seed)
-        ctx.native, ctx.rest = native, (scale, p, seed)
+    def forward(ctx, native, qkv, *rest):
+        o, lse = _forward(native, qkv, *rest)
+        ctx.native, ctx.rest = native, rest
         ctx.save_for_backward(qkv, o, lse)
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        qkv, o, lse = ctx.saved_tensors
-        dqkv = empty(qkv.shape, qkv)
-        inputs = [rows(t) for t in (dout.transpose(1, 2), *slices(qkv))]
-        ctx.native.attention_dropout_bwd(*slices(dqkv), *inputs, o.transpose(1, 2), lse, *ctx.rest, 0)
-        return None, dqkv, None, None, None
+        return None, _backward(ctx.native, dout, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+@torch.library.custom_op("igpt::attention_dropout", mutates_args=())
+def _attention_dropout_op(qkv: Tensor, scale: float, p: float, seed: int) -> tuple[Tensor, Tensor]:
+    return _forward(_native(qkv, scale), qkv, scale, p, seed)
+
+
+@_attention_dropout_op.register_fake
+def _(qkv, scale, p, seed):
+    B, T, _, H, D = qkv.shape
+    return qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("igpt::attention_dropout_backward", mutates_args=())
+def _attention_dropout_backward_op(
+    dout: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float, p: float, seed: int
+) -> Tensor:
+    native = _native(qkv, scale)
+    if native is not None:
+        return _backward(native, dout, qkv, o, lse, scale, p, seed)
+    given = (t.transpose(1, 2) for t in (dout, *qkv.unbind(2)))
+    grads = reference.attention_dropout.attention_dropout_backward(*given, scale, p, seed)
+    return torch.stack([t.transpose(1, 2) for t in grads], 2)
+
+
+@_attention_dropout_backward_op.register_fake
+def _(dout, qkv, o, lse, scale, p, seed):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup(ctx, inputs, output):
+    qkv, *ctx.rest = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, o, lse)
+
+
+def _autograd(ctx, dout, _):
+    return torch.ops.igpt.attention_dropout_backward(dout, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+_attention_dropout_op.register_autograd(_autograd, setup_context=_setup)

@@ -18,10 +18,9 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     Raises InputError for p or a seed out of range.
     """
     p = checked("dropout", p, seed)
-    native = None if torch.compiler.is_compiling() else fused_backend_for("dropout", (x,))
-    if native is None:
-        return reference.dropout.dropout(x, p, seed)
-    return _Dropout.apply(native, x, p, seed) if needs_grad(x) else _run(native, x, p, seed)
+    if torch.compiler.is_compiling():
+        return torch.ops.igpt.dropout(x, p, seed)
+    return _Dropout.apply(x, p, seed) if needs_grad(x) else _run(x, p, seed)
 
 
 def checked(op: str, p: float, seed: int) -> float:
@@ -36,7 +35,10 @@ def has_dropout_kernel(x: Tensor) -> bool:
     return serves("dropout", (x,))
 
 
-def _run(native, x, p, seed):
+def _run(x, p, seed):
+    native = fused_backend_for("dropout", (x,))
+    if native is None:
+        return reference.dropout.dropout(x, p, seed).contiguous()
     y = empty(x.shape, x)
     native.dropout(y, x.contiguous(), p, seed, 0)
     return y
@@ -44,11 +46,32 @@ def _run(native, x, p, seed):
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, native, x, p, seed):
-        ctx.native, ctx.rest = native, (p, seed)
-        return _run(native, x, p, seed)
+    def forward(ctx, x, p, seed):
+        ctx.rest = p, seed
+        return _run(x, p, seed)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return None, _run(ctx.native, dy, *ctx.rest), None, None
+        return _run(dy, *ctx.rest), None, None
+
+
+@torch.library.custom_op("igpt::dropout", mutates_args=())
+def _dropout_op(x: Tensor, p: float, seed: int) -> Tensor:
+    return _run(x, p, seed)
+
+
+@_dropout_op.register_fake
+def _(x, p, seed):
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx, inputs, output):
+    _, *ctx.rest = inputs
+
+
+def _autograd(ctx, dy):
+    return torch.ops.igpt.dropout(dy, *ctx.rest), None, None
+
+
+_dropout_op.register_autograd(_autograd, setup_context=_setup)

@@ -101,6 +101,21 @@ def cache(rows: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, list]:
     return floats(*shape, dtype=torch.bfloat16), [None, None, lengths]
 
 
+def attention_dropout_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    """At D = 32 where float32 stands for it, else 64."""
+    cols, dim = min(cols, 193), 32 if dtype is torch.float32 else 64
+    dtype = torch.float16 if dtype is torch.float32 else dtype
+    o, lse = outputs((1, cols, 2, dim), dtype=dtype)[0].transpose(1, 2), outputs((1, 2, cols))[0]
+    return [o, lse], [*floats(1, cols, 3, 2, dim, dtype=dtype).transpose(1, 3).unbind(2), 0.15, 0.25, 7, 0]
+
+
+def attention_dropout_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    [o, lse], [q, k, v, *rest] = attention_dropout_fwd(rows, cols, dtype)
+    grads = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    dout, o = (floats(*o.shape, dtype=o.dtype) for _ in range(2))
+    return grads, [dout, q, k, v, o, torch.rand(*lse.shape) + 12, *rest]
+
+
 def attention_decode(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
     """Split over the sequence where its dtype is bfloat16, in pages that stand backwards where it is float32."""
     cols = min(cols, 400)
@@ -186,6 +201,8 @@ CASES: dict[str, Callable] = {
     "linear_cross_entropy_dlogits": linear_cross_entropy_dlogits,
     "attention_fwd": attention_fwd,
     "attention_bwd": attention_bwd,
+    "attention_dropout_fwd": attention_dropout_fwd,
+    "attention_dropout_bwd": attention_dropout_bwd,
     "attention_decode": attention_decode,
     "attention_prefix": attention_prefix,
     "cache_append": cache_append,

@@ -42,7 +42,7 @@ struct Rows {
 };
 // Keys at a time: all of a tile, or a part where wide rows of O leave no registers for more.
 template <int D, class Drop>
-constexpr int kStep = D <= 64 ? kTile : D == 128 && Drop::kDrops ? kTile / 4 : kTile / 2;
+constexpr int kStep = D <= 64 ? kTile : kTile / (D == 128 && Drop::kDrops ? 4 : 2);
 
 // S becomes P; the rows' maximum, sum and O are brought up to date.
 template <int D, int N>

@@ -14,9 +14,9 @@ namespace IGPT_ISA {
 template <class E>
 struct FwdScratch {  // one thread's tiles
   using Unit = typename E::Unit;
-  Scratch<Unit> q, p;          // [64, D / step]   [64, 64 / step]
-  Scratch<float> s, o, m, l;   // [64, 64]   [64, Dp]   [64]   [64]
-  Scratch<uint32_t> low, high; // [64]   [64]: dropout's bits of the queries
+  Scratch<Unit> q, p;           // [64, D / step]   [64, 64 / step]
+  Scratch<float> s, o, m, l;    // [64, 64]   [64, Dp]   [64]   [64]
+  Scratch<uint32_t> low, high;  // [64]   [64]: dropout's bits of the queries
   FwdScratch(int64_t D, int64_t Dp)
       : q(scratch<Unit>(kTile * D / E::kStep)), p(scratch<Unit>(kTile * kTile / E::kStep)),
         s(scratch<float>(kTile * kTile)), o(scratch<float>(kTile * Dp)), m(scratch<float>(kTile)),
@@ -27,7 +27,7 @@ constexpr int kVectors = kTile / kLanes;  // vectors in a row of a tile
 constexpr float kRise = 8.f;              // a maximum follows the scores only if they are this far above it
 
 // Turns kLanes rows of S from r on into P, and brings m, l and the rows of O up to date. Rows go together, so that what
-// is one number a row is a lane, and nothing waits for the sum along a row. Vectors of which no bit is set are not read.
+// is one number a row is a lane, and nothing waits for the sum along a row. Vectors without a bit are not read.
 template <class E, bool kFull, bool kDropout>
 static inline void softmax_rows(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale, const uint64_t* bits,
                                 const Dropout& dropout, int64_t first_key) {

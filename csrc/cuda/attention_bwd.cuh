@@ -263,8 +263,8 @@ __global__ void __launch_bounds__(kThreads)
         for (int e = 0; e < 4; ++e) {
           float weight = 1.f;
           if constexpr (Drop::kDrops)
-            weight = drop.weight(queries[warp_row + 16 * m + 8 * (e / 2) + lane / 4],
-                                 j * kTile + first + lane % 4 * 2, 8 * n + e % 2);
+            weight = drop.weight(queries[warp_row + 16 * m + 8 * (e / 2) + lane / 4], j * kTile + first + lane % 4 * 2,
+                                 8 * n + e % 2);
           gradient(p[m][n][e], ds[m][n][e], of[2 * m + e / 2], scale2, weight);
         }
     add_mix<D, T>(sums, ds, shared.other(0, stage), 0);

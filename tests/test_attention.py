@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from igpt_fast import BlockMask, InputError, ops, reference
+from igpt_fast.ops import _native
 from igpt_fast.ops._native import use_backend
 from igpt_fast.patterns import TILE, compiled
 
@@ -183,10 +184,24 @@ def test_agrees_with_torch():
     assert (ops.attention(q, k, v) - theirs).abs().max() < 1e-5
 
 
-def test_unserved_head_dim_takes_the_reference_and_says_why(caplog):
-    q, k, v = heads(1, 1, 5, 12)
-    assert (ops.attention(q, k, v) - dense()(q, k, v)).abs().max() < 1e-6
-    assert "head dim 12" in caplog.text
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["causal", "all", "pattern", "blind queries"])
+def test_unserved_head_dim_takes_torchs_own_and_says_why(kind, dtype, caplog, monkeypatch):
+    """Not the reference, which keeps a matrix of all pairs, but where queries see nothing and torch's may differ."""
+    monkeypatch.setattr(_native, "_said", set())
+    called, own = [], functional.scaled_dot_product_attention
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or own(*a, **k))
+    args, mask, causal = heads(1, 2, 70, 12), None, kind != "all"
+    if kind == "pattern":
+        mask = compiled("row", (7, 10))
+    elif kind == "blind queries":
+        mask = BlockMask.from_dense(torch.ones(70, 70, dtype=torch.bool).tril(-1))
+    seen = None if mask is None else mask.dense()
+    causal = causal if mask is None else mask.causal
+    check(lambda q, k, v: ops.attention(q, k, v, mask, causal), dense(seen, causal), args, "auto", dtype)
+    assert "head dim 12" in caplog.text and bool(called) is (kind != "blind queries")
+    out = ops.attention(*args, mask, causal)
+    assert out.transpose(1, 2).is_contiguous()
 
 
 def test_bad_arguments():

@@ -220,6 +220,34 @@ def test_info_names_every_op():
         assert all(_native._C.cuda_why_not() in on_gpu for _, on_gpu in facts["ops"].values())
 
 
+@pytest.mark.parametrize("archs, runs, not_on", [
+    ("80,90a-real", (80, 86, 89, 90, 100, 120), (75, 70, 61)),
+    ("80-real,90a-real", (80, 86, 90), (75, 100, 120)),
+    ("86-real", (86, 89), (80, 90)),
+    ("90a", (90,), (80, 100)),
+    ("75-virtual", (75, 80, 120), (70,)),
+    ("native", (75, 120), ()),
+])  # fmt: skip
+def test_which_gpus_run_what_was_built(archs, runs, not_on):
+    assert all(_native.runs_on(archs, gpu) for gpu in runs)
+    assert not any(_native.runs_on(archs, gpu) for gpu in not_on)
+
+
+def test_an_older_gpu_runs_plain_torch_and_says_so(monkeypatch):
+    """A backend of the name cuda, as on a machine with a GPU, and what it asks of a tensor there."""
+    monkeypatch.setitem(BACKENDS, "cuda", types.SimpleNamespace(name="cuda", has=lambda op: True))
+    monkeypatch.setitem(_native._SERVES, "cuda", ("cuda", (torch.float32, torch.bfloat16)))
+    monkeypatch.setattr(_native, "_C", types.SimpleNamespace(cuda_archs=lambda: "80,90a-real", cuda_why_not=lambda: ""))
+    cards = {torch.device("cuda", 0): ("T4", (7, 5)), torch.device("cuda", 1): ("A100", (8, 0))}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: cards[d][1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: cards[d][0])
+    _native.gpu_why_not.cache_clear()
+    there = [types.SimpleNamespace(device=d, dtype=torch.float32, is_floating_point=lambda: True) for d in cards]
+    assert "T4 has compute capability 7.5" in _native.why_not("cuda", "rms_norm_fwd", there[:1])
+    assert _native.why_not("cuda", "rms_norm_fwd", there[1:]) is None
+    _native.gpu_why_not.cache_clear()
+
+
 def test_info_describes_each_gpu(monkeypatch):
     card = types.SimpleNamespace(name="H200", major=9, minor=0, multi_processor_count=132, total_memory=150 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

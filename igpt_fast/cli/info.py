@@ -53,7 +53,7 @@ def info(as_json: JsonOption = False) -> None:
 
 def gather() -> dict:
     """What `info` shows, as plain values."""
-    cpu = next((n for n in _native.BACKENDS if n != "cuda"), None)
+    cpu, lacking = next((n for n in _native.BACKENDS if n != "cuda"), None), _native.WHY_NO_EXTENSION
     if _native.WHY_NO_EXTENSION:
         better, cuda = _native.WHY_NO_EXTENSION, _native.WHY_NO_EXTENSION
         names: list[str] = []
@@ -61,7 +61,10 @@ def gather() -> dict:
         above = _native.CPU_TABLES[: _native.CPU_TABLES.index(cpu)]
         better = "; ".join(f"{isa}: {_native._C.cpu_why_not(isa)}" for isa in above) or "none, this is the best"
         archs = _native._C.cuda_archs()
-        cuda = _native._C.cuda_why_not() or "ready"
+        lacking = _native._C.cuda_why_not()
+        unfit = [] if lacking else [_native.gpu_why_not(torch.device("cuda", i)) for i in range(len(gpus()))]
+        lacking = lacking or (unfit[0] if unfit and all(unfit) else None)
+        cuda = lacking or "; ".join(["ready", *(f"but not everywhere: {reason}" for reason in unfit if reason)])
         cuda += f" (built for {archs})" if archs else ""
         names = list(_native._C.Backend.ops)
     return {
@@ -75,7 +78,7 @@ def gather() -> dict:
         "gpu": "; ".join(gpus()) or "none",
         "cuda": versions(),
         "cuda backend": cuda,
-        "ops": {op: (_served(cpu, op, better), _served("cuda", op, cuda)) for op in names},
+        "ops": {op: (_served(cpu, op, better), _served(None if lacking else "cuda", op, cuda)) for op in names},
     }
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -92,7 +93,40 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: Refusal
             return f"{name} needs {device} tensors, got {t.device}"
         if t.is_floating_point() and t.dtype not in dtypes:
             return f"{name} has no {op} for {str(t.dtype).removeprefix('torch.')}"
+    if name == "cuda" and tensors and (reason := gpu_why_not(tensors[0].device)):
+        return reason
     return refusal(name) if callable(refusal) else refusal
+
+
+@functools.cache
+def gpu_why_not(device: torch.device) -> str | None:
+    """Why a GPU cannot run the kernels that were built; None when it can."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if runs_on(_C.cuda_archs(), 10 * major + minor):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"the kernels were built for {_C.cuda_archs()}, {name} has compute capability {major}.{minor}"
+
+
+def runs_on(archs: str, capability: int) -> bool:
+    """Whether a GPU of a compute capability, 86 for 8.6, runs code built for `archs`, as CMake names them.
+
+    PTX serves newer GPUs, machine code ("-real") its own generation, and what has a letter no other GPU at all.
+    """
+    for arch in re.split("[,;]", archs):
+        found = re.fullmatch(r"(\d+)([a-z]?)(-real|-virtual)?", arch)
+        if found is None:  # "native", "all": nobody but CMake knows
+            return True
+        built, letter, kind = int(found[1]), found[2], found[3]
+        alike = capability == built if letter else kind != "-real" or capability // 10 == built // 10
+        if alike and capability >= built:
+            return True
+    return False
+
+
+def is_reference() -> bool:
+    """Whether the reference was asked for, where plain torch may have something faster."""
+    return _wanted == "reference"
 
 
 def has_cuda_kernels(name: str) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast import reference
@@ -13,6 +14,7 @@ from igpt_fast.ops._native import (
     backend_for,
     empty,
     has_cuda_kernels,
+    is_reference,
     needs_grad,
     rows,
     same_device,
@@ -37,8 +39,7 @@ def attention(
         return torch.ops.igpt.attention(q, k, v, [] if mask is None else list(mask.tensors), causal, scale)[0]
     native = _native(q, k, v, "attention_fwd", scale)
     if native is None:
-        seen = None if mask is None else mask.dense().to(q.device)
-        return reference.attention.attention(q, k, v, seen, causal, scale)[0]
+        return _plain(q, k, v, mask, causal, scale)
     tables = _tables(mask, q.device)
     if needs_grad(q, k, v):
         return _Attention.apply(native, q, k, v, tables, causal, scale)
@@ -139,6 +140,18 @@ def _native(q: Tensor, k: Tensor, v: Tensor, op: str, scale: float = 1.0):
     if op == "attention_fwd" and needs_grad(q, k, v):
         op = "attention_bwd"
     return backend_for(op, (q, k, v), refusal(q.dtype, q.size(-1), scale) if alike else "q, k and v differ in dtype")
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool, scale: float) -> Tensor:
+    """torch's own kernels where they mean the same; the reference keeps a matrix of all pairs."""
+    seen = None if mask is None else mask.dense()
+    alike = scale > 0 and q.dtype is k.dtype and q.dtype is v.dtype and (seen is None or bool(seen.any(-1).all()))
+    seen = None if seen is None else seen.to(q.device)
+    if is_reference() or not alike:
+        o = reference.attention.attention(q, k, v, seen, causal, scale)[0]
+    else:
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and seen is None, scale=scale)
+    return o.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _tables(mask: BlockMask | None, device: torch.device) -> tuple[Tensor, ...] | None:

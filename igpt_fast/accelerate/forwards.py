@@ -83,9 +83,7 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
     if cache is not None and isinstance(cache, theirs().EncoderDecoderCache):
         cache = cache.self_attention_cache
     past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
-    scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
-    scale /= self.layer_idx + 1 if self.scale_attn_by_inverse_layer_idx else 1
-    reason = _why_not(self, given, cache, past, hidden_states, scale)
+    reason = _why_not(self, given, cache, past, hidden_states.shape[1])
     if reason:
         say_slower(f"attention takes transformers' own path: {reason}")
         return type(self).forward(self, hidden_states, *args, **kwargs)
@@ -94,13 +92,24 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
     if cache is not None:
         extra = ({"cache_position": given["cache_position"]},) if "cache_position" in given else ()
         k, v = cache.update(k, v, self.layer_idx, *extra)
+    scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+    scale /= self.layer_idx + 1 if self.scale_attn_by_inverse_layer_idx else 1
     if past:
         mixed = _newest(q, k[:, :, : past + 1], v[:, :, : past + 1], scale).transpose(1, 2)
     elif self.training and self.attn_dropout.p > 0:
-        mixed = ops.attention_dropout(qkv, self.attn_dropout.p, int(torch.randint(1 << 62, ())), scale)
+        mixed = _dropped(qkv, self.attn_dropout.p, scale)
     else:
         mixed = ops.attention_packed(qkv, scale=scale)
     return dropout(self.resid_dropout, _linear(self.c_proj, mixed.flatten(2))), None
+
+
+def _dropped(qkv: Tensor, p: float, scale: float) -> Tensor:
+    """Causal attention with dropout of its weights.   qkv [B, T, 3, H, D] → [B, T, H, D]"""
+    if has_dropout_kernel(qkv, scale):
+        return ops.attention_dropout(qkv, p, int(torch.randint(1 << 62, ())), scale)
+    say_slower("attention with dropout runs on torch's SDPA: no kernel here has its dropout")
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, scale=scale).transpose(1, 2)
 
 
 def _newest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -110,11 +119,8 @@ def _newest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return ops.attention_decode(q, k, v, k.shape[2], scale)
 
 
-def _why_not(
-    self: nn.Module, given: dict[str, Any], cache: Any, past: int, hidden_states: Tensor, scale: float
-) -> str | None:
+def _why_not(self: nn.Module, given: dict[str, Any], cache: Any, past: int, queries: int) -> str | None:
     """Why ours does not compute this call of attention; None when it does."""
-    queries = hidden_states.shape[1]
     if self.is_cross_attention or given.get("encoder_hidden_states") is not None:
         return "it is cross-attention"
     if given.get("output_attentions"):
@@ -128,21 +134,12 @@ def _why_not(
     dropping = self.training and self.attn_dropout.p > 0
     if dropping and (past or self.attn_dropout.p == 1):
         return "attention dropout on cached keys, or of all weights"
-    if dropping and not has_dropout_kernel(_example(self, hidden_states), scale):
-        return "no kernel here has its dropout; attn_pdrop=0 is much faster"
     if not (plain(self.attn_dropout) and type(self.attn_dropout) is nn.Dropout):
         return "somebody watches or replaced its dropout"
     mask = given.get("attention_mask")
     if mask is not None and not _open(mask, past + queries):
         return "the attention mask hides something"
     return None
-
-
-def _example(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Nothing, but of the dtype, device and head dimension that qkv will have."""
-    kind = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
-    return hidden_states.new_empty(0, self.head_dim, dtype=dtype)
 
 
 _last_mask: list = [None, 0, 0, True]  # a weak reference to the last mask, its version, the slots, what _open found

@@ -1,21 +1,15 @@
-"""The pixels of images, drawn one by one. On a GPU a step is recorded once, as a CUDA graph, and replayed thereafter.
+"""The pixels of images, drawn one by one."""
 
-A step is a few hundred small kernels, which the host could launch no faster than every few microseconds.
-"""
-
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from igpt_fast import ops
 from igpt_fast.cached import Decoder, decode_one_token
-
-log = logging.getLogger("igpt_fast")
+from igpt_fast.replay import Replayed
 
 Options = tuple[float, int | None, float | None]  # temperature, top_k, top_p
-FIRST_STEPS = 2  # of those that a graph replays: before it is recorded libraries have made what they make only once
 
 
 def draw(decoder: Decoder, logits: Tensor, images: Tensor, uniforms: Tensor, options: Options) -> Iterator[int]:
@@ -33,11 +27,9 @@ def draw(decoder: Decoder, logits: Tensor, images: Tensor, uniforms: Tensor, opt
             yield at + 1
         return
     steps = CountedSteps(decoder, logits, images, uniforms, options)
-    run = steps.step
+    step = Replayed(steps.step)
     for at in range(first, last):
-        if at == first + FIRST_STEPS:
-            run = recorded(run)
-        run()
+        step()
         decoder.cache.length += 1
         yield at + 1
     steps.draw()
@@ -64,15 +56,3 @@ class CountedSteps:
         self.at += 1  # slot t of the cache has pixel t - 1
         eps, held = d.config.eps, (d.cache.pages, d.cache.prefix)
         self.logits.copy_(ops.decode_step(d.cache.data, pixel, d.weights, self.at, eps, d.masks, *held))
-
-
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of the step; the step itself, with a word why, where it cannot be recorded."""
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError as error:
-        log.warning("sampling launches the kernels of every step one by one: no CUDA graph of it: %s", error)
-        return step
-    return graph.replay

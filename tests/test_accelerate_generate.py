@@ -15,12 +15,14 @@ from transformers import DynamicCache, StaticCache, set_seed  # noqa: E402
 GENERATE = {"bos_token_id": 32, "eos_token_id": None, "pad_token_id": None, "n_positions": 300}
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """The slots of the steps that were one native call."""
+@pytest.fixture(params=["host", "device"])
+def steps(request, monkeypatch):
+    """The slots of the steps that were one call; as on a CPU, and as on a GPU, whose steps count them on the device."""
     found, real = [], decode.ops.decode_step
-    record = lambda *args, **kwargs: (found.append(args[3]), real(*args, **kwargs))[1]  # noqa: E731
+    record = lambda *args, **kwargs: (found.append(int(args[3])), real(*args, **kwargs))[1]  # noqa: E731
     monkeypatch.setattr(decode.ops, "decode_step", record)
+    if request.param == "device":
+        monkeypatch.setattr(decode, "counts", lambda cache: True)
     return found
 
 

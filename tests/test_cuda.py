@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_backends import calls
 
-from igpt_fast import Config, ImageGPT, InputError, drawing, ops
+from igpt_fast import Config, ImageGPT, InputError, accelerate, ops, replay
 from igpt_fast.ops._native import BACKENDS, use_backend
 from igpt_fast.sample import complete, sample
 
@@ -159,9 +159,26 @@ def test_images_are_drawn_by_a_cuda_graph(pattern, caplog, monkeypatch):
         replayed = sample(model, n=3, seed=1)
         completed = complete(model, replayed, keep=0.5, n=2, seed=1)
     assert "one by one" not in caplog.text
-    monkeypatch.setattr(drawing, "recorded", lambda step: step)
+    monkeypatch.setattr(replay, "recorded", lambda step: step)
     assert torch.equal(sample(model, n=3, seed=1), replayed)
     assert torch.equal(complete(model, replayed, keep=0.5, n=2, seed=1), completed)
+
+
+def test_a_graph_generates_what_transformers_generates(caplog, monkeypatch):
+    """An accelerated model's steps are replayed, to the tokens of the same steps one by one, and near transformers'."""
+    transformers = pytest.importorskip("transformers", minversion="4.57")
+    config = transformers.ImageGPTConfig(n_layer=2, n_embd=64, n_head=2, n_positions=300, vocab_size=33)
+    model = transformers.ImageGPTForCausalImageModeling(config).to("cuda", torch.bfloat16).eval()
+    start = torch.full((3, 1), 32, device="cuda")
+    options = {"max_new_tokens": 280, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = model.generate(start, **options)
+    accelerate(model)
+    with caplog.at_level("WARNING", "igpt_fast"):
+        replayed = model.generate(start, **options)
+    assert "one by one" not in caplog.text and "module by module" not in caplog.text
+    assert torch.equal(replayed[:, :4], want[:, :4])  # later ones may part where two logits are near each other
+    monkeypatch.setattr(replay, "recorded", lambda step: step)
+    assert torch.equal(model.generate(start, **options), replayed)
 
 
 MEMORY = torch.cuda.get_device_properties(0).total_memory >> 30 if torch.cuda.is_available() else 0

@@ -9,9 +9,10 @@ from definition import opinionated, pixels
 from igpt_fast import InputError, ops
 from igpt_fast.cached import Decoder, prefill
 from igpt_fast.config import Config
-from igpt_fast.drawing import CountedSteps, draw, recorded
+from igpt_fast.drawing import CountedSteps, draw
 from igpt_fast.model import ImageGPT
 from igpt_fast.ops._native import use_backend
+from igpt_fast.replay import recorded
 
 SMALL = {"layers": 2, "width": 32, "heads": 4, "colors": 16}
 

@@ -14,8 +14,19 @@ PACKAGE = ROOT / "igpt_fast"
 # Lower layers first. A module imports from its own layer's neighbours below, never from above.
 LAYERS = [
     {"errors", "_C", "__version__"},
-    {"config", "console", "pictures", "patterns", "reference", "interrupt", "optimizer", "device", "positions"},
-    {"ops"},
+    {
+        "config",
+        "console",
+        "pictures",
+        "patterns",
+        "reference",
+        "interrupt",
+        "optimizer",
+        "device",
+        "positions",
+        "replay",
+    },
+    {"ops", "replay"},
     {"palette", "kmeans", "images", "decode", "arrays", "sources", "pixels", "tokens"},
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},

@@ -2,9 +2,11 @@
 
 The cache stays a DynamicCache with plain layers. At its first step its keys and values move into one buffer with room
 for the steps to come, and its layers' tensors become views of that: a step then writes one slot and copies nothing.
-When somebody else has changed the layers (beam search reorders, a user crops), they move into a new buffer.
+When somebody else has changed the layers (beam search reorders, a user crops), they move into a new buffer. On a GPU a
+buffer's steps are one CUDA graph, replayed with another pixel and slot.
 """
 
+import functools
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
-from igpt_fast.accelerate.theirs import plain, theirs
-from igpt_fast.ops._native import fused_backend_for, say_slower
+from igpt_fast.accelerate.theirs import HOOKS, plain, theirs
+from igpt_fast.ops._native import fused_backend_for, say_slower, serves
 from igpt_fast.ops.attention import refused_head_dim
+from igpt_fast.ops.attention_decode import refused_by_cuda
 from igpt_fast.ops.decode_step import LayerWeights, StepWeights
+from igpt_fast.replay import Replayed
 
 ROOM = 256  # slots of the smallest buffer
 
@@ -55,7 +59,7 @@ def decode(model: nn.Module, given: Mapping[str, Any]) -> Any:
         say_slower(f"a decoding step runs module by module: {reason}")
     if buffer is None:
         return None
-    logits = ops.decode_step(buffer.data, ids[:, 0], buffer.weights, past, model.transformer.ln_f.eps)[:, None]
+    logits = buffer.step(ids[:, 0], past)[:, None]
     buffer.show(own, past + 1)
     wanted = given.get("return_dict")
     if not (model.config.return_dict if wanted is None else wanted):
@@ -96,9 +100,16 @@ class _Buffer:
     def __init__(self, model: nn.Module, weights: StepWeights, data: Tensor) -> None:
         self.data, self.all_weights = data, weights
         self.weights = replace(weights, wpe=weights.wpe[: data.shape[4]])
-        self._model, self._modules = weakref.ref(model), list(model.modules())
-        self._state = _state(self._modules)
+        self._eps = model.transformer.ln_f.eps
+        self._model, self._state = weakref.ref(model), _State(model)
         self._shown: list[tuple[Tensor, ...]] = []
+        self._counted = _CountedSteps(self) if counts(data) else None
+
+    def step(self, pixels: Tensor, slot: int | Tensor) -> Tensor:
+        """One token more.   pixels int64 [B] → logits [B, V]"""
+        if self._counted is not None and not isinstance(slot, Tensor):
+            return self._counted(pixels, slot)
+        return ops.decode_step(self.data, pixels, self.weights, slot, self._eps)
 
     def show(self, cache: Any, length: int) -> None:
         """Makes the first `length` slots the cache's."""
@@ -115,19 +126,62 @@ class _Buffer:
 
     def serves(self, model: nn.Module) -> bool:
         """Whether this is the model that it was made for, and as it was then."""
-        return self._model() is model and self._state == _state(self._modules)
+        return self._model() is model and self._state.holds()
 
 
-def _state(modules: list[nn.Module]) -> list[Any]:
-    """What tells one state of a model from another, in its weights, its modules and who watches them."""
-    found: list[Any] = []
-    for module in modules:
-        own = module.__dict__
-        found += type(module), own["training"], plain(module), *map(id, own["_modules"].values())
-        for p in own["_parameters"].values():
-            if p is not None:
-                found += id(p), p.data_ptr(), 0 if p.is_inference() else p._version
-    return found
+def counts(cache: Tensor) -> bool:
+    """Whether steps count their slots on the device: on a GPU, where kernels read them there."""
+    refused = functools.partial(refused_by_cuda, dtype=cache.dtype, head_dim=cache.shape[-1])
+    return cache.is_cuda and serves("attention_decode", (cache,), refused)
+
+
+class _CountedSteps:
+    """A buffer's steps, which differ in nothing that the host knows."""
+
+    def __init__(self, buffer: _Buffer) -> None:
+        B, V = buffer.data.shape[1], len(buffer.weights.wtet)
+        self._buffer = weakref.proxy(buffer)
+        self._pixels = torch.zeros(B, dtype=torch.int64, device=buffer.data.device)
+        self._slot = self._pixels.new_zeros(1)
+        self._logits = buffer.weights.wtet.new_empty(B, V)
+        self._replayed = Replayed(self._step)
+
+    def _step(self) -> None:
+        self._logits.copy_(self._buffer.step(self._pixels, self._slot))
+
+    def __call__(self, pixels: Tensor, slot: int) -> Tensor:
+        self._pixels.copy_(pixels)
+        self._slot.fill_(slot)
+        self._replayed()
+        return self._logits.clone()
+
+
+class _State:
+    """What tells one state of a model from another: its weights, its modules, and who watches them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._dicts = [module.__dict__ for module in self._modules]
+        self._hooks = [own[name] for own in self._dicts for name in HOOKS]
+        self._weights = [p for own in self._dicts for p in own["_parameters"].values() if p is not None]
+        self._known = self._now()
+
+    def holds(self) -> bool:
+        """Asked at every step: a few hundred modules in some 0.1 ms."""
+        return self._known == self._now()
+
+    def _now(self) -> tuple[list[Any], ...]:
+        dicts = self._dicts
+        return (
+            list(map(type, self._modules)),
+            list(map(len, self._hooks)),
+            [own.get("forward") for own in dicts],
+            [own["training"] for own in dicts],
+            [id(child) for own in dicts for child in own["_modules"].values()],
+            [id(p) for own in dicts for p in own["_parameters"].values()],
+            [p.data_ptr() for p in self._weights],
+            [0 if p.is_inference() else p._version for p in self._weights],
+        )
 
 
 def _buffer_of(cache: Any, model: nn.Module, past: int) -> tuple[str | None, _Buffer | None]:
@@ -145,7 +199,7 @@ def _buffer_of(cache: Any, model: nn.Module, past: int) -> tuple[str | None, _Bu
     if reason is not None:
         return reason, None
     refusal = refused_head_dim(like.shape[3])
-    if fused_backend_for("decode_step", (like,), refusal) is None:  # which has said why, where there was a choice
+    if not counts(like) and fused_backend_for("decode_step", (like,), refusal) is None:  # it has said why
         return None, None
     weights = _step_weights(model) if buffer is None else buffer.all_weights
     B, H, _, D = like.shape

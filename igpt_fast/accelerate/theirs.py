@@ -13,6 +13,7 @@ from torch import nn
 from igpt_fast.errors import InputError
 
 OLDEST = (4, 57)
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 @functools.cache
@@ -78,13 +79,7 @@ def _forward_of(module: nn.Module, run: Callable[..., Any]) -> Forward:
 def plain(module: nn.Module) -> bool:
     """Whether nobody would notice that the module's call is left out: no hooks, no forward of somebody else's."""
     own = module.__dict__
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or ("forward" in own and type(own["forward"]) is not Forward)
-    )
+    return not any(map(own.get, HOOKS)) and ("forward" not in own or type(own["forward"]) is Forward)
 
 
 @functools.cache

@@ -1,13 +1,17 @@
 """accelerate: generate, cached steps, and what becomes of caches."""
 
 import copy
+import sys
 
 import pytest
 import torch
+from check import backends
 from test_accelerate import MODERN, both, hf, ids, reasons  # noqa: F401
 
 import igpt_fast as igpt
+from igpt_fast import ops
 from igpt_fast.accelerate import decode
+from igpt_fast.ops import _native
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
 from transformers import DynamicCache, StaticCache, set_seed  # noqa: E402
@@ -68,6 +72,25 @@ def test_steps_give_the_logits_of_the_whole(dtype, steps):
     error = (torch.stack(found, 1).double() - exact(x).logits).abs().max()
     assert error < 40 * torch.finfo(dtype).eps
     assert type(out) is type(igpt.accelerate.undo(ours)(x))
+
+
+@torch.no_grad()
+def test_counted_steps_run_a_gpus_kernels(monkeypatch):
+    """On the bench: bf16, a head dim that they serve, a cache that outgrows its room. Linears are torch's there."""
+    backends("attention_decode")  # makes the bench known
+    single = sys.modules[ops.decode_step.__module__]
+    monkeypatch.setattr(single, "_OURS", single._OURS._replace(linear=torch.nn.functional.linear))
+    monkeypatch.setattr(decode, "counts", lambda cache: True)
+    monkeypatch.setattr(decode, "ROOM", 8)
+    ours = igpt.accelerate(hf(**GENERATE, n_head=2)).to(torch.bfloat16)
+    exact, x, past, found = igpt.accelerate.undo(copy.deepcopy(ours).double()), ids(2, 20), None, []
+    with _native.use_backend("simt", poison=True):
+        for at in range(20):
+            out = ours(x[:, at : at + 1], past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            found.append(out.logits[:, 0])
+    assert decode._buffers[past]._counted is not None
+    assert (torch.stack(found, 1).double() - exact(x).logits).abs().max() < 40 * torch.finfo(torch.bfloat16).eps
 
 
 @torch.no_grad()

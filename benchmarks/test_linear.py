@@ -18,6 +18,7 @@ from igpt_fast import ops
         (4, 512, 2048, torch.float32),
         (16, 512, 2048, torch.float32),
         (16, 512, 2048, torch.bfloat16),
+        (64, 2048, 512, torch.bfloat16),
     ],
     ids=dtype_name,
 )

@@ -17,6 +17,7 @@ void fill_attention_fwd(Ops&);
 void fill_attention_prefix(Ops&);
 void fill_cache_append(Ops&);
 void fill_kmeans(Ops&);
+void fill_linear(Ops&);
 void fill_linear_cross_entropy(Ops&);
 void fill_norm(Ops&);
 void fill_palette(Ops&);
@@ -39,6 +40,7 @@ static const Ops& table() {
     fill_attention_prefix(ops);
     fill_cache_append(ops);
     fill_kmeans(ops);
+    fill_linear(ops);
     fill_linear_cross_entropy(ops);
     fill_norm(ops);
     fill_palette(ops);

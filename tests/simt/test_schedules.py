@@ -52,6 +52,14 @@ def cross_entropy_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Te
     return outputs((rows, cols), dtype=dtype), inputs
 
 
+def linear_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
+    """Rows of one block of each kind, and of two; float32 stands for no bias."""
+    rows, outs, columns = {1: 1, 7: 70}.get(rows, 9 * rows), cols % 100 + 1, 8 * (rows + cols // 16)
+    bias, dtype = dtype is not torch.float32, torch.float16 if dtype is torch.float32 else dtype
+    x, weight = floats(rows, columns, dtype=dtype), floats(outs, columns, dtype=dtype) / columns  # never -9
+    return outputs((rows, outs), dtype=dtype), [x, weight, floats(outs, dtype=dtype) if bias else None, 0]
+
+
 def linear_cross_entropy_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
     inputs = [floats(20 * rows, 72, dtype=dtype), floats(cols, 72, dtype=dtype), torch.randint(cols, (20 * rows,)), 0]
     return outputs((20 * rows,), (20 * rows,)), inputs
@@ -197,6 +205,7 @@ CASES: dict[str, Callable] = {
     "bias_quick_gelu_bwd": bias_quick_gelu_bwd,
     "cross_entropy_fwd": cross_entropy_fwd,
     "cross_entropy_bwd": cross_entropy_bwd,
+    "linear_fwd": linear_fwd,
     "linear_cross_entropy_fwd": linear_cross_entropy_fwd,
     "linear_cross_entropy_dlogits": linear_cross_entropy_dlogits,
     "attention_fwd": attention_fwd,

@@ -251,7 +251,7 @@ static inline vf exp2(vf x) {
   p = p * f + 2.40226479e-1f;
   p = p * f + 6.93147203e-1f;
   p = p * f + 1.f;
-  vi n, bits;
+  vu n, bits;  // unsigned: a NaN's bits go round
   std::memcpy(&n, &shifted, sizeof n);
   std::memcpy(&bits, &p, sizeof bits);
   bits += n << 23;

@@ -12,7 +12,7 @@
 // M / 8 J blocks: 8 MB for 64 rows of M = K / 4 = 512, 1.5 µs at 5.5 TB/s, which binds; 2 N M K flops are nothing. Few
 // rows: one round trip to memory, since all that a warp reads of 1,024 columns is asked for at once.
 //
-// sass linear_fwd_kernel<bf16, 1, 1>: HMMA = 2, LOCAL = 0
+// sass linear_fwd_kernel<bf16, 2, 2>: HMMA = 8, LOCAL = 0
 #include "../common/check.h"
 #include "device.cuh"
 #include "launch.h"

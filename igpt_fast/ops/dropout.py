@@ -5,7 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import empty, fused_backend_for, needs_grad, serves
+from igpt_fast.ops._native import backend_for, empty, needs_grad, serves
 from igpt_fast.reference.dropout import LEVELS
 
 
@@ -36,7 +36,7 @@ def has_dropout_kernel(x: Tensor) -> bool:
 
 
 def _run(x, p, seed):
-    native = fused_backend_for("dropout", (x,))
+    native = backend_for("dropout", (x,))
     if native is None:
         return reference.dropout.dropout(x, p, seed).contiguous()
     y = empty(x.shape, x)

@@ -144,6 +144,7 @@ struct BwdHead {
       pack_transposed<E>(ot, o, i * kTile, tiles.Tq, D);
       row_sums<E>(w.delta.get(), w.dot.get(), ot, Ku);
     }
+    if (dropout) dropout.queries(w.low.get(), w.high.get(), bh, i * kTile, kTile);
     for (int64_t r = 0; r < kTile; ++r) {
       const int64_t t = i * kTile + r, slot = t < tiles.Tq ? q.slot(t) : t;
       w.lse[r] = t < tiles.Tq ? lse[slot] : 0.f;
@@ -151,8 +152,6 @@ struct BwdHead {
         w.delta[r] = w.deltas[slot];
       else
         w.deltas[slot] = w.delta[r];
-      const uint64_t bits = dropout ? dropout.query(bh, t) : 0;
-      w.low[r] = uint32_t(bits), w.high[r] = uint32_t(bits >> 32);
     }
     std::fill_n(w.dq.get(), Dp * kTile, 0.f);
   }

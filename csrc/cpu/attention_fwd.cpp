@@ -28,9 +28,9 @@ constexpr float kRise = 8.f;              // a maximum follows the scores only i
 
 // Turns kLanes rows of S from r on into P, and brings m, l and the rows of O up to date. Rows go together, so that what
 // is one number a row is a lane, and nothing waits for the sum along a row. Vectors without a bit are not read.
-template <class E, bool kFull, bool kDropout>
-static inline void softmax_rows(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale, const uint64_t* bits,
-                                const Dropout& dropout, int64_t first_key) {
+template <bool kFull, class E>
+static inline void softmax(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale, const uint64_t* bits,
+                           const Dropout& dropout, int64_t first_key) {
   const auto seen = [&](int i, int n) {
     return kFull ? ~0u : uint32_t(bits[i] >> (n * kLanes)) & uint32_t((1ull << kLanes) - 1);
   };
@@ -56,7 +56,7 @@ static inline void softmax_rows(FwdScratch<E>& w, int64_t r, int64_t Dp, float s
       }
       vf v = exp2((scores(i, n) - w.m[r + i]) * kLog2e);  // of a single key exactly 1, here and in the backward pass
       totals[i] += v;
-      if (kDropout)
+      if (dropout)
         v *= dropout.weights(vu{} + w.low[r + i], vu{} + w.high[r + i], counted(uint32_t(first_key + n * kLanes)));
       E::store_a(p, n * kLanes, v);
     }
@@ -70,15 +70,6 @@ static inline void softmax_rows(FwdScratch<E>& w, int64_t r, int64_t Dp, float s
   }
 }
 
-template <bool kFull, class E>
-static inline void softmax(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale, const uint64_t* bits,
-                           const Dropout& dropout, int64_t first_key) {
-  if (dropout)
-    softmax_rows<E, kFull, true>(w, r, Dp, scale, bits, dropout, first_key);
-  else
-    softmax_rows<E, kFull, false>(w, r, Dp, scale, bits, dropout, first_key);
-}
-
 template <class E, class T>
 static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const View& q, const typename E::Unit* kt,
                        const typename E::Unit* vp, const Tiles& tiles, int64_t bh, int64_t i, float scale, bool add,
@@ -88,10 +79,7 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
   const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
   if (add && tiles.row_count(i) == 0) return;
   pack_rows<E>(w.q.get(), Head<const T>(q, bh, tiles.order()), t, tiles.Tq, D);
-  for (int64_t r = 0; r < kTile && dropout; ++r) {
-    const uint64_t drawn = dropout.query(bh, t + r);
-    w.low[r] = uint32_t(drawn), w.high[r] = uint32_t(drawn >> 32);
-  }
+  if (dropout) dropout.queries(w.low.get(), w.high.get(), bh, t, kTile);
   std::fill_n(w.m.get(), kTile, kEmptyLse);
   std::fill_n(w.l.get(), kTile, 0.f);
   std::fill_n(w.o.get(), kTile * Dp, 0.f);

@@ -16,11 +16,11 @@ constexpr int64_t kRun = 1 << 16;  // elements that share a query
 template <class T>
 static void run(const View& y, const View& x, const Dropout& dropout) {
   parallel_chunks(x.numel(), kRun, [&](int64_t begin, int64_t end, int64_t chunk) {
-    const uint64_t drawn = dropout.query(0, chunk);
-    const vu low = vu{} + uint32_t(drawn), high = vu{} + uint32_t(drawn >> 32);
+    uint32_t low, high;
+    dropout.queries(&low, &high, 0, chunk, 1);
     for (int64_t i = begin; i < end; i += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, end - i);
-      const vf weights = dropout.weights(low, high, counted(uint32_t(i - begin)));
+      const vf weights = dropout.weights(vu{} + low, vu{} + high, counted(uint32_t(i - begin)));
       store_upto(y.as<T>() + i, load_upto(x.as<T>() + i, n) * weights, n);
     }
   });

@@ -19,8 +19,8 @@
 // but 5/4 in (2) where a warp has 16 rows, D > 64: there it binds. Two exp2 a score: 2/7 of the time at D = 64.
 //
 // With dropout, weights W = P / (1 - p) or 0: dv = W^T dout, and dS = scale (W dout v^T - P delta). They are drawn anew
-// in (2) and in (3). There a warp owns 16 keys for D = 64 already,
-// and here 16 queries for D = 128, since the draws take registers.
+// in (2) and in (3). In (2) a warp owns 16 keys for D = 64 already, in (3) 16 queries for D = 128: draws take
+// registers.
 //
 // Refuses what attention_fwd refuses.
 #pragma once
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_kernel(PlacedHeads<T>
     const int slot = stage * kStep + threadIdx.x;
     ptx::cp_async<sizeof(Stats)>(shared.base + Shared<M, D>::kStats + slot * int(sizeof(Stats)),
                                  stats[bh].row(there ? row : 0), there ? int(sizeof(Stats)) : 0);
-    if constexpr (Drop::kDrops) queries[slot] = drop.query(bh, row);
+    if constexpr (Drop::kDrops) queries[slot] = drop.drawn(bh, row);
   };
 
   // Steps.
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncwarp();  // all four lanes of a row have read it before any writes
   auto* const queries = reinterpret_cast<Dropout::Query*>(memory + Shared<M, D>::kBytes);
   if constexpr (Drop::kDrops)
-    if (threadIdx.x < kOwn) queries[threadIdx.x] = drop.query(bh, block * kOwn + int(threadIdx.x));
+    if (threadIdx.x < kOwn) queries[threadIdx.x] = drop.drawn(bh, block * kOwn + int(threadIdx.x));
 
   // Steps.
   Sums<M, D> sums = {};

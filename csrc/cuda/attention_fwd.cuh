@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(PlacedHeads<T> 
   };
   load_tile<D, kRows>(shared_q, q[bh], int64_t(block) * kRows, pattern.Tq);
   auto* const queries = reinterpret_cast<Dropout::Query*>(shared + kTilesBytes<D>);
-  if constexpr (Drop::kDrops) queries[threadIdx.x] = drop.query(bh, block * kRows + int(threadIdx.x));
+  if constexpr (Drop::kDrops) queries[threadIdx.x] = drop.drawn(bh, block * kRows + int(threadIdx.x));
   Meeting<2> tile, coming;
   bool more = next(tile, lines, pattern.row_tile, pattern.row_mask);
   if (more) load(0, tile.index);

@@ -105,10 +105,12 @@ class _Buffer:
         self._shown: list[tuple[Tensor, ...]] = []
         self._counted = _CountedSteps(self) if counts(data) else None
 
-    def step(self, pixels: Tensor, slot: int | Tensor) -> Tensor:
+    def step(self, pixels: Tensor, slot: int) -> Tensor:
         """One token more.   pixels int64 [B] → logits [B, V]"""
-        if self._counted is not None and not isinstance(slot, Tensor):
-            return self._counted(pixels, slot)
+        return (self._counted or self.step_at)(pixels, slot)
+
+    def step_at(self, pixels: Tensor, slot: int | Tensor) -> Tensor:
+        """The same at a slot that the host, or the device alone, knows."""
         return ops.decode_step(self.data, pixels, self.weights, slot, self._eps)
 
     def show(self, cache: Any, length: int) -> None:
@@ -147,7 +149,7 @@ class _CountedSteps:
         self._replayed = Replayed(self._step)
 
     def _step(self) -> None:
-        self._logits.copy_(self._buffer.step(self._pixels, self._slot))
+        self._logits.copy_(self._buffer.step_at(self._pixels, self._slot))
 
     def __call__(self, pixels: Tensor, slot: int) -> Tensor:
         self._pixels.copy_(pixels)

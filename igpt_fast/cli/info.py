@@ -53,9 +53,9 @@ def info(as_json: JsonOption = False) -> None:
 
 def gather() -> dict:
     """What `info` shows, as plain values."""
-    cpu, lacking = next((n for n in _native.BACKENDS if n != "cuda"), None), _native.WHY_NO_EXTENSION
+    cpu = next((n for n in _native.BACKENDS if n != "cuda"), None)
     if _native.WHY_NO_EXTENSION:
-        better, cuda = _native.WHY_NO_EXTENSION, _native.WHY_NO_EXTENSION
+        better = cuda = lacking = _native.WHY_NO_EXTENSION
         names: list[str] = []
     else:
         above = _native.CPU_TABLES[: _native.CPU_TABLES.index(cpu)]

@@ -142,8 +142,10 @@ struct Ops {
   // dropout: y = x / (1 - p) where an element is kept, else 0; the seed and its index decide, as
   // igpt_fast/reference/dropout.py says. seed and p as attention_dropout's
   void (*dropout)(View y, View x, float p, int64_t seed, Stream) = nullptr;
-  // linear: y = x weight^T (+ bias) for the few rows of a decoding step; a row's bits do not depend on its neighbours
-  void (*linear_fwd)(View y, View x, View weight, View bias, Stream) = nullptr;
+  // linear: y = (residual +) f(x weight^T (+ bias)) for the few rows of a decoding step, x by rms_norm where there is a
+  // norm, f quick GELU or nothing; a row's bits do not depend on its neighbours
+  void (*linear_fwd)(View y, View x, View weight, View bias, View norm, View residual, float eps, bool gelu,
+                     Stream) = nullptr;
   // decode_step: one pixel more through all layers; logits [B, V], cache [L, B * 2 * H, T, D] with k before v, which
   // receives its slot, pixels i64 [B], wte [V, d], wpe [T, d], ln_f [d], wtet [V, d]; masks: the queries are row slot;
   // pages: as attention_decode's, and every head has a mask. prefix [L, M * 2 * H, P, D]: stands before the slots of
@@ -193,8 +195,8 @@ static_assert(sizeof(Ops) == (1 IGPT_EACH_OP(IGPT_ONE_OP)) * sizeof(void*), "a f
 
 const Ops* cpu_ops(const std::string& isa);       // nullptr: this machine cannot run that instruction set
 std::string cpu_why_not(const std::string& isa);  // "" when it can
-const Ops* cuda_ops();                            // nullptr: built without CUDA, or no device here
-std::string cuda_why_not();                       // "" when there is one
+const Ops* cuda_ops();                            // nullptr: built without CUDA, or no driver for it
+std::string cuda_why_not();                       // "" when there is a GPU, which asking makes start
 std::string cuda_archs();                         // the architectures compiled in, "" without CUDA
 std::string cuda_versions();                      // of the runtime compiled in and of the newest that the driver runs
 

@@ -27,7 +27,7 @@ def draw(decoder: Decoder, logits: Tensor, images: Tensor, uniforms: Tensor, opt
             yield at + 1
         return
     steps = CountedSteps(decoder, logits, images, uniforms, options)
-    step = Replayed(steps.step)
+    step = Replayed(steps.step, images.device)
     for at in range(first, last):
         step()
         decoder.cache.length += 1

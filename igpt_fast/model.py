@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class ImageGPT(nn.Module):
         write_pretrained(path, self.config, dict(self.named_parameters()), palette or self.palette, overwrite)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Logits [N, T, colors]; row i predicts pixel i.   tokens [N, H, W] or [N, T], any integer dtype
+        """Logits [N, T, colors]; row i predicts pixel i.   tokens [N, H, W] or [N, T], any integer dtype, of torch or NumPy
 
         keep (BERT only): bool, shaped as the tokens, True = visible; None = all visible. Raises InputError for tokens
         of a wrong shape or dtype, and, on the CPU, outside the palette (on a GPU that check would wait for the device).
@@ -199,19 +200,22 @@ class ImageGPT(nn.Module):
         # The last pixel is never an input of an autoregressive model.
         return self.embed(tokens[:, :-1] if self.config.objective == "ar" else tokens, keep)
 
-    def check_tokens(self, tokens: Tensor) -> Tensor:
+    def check_tokens(self, tokens: Tensor | np.ndarray) -> Tensor:
         """tokens as int64 [N, T], or an InputError that says what is wrong with them."""
+        if isinstance(tokens, np.ndarray):
+            tokens = torch.from_numpy(tokens).to(self.wte.device)
         c, shape = self.config, tuple(tokens.shape)
         if len(shape) not in (2, 3) or shape[1:] not in (c.size, (c.tokens,)):
             raise InputError(f"tokens are shaped {list(shape)}; the model reads [N, {c.tokens}] or {['N', *c.size]}")
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise InputError(f"tokens are {tokens.dtype}; give integers, such as Palette.encode returns")
+        tokens = tokens.flatten(1).long()
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             low, high = (int(end) for end in tokens.aminmax())
             if low < 0 or high >= c.colors:
                 bad = low if low < 0 else high
                 raise InputError(f"token {bad} is out of range: a palette of {c.colors} has tokens 0 to {c.colors - 1}")
-        return tokens.flatten(1).long()
+        return tokens
 
 
 class Block(nn.Module):

@@ -14,25 +14,30 @@ FIRST_CALLS = 2  # of a step that is replayed: before it is recorded libraries h
 
 
 class Replayed:
-    """Calls a step that reads and writes the same tensors on a GPU every time, and nothing that the host knows."""
+    """Calls a step that reads and writes the same tensors on `device` every time, and nothing that the host knows."""
 
-    def __init__(self, step: Callable[[], None]) -> None:
-        self._run, self._calls = step, 0
+    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+        self._run, self._device, self._calls = step, device, 0
 
     def __call__(self) -> None:
         if self._calls == FIRST_CALLS:
-            self._run = recorded(self._run)
+            self._run = recorded(self._run, self._device)
         self._calls += 1
         self._run()
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A CUDA graph of the step; the step itself, with a word why, where it cannot be recorded."""
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError as error:
-        log.warning("sampling launches the kernels of every step one by one: no CUDA graph of it: %s", error)
-        return step
+    with torch.cuda.device(device):  # a stream of this GPU: torch's own for captures is of the first that recorded
+        if torch.cuda.is_current_stream_capturing():
+            return step  # into a graph of the caller's
+        before = torch.cuda.current_stream()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+                step()
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)  # which a capture that fails does not do
+            log.warning("sampling launches the kernels of every step one by one: no CUDA graph of it: %s", error)
+            return step
     return graph.replay

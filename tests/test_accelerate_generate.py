@@ -9,7 +9,7 @@ from check import backends
 from test_accelerate import MODERN, both, hf, ids, reasons  # noqa: F401
 
 import igpt_fast as igpt
-from igpt_fast import ops
+from igpt_fast import ops, reference
 from igpt_fast.accelerate import decode
 from igpt_fast.ops import _native
 
@@ -79,7 +79,7 @@ def test_counted_steps_run_a_gpus_kernels(monkeypatch):
     """On the bench: bf16, a head dim that they serve, a cache that outgrows its room. Linears are torch's there."""
     backends("attention_decode")  # makes the bench known
     single = sys.modules[ops.decode_step.__module__]
-    monkeypatch.setattr(single, "_OURS", single._OURS._replace(linear=torch.nn.functional.linear))
+    monkeypatch.setattr(single, "_OURS", single._OURS._replace(linear=reference.linear.linear))
     monkeypatch.setattr(decode, "counts", lambda cache: True)
     monkeypatch.setattr(decode, "ROOM", 8)
     ours = igpt.accelerate(hf(**GENERATE, n_head=2)).to(torch.bfloat16)

@@ -80,7 +80,10 @@ def calls():
             (floats(3, 8, grad=False), torch.rand(3, dtype=torch.float64), 1.0, 4, 0.9),
             (floats(3, 8, grad=False), torch.rand(3, dtype=torch.float64), 0.0, None, None),
         ],
-        "linear": [(floats(2, 8, grad=False), floats(4, 8, grad=False), None)],
+        "linear": [
+            (floats(2, 8, grad=False), floats(4, 8, grad=False), None),
+            (*(floats(*n, grad=False) for n in ((2, 8), (4, 8), (4,), (8,), (2, 4))), 1e-5, True),
+        ],
         "palette_assign": [(*bits, torch.int64)],
         "kmeans_step": [(bits[0], torch.ones(5, dtype=torch.int64), bits[1])],
         "palette_decode": [(torch.arange(5), bits[0])],

@@ -11,7 +11,8 @@ from igpt_fast import Config, ImageGPT, InputError, accelerate, ops, replay
 from igpt_fast.ops._native import BACKENDS, use_backend
 from igpt_fast.sample import complete, sample
 
-pytestmark = pytest.mark.skipif("cuda" not in BACKENDS, reason="no GPU here, or built without CUDA")
+pytestmark = pytest.mark.skipif(
+    "cuda" not in BACKENDS or not torch.cuda.is_available(), reason="no GPU here, or built without CUDA")
 
 
 def on(device, x):

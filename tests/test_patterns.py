@@ -17,10 +17,6 @@ from igpt_fast.patterns.predicates import _drawn
 SIZES = [(1, 1), (8, 8), (5, 13), (20, 9), (16, 16)]
 
 
-def block_of(i, length):
-    return i // length
-
-
 # What a pattern means for the pixel at (r, c) and the pixel at (s, d), i and j in raster order, on a grid h × w.
 MEANING = {
     "row": lambda r, c, s, d, i, j, h, w: r == s,

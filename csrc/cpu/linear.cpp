@@ -1,54 +1,93 @@
-// linear:  y[n, m] = sum_k x[n, k] weight[m, k] (+ bias[m])        for the few rows n of a decoding step
+// linear:  y[n, m] = (residual[n, m] +) f(sum_k x'[n, k] weight[m, k] (+ bias[m]))   for a decoding step's few rows
 //
-// x [N, K]   weight [M, K]   bias [M]   y [N, M];   x, y, bias f32 or bf16, weight f32 or bf16.
+// x [N, K]   weight [M, K]   bias [M]   norm [K]   residual, y [N, M], each f32 or bf16.
+// x' is x or, with a norm, x rstd norm as rms_norm has it;   f is quick GELU or nothing.
 // The weights are read once, from memory: their bytes bound it (2 N flops a weight, N <= 16 or so). A big N belongs to
 // a GEMM. The sums' order, and why it matters: linear.h.
 #include "linear.h"
 
 #include "../common/check.h"
+#include "activation.h"
 #include "parallel.h"
 
 namespace igpt {
 namespace IGPT_ISA {
 
+// What becomes of the sums.
+struct Ending {
+  const float* bias;  // or null
+  View residual;
+  bool gelu;
+};
+
 template <class E, class W>
-static void run(const View& y, const typename E::X* x, int64_t N, int64_t Kp, const View& weight, const float* bias) {
+static void run(const View& y, const typename E::X* x, int64_t N, int64_t Kp, const View& weight, const Ending& ending) {
   const int64_t M = weight.size[0], K = weight.size[1];
   parallel_chunks(M, kOutputs, [&](int64_t begin, int64_t end, int64_t) {
     multiply<E>(x, N, Kp, weight.as<W>(), K, begin, end, [&](int64_t n, float* out) {
-      for (int64_t m = begin; bias && m < end; ++m) out[m - begin] += bias[m];
-      store_row(y.as<char>() + (n * M + begin) * bytes_of(y.dtype), out, y.dtype, end - begin);
+      for (int64_t m = begin; ending.bias && m < end; ++m) out[m - begin] += ending.bias[m];
+      for (int64_t c = 0; ending.gelu && c < end - begin; c += kLanes) store(out + c, quick_gelu(load(out + c)));
+      const auto place = [&](const View& v) { return v.as<char>() + (n * M + begin) * bytes_of(v.dtype); };
+      if (ending.residual) {
+        float r[kOutputs];
+        load_row(r, place(ending.residual), ending.residual.dtype, end - begin);
+        for (int64_t m = 0; m < end - begin; ++m) out[m] += r[m];
+      }
+      store_row(place(y), out, y.dtype, end - begin);
     });
   });
 }
 
-static void linear_fwd(View y, View x, View weight, View bias, Stream) {
-  IGPT_CHECK(is_float(x.dtype) && is_float(y.dtype) && is_float(weight.dtype), "linear: float32 or bfloat16 only");
+// A row of x as floats, by the norm where there is one; with zeros behind its columns, as `row` and `norm` have them.
+static void read_row(float* row, const View& x, int64_t n, const float* norm, float eps) {
+  const int64_t K = x.cols();
+  load_row(row, row_of(x, n), x.dtype, K);
+  if (!norm) return;
+  vf squares = {};
+  for (int64_t k = 0; k < K; k += kLanes) squares += load(row + k) * load(row + k);
+  const vf rstd = splat(1.f / std::sqrt(sum(squares) / float(K) + eps));
+  for (int64_t k = 0; k < K; k += kLanes) store(row + k, load(row + k) * rstd * load(norm + k));
+}
+
+static Scratch<float> zeros(int64_t n) {
+  auto p = scratch<float>(n);
+  std::memset(p.get(), 0, size_t(n) * sizeof(float));
+  return p;
+}
+
+static void linear_fwd(View y, View x, View weight, View bias, View norm, View residual, float eps, bool gelu, Stream) {
+  for (const View* v : {&x, &y, &weight, &bias, &norm, &residual})
+    IGPT_CHECK(!*v || (is_float(v->dtype) && v->dense()), "linear: dense tensors of float32 or bfloat16 only");
   IGPT_CHECK(weight.ndim == 2 && x.cols() == weight.size[1], "linear: weight must be [M, K] with K the columns of x");
   IGPT_CHECK(y.rows() == x.rows() && y.cols() == weight.size[0], "linear: y must be [N, M]");
-  IGPT_CHECK(x.dense() && y.dense() && weight.dense() && (!bias || bias.dense()), "linear: dense tensors only");
-  IGPT_CHECK(!bias || (is_float(bias.dtype) && bias.numel() == weight.size[0]), "linear: bias must be [M]");
-  const int64_t N = x.rows(), K = x.cols(), M = weight.size[0];
-  auto b = scratch<float>(bias ? M : 0);
+  IGPT_CHECK(!bias || bias.numel() == weight.size[0], "linear: bias must be [M]");
+  IGPT_CHECK(!norm || norm.numel() == x.cols(), "linear: norm must be [K]");
+  IGPT_CHECK(!residual || same_shape(residual, y), "linear: residual must be shaped like y");
+  const int64_t N = x.rows(), K = x.cols(), M = weight.size[0], Kp = padded(K);
+  const auto b = zeros(bias ? M : 0), g = zeros(norm ? Kp : 0);
   if (bias) load_row(b.get(), bias.data, bias.dtype, M);
-  const float* bs = bias ? b.get() : nullptr;
+  if (norm) load_row(g.get(), norm.data, norm.dtype, K);
+  const Ending ending{bias ? b.get() : nullptr, residual, gelu};
+  const float* gains = norm ? g.get() : nullptr;
 #if defined(__AVX512BF16__)
   if (x.dtype == DType::bf16 && weight.dtype == DType::bf16) {
-    const int64_t Kp = padded_for<Pairs>(K);
-    auto rows = scratch<bf16>(N * Kp);
-    std::memset(rows.get(), 0, size_t(N * Kp) * sizeof(bf16));
-    for (int64_t n = 0; n < N; ++n) std::memcpy(rows.get() + n * Kp, row_of(x, n), size_t(K) * sizeof(bf16));
-    return run<Pairs, bf16>(y, rows.get(), N, Kp, weight, bs);
+    const int64_t pairs = padded_for<Pairs>(K);
+    auto rows = scratch<bf16>(N * pairs);
+    std::memset(rows.get(), 0, size_t(N * pairs) * sizeof(bf16));
+    const auto row = zeros(Kp);
+    for (int64_t n = 0; n < N; ++n) {
+      read_row(row.get(), x, n, gains, eps);
+      store_row(rows.get() + n * pairs, row.get(), DType::bf16, K);
+    }
+    return run<Pairs, bf16>(y, rows.get(), N, pairs, weight, ending);
   }
 #endif
-  const int64_t Kp = padded(K);
-  auto rows = scratch<float>(N * Kp);
-  std::memset(rows.get(), 0, size_t(N * Kp) * sizeof(float));
-  for (int64_t n = 0; n < N; ++n) load_row(rows.get() + n * Kp, row_of(x, n), x.dtype, K);
+  const auto rows = zeros(N * Kp);
+  for (int64_t n = 0; n < N; ++n) read_row(rows.get() + n * Kp, x, n, gains, eps);
   if (weight.dtype == DType::f32)
-    run<Wide<float>, float>(y, rows.get(), N, Kp, weight, bs);
+    run<Wide<float>, float>(y, rows.get(), N, Kp, weight, ending);
   else
-    run<Wide<bf16>, bf16>(y, rows.get(), N, Kp, weight, bs);
+    run<Wide<bf16>, bf16>(y, rows.get(), N, Kp, weight, ending);
 }
 
 void fill_linear(Ops& t) {

@@ -16,6 +16,7 @@
 
 #include "../common/check.h"
 #include "../common/math.h"
+#include "activation.cuh"
 #include "device.cuh"
 #include "groups.cuh"
 #include "launch.h"
@@ -37,10 +38,6 @@ struct Bias {
 };
 
 // ---- one element ----
-
-__device__ inline float sigmoid(float z) {
-  return __fdividef(1.f, 1.f + ptx::ex2(z * (-kQuickGelu * kLog2e)));
-}
 
 template <int V>
 __device__ inline Floats<V> bias_of(const Bias& bias, int64_t c) {

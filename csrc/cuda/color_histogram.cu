@@ -228,7 +228,9 @@ static void color_histogram(View counts, View pixels, View workspace, Stream str
   if (N == 0) return;
   const OnDevice device(pixels);
   const bool wide = starts_at_sixteen(pixels);
-  if (!workspace) {
+  // Cards but for A100 and H100 have less shared memory than a count for each key of a bucket takes.
+  const bool sorted = workspace && device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kKeys * 4;
+  if (!sorted) {
     const int64_t block = kThreads * kPixels, blocks = std::min((N + block - 1) / block, kMostBlocks);
     LAUNCH(color_histogram_kernel, unsigned(blocks), kThreads, 0, stream, counts.as<Sum>(), pixels.as<uint8_t>(), N,
            wide);

@@ -1,4 +1,4 @@
-// What kernels share on the device: shared memory, elements of any float dtype, sums over a block.
+// What kernels share on the device: shared memory, elements of any float dtype, sums over a warp.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -128,18 +128,6 @@ __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
-}
-
-// The sum over a block of at most 1024 threads, to every thread, in a fixed order. `warps` is 32 floats of shared
-// memory.
-__device__ inline float block_sum(float x, float* warps) {
-  x = warp_sum(x);
-  __syncthreads();  // the last sum's readers are done
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  float total = 0.f;
-  for (int w = 0; w < int(blockDim.x) / 32; ++w) total += warps[w];
-  return total;
 }
 
 }  // namespace cuda

@@ -14,7 +14,9 @@ namespace igpt {
 namespace cuda {
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would find this error, and raise it as its own
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 inline cudaStream_t stream_of(Stream stream) {
@@ -37,19 +39,25 @@ void by_type(DType dtype, bool wide, F f) {
   return wide ? f.template operator()<__half, 8>() : f.template operator()<__half, 1>();
 }
 
-// Makes the device of a tensor current for the life of the object.
+// Makes the device of a tensor current for the life of the object. Where it is that already nothing is set: setting a
+// device makes a context on it.
 class OnDevice {
  public:
   explicit OnDevice(const View& v) {
     check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    if (v.device != before_) check_cuda(cudaSetDevice(v.device), "cudaSetDevice");
+    if (v.device == before_) return;
+    check_cuda(cudaSetDevice(v.device), "cudaSetDevice");
+    switched_ = true;
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (switched_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
   int before_ = 0;
+  bool switched_ = false;
 };
 
 // Of the current device.

@@ -1,4 +1,7 @@
 // The CUDA backend's Ops, and whether this machine can run it.
+//
+// Whoever imports the package gets the table by the driver's version alone: to count devices would start CUDA, and a
+// process that has started it can neither fork workers that use it nor choose its devices any more.
 #include <cuda_runtime.h>
 
 #include "../ops.h"
@@ -63,7 +66,9 @@ std::string cuda_why_not() {
 }
 
 const Ops* cuda_ops() {
-  return cuda_why_not().empty() ? &cuda::table() : nullptr;
+  int runtime = 0, driver = 0;
+  const bool known = cudaRuntimeGetVersion(&runtime) == cudaSuccess && cudaDriverGetVersion(&driver) == cudaSuccess;
+  return known && driver / 1000 >= runtime / 1000 ? &cuda::table() : nullptr;
 }
 std::string cuda_archs() {
   return IGPT_CUDA_ARCHS;

@@ -27,7 +27,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     transformers is missing or older than 4.57.
     """
     them = theirs()
-    if not any(isinstance(m, them.ImageGPTModel) for m in model.modules()):
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if not any(isinstance(m, them.ImageGPTModel) for m in modules):
         raise InputError(f"{type(model).__name__} holds no transformers ImageGPT; give one to accelerate")
     for module in list(model.modules()):
         for kind, run in forwards.table().items():

@@ -141,12 +141,12 @@ class _CountedSteps:
     """A buffer's steps, which differ in nothing that the host knows."""
 
     def __init__(self, buffer: _Buffer) -> None:
-        B, V = buffer.data.shape[1], len(buffer.weights.wtet)
+        B, V, device = buffer.data.shape[1], len(buffer.weights.wtet), buffer.data.device
         self._buffer = weakref.proxy(buffer)
-        self._pixels = torch.zeros(B, dtype=torch.int64, device=buffer.data.device)
-        self._slot = self._pixels.new_zeros(1)
-        self._logits = buffer.weights.wtet.new_empty(B, V)
-        self._replayed = Replayed(self._step)
+        self._pixels = torch.zeros(B, dtype=torch.int64, device=device)
+        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self._logits = torch.empty(B, V, dtype=buffer.weights.wtet.dtype, device=device)
+        self._replayed = Replayed(self._step, device)
 
     def _step(self) -> None:
         self._logits.copy_(self._buffer.step_at(self._pixels, self._slot))
@@ -205,10 +205,12 @@ def _buffer_of(cache: Any, model: nn.Module, past: int) -> tuple[str | None, _Bu
         return None, None
     weights = _step_weights(model) if buffer is None else buffer.all_weights
     B, H, _, D = like.shape
-    data = like.new_empty(len(cache.layers), B, 2, H, min(len(weights.wpe), max(ROOM, 2 * past)), D)
+    shape = len(cache.layers), B, 2, H, min(len(weights.wpe), max(ROOM, 2 * past)), D
+    with torch.inference_mode(False):  # what is made there can only be written there, and a cache may outlive it
+        data = torch.empty(shape, dtype=like.dtype, device=like.device)
+        buffer = _buffers[cache] = _Buffer(model, weights, data)
     for kept, layer in zip(data, cache.layers, strict=True):
         kept[:, 0, :, :past], kept[:, 1, :, :past] = layer.keys, layer.values
-    buffer = _buffers[cache] = _Buffer(model, weights, data)
     buffer.show(cache, past)
     return None, buffer
 

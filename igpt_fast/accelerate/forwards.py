@@ -105,9 +105,11 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
 
 def _dropped(qkv: Tensor, p: float, scale: float) -> Tensor:
     """Causal attention with dropout of its weights.   qkv [B, T, 3, H, D] → [B, T, H, D]"""
-    if has_dropout_kernel(qkv, scale):
+    recorded = qkv.is_cuda and torch.cuda.is_current_stream_capturing()
+    if has_dropout_kernel(qkv, scale) and not recorded:
         return ops.attention_dropout(qkv, p, int(torch.randint(1 << 62, ())), scale)
-    say_slower("attention with dropout runs on torch's SDPA: no kernel here has its dropout")
+    why = "a CUDA graph would draw with one seed for ever" if recorded else "no kernel here has its dropout"
+    say_slower(f"attention with dropout runs on torch's SDPA: {why}")
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, scale=scale).transpose(1, 2)
 

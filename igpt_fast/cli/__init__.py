@@ -38,11 +38,11 @@ for _group in (data, train, sample, probe, evaluate, convert, info):
 
 
 def main() -> None:
-    """Entry point of `igpt-fast`. Bad input: one `error:` line, exit code 2. IGPT_DEBUG=1: the traceback."""
+    """Entry point of `igpt-fast`. Bad input: one `error:` line, exit code 2. IGPT_TRACEBACK=1: the traceback."""
     try:
         app()
     except (InputError, OSError) as error:
-        if os.environ.get("IGPT_DEBUG") == "1":
+        if os.environ.get("IGPT_TRACEBACK") == "1":
             raise
         name = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
         print(f"error: {name}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The compiled backends, the one rule for when a call may use them, and the one place that reads the environment.
+"""The compiled backends, the one rule for when a call may use them, and the one place of the library that reads the environment.
 
 IGPT_BACKEND   auto (default), reference, or a backend's name: a named backend serves the call or raises
 IGPT_STRICT    1: a call that would take a slower path raises with the reason instead of logging it
@@ -227,9 +227,13 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
             raise InputError(f"{op}: {name} is on {t.device}, {first} on {home}; move both to one device")
 
 
-def check_range(op: str, name: str, indices: Tensor, limit: int) -> None:
-    """With IGPT_DEBUG=1, InputError for indices outside 0..limit-1 on a GPU, where no kernel can say so."""
-    if _debug and indices.is_cuda and ((indices < 0) | (indices >= limit)).any():
+def check_range(op: str, name: str, indices: Tensor, limit: int, on_cpu: bool = False) -> None:
+    """InputError for indices outside 0..limit-1: on a GPU, where no kernel can say so, with IGPT_DEBUG=1.
+
+    on_cpu: there too, where no kernel looks.
+    """
+    asked = _debug if indices.is_cuda else on_cpu and not torch.compiler.is_compiling()
+    if asked and ((indices < 0) | (indices >= limit)).any():
         raise InputError(f"{op}: {name} hold a value outside 0..{limit - 1}")
 
 

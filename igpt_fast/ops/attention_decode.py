@@ -19,7 +19,7 @@ from igpt_fast.ops._native import (
     stream_of,
 )
 from igpt_fast.ops.attention import refused_head_dim
-from igpt_fast.patterns import TILE, BlockMask, unpack
+from igpt_fast.patterns import TILE, BlockMask, Rows
 
 CHUNK = 2 * TILE  # slots whose part of the output is made by itself, as kDecodeChunk in csrc/ops.h
 BYTES = torch.float8_e4m3fn  # a cache's dtype beside the query's own
@@ -80,6 +80,8 @@ def cache_append(
     if slot < 0 or (lengths is None and slot + k.size(2) > Tmax):
         raise InputError(f"cache_append: slots {slot} to {slot + k.size(2)} were asked of a cache of {Tmax}")
     _check_parts("cache_append", k, k_cache, v_cache, lengths, scales, 2)
+    if lengths is not None:
+        check_range("cache_append", "lengths", lengths, Tmax - k.size(2) + 1, on_cpu=True)
     same_device("cache_append", k_cache=k_cache, v_cache=v_cache, k=k, v=v, lengths=lengths, **_named(scales))
     run = torch.ops.igpt.cache_append if torch.compiler.is_compiling() else _append
     run(k_cache, v_cache, k, v, slot, lengths, list(scales))
@@ -94,6 +96,8 @@ def _check(q, k, v, length, lengths, mask, prefix, scales, pages) -> None:
     if q.size(2) != 1 or not 1 <= length <= most:
         raise InputError(f"attention_decode: one query and 1..{most} keys, got {q.size(2)} and length {length}")
     check_pages("attention_decode", pages, length, room, mask is not None)
+    if len(prefix) not in (0, 2):
+        raise InputError(f"attention_decode: expected a prefix's k and v, got {len(prefix)} tensors")
     if prefix:
         pk, pv = prefix
         fits = pk.ndim == 4 and pk.shape == pv.shape and pk.shape[1:2] == k.shape[1:2] and pk.shape[3:] == k.shape[3:]
@@ -180,7 +184,7 @@ def _decode(
 
     native = backend_for("attention_decode", (q,), refused)
     if native is None:
-        seen = unpack(mask, (len(mask[0]) - 1) * TILE).to(q.device) if mask else None
+        seen = Rows(mask) if mask else None
         return reference.attention_decode.attention_decode(
             q, k, v, length, scale, lengths, seen, tuple(prefix) or None, tuple(scales), pages
         )

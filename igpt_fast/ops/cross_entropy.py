@@ -11,11 +11,12 @@ from igpt_fast.ops._native import backend_for, check_range, empty, needs_grad, s
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy of integer targets, in nats.
 
-    logits [..., V] float   targets [...] int64 in 0..V-1   reduction "mean" → float32 scalar, "none" → float32 [...]
+    logits [..., V] float   targets [...] int64 in 0..V-1   reduction "mean" → float32 scalar, "none" → float32 [...]; float64 for
+    float64
     Raises InputError for other shapes, another reduction, or a target out of range. On a GPU asking would make the host
     wait: such a row's loss and gradient are NaN there instead (IGPT_DEBUG=1 asks).
     """
-    if targets.shape != logits.shape[:-1]:
+    if not logits.ndim or targets.shape != logits.shape[:-1]:
         raise InputError(f"cross_entropy: targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
     if reduction not in ("mean", "none"):
         raise InputError(f'cross_entropy: reduction {reduction!r} is not known; use "mean" or "none"')
@@ -26,6 +27,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     check_range("cross_entropy", "targets", targets, logits.shape[-1])
     native = backend_for("cross_entropy_fwd", (logits,))
     if native is None:
+        check_range("cross_entropy", "targets", targets, logits.shape[-1], on_cpu=True)
         return reference.cross_entropy.cross_entropy(logits, targets, reduction)
     try:
         if needs_grad(logits):

@@ -13,23 +13,21 @@ from igpt_fast.errors import InputError
 from igpt_fast.ops._native import (
     OptionalTensors,
     Tensors,
-    backend_for,
     empty,
+    fused_backend_for,
     native_layers,
     native_masks,
     same_device,
     serves,
     stream_of,
 )
-from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import refused_head_dim
-from igpt_fast.ops.attention_decode import attention_decode, check_pages, refused_by_cuda
+from igpt_fast.ops.attention_decode import attention_decode, cache_append, check_pages, refused_by_cuda
 from igpt_fast.ops.linear import linear
-from igpt_fast.ops.norm import rms_norm
 from igpt_fast.patterns import TILE, BlockMask, parts_of, unpack
 from igpt_fast.reference.decode_step import Kit, LayerWeights
 
-_OURS = Kit(rms_norm, linear, attention_decode, bias_quick_gelu)
+_OURS = Kit(linear, cache_append, attention_decode)
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,7 @@ def _decode_step(
     refusal = w.refusal or refused_head_dim(cache.shape[-1])
     if cache.dtype is not w.wte.dtype or not all(t.is_contiguous() for t in (cache, prefix) if t is not None):
         refusal = "the cache or its prefix is not contiguous or differs from the weights in dtype"
-    native = backend_for("decode_step", (cache, w.wte), refusal)
+    native = fused_backend_for("decode_step", (cache, w.wte), refusal)
     if native is None:
         return _by_single_ops(cache, pixels, w, masks, slot, eps, pages, prefix)
     logits = empty((len(pixels), len(w.wtet)), w.wtet)

@@ -8,8 +8,19 @@ from igpt_fast.errors import InputError
 from igpt_fast.ops._native import backend_for, empty, has_cuda_kernels, needs_grad, rows, same_device, stream_of
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ (+ bias) for a few rows.   x [N, K]   weight [M, K]   bias [M] or None   → [N, M] in x's dtype.
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    gelu: bool = False,
+) -> Tensor:
+    """(residual +) f(x weightᵀ (+ bias)) for a few rows: a decoding step's linear with what stands before and behind it.
+
+    x [N, K]   weight [M, K]   bias [M] or None   residual [N, M] or None   → [N, M] in x's dtype
+    norm [K]: x goes through rms_norm(x, norm, eps) first   gelu: f is quick GELU, else nothing
 
     A row's bits do not depend on the other rows, so an image is sampled alike alone and in a batch: where a kernel
     serves, on a GPU for 16 bits and K a multiple of 8. It carries no gradient: use torch.nn.functional.linear to train.
@@ -19,18 +30,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise InputError(
             f"linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; expected [M, K] and [N, K]"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
-    same_device("linear", x=x, weight=weight, bias=bias)
-    if needs_grad(x, weight, bias):
+    (N, K), M = x.shape, len(weight)
+    given = dict(x=x, weight=weight, bias=bias, norm=norm, residual=residual)
+    for name, shape in (("bias", (M,)), ("norm", (K,)), ("residual", (N, M))):
+        if given[name] is not None and given[name].shape != shape:
+            raise InputError(f"linear: {name} {tuple(given[name].shape)} is not {shape}, as x and weight ask for")
+    same_device("linear", **given)
+    if needs_grad(*given.values()):
         raise InputError(
             "linear: this op has no gradient; call it under torch.no_grad or use torch.nn.functional.linear"
         )
-    return torch.ops.igpt.linear(x, weight, bias) if torch.compiler.is_compiling() else _linear(x, weight, bias)
+    run = torch.ops.igpt.linear if torch.compiler.is_compiling() else _linear
+    return run(x, weight, bias, norm, residual, eps, gelu)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    given = (x, weight) if bias is None else (x, weight, bias)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    gelu: bool,
+) -> Tensor:
+    given = [t for t in (x, weight, bias, norm, residual) if t is not None]
 
     def refused(name: str) -> str | None:
         if not has_cuda_kernels(name):
@@ -41,18 +64,27 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     native = backend_for("linear_fwd", given, refused)
     if native is None:
-        return reference.linear.linear(x, weight, bias)
+        return reference.linear.linear(x, weight, bias, norm, residual, eps, gelu)
     y, on_gpu = empty((x.size(0), weight.size(0)), x), has_cuda_kernels(native.name)
-    x, weight = (rows(t.contiguous(), on_gpu) for t in (x, weight))
-    native.linear_fwd(y, x, weight, None if bias is None else bias.contiguous(), stream_of(x))
+    x, weight, norm = (None if t is None else rows(t.contiguous(), on_gpu) for t in (x, weight, norm))
+    bias, residual = (None if t is None else t.contiguous() for t in (bias, residual))
+    native.linear_fwd(y, x, weight, bias, norm, residual, eps, gelu, stream_of(x))
     return y
 
 
 @torch.library.custom_op("igpt::linear", mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear(x, weight, bias)
+def _linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    gelu: bool = False,
+) -> Tensor:
+    return _linear(x, weight, bias, norm, residual, eps, gelu)
 
 
 @_linear_op.register_fake
-def _(x, weight, bias):
+def _(x, weight, bias, norm=None, residual=None, eps=1e-5, gelu=False):
     return x.new_empty(x.size(0), weight.size(0))

@@ -28,7 +28,7 @@ def rms_norm(
     if torch.compiler.is_compiling():
         y, s, _ = torch.ops.igpt.rms_norm(x, weight, residual, eps, dtype)
         return y if residual is None else (y, s)
-    native = _native(x, weight, residual)
+    native = _native(x, weight, residual, dtype)
     if native is None:
         return reference.norm.rms_norm(x, weight, eps, residual, dtype)
     if needs_grad(x, weight, residual):
@@ -38,8 +38,9 @@ def rms_norm(
     return y if residual is None else (y, s)
 
 
-def _native(x: Tensor, weight: Tensor, residual: Tensor | None):
-    return backend_for("rms_norm_fwd", (x, weight) if residual is None else (x, weight, residual))
+def _native(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype):
+    given = (x, weight) if residual is None else (x, weight, residual)
+    return backend_for("rms_norm_fwd", given if dtype is x.dtype else (*given, x.new_empty(0, dtype=dtype)))
 
 
 def _forward(native, x, weight, residual, eps, dtype):
@@ -89,7 +90,7 @@ class _RmsNorm(torch.autograd.Function):
 def _rms_norm_op(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    native = _native(x, weight, residual)
+    native = _native(x, weight, residual, dtype)
     if native is not None:
         y, s, rstd = _forward(native, x, weight, residual, eps, dtype)
         return y, x.new_empty(0) if s is None else s, rstd

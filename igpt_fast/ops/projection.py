@@ -20,6 +20,8 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise InputError(f"projection: weight {list(weight.shape)} does not fit x {list(x.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"projection: bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
     if not _in_float32(x):
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):

@@ -21,7 +21,7 @@ from igpt_fast.patterns.predicates import (
     row,
     strided,
 )
-from igpt_fast.patterns.tables import FIELDS, TILE, parts_of, unpack
+from igpt_fast.patterns.tables import FIELDS, TILE, Rows, parts_of, unpack
 
 __all__ = [
     "FIELDS",

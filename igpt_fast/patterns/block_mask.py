@@ -29,7 +29,7 @@ class BlockMask:
 
     tokens: int
     causal: bool
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...] = field(repr=False)
     # (query slots [n], keys) → bool [n, keys]: who sees which of the first so many slots, from the predicate. None in a
     # graph that is being traced, where nothing but the tables is of use.
     seen: Callable[[Tensor, int], Tensor] | None = field(repr=False)

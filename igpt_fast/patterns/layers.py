@@ -64,6 +64,7 @@ def _mask(text: str, size: tuple[int, int], causal: bool, slots: int, device: to
 
 # By what they say, so that all layers, models and copies of models share them, and no state dict or pickle holds them.
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # whoever asks first: what is made under it could not be saved for a backward pass
 def _kept(text: str, size: tuple[int, int], causal: bool, slots: int, device: torch.device) -> BlockMask:
     if slots < size[0] * size[1]:
         return _kept(text, size, causal, size[0] * size[1], torch.device("cpu")).first(slots).to(device)
@@ -74,7 +75,8 @@ def _kept(text: str, size: tuple[int, int], causal: bool, slots: int, device: to
 def _pattern_tables(
     text: str, height: int, width: int, causal: bool, slots: int, device: torch.device
 ) -> typing.List[torch.Tensor]:  # noqa: UP006 - torch 2.4 knows no other name for it
-    return list(_kept(text, (height, width), causal, slots, device).tensors)
+    # Copies: whoever compiles a graph may use the room of an op's results for something else.
+    return [t.clone() for t in _kept(text, (height, width), causal, slots, device).tensors]
 
 
 @_pattern_tables.register_fake

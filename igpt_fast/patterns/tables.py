@@ -112,6 +112,29 @@ def unpack(tables: Sequence[Tensor], tokens: int) -> Tensor:
     return seen
 
 
+class Rows:
+    """rows[queries, :n] → bool [queries, n], of the dense mask that tables in one part and raster order describe.
+
+    Found where the tables are, and the host waits for nothing: so a CUDA graph may hold it.
+    """
+
+    def __init__(self, tables: Sequence[Tensor]) -> None:
+        start, tile, mask, *_, self._bits, _, _ = tables
+        tiles, device = len(start) - 1, start.device
+        row = torch.searchsorted(start, torch.arange(len(tile), dtype=start.dtype, device=device), right=True) - 1
+        self._masks = torch.full((tiles, tiles), -2, dtype=torch.int64, device=device)  # no tile; -1 is a full one
+        self._masks[row, tile.long()] = mask.long()
+
+    def __getitem__(self, at: tuple[Tensor, slice]) -> Tensor:
+        queries, keys = at
+        masks = self._masks[queries // TILE]  # [queries, tiles]
+        words = -(masks == -1).long()
+        if len(self._bits):
+            words = torch.where(masks < 0, words, self._bits[masks.clamp(min=0), (queries % TILE).unsqueeze(1)])
+        seen = words.unsqueeze(-1) >> torch.arange(TILE, device=words.device) & 1
+        return seen.bool().flatten(1)[:, keys]
+
+
 def _unpacked(words: np.ndarray) -> np.ndarray:
     """int64 [64] → bool [64, 64]."""
     return np.unpackbits(words.view(np.uint8).reshape(TILE, 8), axis=1, bitorder="little").view(bool)

@@ -27,7 +27,7 @@ def attention_decode(
 
     lengths [B]: how many slots image b has, at most `length`; all have `length` without it
     prefix: k, v [M, H, P, D] that stand before the slots of each B / M neighbours
-    seen bool [T, T]: the query is row P + lengths[b] - 1 of it; what sees nothing gives zeros
+    seen bool [T, T], or what gives its rows alike: the query is row P + lengths[b] - 1; what sees nothing gives zeros
     scales [B, H, pages] of k, v (and of the prefix): what the elements of an e4m3 cache are multiplied with
     pages [tiles]: slot t of the sequence is at pages[t // 64] * 64 + t % 64 of k and v
     """
@@ -74,21 +74,27 @@ def cache_append(
     v_cache: Tensor,
     k: Tensor,
     v: Tensor,
-    slot: int,
+    slot: int = 0,
     lengths: Tensor | None = None,
     scales: tuple[Tensor, ...] = (),
 ) -> None:
     """Puts k, v [B, H, n, D] into the slots from `slot` on, or of image b from lengths[b] on.
 
+    Without scales nobody reads `lengths` on the host, so that a CUDA graph may go on counting them.
+
     scales [B, H, pages] float32, of k and of v: what the elements of an e4m3 cache are to be multiplied with. A page's
     is the power of two that its largest element asks for. Where it grows, what the page holds is rounded anew.
     """
+    if not scales:
+        images = torch.arange(len(k), device=k.device).unsqueeze(1)
+        first = torch.full_like(images, slot) if lengths is None else lengths.long().unsqueeze(1)
+        slots = first + torch.arange(k.size(2), device=k.device)  # [B, n]
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache[images, :, slots] = new.transpose(1, 2).to(cache.dtype)
+        return
     for at, (cache, new) in enumerate(((k_cache, k), (v_cache, v))):
         for b in range(len(new)):
             first = slot if lengths is None else int(lengths[b])
-            if not scales:
-                cache[b, :, first : first + new.size(2)] = new[b].to(cache.dtype)
-                continue
             for page in range(first // PAGE, -(-(first + new.size(2)) // PAGE)):
                 begin = max(first, page * PAGE)
                 rows = new[b, :, begin - first : (page + 1) * PAGE - first].float()  # [H, rows of this page, D]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from igpt_fast.reference import activation, attention_decode, linear, norm
+from igpt_fast.reference import attention_decode, linear
 from igpt_fast.reference.attention_decode import PAGE
 
 
@@ -28,10 +28,9 @@ class LayerWeights(NamedTuple):
 class Kit(NamedTuple):
     """The ops that a step is made of."""
 
-    rms_norm: Callable = norm.rms_norm
     linear: Callable = linear.linear
+    cache_append: Callable = attention_decode.cache_append
     attention_decode: Callable = attention_decode.attention_decode
-    bias_quick_gelu: Callable = activation.bias_quick_gelu
 
 
 def decode_step(
@@ -65,23 +64,18 @@ def decode_step(
         lengths = (slot + 1 - P).int().expand(len(pixels))
     else:
         at, length, lengths = torch.full((1,), slot, device=cache.device), slot + 1 - P, None
-    place = at - P if pages is None else pages[at // PAGE].long() * PAGE + at % PAGE
-    h, delta = wte[pixels] + wpe[at], None
+    place = at - P if pages is None else pages[at // PAGE] * PAGE + at % PAGE
+    places, h = place.int().repeat(len(pixels)), wte[pixels] + wpe[at]
     for index, (w, kept) in enumerate(zip(layers, cache, strict=True)):
         shared = () if prefix is None else prefix[index].unbind(1)
-        x, h = _norm(kit, h, delta, w.ln_1, eps)
-        qkv = kit.linear(x, w.qkv, w.qkv_bias)
+        qkv = kit.linear(h, w.qkv, w.qkv_bias, w.ln_1, eps=eps)
         q, k, v = qkv.unflatten(-1, (3, kept.shape[2], -1)).unsqueeze(-2).unbind(1)  # [B, H, 1, D]
-        kept.index_copy_(3, place, torch.stack((k, v), 1).to(kept.dtype))
+        kit.cache_append(*kept.unbind(1), k, v, lengths=places)
         mixed = _attention(kit, q, *kept.unbind(1), length, lengths, seen[index] if seen else (None,), pages, shared)
-        x, h = _norm(kit, h, kit.linear(mixed.flatten(1), w.attn_proj, w.attn_proj_bias), w.ln_2, eps)
-        delta = kit.linear(kit.bias_quick_gelu(kit.linear(x, w.fc), w.fc_bias), w.mlp_proj, w.mlp_proj_bias)
-    return kit.linear(_norm(kit, h, delta, ln_f, eps)[0], wtet)
-
-
-def _norm(kit: Kit, h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of h + delta, and h + delta."""
-    return (kit.rms_norm(h, weight, eps), h) if delta is None else kit.rms_norm(delta, weight, eps, h)
+        h = kit.linear(mixed.flatten(1), w.attn_proj, w.attn_proj_bias, residual=h)
+        z = kit.linear(h, w.fc, w.fc_bias, w.ln_2, eps=eps, gelu=True)
+        h = kit.linear(z, w.mlp_proj, w.mlp_proj_bias, residual=h)
+    return kit.linear(h, wtet, norm=ln_f, eps=eps)
 
 
 def _attention(

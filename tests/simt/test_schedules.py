@@ -53,11 +53,13 @@ def cross_entropy_bwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Te
 
 
 def linear_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:
-    """Rows of one block of each kind, and of two; float32 stands for no bias."""
+    """Rows of one block of each kind, and of two; float32 stands for the product alone."""
     rows, outs, columns = {1: 1, 7: 70}.get(rows, 9 * rows), cols % 100 + 1, 8 * (rows + cols // 16)
-    bias, dtype = dtype is not torch.float32, torch.float16 if dtype is torch.float32 else dtype
+    more, dtype = dtype is not torch.float32, torch.float16 if dtype is torch.float32 else dtype
     x, weight = floats(rows, columns, dtype=dtype), floats(outs, columns, dtype=dtype) / columns  # never -9
-    return outputs((rows, outs), dtype=dtype), [x, weight, floats(outs, dtype=dtype) if bias else None, 0]
+    shapes = (outs,), (columns,), (rows, outs)
+    rest = [floats(*shape, dtype=dtype) if more else None for shape in shapes]
+    return outputs((rows, outs), dtype=dtype), [x, weight, *rest, 1e-5, more, 0]
 
 
 def linear_cross_entropy_fwd(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Tensor], list]:

@@ -89,7 +89,7 @@ class ImageGPT(nn.Module):
         write_pretrained(path, self.config, dict(self.named_parameters()), palette or self.palette, overwrite)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Logits [N, T, colors]; row i predicts pixel i.   tokens [N, H, W] or [N, T], any integer dtype, of torch or NumPy
+        """Logits [N, T, colors]; row i predicts pixel i.   tokens [N, H, W] or [N, T], integers of torch or NumPy
 
         keep (BERT only): bool, shaped as the tokens, True = visible; None = all visible. Raises InputError for tokens
         of a wrong shape or dtype, and, on the CPU, outside the palette (on a GPU that check would wait for the device).

@@ -21,6 +21,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sass_flow import Line, mixed_operands
+
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 TABLE = ROOT / "benchmarks" / "results" / "sass.txt"
@@ -47,31 +49,31 @@ CLASSES = {
     "LOCAL": r"(LDL|STL)",
 }
 COMPARE = {"=": operator.eq, "<=": operator.le, ">=": operator.ge}
-INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)([^;]*);")
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)([^;]*);")
 PROMISE = re.compile(r"^// sass (\w+(?:<.*?>)?): (.+)$", re.MULTILINE)
 
 
-def kernels(text: str) -> dict[str, list[tuple[int, str, str]]]:
-    """cuobjdump's listing → by mangled name the instructions: address, opcode, operands."""
-    found: dict[str, list[tuple[int, str, str]]] = {}
+def kernels(text: str) -> dict[str, list[Line]]:
+    """cuobjdump's listing → by mangled name the instructions: address, opcode, operands, whether under a predicate."""
+    found: dict[str, list[Line]] = {}
     for line in text.splitlines():
         if "Function : " in line:
             body = found.setdefault(line.split("Function : ")[1].strip(), [])
         elif match := INSTRUCTION.match(line):
-            body.append((int(match[1], 16), match[2], match[3]))
+            body.append((int(match[1], 16), match[3], match[4], match[2] is not None))
     return found
 
 
-def main_loop(body: list[tuple[int, str, str]]) -> list[str]:
+def main_loop(body: list[Line]) -> list[str]:
     """The opcodes of the innermost loop with the most instructions, or of the whole kernel."""
     loops = []
-    for address, opcode, operands in body:
+    for address, opcode, operands, _ in body:
         target = re.search(r"0x([0-9a-f]+)\s*$", operands)
         if opcode.startswith("BRA") and target and int(target[1], 16) < address:  # not the trap after the end
             loops.append((int(target[1], 16), address))
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    bodies = [[opcode for address, opcode, _ in body if a <= address <= b] for a, b in inner]
-    return max(bodies, key=len, default=[opcode for _, opcode, _ in body])
+    bodies = [[opcode for address, opcode, *_ in body if a <= address <= b] for a, b in inner]
+    return max(bodies, key=len, default=[opcode for _, opcode, *_ in body])
 
 
 def counts(opcodes: list[str]) -> Counter:
@@ -145,6 +147,7 @@ def main(argv: list[str]) -> int:
         for name, body in found.items():
             loop = main_loop(body)
             number = counts(loop)
+            bad += [f"{name}: {w}" for w in mixed_operands(body)]
             lines.append(row(name, [str(len(loop)), *(str(number[c] or "") for c in CLASSES)]))
             if name in promised:
                 wrong = broken(promised[name], number)

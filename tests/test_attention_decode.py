@@ -288,6 +288,7 @@ def test_bad_arguments():
         lambda: ops.attention_decode(q, kb, vb, 6, scales=[s.half() for s in scales]),
         lambda: ops.cache_append(k, v, k, v, 1),
         lambda: ops.cache_append(k, v, k[:, :, :1], v[:, :, :1], -1),
+        lambda: ops.cache_append(k, v, k[:, :, :1], v[:, :, :1], 0, torch.full((len(k),), k.shape[2]).int()),
         lambda: ops.cache_append(kb, vb, k, v),
         lambda: ops.cache_append(k, v, k[:2], v[:2]),
     ):

@@ -38,9 +38,10 @@ def test_equal_logits_cost_the_logarithm_of_their_number():
 
 
 @pytest.mark.parametrize("target", [-1, 5])
-def test_target_out_of_range(target):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by a kernel and by plain torch
+def test_target_out_of_range(target, dtype):
     with pytest.raises(InputError, match=r"outside 0\.\.4"):
-        ops.cross_entropy(torch.zeros(2, 5), torch.tensor([0, target]))
+        ops.cross_entropy(torch.zeros(2, 5, dtype=dtype), torch.tensor([0, target]))
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("cross_entropy_bwd") if b in CUDA_KERNELS])
@@ -84,5 +85,7 @@ def test_the_gradient_may_overwrite_the_logits(backend, dtype, colors):
 def test_bad_arguments():
     with pytest.raises(InputError):
         ops.cross_entropy(torch.zeros(2, 5), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(InputError):
+        ops.cross_entropy(torch.zeros(()), torch.zeros((), dtype=torch.int64))
     with pytest.raises(InputError, match="reduction"):
         ops.cross_entropy(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), "sum")

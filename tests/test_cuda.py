@@ -3,6 +3,9 @@
 The ops' tests proper run on a GPU by check.backends(), on copies of CPU tensors.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_backends import calls
@@ -12,7 +15,8 @@ from igpt_fast.ops._native import BACKENDS, use_backend
 from igpt_fast.sample import complete, sample
 
 pytestmark = pytest.mark.skipif(
-    "cuda" not in BACKENDS or not torch.cuda.is_available(), reason="no GPU here, or built without CUDA")
+    "cuda" not in BACKENDS or not torch.cuda.is_available(), reason="no GPU here, or built without CUDA"
+)
 
 
 def on(device, x):
@@ -43,6 +47,23 @@ def test_values_are_the_cpus(name):
         got = flat(theirs if out is None else found)[: PUBLIC.get(name)]
         for w, g in zip(want, got, strict=True):
             assert g.is_cuda and torch.allclose(g.cpu(), w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_steps_are_recorded_on_the_gpu_of_their_tensors():
+    model = ImageGPT(Config(layers=1, width=64, heads=2, colors=8, size=(8, 8))).bfloat16()
+    drawn = [sample(model.to(f"cuda:{at}"), 3, seed=1).cpu() for at in (0, 1)]
+    assert torch.equal(*drawn)
+
+
+def test_a_process_that_has_only_imported_may_fork_workers_for_the_gpu():
+    script = """if True:
+        import os, torch, igpt_fast
+        if (child := os.fork()) == 0:
+            torch.ones(1).cuda()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # Forward and backward of what has a CUDA kernel, on two inputs each: functions of (random tensors) → results.

@@ -283,3 +283,10 @@ def test_a_mask_that_does_not_fit_is_refused():
         bert(tokens, torch.ones(4, 11, dtype=torch.bool))
     with pytest.raises(InputError, match="objective='bert'"):
         tiny().loss(tokens, torch.ones(4, 12, dtype=torch.bool))
+
+
+def test_tokens_may_be_numpys_of_any_integers():
+    model, tokens = ImageGPT(Config(layers=1, width=8, heads=1, colors=11, size=(2, 3))), np.arange(6).reshape(1, 2, 3)
+    want = model.loss(torch.from_numpy(tokens))
+    for dtype in (np.uint16, np.int32):
+        assert model.loss(tokens.astype(dtype)) == want == model.loss(torch.from_numpy(tokens.astype(dtype)))

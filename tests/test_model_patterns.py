@@ -165,6 +165,17 @@ def test_activation_checkpointing_changes_no_bit():
 
 
 @pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_masks_first_met_in_inference_mode_can_be_trained_with(objective):
+    model = make(torch.float32, pattern=PATTERNS["by layer and head"], objective=objective)
+    layers._kept.cache_clear()
+    block_mask._compiled.cache_clear()
+    with torch.inference_mode():
+        model.loss(pixels(model, 1))
+    torch.compile(model.loss, backend="aot_eager")(pixels(model, 1)).backward()
+    assert model.wte.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
 def test_torch_compile_sees_one_graph(objective):
     model = make(torch.float32, pattern=PATTERNS["by layer and head"], objective=objective)
     tokens, keep = pixels(model, 2), None if objective == "ar" else torch.arange(180).view(2, 90) % 3 > 0

@@ -71,3 +71,12 @@ def test_zero_rows():
 def test_bad_shapes(weight, residual):
     with pytest.raises(InputError):
         ops.rms_norm(torch.ones(2, 4), weight, residual=residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_what_no_kernel_writes_runs_on_plain_torch(dtype):
+    x, w = torch.randn(3, 8, requires_grad=True), torch.rand(8)
+    y = ops.rms_norm(x, w, dtype=dtype)
+    assert y.dtype is dtype and torch.allclose(y.float(), reference.norm.rms_norm(x, w), atol=1e-3)
+    y.sum().backward()
+    assert x.grad.isfinite().all()

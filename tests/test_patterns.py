@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from igpt_fast import BlockMask, InputError
-from igpt_fast.patterns import PATTERNS, compiled, parse, parts_of, row, unpack
+from igpt_fast.patterns import PATTERNS, Rows, compiled, parse, parts_of, row, unpack
 from igpt_fast.patterns.__main__ import main
 from igpt_fast.patterns.orders import ORDERS, tiles_by_order
 from igpt_fast.patterns.predicates import _drawn
@@ -77,6 +77,8 @@ def test_both_directions_hold_any_matrix(tokens, density):
     seen = torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(tokens)) <= density
     t = BlockMask.from_dense(seen).tensors
     assert torch.equal(unpack(list(t), tokens), seen)
+    queries = torch.tensor([0, tokens - 1, tokens // 2])
+    assert torch.equal(Rows(t)[queries, :tokens], seen[queries])
     assert torch.equal(unpack([*t[3:6], *t[:3], t[7], t[6], t[8]], tokens), seen.T)
 
 

@@ -84,3 +84,5 @@ def test_the_flag_says_what_torch_can_do():
 def test_bad_shapes():
     with pytest.raises(InputError, match="does not fit"):
         ops.projection(torch.ones(2, 3), torch.ones(4, 5))
+    with pytest.raises(InputError, match="bias"):
+        ops.projection(torch.ones(2, 3), torch.ones(4, 3), torch.ones(5))

@@ -2,6 +2,7 @@
 
 import pytest
 import sass
+from sass_flow import mixed_operands
 
 LISTING = """
 Fatbin elf code:
@@ -40,7 +41,7 @@ def test_without_a_loop_the_whole_kernel_is_counted():
 
 
 def test_widths_are_told_apart():
-    number = sass.counts([opcode for _, opcode, _ in sass.kernels(LISTING)["_Z1kv"]])
+    number = sass.counts([opcode for _, opcode, *_ in sass.kernels(LISTING)["_Z1kv"]])
     assert (number["LDG.128"], number["LDG"], number["STG.64"], number["STG"]) == (2, 1, 1, 0)
 
 
@@ -67,3 +68,22 @@ def test_a_broken_promise_is_named():
 def test_the_kernels_promises_can_be_read():
     sources = sorted(sass.CUDA.glob("*.cu"))
     assert sources and any(sass.promises(path.read_text()) for path in sources)
+
+
+LOOP = """
+\t\tFunction : _Z4loopv
+        /*0000*/                   LDSM.16.M88.4 R8, [R2] ;
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0020*/                   F2FP.BF16.F32.PACK_AB {packed}, R25, R24 ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R64, R{start}, gdesc[UR4], R64, gsb0 ;
+        /*0040*/               @P0 BRA 0x10 ;
+        /*0050*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(("packed", "start", "turns"), [("R12", 12, True), ("R9", 12, True), ("R9", 12, False)])
+def test_operands_that_the_next_turn_reads_again_must_stay(packed, start, turns):
+    text = LOOP.format(packed=packed, start=start)
+    [body] = sass.kernels(text if turns else text.replace("@P0 BRA 0x10", "    NOP")).values()
+    lost = turns and packed == "R9"
+    assert mixed_operands(body) == (["the wgmma at 0x10 reads what F2FP and LDSM wrote"] if lost else [])

@@ -167,6 +167,8 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
       finish();
       if (held >= 0) ring.release(ring.full(held));
     }
+    ptx::still_wanted(keys);
+    ptx::still_wanted(values);
     const int bh = ring.item(item).head;
     const int64_t t = int64_t(own_tile()) * kTile + first_row(threadIdx.x);
     __syncwarp();
@@ -252,6 +254,8 @@ __global__ void __launch_bounds__(QueriesShape<D>::kThreads, 1)
       ptx::hold_registers(sums);
       ring.release(ring.full(held));
     }
+    ptx::still_wanted(queries);
+    ptx::still_wanted(douts);
     ring.release(ring.own_full(item));
     store_rows<D>(dq[bh], t, pattern.Tq, sums, {scale, scale});
   });

@@ -208,6 +208,8 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
       ring.release(ring.full(tile.at()));
       tile.advance();
     }
+#pragma unroll
+    for (int l = 0; l < L::kLines; ++l) ptx::still_wanted(rows[l].q);
 
     const int bh = ring.item(item).head, i = tile_of(0);
     __syncwarp();

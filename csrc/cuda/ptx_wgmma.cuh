@@ -28,6 +28,21 @@ PTX_FN void hold_registers(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Stands behind the last loop that reads fragments as left operands. ptxas before CUDA 13.3 gives their registers to
+// others between two turns of a loop, as if nobody read them again (attention_dkdv of D = 64 was wrong from the second
+// tile on). Here a store reads them that never happens, as no block has a second dimension. `make sass` looks for it.
+template <int N>
+PTX_FN void still_wanted(const uint32_t (&x)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t.reg .b32 y;\n\tmov.u32 y, %%tid.y;\n\tsetp.ne.u32 p, y, 0;\n\t"
+        "@p st.shared.v4.b32 [y], {%0, %1, %2, %3};\n\t}" ::"r"(x[i][0]),
+        "r"(x[i][1]), "r"(x[i][2]), "r"(x[i][3])
+        : "memory");
+}
+PTX_FN void still_wanted(uint32_t) {}  // where they lie in shared memory
+
 // Sixteen registers at a time: their operands, and their places in the instruction.
 #define IGPT_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define IGPT_D16(i) IGPT_D4(i), IGPT_D4(i + 4), IGPT_D4(i + 8), IGPT_D4(i + 12)

@@ -11,8 +11,8 @@ from igpt_fast.ops._native import backend_for, check_range, empty, needs_grad, s
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy of integer targets, in nats.
 
-    logits [..., V] float   targets [...] int64 in 0..V-1   reduction "mean" → float32 scalar, "none" → float32 [...]; float64 for
-    float64
+    logits [..., V] float   targets [...] int64 in 0..V-1   reduction "mean" → float32 scalar, "none" → float32 [...]
+    (float64 for float64)
     Raises InputError for other shapes, another reduction, or a target out of range. On a GPU asking would make the host
     wait: such a row's loss and gradient are NaN there instead (IGPT_DEBUG=1 asks).
     """

@@ -17,7 +17,7 @@ def linear(
     eps: float = 1e-5,
     gelu: bool = False,
 ) -> Tensor:
-    """(residual +) f(x weightᵀ (+ bias)) for a few rows: a decoding step's linear with what stands before and behind it.
+    """(residual +) f(x weightᵀ (+ bias)) for a few rows: a decoding step's linear with what stands around it.
 
     x [N, K]   weight [M, K]   bias [M] or None   residual [N, M] or None   → [N, M] in x's dtype
     norm [K]: x goes through rms_norm(x, norm, eps) first   gelu: f is quick GELU, else nothing
@@ -31,7 +31,7 @@ def linear(
             f"linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; expected [M, K] and [N, K]"
         )
     (N, K), M = x.shape, len(weight)
-    given = dict(x=x, weight=weight, bias=bias, norm=norm, residual=residual)
+    given = {"x": x, "weight": weight, "bias": bias, "norm": norm, "residual": residual}
     for name, shape in (("bias", (M,)), ("norm", (K,)), ("residual", (N, M))):
         if given[name] is not None and given[name].shape != shape:
             raise InputError(f"linear: {name} {tuple(given[name].shape)} is not {shape}, as x and weight ask for")

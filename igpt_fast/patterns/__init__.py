@@ -32,6 +32,7 @@ __all__ = [
     "Pattern",
     "Pixels",
     "Predicate",
+    "Rows",
     "axial",
     "blocks",
     "column",

@@ -17,7 +17,7 @@ def linear(
     eps: float = 1e-5,
     gelu: bool = False,
 ) -> Tensor:
-    """y = (residual +) f(x' weightᵀ (+ bias)), row by row: a matrix product would let a row's bits depend on the others.
+    """y = (residual +) f(x' weightᵀ (+ bias)), row by row: in one product a row's bits would depend on the others.
 
     x [N, K]   weight [M, K]   bias [M]   norm [K]   residual [N, M]   → [N, M] in x's dtype.
     x' is x, or rms_norm(x, norm, eps); f is quick GELU, or nothing.

@@ -196,6 +196,9 @@ inline void wgmma_wait(SIMT_HERE) {
 }
 template <int N>
 inline void hold_registers(float (&)[N]) {}  // g++ sees the wait as a call, which it moves nothing across
+template <int N>
+inline void still_wanted(const uint32_t (&)[N][4]) {}  // for an assembler that is not here
+inline void still_wanted(uint32_t) {}
 template <int N, class E, int A_MN = 0, int B_MN = 0>
 inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate, SIMT_HERE) {
   static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "wgmma of this width is not wrapped");

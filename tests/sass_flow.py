@@ -1,0 +1,83 @@
+"""Where a wgmma's left operand comes from, in the SASS: what an assembler that lost track of its registers would show.
+
+ptxas before CUDA 13.3 may take the registers of a left operand for free behind the product that reads them, though the
+loop's next turn reads them again. Fragments come by one kind of instruction, LDSM or F2FP; where two kinds reach one
+product, the second has overwritten the first.
+"""
+
+import re
+
+Line = tuple[int, str, str, bool]  # address, opcode, operands, whether a predicate decides
+
+# What writes no register that its first operand names.
+_NO_RESULT = ("ST", "BRA", "SYNCS", "RED", "BAR", "EXIT", "BSSY", "BSYNC", "WARP", "UTMA", "NOP", "DEPBAR", "MEMBAR")
+_NO_RESULT += ("FENCE", "CCTL", "ERRBAR", "CALL", "RET")
+
+
+def mixed_operands(body: list[Line]) -> list[str]:
+    """Of one kernel, each wgmma whose left operand comes from instructions of more than one kind."""
+    left = {at: set(range(a, a + 4)) for at, line in enumerate(body) if (a := _left(line)) is not None}
+    watched = set().union(*left.values())
+    results = [_results(line) & watched for line in body]
+    after = _followers(body)
+    # Of each instruction and register: by what kinds of instruction it may have been written.
+    reach: list[dict[int, frozenset[str]] | None] = [None] * len(body)
+    reach[0], todo, none = {}, [0], frozenset()
+    while todo:
+        at = todo.pop()
+        _, opcode, _, maybe = body[at]
+        now = dict(reach[at])
+        for register in results[at]:
+            kind = frozenset({opcode.split(".")[0]})
+            now[register] = kind | now.get(register, none) if maybe else kind
+        for then in after[at]:
+            known = reach[then]
+            merged = now if known is None else {r: known.get(r, none) | now.get(r, none) for r in known | now}
+            if merged != known:
+                reach[then] = merged
+                todo.append(then)
+    found = []
+    for at, registers in left.items():
+        kinds = frozenset().union(*((reach[at] or {}).get(r, none) for r in registers))
+        if len(kinds) > 1:
+            found.append(f"the wgmma at {body[at][0]:#x} reads what {' and '.join(sorted(kinds))} wrote")
+    return found
+
+
+def _followers(body: list[Line]) -> list[list[int]]:
+    """Of each instruction those that may come next."""
+    place = {address: at for at, (address, *_) in enumerate(body)}
+    after = []
+    for at, (_, opcode, operands, maybe) in enumerate(body):
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
+        jumps = [place[int(target[1], 16)]] if target and int(target[1], 16) in place else []
+        ends = opcode.startswith(("EXIT", "RET")) or (jumps and not re.search(r"\bU?P\d", operands))
+        after.append(jumps + ([at + 1] if at + 1 < len(body) and (maybe or not ends) else []))
+    return after
+
+
+def _left(line: Line) -> int | None:
+    """The first of the four registers of a wgmma's left operand, where it is in registers."""
+    _, opcode, operands, _ = line
+    match = re.match(r"\s*R\d+, R(\d+),", operands) if opcode.startswith("HGMMA") else None
+    return int(match[1]) if match else None
+
+
+def _results(line: Line) -> set[int]:
+    """The registers that an instruction writes."""
+    _, opcode, operands, _ = line
+    if opcode.startswith(_NO_RESULT):
+        return set()
+    match = re.match(r"\s*(?:U?P[T\d]\w*, )?R(\d+)\b", operands)
+    return set(range(int(match[1]), int(match[1]) + _width(opcode))) if match else set()
+
+
+def _width(opcode: str) -> int:
+    """How many registers a result has."""
+    if opcode.startswith("HGMMA"):
+        return int(re.search(r"64x(\d+)x", opcode)[1]) // 2
+    if opcode.startswith("LDSM"):
+        return int(opcode[-1]) if opcode[-1].isdigit() else 1
+    if opcode.startswith("LD"):
+        return 4 if ".128" in opcode else 2 if ".64" in opcode else 1
+    return 2 if ".WIDE" in opcode or ".64" in opcode else 1

@@ -28,16 +28,16 @@ class Replayed:
 
 def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A CUDA graph of the step; the step itself, with a word why, where it cannot be recorded."""
-    with torch.cuda.device(device):  # a stream of this GPU: torch's own for captures is of the first that recorded
-        if torch.cuda.is_current_stream_capturing():
-            return step  # into a graph of the caller's
-        before = torch.cuda.current_stream()
-        try:
-            graph = torch.cuda.CUDAGraph()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        # Back to the caller's stream at the end: a capture that fails leaves its own current. That is one of this GPU:
+        # torch's own for captures is of the GPU that recorded first.
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            if torch.cuda.is_current_stream_capturing():
+                return step  # into a graph of the caller's
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 step()
-        except RuntimeError as error:
-            torch.cuda.set_stream(before)  # which a capture that fails does not do
-            log.warning("sampling launches the kernels of every step one by one: no CUDA graph of it: %s", error)
-            return step
+    except RuntimeError as error:
+        log.warning("sampling launches the kernels of every step one by one: no CUDA graph of it: %s", error)
+        return step
     return graph.replay

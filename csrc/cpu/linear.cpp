@@ -21,7 +21,8 @@ struct Ending {
 };
 
 template <class E, class W>
-static void run(const View& y, const typename E::X* x, int64_t N, int64_t Kp, const View& weight, const Ending& ending) {
+static void run(const View& y, const typename E::X* x, int64_t N, int64_t Kp, const View& weight,
+                const Ending& ending) {
   const int64_t M = weight.size[0], K = weight.size[1];
   parallel_chunks(M, kOutputs, [&](int64_t begin, int64_t end, int64_t) {
     multiply<E>(x, N, Kp, weight.as<W>(), K, begin, end, [&](int64_t n, float* out) {

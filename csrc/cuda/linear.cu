@@ -1,7 +1,7 @@
 // linear_fwd:  y[n, m] = (residual[n, m] +) f(sum_k x'[n, k] weight[m, k] (+ bias[m]))   for a decoding step's few rows
 //
-// x [N, K]   weight [M, K]   bias [M]   norm [K]   residual, y [N, M], all bf16 or all f16, dense, K a multiple of eight.
-// x' is x or, with a norm, x rstd norm as rms_norm has it;   f is quick GELU or nothing.
+// x [N, K]   weight [M, K]   bias [M]   norm [K]   residual, y [N, M], all bf16 or all f16, dense, K a multiple of
+// eight. x' is x or, with a norm, x rstd norm as rms_norm has it;   f is quick GELU or nothing.
 //
 // By mma m16n8k16, 16 rows of x by 8 of the weight. A block owns 8 J outputs of 16 R rows, and each of its eight warps
 // an eighth of K, 32 columns at a time. Both operands come by cp.async, a few steps ahead, each lane's sixteen bytes to
@@ -34,7 +34,8 @@ constexpr int kStages = R == 1 ? 4 : 2;
 template <int R, int J, bool kNorm>
 constexpr int kParts = J + 2 * R + kNorm;  // a lane's rows: of the weight, of x, and the norm
 template <int R, int J, bool kNorm>
-constexpr int kBytes = kWarps* kStages<R>* kParts<R, J, kNorm>* 512;  // 48 KB, and 80 for 64 rows; 64 and 88 with a norm
+constexpr int kBytes =
+    kWarps * kStages<R> * kParts<R, J, kNorm> * 512;  // 48 KB, and 80 for 64 rows; 64 and 88 with a norm
 
 // Eight neighbours in k of a row, normalised and rounded.
 template <class T>
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) linear_fwd_kernel(T* y,             
   const T* const weights = weight + int64_t(first_out + group) * K;
   const T* const inputs = x + (first_row + group) * K;
   const int outs = M - first_out - group;
-  const int64_t others = N - first_row - group;
+  const int others = int(min(N - first_row - group, int64_t(16 * R)));
 
   // This warp's share of K: what there is of it comes into a ring.
   uint4* const ring = memory + warp * kStages<R> * kRows * 32 + lane;
@@ -89,10 +90,10 @@ __global__ void __launch_bounds__(kThreads) linear_fwd_kernel(T* y,             
     const int k = at + lane % 4 * 8;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int64_t row = 8 * (i < J ? i : i - J);
+      const int row = 8 * (i < J ? i : i - J);
       const bool last = kNorm && i == kRows - 1, there = k < K && (last || (i < J ? row < outs : row < others));
-      const T* from = last ? norm : (i < J ? weights : inputs) + row * K;
-      ptx::cp_async<16>(ptx::smem_u32(ring + (stage * kRows + i) * 32), there ? from + k : x, there ? 16 : 0);
+      const T* from = last ? norm + k : (i < J ? weights : inputs) + (row * K + k);
+      ptx::cp_async<16>(ptx::smem_u32(ring + (stage * kRows + i) * 32), there ? from : x, there ? 16 : 0);
     }
   };
 #pragma unroll
@@ -167,7 +168,7 @@ static void linear_fwd(View y, View x, View weight, View bias, View norm, View r
   for (const View* v : {&x, &y, &weight, &bias, &norm, &residual})
     IGPT_CHECK(!*v || (v->dtype == x.dtype && v->dense()), "linear: dense tensors of one dtype only");
   const int64_t N = x.rows(), K = x.cols(), M = weight.size[0];
-  IGPT_CHECK(K % 8 == 0 && K <= 1 << 30 && M <= 1 << 30, "linear: K must be a multiple of eight");
+  IGPT_CHECK(K % 8 == 0 && K <= 1 << 24 && M <= 1 << 30, "linear: K must be a multiple of eight, at most 2^24");
   for (const View* v : {&x, &weight, &norm})
     IGPT_CHECK(reinterpret_cast<uintptr_t>(v->data) % 16 == 0,
                "linear: x, weight and norm must begin at multiples of 16 bytes; copy them");

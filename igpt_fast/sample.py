@@ -72,6 +72,12 @@ def complete(
     return images.view(len(known), n, *model.config.size)
 
 
+def drawing_dtype(device: torch.device) -> torch.dtype:
+    """What images are drawn in when nobody says: on a GPU, whose kernels for it are of 16 bits, bfloat16."""
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def kept_pixels(config: Config, keep: float) -> int:
     """How many pixels, in raster order, the fraction `keep` of an image is."""
     return round(keep * config.tokens)

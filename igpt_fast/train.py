@@ -43,7 +43,7 @@ from igpt_fast.run import (
     say_differences,
     write_options,
 )
-from igpt_fast.sample import sample
+from igpt_fast.sample import drawing_dtype, sample
 from igpt_fast.weights import reshaped
 
 SAMPLES = 16  # images in a picture of samples
@@ -66,9 +66,9 @@ def train(
     a model whose weights are copied to begin with, at the dataset's size and by config's pattern, which may be others
     (see igpt_fast.weights.reshaped). options: fields of igpt_fast.run.Options. command: what else shall stand in
     train.json; its "resume" is what a stopped run tells the user to type. Ctrl-C and SIGTERM save a checkpoint and
-    raise KeyboardInterrupt or SystemExit(143); a second stops
-    at once. Raises InputError for bad options, a run that holds a checkpoint (without resume) or none (with), a resume
-    that would change the model or the data, a checkpoint that cannot be read or written, a loss that is not finite.
+    raise KeyboardInterrupt or SystemExit(143); a second stops at once. Raises InputError for bad options, a run that
+    holds a checkpoint (without resume) or none (with), a resume that would change the model or the data, a checkpoint
+    that cannot be read or written, a loss that is not finite.
     """
     chosen, run = Options(**options), Path(run)
     check_run(run, resume)
@@ -125,9 +125,7 @@ class _Training:
                 raise InputError(f"{what}: give as many or more")
             say(f"going on from {checkpoint.path}")
             say_differences(state["free"], circumstances(self.options, device))
-        self.window: list[Any] = [
-            tuple(pair) for pair in state["window"]
-        ]  # (loss, norm) of the steps since the last row
+        self.window: list[Any] = [tuple(pair) for pair in state["window"]]  # (loss, norm) of steps since the last row
         self.began = time.monotonic() - state["elapsed"]
         self.timed = (0, 0.0)  # steps since the last row, and the seconds that they took
         self._build(checkpoint, start)
@@ -279,7 +277,9 @@ class _Training:
         """samples/step-….png, where the model can be sampled from at all, and loss.png."""
         path = self.run / "samples" / f"step-{self.step:06d}.png"
         if self.config.objective == "ar" and not path.exists():
-            tokens = sample(self.average, SAMPLES, seed=self.options.seed, progress=self.stop.check)
+            dtype = drawing_dtype(self.device)
+            model = self.average if dtype is self.average.wte.dtype else copy.deepcopy(self.average).to(dtype)
+            tokens = sample(model, SAMPLES, seed=self.options.seed, progress=self.stop.check)
             save_grid(path, self.palette.decode(tokens.cpu()))
         save_loss_curve(self.run, self.metrics.rows, self.config.colors)
 

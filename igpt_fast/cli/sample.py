@@ -19,7 +19,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.images import parse_background, read_image, resize_image
 from igpt_fast.palette import Palette
 from igpt_fast.pictures import save_grid, to_png_bytes, write_atomically
-from igpt_fast.sample import check_options, kept_pixels
+from igpt_fast.sample import check_options, drawing_dtype, kept_pixels
 from igpt_fast.sample import complete as complete_tokens
 from igpt_fast.sample import sample as sample_tokens
 from igpt_fast.train import pick_device
@@ -59,7 +59,12 @@ BatchOption = Annotated[
     ),
 ]
 DTypeOption = Annotated[
-    DType, typer.Option("--dtype", help="bfloat16 takes half the memory and less time; its images are others.")
+    DType | None,
+    typer.Option(
+        "--dtype",
+        show_default="bfloat16 on a GPU, float32 on a CPU",
+        help="bfloat16 takes half the memory and less time; its images are others. A GPU has kernels for it alone.",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")]
 SingleOption = Annotated[
@@ -84,7 +89,7 @@ def sample(
     top_p: TopPOption = None,
     seed: SeedOption = 0,
     batch: BatchOption = None,
-    dtype: DTypeOption = DType.float32,
+    dtype: DTypeOption = None,
     device: DeviceOption = "auto",
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.png", help="The grid of all images.")] = Path(
         "samples.png"
@@ -125,7 +130,7 @@ def complete(
     batch: BatchOption = None,
     resize: ResizeOption = Resize.paper,
     background: BackgroundOption = "white",
-    dtype: DTypeOption = DType.float32,
+    dtype: DTypeOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE.png", help="The grid: a row for each photo.")
@@ -164,13 +169,13 @@ def complete(
     _report(checkpoint, out, files, began, as_json, images=len(names), seed=seed, keep=keep, kept_pixels=count)
 
 
-def _load(model: Path, dtype: DType, device: str) -> tuple[Checkpoint, Palette]:
-    checkpoint = open_model(model, pick_device(device))
+def _load(model: Path, dtype: DType | None, device: str) -> tuple[Checkpoint, Palette]:
+    checkpoint = open_model(model, where := pick_device(device))
     if checkpoint.palette is None:
         raise InputError(
             f"{checkpoint.path} has no palette, so its tokens have no colours; igpt-fast convert --palette stores one"
         )
-    checkpoint.model.to(getattr(torch, dtype.value))
+    checkpoint.model.to(drawing_dtype(where) if dtype is None else getattr(torch, dtype.value))
     return checkpoint, checkpoint.palette
 
 

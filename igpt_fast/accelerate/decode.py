@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from igpt_fast import ops
 from igpt_fast.accelerate.theirs import HOOKS, plain, theirs
 from igpt_fast.ops._native import fused_backend_for, say_slower, serves
-from igpt_fast.ops.attention import refused_head_dim
-from igpt_fast.ops.attention_decode import refused_by_cuda
+from igpt_fast.ops.attention import refused_by_cuda, refused_head_dim
 from igpt_fast.ops.decode_step import LayerWeights, StepWeights
 from igpt_fast.replay import Replayed
 

@@ -119,17 +119,20 @@ def refused_head_dim(head_dim: int) -> str | None:
     return None if head_dim in range(8, 129, 8) else f"head dim {head_dim} is not a multiple of 8 up to 128"
 
 
+def refused_by_cuda(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the GPU's attention kernels, of images and of decoding steps, do not serve such heads; None when they do."""
+    if dtype is torch.float32:
+        return f"{name} has no attention for float32; use bfloat16 or float16"
+    return None if head_dim in (32, 64, 96, 128) else f"head dim {head_dim} is none of 32, 64, 96 and 128"
+
+
 def refusal(dtype: torch.dtype, head_dim: int, scale: float = 1.0) -> Callable[[str], str | None]:
     """Why a backend's attention kernels do not serve such heads; of their name, None where they do."""
 
     def refused(name: str) -> str | None:
         if not has_cuda_kernels(name):
             return refused_head_dim(head_dim)
-        if dtype is torch.float32:
-            return f"{name} has no attention for float32; use bfloat16 or float16"
-        if head_dim not in (32, 64, 96, 128):
-            return f"head dim {head_dim} is none of 32, 64, 96 and 128"
-        return None if scale > 0 else f"scale {scale} is not positive"
+        return refused_by_cuda(name, dtype, head_dim) or (None if scale > 0 else f"scale {scale} is not positive")
 
     return refused
 

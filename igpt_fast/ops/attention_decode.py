@@ -18,7 +18,7 @@ from igpt_fast.ops._native import (
     same_device,
     stream_of,
 )
-from igpt_fast.ops.attention import refused_head_dim
+from igpt_fast.ops.attention import refused_by_cuda, refused_head_dim
 from igpt_fast.patterns import TILE, BlockMask, Rows
 
 CHUNK = 2 * TILE  # slots whose part of the output is made by itself, as kDecodeChunk in csrc/ops.h
@@ -223,13 +223,6 @@ def _append(
         k, v = (rows(t, sixteens=True) for t in (k, v))
         starts = None if lengths is None else lengths.contiguous()
         native.cache_append(k_cache, v_cache, *(scales or (None, None)), k, v, starts, slot, stream_of(k))
-
-
-def refused_by_cuda(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the GPU's kernels of a decoding step do not serve; None when they do."""
-    if dtype is torch.float32:
-        return f"{name} has no decoding attention for float32; use bfloat16 or float16"
-    return None if head_dim in (32, 64, 96, 128) else f"head dim {head_dim} is none of 32, 64, 96 and 128"
 
 
 @torch.library.custom_op("igpt::attention_decode", mutates_args=())

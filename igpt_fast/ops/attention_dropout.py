@@ -15,7 +15,8 @@ def attention_dropout(qkv: Tensor, p: float, seed: int, scale: float | None = No
 
     qkv [B, T, 3, H, D], as attention_packed   p in [0, 1)   seed 0 to 2^63 - 1   scale: 1/sqrt(D) when None
     → [B, T, H, D], contiguous. The seed and a weight's place decide whether it is kept, see the reference: no mask is
-    stored, and the same seed keeps the same weights anywhere. p is taken down to a multiple of 2^-24.
+    stored, and the same seed keeps the same weights anywhere, as each replay of a CUDA graph does. p is taken down to a
+    multiple of 2^-24.
     Raises InputError for shapes that do not fit, and p or a seed out of range.
     """
     if qkv.ndim != 5 or qkv.size(2) != 3:

@@ -21,8 +21,8 @@ from igpt_fast.ops._native import (
     serves,
     stream_of,
 )
-from igpt_fast.ops.attention import refused_head_dim
-from igpt_fast.ops.attention_decode import attention_decode, cache_append, check_pages, refused_by_cuda
+from igpt_fast.ops.attention import refused_by_cuda, refused_head_dim
+from igpt_fast.ops.attention_decode import attention_decode, cache_append, check_pages
 from igpt_fast.ops.linear import linear
 from igpt_fast.patterns import TILE, BlockMask, parts_of, unpack
 from igpt_fast.reference.decode_step import Kit, LayerWeights

@@ -31,7 +31,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Once:
-    """A peer that runs for so long that one run, before the rounds, has to do."""
+    """A peer that runs for so long that one run, before the rounds, has to do: the report marks it, see its settle."""
 
     run: Call
 
@@ -126,6 +126,7 @@ class Case:
     peers: Mapping[str, Call | Once | Missing]
     judge: Close | Exact | Score
     work: Mapping[str, float]
+    judges: Mapping[str, Score] = field(default_factory=dict)  # of peers that draw numbers of their own, by name
     dtype: str = ""
     device: str = "cpu"
     backend: str = ""
@@ -178,10 +179,11 @@ def compare(case: Case, benchmark: Any, quick: bool) -> dict[str, Any]:
             reports[name] = {"missing": peer.reason}
             continue
         result, first[name] = _timed(peer.run if isinstance(peer, Once) else peer, case.device)
-        found = case.judge.errors(result)
-        reports[name] = {"error": max(found), "right": case.judge.tolerates(found), **case.extra(name, result)}
+        judge = case.judges.get(name, case.judge)
+        found = judge.errors(result)
+        reports[name] = {"error": max(found), "right": judge.tolerates(found), **case.extra(name, result)}
         del result
-        if reports[name]["right"]:
+        if reports[name]["right"] and judge is case.judge:
             trusted.append(found)
         if isinstance(peer, Once):
             reports[name] |= {"seconds": first[name], "rounds": 1}

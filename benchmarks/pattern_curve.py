@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def curves(data: Mapping[str, Any]) -> dict[str, Curve]:
-    """Name → side → seconds, forward and backward. A dense side is taken from the first pattern that ran beside it."""
+    """Name → side → seconds, forward and backward. A dense side is taken from beside the first pattern."""
     found: dict[str, Curve] = {}
     for entry in data["entries"].values():
         if "sparse" not in entry or not entry["op"].endswith("backward"):

@@ -16,12 +16,17 @@ from igpt_fast.weights import to_hf_state_dict
 
 
 class PlainGPT(nn.Module):
-    """Image GPT as a careful user would write it in torch alone: SDPA, F.rms_norm, fused qkv, no biases."""
+    """Image GPT as a careful user would write it in torch alone: SDPA, F.rms_norm, fused qkv, no biases.
+
+    Parameters have our names with _ for ., but that wte [colors + 1, d] ends with sos.
+    """
 
     def __init__(self, config: Config, state: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.config = config
-        self.p = nn.ParameterDict({name.replace(".", "_"): tensor.clone() for name, tensor in state.items()})
+        named = {name.replace(".", "_"): tensor.clone() for name, tensor in state.items()}
+        named["wte"] = torch.cat((named["wte"], named.pop("sos")[None]))
+        self.p = nn.ParameterDict(named)
         self.seen: Tensor | None = None  # bool [T, T]: who sees whom, instead of everything before
 
     def forward(self, tokens: Tensor, start: int = 0, cache: Tensor | None = None) -> Tensor:
@@ -30,7 +35,7 @@ class PlainGPT(nn.Module):
         cache [layers, 2, N, heads, T, head_dim] holds the slots before, and is given these.
         """
         c, p, stop = self.config, self.p, start + tokens.shape[1]
-        h = F.embedding(tokens, torch.cat((p["wte"], p["sos"][None]))) + p["wpe"][start:stop]
+        h = F.embedding(tokens, p["wte"]) + p["wpe"][start:stop]
         for layer in range(c.layers):
             at = f"blocks_{layer}_"
             x = F.rms_norm(h, (c.width,), p[at + "ln_1"], c.eps)

@@ -6,14 +6,19 @@ python -m benchmarks.report --write README.md    # puts it between the file's tw
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import best_of
+
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+ONCE = "†"  # behind a ratio to a peer that ran a single time
 
 # What leads the table; all other ops follow in the order of their names.
 FIRST = (
@@ -55,9 +60,44 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The results in a file, or None when it holds something else."""
+    """The results in a file, settled, or None when it holds something else."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    return data if isinstance(data, dict) and {"machine", "runs", "entries"} <= data.keys() else None
+    if not isinstance(data, dict) or not {"machine", "runs", "entries"} <= data.keys():
+        return None
+    settle(data["entries"].values())
+    return data
+
+
+def settle(entries: Iterable[dict[str, Any]]) -> None:
+    """A peer that ran once, cold, gets the least time that it took for the same work in any of these entries.
+
+    Dense attention is the same work beside every pattern of a size; any other peer's is its own row's.
+    """
+    least: dict[tuple[str, ...], float] = {}
+    single = [(name, entry) for entry in entries for name, report in entry["peers"].items() if once(report)]
+    for name, entry in single:
+        work = _work(name, entry)
+        least[work] = min(entry["peers"][name]["seconds"], least.get(work, math.inf))
+    for name, entry in single:
+        seconds = least[_work(name, entry)]
+        entry["peers"][name] |= {"seconds": seconds, "ratio": seconds / entry["seconds"]}
+        entry |= best_of(entry["peers"])
+
+
+def once(report: Mapping[str, Any]) -> bool:
+    """Whether a peer ran a single time, before the rounds."""
+    return report.get("rounds") == 1
+
+
+def _work(peer: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a peer does in an entry."""
+    op = entry["op"].removeprefix(f"pattern {entry['sparse']['pattern']}") if _dense(peer, entry) else entry["op"]
+    return (peer, op, *(entry[name] for name in ("shape", "dtype", "device")))
+
+
+def _dense(peer: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a peer beside a pattern sees everything."""
+    return "sparse" in entry and peer.endswith(", dense")
 
 
 def section(data: Mapping[str, Any]) -> str:
@@ -83,7 +123,12 @@ def section(data: Mapping[str, Any]) -> str:
         "process; above 1 ours is better. Peak memory: what a call needs beyond what was there before it, results "
         "included; of a process, all of it. Every peer, with quartiles and errors, is in `benchmarks/results/`."
     )
+    if single := [_dense(name, entry) for entry in entries for name in entry["peers"] if once(entry["peers"][name])]:
+        legend += f" {ONCE} The peer ran once, cold, before the rounds"
+        legend += "; dense attention once beside each pattern, of which the least time counts." if any(single) else "."
     parts.append(legend)
+    if unjudged := sorted({line for entry in entries for line in _unjudged(entry)}):
+        parts.append("Timed, but not held against the truth: " + "; ".join(unjudged) + ".")
     if absent := sorted({line for entry in entries for line in _absent(entry)}):
         parts.append("Did not take part: " + "; ".join(absent) + ".")
     return "\n\n".join(parts)
@@ -126,7 +171,7 @@ def patterns(entries: Iterable[Mapping[str, Any]]) -> str:
                 f"{about['side']} × {about['side']}" + (f", {entry['device']}" if entry["device"] != "cpu" else ""),
                 f"{about['tiles']:.1%}",
                 duration(entry["seconds"]) if entry.get("seconds") else "",
-                *(f"{figure(r['ratio'])} ×" if r.get("right") and "ratio" in r else "" for r in found),
+                *(_ratio(r) if r.get("right") and "ratio" in r else "" for r in found),
                 _memory(entry),
                 _memory(found[1]),
             ]
@@ -175,10 +220,14 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
         duration(entry["seconds"]) if entry.get("seconds") else "",
         "; ".join([f"{figure(value)} {unit}" for unit, value in entry.get("rates", {}).items()] + _floor(entry)),
         entry["best_peer"] or "none",
-        f"{figure(entry['ratio'])} ×" if entry["ratio"] else "",
+        _ratio(best) if entry["ratio"] else "",
         _memory(entry),
         _memory(best),
     ]
+
+
+def _ratio(report: Mapping[str, Any]) -> str:
+    return f"{figure(report['ratio'])} ×" + f" {ONCE}" * once(report)
 
 
 def _floor(entry: Mapping[str, Any]) -> list[str]:
@@ -195,8 +244,15 @@ def _absent(entry: Mapping[str, Any]) -> Iterable[str]:
     for name, report in entry["peers"].items():
         if "missing" in report:
             yield f"{name} ({report['missing']})"
-        elif not report.get("right"):
+        elif not report.get("right") and "unjudged" not in report:
             yield f"{name} in {entry['op']} (timed, but its result differs, error {report['error']:.2g})"
+
+
+def _unjudged(entry: Mapping[str, Any]) -> Iterable[str]:
+    """Peers whose result says nothing, with the reason that their report gives."""
+    for name, report in entry["peers"].items():
+        if "unjudged" in report:
+            yield f"{name} in {entry['op']} ({report['unjudged']})"
 
 
 def _run(run: Mapping[str, Any], cores: int) -> str:

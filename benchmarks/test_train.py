@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import training
-from benchmarks.harness import Case, Close, Goal, best_of, served_by
+from benchmarks.harness import Case, Close, Goal, Score, best_of, served_by
 from benchmarks.pattern_peers import MASKED, Dense, Either
 from benchmarks.training import (
     BATCH,
@@ -31,9 +31,14 @@ def test_step(compare, device, quick, precision):
     model = training.small_model(quick, device)
     tokens = training.tokens_for(model.config, device)
     dtype, theirs = {BF16: torch.bfloat16, FLOAT32: torch.float32}[precision], peers_precision(precision, device)
+    truth = training.truth(model, tokens)
 
     def against(peer):
         return lambda entry: entry["peers"][peer].get("ratio")
+
+    def loss_off(result):
+        """With dropout a side draws its own: then the loss is judged, by a wide margin."""
+        return abs(float(result[0]) / float(truth[0]) - 1)
 
     how = f"training step in {precision}"
     compare(
@@ -48,7 +53,8 @@ def test_step(compare, device, quick, precision):
                 side: training.step(side, model, tokens, theirs, quick)
                 for side in (PLAIN, COMPILED, HF, HF_AS_IT_COMES)
             },
-            judge=Close(training.truth(model, tokens), dtype, yardstick=theirs == precision),
+            judge=Close(truth, dtype, yardstick=theirs == precision),
+            judges={HF_AS_IT_COMES: Score(loss_off, 0.05, 0.05)},
             work={"images/s": BATCH, "GFLOP/s": training.flop(model.config)},
             note="" if theirs == precision else f"peers in {theirs}, far faster here for them",
             goals=[

@@ -105,8 +105,7 @@ def step(side: str, model: igpt.ImageGPT, tokens: Tensor, precision: str, quick:
         loss = peers.compiled(plain.loss, quick)
         if isinstance(loss, Missing):
             return loss
-    named = dict(plain.p.items())
-    return _step(loss, _adam(plain), tokens, lambda: _grads(named, "wtet", "wte", "blocks_0_attn_qkv_weight"), autocast)
+    return _step(loss, _adam(plain), tokens, lambda: _plain_grads(plain), autocast)
 
 
 def seen_by(model: igpt.ImageGPT) -> Tensor:
@@ -122,7 +121,7 @@ def truth(
     plain.seen = seen
     loss = plain.loss(tokens)
     loss.backward()
-    return [loss.detach(), *_grads(dict(plain.p.items()), "wtet", "wte", "blocks_0_attn_qkv_weight")]
+    return [loss.detach(), *_plain_grads(plain)]
 
 
 def _step(
@@ -145,6 +144,11 @@ def _step(
 
 def _adam(model: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=0.0, betas=BETAS, fused=True)
+
+
+def _plain_grads(plain: peer_models.PlainGPT) -> list[Tensor]:
+    wtet, wte, qkv = _grads(dict(plain.p.items()), "wtet", "wte", "blocks_0_attn_qkv_weight")
+    return [wtet, wte[:-1], qkv]
 
 
 def _grads(named: dict[str, Tensor], *names: str) -> list[Tensor]:

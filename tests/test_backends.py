@@ -216,9 +216,11 @@ def test_info_names_every_op():
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["cpu backend"] == next(iter(BACKENDS)) and set(facts["ops"]) == set(_native._C.Backend.ops)
-    for on_cpu, on_gpu in facts["ops"].values():
-        assert on_cpu in BACKENDS or "has no" in on_cpu
-        assert on_gpu == "cuda" or on_gpu.startswith("plain torch: ")
+    for op, (on_cpu, on_gpu) in facts["ops"].items():
+        assert on_cpu in BACKENDS or on_cpu == info.UNMISSED.get(op) or "has no" in on_cpu
+        assert on_gpu == "cuda" or on_gpu == info.UNMISSED.get(op) or on_gpu.startswith("plain torch: ")
+    assert facts["ops"]["linear_cross_entropy_fwd"][0] == "composed of other ops"
+    assert facts["ops"]["palette_table"][0] == "not used on a CPU"
     if _native._C.cuda_why_not():  # which is then the reason of every op
         assert all(_native._C.cuda_why_not() in on_gpu for _, on_gpu in facts["ops"].values())
 

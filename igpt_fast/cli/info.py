@@ -14,6 +14,15 @@ from igpt_fast.cli.options import JsonOption, print_json
 from igpt_fast.ops import _native
 
 
+# What a backend lacks and nobody misses: ops that other ops, each with what serves it, make up; one of a GPU alone.
+UNMISSED = {
+    "linear_cross_entropy_fwd": "composed of other ops",
+    "linear_cross_entropy_dlogits": "composed of other ops",
+    "decode_step": "composed of other ops",
+    "palette_table": "not used on a CPU",
+}
+
+
 def register(app: typer.Typer) -> None:
     """Adds the command."""
     app.command()(info)
@@ -106,7 +115,9 @@ def versions() -> str:
 
 
 def _served(backend: str | None, op: str, missing: str) -> str:
-    """The backend's name, or plain torch and why. missing: why there is no such backend at all."""
+    """The backend's name, or what computes instead and why. missing: why there is no such backend at all."""
+    if op in UNMISSED and backend in _native.BACKENDS and not _native.BACKENDS[backend].has(op):
+        return UNMISSED[op]
     reason = _native.why_not(backend, op) if backend in _native.BACKENDS else missing
     return backend if reason is None else f"plain torch: {reason}"
 

@@ -116,6 +116,30 @@ def test_files_are_short():
     assert not long, f"too long, split by stem: {long}"
 
 
+def braces(name: str) -> list[str]:
+    """a{b,c}d → abd, acd"""
+    before, brace, rest = name.partition("{")
+    inside, _, after = rest.partition("}")
+    return [end for part in inside.split(",") for end in braces(before + part + after)] if brace else [name]
+
+
+def test_the_map_is_of_this_tree():
+    """CONTRIBUTING.md: every file in the grid exists, every kernel and every module of the package is named."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    head = next(i for i, cells in enumerate(lines) if cells[0] == "stem")
+    rooms = [re.search("`(.*)`", cell)[1] for cell in lines[head][1:]]
+    named = set()
+    for cells in lines[head + 1 :]:
+        if len(cells) == len(rooms) + 1:
+            for room, cell in zip(rooms, cells[1:], strict=True):
+                named |= {room + name for names in re.findall(r"[\w{,}]+\.\w+", cell) for name in braces(names)}
+    assert not [name for name in named if not (ROOT / name).exists()]
+    kernels = {f"csrc/cuda/{p.name}" for p in (ROOT / "csrc" / "cuda").glob("*.cu")} - {"csrc/cuda/table.cu"}
+    assert not kernels - named
+    assert not [p.name for p in PACKAGE.glob("*.py") if p.stem != "__init__" and f"`{p.name}`" not in text]
+
+
 def test_devices_do_not_see_each_other():
     for device, other in (("cpu", "cuda"), ("cuda", "cpu")):
         for path in (ROOT / "csrc" / device).iterdir():

@@ -1,4 +1,4 @@
-"""The compiled backends, the rule for when a call may use them, and where the library reads the environment.
+"""The compiled backends, the one rule for when a call may use them, and the one place that reads what rules them:
 
 IGPT_BACKEND   auto (default), reference, or a backend's name: a named backend serves the call or raises
 IGPT_STRICT    1: a call that would take a slower path raises with the reason instead of logging it

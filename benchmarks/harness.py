@@ -3,8 +3,9 @@
 The rules. Ours and its peers run in one process on the same random data: in every round pytest-benchmark times ours,
 then each peer is timed, so that a slow minute of the machine falls on all of them. Each side first runs until it is
 warm. What counts is the median of the rounds, and a ratio is one median over another of the same rounds, never across
-runs. Nobody is timed before its result was held against float64 (or, where results are integers, against the exact
-ones); a peer whose result is wrong is reported as wrong and is nobody's rival.
+runs; only who takes minutes runs Once, and is marked. Nobody is timed before its result was held against float64 (or,
+where results are integers, against the exact ones); a peer whose result is wrong is reported as wrong and is nobody's
+rival.
 """
 
 import math

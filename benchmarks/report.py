@@ -41,10 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace what stands between the markers in FILE")
     options = parser.parse_args(argv)
     found = [load(path) for path in options.results or sorted(RESULTS.glob("*.json"))]
-    sections = [section(data) for data in found if data and (options.results or not data["quick"])]
-    if not sections:
+    chosen = [data for data in found if data and (options.results or not data["quick"])]
+    if not chosen:
         return _fail("there are no results yet; make some with `pytest benchmarks/ --benchmark-only`")
-    text = "\n\n".join(sections)
+    text = "\n\n".join([*map(section, chosen), legend(entry for data in chosen for entry in data["entries"].values())])
     if options.write is None:
         print(text)
         return 0
@@ -118,20 +118,24 @@ def section(data: Mapping[str, Any]) -> str:
         parts.append(
             f"<details><summary>Op by op ({len(others)} comparisons)</summary>\n\n{table(head, others)}\n\n</details>"
         )
-    legend = (
+    kinds = ("Did not take part", _absent), ("Timed, not judged", _unjudged)
+    said = [(what, sorted({line for entry in entries for line in of(entry)})) for what, of in kinds]
+    if others := [f"{what}: {'; '.join(lines)}." for what, lines in said if lines]:
+        parts.append(" ".join(others))
+    return "\n\n".join(parts)
+
+
+def legend(entries: Iterable[Mapping[str, Any]]) -> str:
+    """What the columns mean."""
+    text = (
         "Ratio: the best peer's median time over ours (for memory, its peak over ours), in interleaved rounds of one "
         "process; above 1 ours is better. Peak memory: what a call needs beyond what was there before it, results "
         "included; of a process, all of it. Every peer, with quartiles and errors, is in `benchmarks/results/`."
     )
     if single := [_dense(name, entry) for entry in entries for name in entry["peers"] if once(entry["peers"][name])]:
-        legend += f" {ONCE} The peer ran once, cold, before the rounds"
-        legend += "; dense attention once beside each pattern, of which the least time counts." if any(single) else "."
-    parts.append(legend)
-    if unjudged := sorted({line for entry in entries for line in _unjudged(entry)}):
-        parts.append("Timed, but not held against the truth: " + "; ".join(unjudged) + ".")
-    if absent := sorted({line for entry in entries for line in _absent(entry)}):
-        parts.append("Did not take part: " + "; ".join(absent) + ".")
-    return "\n\n".join(parts)
+        text += f" {ONCE} The peer ran once, cold, before the rounds"
+        text += "; dense attention once beside each pattern, of which the least time counts." if any(single) else "."
+    return text
 
 
 def heading(data: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> str:

@@ -66,7 +66,7 @@ def flop(config: igpt.Config, batch: int = BATCH, density: float = 1.0) -> float
 
 
 def peers_precision(precision: str, device: str) -> str:
-    """What precision serves a peer best: bf16 products that torch does a hundred times slower help nobody."""
+    """What precision serves a peer best: bf16 products that torch does far slower help nobody."""
     return FLOAT32 if device == "cpu" and bf16_is_slow() else precision
 
 

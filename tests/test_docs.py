@@ -1,7 +1,10 @@
-"""Every command in README.md and docs/ exists, with the options that it is shown with."""
+"""README.md and docs/: commands exist with the options that they are shown with, figures are those of the results."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,23 @@ def test_commands_exist(line):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_tables_are_those_of_the_results():
+    listed = subprocess.run(["git", "ls-files", "benchmarks/results/*.json"], cwd=ROOT, capture_output=True, text=True)
+    if not listed.stdout:
+        pytest.skip("git does not say here which results belong to the project")
+    command = [sys.executable, "-m", "benchmarks.report", *listed.stdout.split()]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    shown = re.search("<!-- benchmarks:begin -->\n(.*)<!-- benchmarks:end -->", (ROOT / "README.md").read_text(), re.S)
+    assert shown[1] == made.stdout, "run: python -m benchmarks.report --write README.md"
+
+
+def test_kernels_that_no_gpu_has_run_are_named():
+    kernels = json.loads((ROOT / "benchmarks" / "results" / "verified.json").read_text())["kernels"]
+    said = re.search(r"Only the bench has run(.*?)Single calls", (ROOT / "README.md").read_text(), re.S)[1]
+    assert set(re.findall(r"`(\w+)`", said)) == {name for name, found in kernels.items() if not found["commit"]}
 
 
 ROWS = {

@@ -14,8 +14,8 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ (+ bias), with gradients, as torch.nn.functional.linear: also in its dtypes and under autocast.
 
     x [..., K]   weight [M, K]   bias [M] or None   → [..., M]
-    On a CPU without bf16 instructions torch multiplies bf16 up to a hundred times slower than float32. There the
-    product of bf16 numbers is float32's, rounded at the end; float32 weights under autocast then keep all their bits.
+    On a CPU without bf16 instructions torch multiplies bf16 far slower than float32. There the product of bf16 numbers
+    is float32's, rounded at the end; float32 weights under autocast then keep all their bits.
     Raises InputError for shapes that do not fit.
     """
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:

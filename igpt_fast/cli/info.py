@@ -13,7 +13,6 @@ from igpt_fast import __version__
 from igpt_fast.cli.options import JsonOption, print_json
 from igpt_fast.ops import _native
 
-
 # What a backend lacks and nobody misses: ops that other ops, each with what serves it, make up; one of a GPU alone.
 UNMISSED = {
     "linear_cross_entropy_fwd": "composed of other ops",

@@ -40,3 +40,33 @@ def test_linear(compare, device, quick, rows, fan_in, fan_out, dtype):
             seconds=1.0,
         )
     )
+
+
+def norm_fc_gelu(x, weight, bias, norm):
+    return peers.quick_gelu(F.linear(F.rms_norm(x, norm.shape, norm, 1e-5), weight, bias))
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@torch.no_grad()
+def test_with_what_stands_around_it(compare, device, quick, rows):
+    """A step's norm, linear and GELU: one kernel on a GPU."""
+    dtype, (x, weight, bias, norm) = torch.bfloat16, (torch.randn(n) for n in ((rows, 512), (2048, 512), 2048, 512))
+    given = [t.to(device).to(dtype) for t in (x, weight / 512**0.5, bias, norm)]
+    others = {
+        "F.rms_norm, F.linear, x * torch.sigmoid(1.702 * x)": peers.call(norm_fc_gelu, *given),
+        "torch.compile of them": peers.call(peers.compiled(norm_fc_gelu, quick), *given),
+    }
+    compare(
+        Case(
+            op="norm, linear, GELU",
+            shape=f"{rows} × 512 → 2048",
+            dtype=dtype_name(dtype),
+            device=device,
+            backend=served_by("linear_fwd", *given),
+            ours=lambda: ops.linear(*given, gelu=True),
+            peers=others,
+            judge=Close(float64(norm_fc_gelu, *given), dtype),
+            work={"GB/s": weight.numel() * 2, "GFLOP/s": 2 * rows * weight.numel()},
+            seconds=1.0,
+        )
+    )

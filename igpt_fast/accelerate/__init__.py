@@ -5,15 +5,14 @@ that weights, names, hooks, devices, saving and generation stay transformers' ow
 through the module's original forward, and the reason is logged once.
 """
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 from igpt_fast.accelerate import forwards
 from igpt_fast.accelerate.dropout import drawn
-from igpt_fast.accelerate.theirs import Forward, theirs
+from igpt_fast.accelerate.theirs import Forward, Standin, is_ours, theirs
 from igpt_fast.errors import InputError
 from igpt_fast.ops._native import say_slower
 
@@ -42,21 +41,34 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def undo(model: nn.Module) -> nn.Module:
-    """Takes `accelerate` back → the same object, every module with the forward that it had."""
+    """Takes `accelerate` back → the same object, every module with the forward that it had.
+
+    A forward of ours that another library has wrapped stays, with a word: only that library can take its own back.
+    """
     for module in model.modules():
-        if type(module.__dict__.get("forward")) is Forward:
+        forward = module.__dict__.get("forward")
+        if is_ours(forward):
             del module.forward
+        elif any(map(is_ours, _unwrapped(forward))):
+            say_slower(f"undo leaves {type(module).__name__} accelerated: another library has wrapped its forward")
     return model
 
 
 accelerate.undo = undo
 
 
+def _unwrapped(forward: Any) -> Iterator[Any]:
+    """What a forward wraps, layer by layer."""
+    while (forward := getattr(forward, "__wrapped__", None)) is not None:
+        yield forward
+
+
 def _replace(module: nn.Module, kind: type, run: Callable[..., Any]) -> None:
     """Gives one module `run` for its forward, unless somebody else has already changed what its forward is."""
-    if type(module).forward is not kind.forward:
-        say_slower(f"accelerate leaves {type(module).__name__} as it is: its forward is not {kind.__name__}'s")
-    elif "forward" not in module.__dict__:
-        module.forward = Forward(weakref.ref(module), run)
-    elif type(module.forward) is not Forward:
-        say_slower(f"accelerate leaves {type(module).__name__} as it is: another library has replaced its forward")
+    name, now = type(module).__name__, module.__dict__.get("forward")
+    if type(module).forward is not theirs().forwards[kind]:
+        say_slower(f"accelerate leaves {name} as it is: its forward is not {kind.__name__}'s")
+    elif now is None or is_ours(now):  # maybe bound to the module that this is a copy.copy of
+        module.forward = Forward(module, Standin(kind, run))
+    else:
+        say_slower(f"accelerate leaves {name} as it is: another library has replaced its forward")

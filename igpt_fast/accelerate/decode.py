@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
-from igpt_fast.accelerate.theirs import HOOKS, plain, theirs
+from igpt_fast.accelerate.plain import State, other
+from igpt_fast.accelerate.theirs import theirs
 from igpt_fast.ops._native import fused_backend_for, say_slower, serves
 from igpt_fast.ops.attention import refused_by_cuda, refused_head_dim
 from igpt_fast.ops.decode_step import LayerWeights, StepWeights
@@ -45,7 +46,9 @@ def decode(model: nn.Module, given: Mapping[str, Any]) -> Any:
     given: the arguments by name.
     """
     ids, cache = given.get("input_ids"), given.get("past_key_values")
-    if ids is None or cache is None or ids.ndim != 2 or ids.shape[1] != 1 or torch.is_grad_enabled():
+    if ids is None or ids.ndim != 2 or ids.shape[1] != 1 or torch.is_grad_enabled():
+        return None
+    if not isinstance(cache, theirs().Cache) or ids.dtype not in (torch.int32, torch.int64):
         return None
     own = cache.self_attention_cache if isinstance(cache, theirs().EncoderDecoderCache) else cache
     past = int(own.get_seq_length())
@@ -58,10 +61,12 @@ def decode(model: nn.Module, given: Mapping[str, Any]) -> Any:
         say_slower(f"a decoding step runs module by module: {reason}")
     if buffer is None:
         return None
-    logits = buffer.step(ids[:, 0], past)[:, None]
+    logits = buffer.step(ids[:, 0].long(), past)[:, None]
     buffer.show(own, past + 1)
-    wanted = given.get("return_dict")
-    if not (model.config.return_dict if wanted is None else wanted):
+    wanted, config = given.get("return_dict"), model.config
+    if wanted is None:
+        wanted = config.return_dict and not (theirs().knows_torchscript and config.torchscript)
+    if not wanted:
         return logits, cache
     return theirs().CausalLMOutput(logits=logits, past_key_values=cache)
 
@@ -74,8 +79,6 @@ def _why_not(model: nn.Module, given: Mapping[str, Any], cache: Any, past: int) 
     ids, config = given["input_ids"], model.config
     if type(cache) is not theirs().DynamicCache or getattr(cache, "offloading", False):
         return f"the cache is a {type(cache).__name__}, or offloads"
-    if model.training:
-        return "the model is in training mode"
     if torch.is_autocast_enabled(ids.device.type):
         return "autocast is on; a model in bfloat16 itself is faster"
     if config.output_attentions or config.output_hidden_states:
@@ -83,7 +86,7 @@ def _why_not(model: nn.Module, given: Mapping[str, Any], cache: Any, past: int) 
     if past >= len(model.transformer.wpe.weight):
         return "the cache is full"
     mask, places = given.get("attention_mask"), given.get("position_ids")
-    if mask is not None and (mask.shape != (len(ids), past + 1) or not bool(mask.all())):
+    if mask is not None and (mask.shape != (len(ids), past + 1) or not bool((mask == 1).all())):
         return "the attention mask hides something"
     if places is not None and not bool((places == past).all()):
         return "position_ids are not the next ones"
@@ -100,7 +103,7 @@ class _Buffer:
         self.data, self.all_weights = data, weights
         self.weights = replace(weights, wpe=weights.wpe[: data.shape[4]])
         self._eps = model.transformer.ln_f.eps
-        self._model, self._state = weakref.ref(model), _State(model)
+        self._model, self._state = weakref.ref(model), State(model)
         self._shown: list[tuple[Tensor, ...]] = []
         self._counted = _CountedSteps(self) if counts(data) else None
 
@@ -157,40 +160,12 @@ class _CountedSteps:
         return self._logits.clone()
 
 
-class _State:
-    """What tells one state of a model from another: its weights, its modules, and who watches them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.modules())
-        self._dicts = [module.__dict__ for module in self._modules]
-        self._hooks = [own[name] for own in self._dicts for name in HOOKS]
-        self._weights = [p for own in self._dicts for p in own["_parameters"].values() if p is not None]
-        self._known = self._now()
-
-    def holds(self) -> bool:
-        """Asked at every step: a few hundred modules in some 0.1 ms."""
-        return self._known == self._now()
-
-    def _now(self) -> tuple[list[Any], ...]:
-        dicts = self._dicts
-        return (
-            list(map(type, self._modules)),
-            list(map(len, self._hooks)),
-            [own.get("forward") for own in dicts],
-            [own["training"] for own in dicts],
-            [id(child) for own in dicts for child in own["_modules"].values()],
-            [id(p) for own in dicts for p in own["_parameters"].values()],
-            [p.data_ptr() for p in self._weights],
-            [0 if p.is_inference() else p._version for p in self._weights],
-        )
-
-
 def _buffer_of(cache: Any, model: nn.Module, past: int) -> tuple[str | None, _Buffer | None]:
     """A buffer that holds the cache and has a slot free; or the reason why there is none, if it is worth a word."""
     buffer = _buffers.get(cache)
     if buffer is not None and not buffer.serves(model):
         buffer = None
-    reason = _other(model) if buffer is None else None
+    reason = other(model) if buffer is None else None
     if reason is not None:
         return reason, None
     if buffer is not None and past < buffer.data.shape[4] and buffer.holds(cache):
@@ -226,20 +201,6 @@ def _unfit(cache: Any, model: nn.Module, past: int) -> str | None:
         for t in (layer.keys, layer.values):
             if t.shape != shape or t.dtype is not wte.dtype or t.device != wte.device:
                 return "the cache differs from the model in shape, dtype or device"
-    return None
-
-
-def _other(model: nn.Module) -> str | None:
-    """Why a model is not the plain one that decode_step computes; None when it is."""
-    them, config = theirs(), model.config
-    if config.add_cross_attention or not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
-        return "its attention is scaled otherwise, or crossed"
-    known = them.Conv1D, them.QuickGELU, nn.Dropout, nn.Embedding, nn.Linear, nn.ModuleList
-    for module in model.modules():
-        if module is not model and not (plain(module) and (type(module) in known or type(module) in them.own)):
-            return f"somebody watches or replaced its {type(module).__name__}"
-        if type(module) is nn.Dropout and module.training and module.p:
-            return "a dropout is in training mode"
     return None
 
 

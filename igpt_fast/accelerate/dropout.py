@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
-from igpt_fast.accelerate.theirs import plain
+from igpt_fast.accelerate.plain import plain
 from igpt_fast.ops.dropout import has_dropout_kernel
 
 
 def dropout(module: nn.Module, x: Tensor) -> Tensor:
     """A dropout module's call: by `drawn` where nobody would notice."""
-    return drawn(module, x) if type(module) is nn.Dropout and plain(module) else module(x)
+    return drawn(module, x) if plain(module, nn.Dropout) else module(x)
 
 
 def drawn(self: nn.Module, input: Tensor) -> Tensor:

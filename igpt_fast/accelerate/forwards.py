@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from igpt_fast import ops
 from igpt_fast.accelerate.decode import decode
 from igpt_fast.accelerate.dropout import dropout
-from igpt_fast.accelerate.theirs import bind, plain, theirs
+from igpt_fast.accelerate.plain import changed, plain, scale
+from igpt_fast.accelerate.theirs import bind, theirs
 from igpt_fast.ops._native import say_slower
 from igpt_fast.ops.attention_dropout import has_dropout_kernel
 
@@ -46,10 +48,10 @@ def head(self: nn.Linear, input: Tensor) -> Tensor:
 
 def mlp(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """ImageGPTMLP: c_fc's bias is added by the activation."""
-    if type(self.act) is not theirs().QuickGELU or not plain(self.act):
+    if not plain(self.act, theirs().QuickGELU):
         say_slower(f"the MLP runs its own activation: {type(self.act).__name__} is not quick_gelu, or is hooked")
         hidden_states = self.act(_linear(self.c_fc, hidden_states))
-    elif type(self.c_fc) is theirs().Conv1D and plain(self.c_fc):
+    elif plain(self.c_fc, theirs().Conv1D):
         hidden_states = ops.projection(hidden_states, self.c_fc.weight.t())
         hidden_states = ops.bias_quick_gelu(hidden_states, self.c_fc.bias)
     else:
@@ -60,20 +62,30 @@ def mlp(self: nn.Module, hidden_states: Tensor) -> Tensor:
 def block(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
     """ImageGPTBlock: the sum of stream and attention is made by the norm that reads it."""
     given = bind(self, hidden_states, *args, **kwargs).arguments
-    seen = given.get("encoder_hidden_states") is not None or not (plain(self.ln_1) and plain(self.ln_2))
-    if seen or (self.gradient_checkpointing and self.training):  # which the original takes care of
+    kind = theirs().ImageGPTLayerNorm
+    seen = not (plain(self.ln_1, kind) and plain(self.ln_2, kind))
+    if seen:
+        say_slower("a block leaves its sums to torch: somebody watches or replaced one of its norms")
+    crossed = given.get("encoder_hidden_states") is not None
+    if seen or crossed or (self.gradient_checkpointing and self.training):  # which the original takes care of
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    kind = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     names = "layer_past", "attention_mask", "head_mask", "use_cache", "output_attentions", "cache_position"
-    x = ops.rms_norm(hidden_states, self.ln_1.weight, self.ln_1.eps, dtype=dtype)
+    x = ops.rms_norm(hidden_states, self.ln_1.weight, self.ln_1.eps, dtype=_normed(hidden_states, self.ln_1))
     mixed, *rest = self.attn(x, **{name: given[name] for name in names if name in given})
     if torch.promote_types(mixed.dtype, hidden_states.dtype) is hidden_states.dtype:
+        dtype = _normed(hidden_states, self.ln_2)
         x, hidden_states = ops.rms_norm(mixed, self.ln_2.weight, self.ln_2.eps, residual=hidden_states, dtype=dtype)
     else:
         hidden_states = mixed + hidden_states
         x = self.ln_2(hidden_states)
     return hidden_states + self.mlp(x), *rest
+
+
+def _normed(x: Tensor, ln: nn.Module) -> torch.dtype:
+    """The dtype in which the linear behind a norm reads what the norm makes of x."""
+    dtype, kind = torch.promote_types(x.dtype, ln.weight.dtype), x.device.type
+    autocast = dtype is not torch.float64 and torch.is_autocast_enabled(kind)  # which leaves float64 as it is
+    return torch.get_autocast_dtype(kind) if autocast else dtype
 
 
 def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -92,14 +104,13 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
     if cache is not None:
         extra = ({"cache_position": given["cache_position"]},) if "cache_position" in given else ()
         k, v = cache.update(k, v, self.layer_idx, *extra)
-    scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
-    scale /= self.layer_idx + 1 if self.scale_attn_by_inverse_layer_idx else 1
+    factor = scale(self)
     if past:
-        mixed = _newest(q, k[:, :, : past + 1], v[:, :, : past + 1], scale).transpose(1, 2)
-    elif self.training and self.attn_dropout.p > 0:
-        mixed = _dropped(qkv, self.attn_dropout.p, scale)
+        mixed = _newest(q, k[:, :, : past + 1], v[:, :, : past + 1], factor).transpose(1, 2)
+    elif self.attn_dropout.training and self.attn_dropout.p > 0:
+        mixed = _dropped(qkv, self.attn_dropout.p, factor)
     else:
-        mixed = ops.attention_packed(qkv, scale=scale)
+        mixed = ops.attention_packed(qkv, scale=factor)
     return dropout(self.resid_dropout, _linear(self.c_proj, mixed.flatten(2))), None
 
 
@@ -133,11 +144,15 @@ def _why_not(self: nn.Module, given: dict[str, Any], cache: Any, past: int, quer
         return f"the cache is a {type(cache).__name__}"
     if past and queries > 1:
         return "several queries follow cached keys"
-    dropping = self.training and self.attn_dropout.p > 0
+    if self._forward_hooks or _has_any_global_hook():
+        return "a hook would see its weights"
+    if not plain(self.attn_dropout, nn.Dropout):
+        return "somebody watches or replaced its dropout"
+    dropping = self.attn_dropout.training and self.attn_dropout.p > 0
     if dropping and (past or self.attn_dropout.p == 1):
         return "attention dropout on cached keys, or of all weights"
-    if not (plain(self.attn_dropout) and type(self.attn_dropout) is nn.Dropout):
-        return "somebody watches or replaced its dropout"
+    if reason := changed(self):
+        return reason
     mask = given.get("attention_mask")
     if mask is not None and not _open(mask, past + queries):
         return "the attention mask hides something"
@@ -152,6 +167,8 @@ def _open(mask: Tensor, slots: int) -> bool:
 
     A forward pass gives every layer the same mask: it is read once.
     """
+    if torch.compiler.is_compiling():  # which would take what it found at the first call for ever
+        return not bool(mask[..., :slots].any())
     version = 0 if mask.is_inference() else mask._version
     last, *known, found = _last_mask
     if last is None or last() is not mask or known != [version, slots]:
@@ -170,7 +187,7 @@ def causal_lm(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if found is not None:
         return found
     labels, ids = given.get("labels"), given.get("input_ids")
-    ours = labels is not None and ids is not None and labels.shape == ids.shape
+    ours = labels is not None and ids is not None and labels.shape == ids.shape and not labels.is_floating_point()
     if ours:
         given["labels"] = None
     out = type(self).forward(*bound.args, **bound.kwargs)
@@ -200,15 +217,15 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     logits [B, T, V]   labels [B, T]   → a scalar of the dtype that torch's own loss has
     """
-    targets = F.pad(labels[..., 1:], (0, 1), value=IGNORED).to(logits.device)
+    targets = F.pad(labels.long()[..., 1:], (0, 1), value=IGNORED).to(logits.device)
     counted = targets != IGNORED
     nats = ops.cross_entropy(logits, targets.masked_fill(~counted, 0), reduction="none")
     autocast = torch.is_autocast_enabled(logits.device.type)
-    return ((nats * counted).sum() / counted.sum()).to(torch.float32 if autocast else logits.dtype)
+    return (nats.where(counted, 0).sum() / counted.sum()).to(torch.float32 if autocast else logits.dtype)
 
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
     """A Conv1D's product, by projection where the module is as transformers made it."""
-    if type(module) is theirs().Conv1D and plain(module):
+    if plain(module, theirs().Conv1D):
         return ops.projection(x, module.weight.t(), module.bias)
     return module(x)

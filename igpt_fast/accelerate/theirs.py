@@ -1,4 +1,4 @@
-"""What is transformers' own: its classes, the forward of one module that stands in for its own, and who watches it."""
+"""What is transformers' own: its classes and their functions, and what stands for the forward of one of its modules."""
 
 import copy
 import functools
@@ -8,12 +8,15 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from igpt_fast.errors import InputError
+from igpt_fast.ops._native import say_slower
 
 OLDEST = (4, 57)
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+ATTENTION = "_attn", "_upcast_and_reordered_attn", "_merge_heads"  # what their attention's forward calls of its own
 
 
 @functools.cache
@@ -22,7 +25,7 @@ def theirs() -> SimpleNamespace:
     try:
         import transformers
         from transformers.activations import QuickGELUActivation
-        from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
+        from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
         from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
         from transformers.models.imagegpt import modeling_imagegpt
         from transformers.pytorch_utils import Conv1D
@@ -33,12 +36,20 @@ def theirs() -> SimpleNamespace:
     if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < OLDEST:
         raise InputError(f"accelerate needs transformers 4.57 or newer, this is {transformers.__version__}; upgrade it")
     own = {name: getattr(modeling_imagegpt, name) for name in dir(modeling_imagegpt) if name.startswith("ImageGPT")}
+    modules = [kind for kind in own.values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
+    kinds = *modules, Conv1D, QuickGELUActivation, nn.Dropout, nn.Embedding, nn.Linear
     return SimpleNamespace(
         **own,
-        own=frozenset(own.values()),
+        forwards={kind: _unchanged(kind, "forward") for kind in kinds},
+        attention={name: _unchanged(own["ImageGPTAttention"], name) for name in ATTENTION},
+        # Up to 5.12 attention divides by the root of the head dim without its fraction.
+        cuts_root=getattr(modeling_imagegpt, "torch_float", float)(1.5) == 1,
+        # Whether a config of torchscript=True makes it return tuples, as in 4.57.
+        knows_torchscript="use_return_dict" in inspect.unwrap(own["ImageGPTModel"].forward).__code__.co_names,
         Conv1D=Conv1D,
         QuickGELU=QuickGELUActivation,
         CausalLMOutput=CausalLMOutputWithCrossAttentions,
+        Cache=Cache,
         DynamicCache=DynamicCache,
         DynamicLayer=DynamicLayer,
         EncoderDecoderCache=EncoderDecoderCache,
@@ -46,14 +57,79 @@ def theirs() -> SimpleNamespace:
     )
 
 
-class Forward:
-    """A module's new forward. It does not keep the module alive, and it copies and pickles together with it."""
+def _unchanged(kind: type, name: str) -> Callable[..., Any] | None:
+    """A function of a class; None where somebody has exchanged it already."""
+    found = getattr(kind, name, None)
+    return found if getattr(found, "__module__", None) == kind.__module__ else None
 
-    def __init__(self, module: weakref.ref, run: Callable[..., Any]) -> None:
-        self._module, self._run = module, run
+
+class Standin:
+    """What stands for the forward of a class: `run`, a function that takes the module first.
+
+    Where our kernels would be noticed it is the class's own forward, and the reason is logged.
+    """
+
+    __name__ = "forward"  # by which a method of it pickles
+
+    def __init__(self, kind: type, run: Callable[..., Any]) -> None:
+        self._kind, self._run, self._own = kind, run, theirs().forwards[kind]
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = type(module).forward
+        reason = "somebody has exchanged its class's" if forward is not self._own else _beyond(args, kwargs)
+        if reason is None:
+            return self._run(module, *args, **kwargs)
+        say_slower(f"{type(module).__name__} runs its own forward: {reason}")
+        return forward(module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return _signature(self._kind)
+
+    def __reduce__(self) -> tuple:
+        return Standin, (self._kind, self._run)
+
+
+def _beyond(args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Why a call must consist of torch's own ops; None when it need not. Compilers know ours."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode watches it, as those of FakeTensorMode and make_fx"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms it"
+    if forward_ad._current_level >= 0:
+        return "it is differentiated forward"
+    if torch.jit.is_tracing():
+        return "torch.jit traces it"
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    return "it is on the meta device" if getattr(first, "is_meta", False) else None
+
+
+class Forward:
+    """A module's new forward. It does not keep the module alive, and it copies and pickles together with it.
+
+    It has a bound method's __func__, the stand-in, and __self__: libraries wrap the one and bind it to the other.
+    """
+
+    def __init__(self, module: nn.Module, standin: Standin) -> None:
+        self._module, self._standin = weakref.ref(module), standin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self._module(), *args, **kwargs)
+        return self._standin(self.__self__, *args, **kwargs)
+
+    @property
+    def __func__(self) -> Standin:
+        return self._standin
+
+    @property
+    def __self__(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise InputError(
+                "the model of this forward is gone; keep it, and where this is a copy by copy.copy, accelerate the copy"
+            )
+        return module
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -62,24 +138,19 @@ class Forward:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        module = self._module()
+        module = self.__self__
         return type(module).forward.__get__(module)
 
     def __deepcopy__(self, memo: dict) -> "Forward":
-        return Forward(weakref.ref(copy.deepcopy(self._module(), memo)), self._run)
+        return Forward(copy.deepcopy(self.__self__, memo), self._standin)
 
     def __reduce__(self) -> tuple:
-        return _forward_of, (self._module(), self._run)
+        return Forward, (self.__self__, self._standin)
 
 
-def _forward_of(module: nn.Module, run: Callable[..., Any]) -> Forward:
-    return Forward(weakref.ref(module), run)
-
-
-def plain(module: nn.Module) -> bool:
-    """Whether nobody would notice that the module's call is left out: no hooks, no forward of somebody else's."""
-    own = module.__dict__
-    return not any(map(own.get, HOOKS)) and ("forward" not in own or type(own["forward"]) is Forward)
+def is_ours(forward: Any) -> bool:
+    """Whether a forward is a stand-in, or one that is bound to a module."""
+    return isinstance(getattr(forward, "__func__", forward), Standin)
 
 
 @functools.cache

@@ -82,14 +82,15 @@ def test_counted_steps_run_a_gpus_kernels(monkeypatch):
     monkeypatch.setattr(single, "_OURS", single._OURS._replace(linear=reference.linear.linear))
     monkeypatch.setattr(decode, "counts", lambda cache: True)
     monkeypatch.setattr(decode, "ROOM", 8)
-    ours = igpt.accelerate(hf(**GENERATE, n_head=2)).to(torch.bfloat16)
+    upcast = {"reorder_and_upcast_attn": True}  # or 4.57 cuts the root of 32
+    ours = igpt.accelerate(hf(**GENERATE, n_head=2, **upcast)).to(torch.bfloat16)
     exact, x, past, found = igpt.accelerate.undo(copy.deepcopy(ours).double()), ids(2, 20), None, []
     with _native.use_backend("simt", poison=True):
         for at in range(20):
             out = ours(x[:, at : at + 1], past_key_values=past, use_cache=True)
             past = out.past_key_values
             found.append(out.logits[:, 0])
-    assert decode._buffers[past]._counted is not None
+    assert decode._buffers[getattr(past, "self_attention_cache", past)]._counted is not None
     assert (torch.stack(found, 1).double() - exact(x).logits).abs().max() < 40 * torch.finfo(torch.bfloat16).eps
 
 

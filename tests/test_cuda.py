@@ -181,7 +181,7 @@ def test_images_are_drawn_by_a_cuda_graph(pattern, caplog, monkeypatch):
         replayed = sample(model, n=3, seed=1)
         completed = complete(model, replayed, keep=0.5, n=2, seed=1)
     assert "one by one" not in caplog.text
-    monkeypatch.setattr(replay, "recorded", lambda step: step)
+    monkeypatch.setattr(replay, "recorded", lambda step, device: step)
     assert torch.equal(sample(model, n=3, seed=1), replayed)
     assert torch.equal(complete(model, replayed, keep=0.5, n=2, seed=1), completed)
 
@@ -199,7 +199,7 @@ def test_a_graph_generates_what_transformers_generates(caplog, monkeypatch):
         replayed = model.generate(start, **options)
     assert "one by one" not in caplog.text and "module by module" not in caplog.text
     assert torch.equal(replayed[:, :4], want[:, :4])  # later ones may part where two logits are near each other
-    monkeypatch.setattr(replay, "recorded", lambda step: step)
+    monkeypatch.setattr(replay, "recorded", lambda step, device: step)
     assert torch.equal(model.generate(start, **options), replayed)
 
 

@@ -69,7 +69,7 @@ def test_without_a_graph_steps_run_as_they_are_and_the_reason_is_logged(caplog, 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
     calls = []
     with caplog.at_level(logging.WARNING, "igpt_fast"):
-        step = recorded(lambda: calls.append(1))
+        step = recorded(lambda: calls.append(1), torch.device("cuda"))
     assert "one by one" in caplog.text and "not permitted" in caplog.text
     step()
     assert calls == [1]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,7 +23,8 @@ COLOURS = ("#2f6fde", "#d9541e", "#2e9e5b", "#8a4fc7", "#b8860b", "#555555")
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Writes `data` so that `path` holds either all of it or what it held before, whatever happens meanwhile.
 
-    Makes the folder when it is missing. Raises OSError, leaving nothing behind, when the disk is full or read-only.
+    Makes the folder when it is missing. Raises OSError, naming `path` and leaving nothing behind, when the disk is full
+    or read-only, or `path` is a directory.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,8 +35,10 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -116,7 +120,8 @@ def curve_png_bytes(
             axes.plot(x, y, color=colour, label=name, linewidth=1.6, marker="o" if dots else None, markersize=4)
     for style, (name, level) in enumerate((levels or {}).items()):
         axes.axhline(level, color="#888888", linestyle=("--", ":", "-.")[style % 3], linewidth=1.2, label=name)
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    set_title(axes, title)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
@@ -137,6 +142,11 @@ def save_curve(
 ) -> None:
     """Writes `curve_png_bytes(…)` to `path`. Raises InputError, OSError."""
     write_atomically(path, curve_png_bytes(curves, x_label, y_label, title, levels, markers))
+
+
+def set_title(axes: Axes, text: str) -> None:
+    """A title as it is written: $ begins no formula, and what of a file's name is no UTF-8 shows as ?."""
+    axes.set_title(text.encode("utf-8", "replace").decode(), parse_math=False)
 
 
 def _colours(count: int) -> list[str]:

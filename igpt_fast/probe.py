@@ -24,7 +24,7 @@ from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.model import ImageGPT
-from igpt_fast.pictures import COLOURS
+from igpt_fast.pictures import COLOURS, set_title
 
 BATCH_BYTES = 256 << 20  # of activations at once, by the estimate in extract_features
 
@@ -198,7 +198,8 @@ def figure_png(result: ProbeResult, title: str) -> bytes:
         axes.axhline(majority, color="#888888", linestyle=":", linewidth=1.6, label=label)
     else:  # drawn, it would press all else into a thin band
         axes.plot([], [], color="#888888", linestyle=":", label=f"{label}, below the picture")
-    axes.set(title=title, xlabel=f"layer (0: embedding, {result.depth}: final norm)")
+    set_title(axes, title)
+    axes.set_xlabel(f"layer (0: embedding, {result.depth}: final norm)")
     axes.set_ylabel(f"accuracy on {result.test:,} test images (%), 95 % intervals")
     axes.set_xticks(numbers[:: math.ceil(len(numbers) / 16)])
     axes.grid(color="#dddddd", linewidth=0.6)

@@ -127,6 +127,10 @@ def test_skipping_counts_and_lists(folder):
         (["palette", "photos", "--colors", "1"], "2 to 4096"),
         (["palette", "photos", "--background", "no"], "background 'no'"),
         (["palette", "photos", "-o", "p.txt"], "ending in .npy"),
+        (["palette", "photos/a/0.png", "-o", "photos/a/0.npy"], "0.png: is among the images, and would be replaced"),
+        (["palette", "photos", "-o", "photos/b/1.npy"], "photos/b/1.png: is among the images"),
+        (["palette", "photos", "-o", "own.npy"], "own.png: is there, and the palette's picture would take its place"),
+        (["palette", "photos", "-o", "texts/c.npy"], "texts/c.png: is there"),
         (["palette", "photos", "-o", "texts/a.txt/p.npy"], "texts/a.txt/p.npy: cannot be written"),
         (["palette", "broken"], "broken/0.png: the file is empty (0 bytes); mend or remove the file, or leave"),
         (["palette", "broken", "--on-error", "skip"], "none of 1 images can be read"),
@@ -142,6 +146,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, arguments, reason):
         Path(name).mkdir()
     Path("texts/a.txt").touch()
     Path("broken/0.png").touch()
+    Path("own.png").touch()
+    Path("texts/c.png").mkdir()
     np.save("bad.npy", np.zeros((4, 2), np.float32))
     np.save("good.npy", np.zeros((4, 3), np.float32))
     before = sorted(Path().rglob("*"))

@@ -67,6 +67,13 @@ def test_the_command_prints_one_object_and_writes_the_figure(igpt, run, dataset,
     assert "raw pixels" in said and "majority class" in said and f"layer {result.best.layer} *" in said
 
 
+def test_the_figures_are_told_before_the_picture_fails(igpt, run, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    code, printed, said = igpt("probe", run, dataset.path, "--layers", "0", "--out", tmp_path / "p.png", "--json")
+    assert code == 2 and json.loads(printed)["test"] > 0 and "raw pixels" in said
+    assert said.endswith(f"error: No space left on device: {tmp_path / 'p.png'}\n")
+
+
 def test_images_are_tokenised_for_the_probe_and_leave_nothing(igpt, run, dataset, result, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -131,6 +131,18 @@ def test_numbers(value, text):
     assert number(value) == text
 
 
+@pytest.mark.parametrize("title", ["a $x_$", r"$\foo$", "$^$", "\udcff\udcfe"])
+def test_titles_are_no_formulas(title):
+    assert curve_png_bytes({"a": ([0, 1], [0, 1])}, "x", "y", title).startswith(b"\x89PNG")
+
+
+def test_a_failing_write_names_the_file(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(OSError, match=r"/a\.png'$") as error:
+        write_atomically(tmp_path / "a.png", b"data")
+    assert error.value.filename == str(tmp_path / "a.png") and len(list(tmp_path.iterdir())) == 1
+
+
 def test_without_a_terminal_there_are_plain_lines_on_stderr_only(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])

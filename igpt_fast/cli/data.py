@@ -62,7 +62,7 @@ def palette(
     Example: igpt-fast palette photos/ --colors 512 --size 32 -o palette.npy
     """
     began = time.monotonic()
-    _check_palette_file(out)
+    _check_palette_file(out, data)
     grid, source = parse_size(size), as_source(data)
     say(f"{data}: {_count(source)}")
     options = {"resize": resize.value, "background": background, "on_error": on_error.value, "workers": workers}
@@ -70,7 +70,7 @@ def palette(
         options |= {"progress": bar.to, "fitting": partial(show_steps, bar)}
         fitted, images, skipped = fit_palette(source, colors, grid, **options, limit=limit or None, seed=seed)
     fitted.save(out)
-    picture = out.with_suffix(".png")
+    picture = _picture_of(out)
     write_atomically(picture, to_png_bytes(fitted.picture()))
     seconds = time.monotonic() - began
     _say_all(report_left_out(source.ignored, [error for _, error in skipped]))
@@ -149,10 +149,23 @@ def _say_all(lines: list[str]) -> None:
         say(line)
 
 
-def _check_palette_file(out: Path) -> None:
-    """Finds out before the work that `out` can be written. Raises InputError."""
+def _picture_of(out: Path) -> Path:
+    return out.with_suffix(".png")
+
+
+def _check_palette_file(out: Path, data: Path) -> None:
+    """Finds out before the work that `out` and its picture can be written, over nothing but an older palette.
+
+    Raises InputError.
+    """
     if out.suffix != ".npy" or out.is_dir():
         raise InputError(f"{out}: a palette is written as a file ending in .npy; give such a name to --out")
+    picture, images = _picture_of(out), data.resolve()
+    for path in filter(Path.exists, (out, picture)):
+        if images in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"{path}: is among the images, and would be replaced; give another name to --out")
+    if picture.is_dir() or (picture.exists() and not out.exists()):
+        raise InputError(f"{picture}: is there, and the palette's picture would take its place; give another --out")
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
     try:

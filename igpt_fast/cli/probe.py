@@ -106,14 +106,15 @@ def probe(
         else:
             seen = seen_among(checkpoint, dataset.test, dataset.test.split("all"))
     step = "" if checkpoint.step is None else f", step {checkpoint.step},"
-    write_atomically(out, figure_png(result, f"Linear probe of {model.name or model}{step} on {(test or data).name}"))
     show(result)
     if seen:
         say(f"the model itself had learned from {seen:,} of the images held out here, without their labels")
-    say(f"wrote {out}")
     if as_json:
         facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen_unlabelled": seen}
         print_json(figure=str(out), **facts, **result.to_dict())
+    # Last: a picture that cannot be written must not take the figures along.
+    write_atomically(out, figure_png(result, f"Linear probe of {model.name or model}{step} on {(test or data).name}"))
+    say(f"wrote {out}")
 
 
 def demo(

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,6 +12,7 @@ from igpt_fast.patterns import described, normalised, of_layer
 
 OBJECTIVES = ("ar", "bert")
 POSITIONS = ("learned", "axial")
+MOST = 2**31 - 1  # of any number of a shape
 
 PRESETS: dict[str, dict[str, Any]] = {
     "S": {"layers": 24, "width": 512, "heads": 8, "size": (32, 32)},
@@ -64,7 +66,8 @@ class Config:
             raise InputError(f"bias is {self.bias!r}; use true or false")
         mlp_width = 4 * self.width if self.mlp_width is None else self.mlp_width
         self._set("mlp_width", _whole("mlp_width", mlp_width, 1))
-        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps < math.inf:
+        number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
+        if not number or not 0 < self.eps <= sys.float_info.max:
             raise InputError(f"eps is {self.eps!r}; use a small positive number such as 1e-5")
         self._set("eps", float(self.eps))
         self._set("pattern", normalised(self.pattern, self.layers, self.heads))
@@ -124,13 +127,15 @@ def _lists(value: Any) -> Any:
 
 
 def _whole(name: str, value: Any, least: int) -> int:
-    """`value` as an int; InputError when it is not a whole number of at least `least`."""
+    """`value` as an int; InputError when it is not a whole number of at least `least` and at most MOST."""
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = least - 1
     if number < least:
         raise InputError(f"{name} is {value!r}; use a whole number of at least {least}")
+    if number > MOST:
+        raise InputError(f"{name} is more than {MOST:,}; no model is so large")
     return number
 
 
@@ -141,4 +146,5 @@ def _nearest_multiple(value: int, step: int) -> int:
 
 def _nearest_divisor(value: int, wanted: int) -> int:
     """The divisor of `value` nearest to `wanted`; the smaller of two equally near."""
-    return min((d for d in range(1, value + 1) if value % d == 0), key=lambda d: abs(d - wanted))
+    small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+    return min((*small, *(value // d for d in reversed(small))), key=lambda d: abs(d - wanted))

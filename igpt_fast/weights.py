@@ -119,5 +119,5 @@ def _is_our_config(path: Path) -> bool:
     """Whether a config.json is a checkpoint's: then state.json is missing beside it, and load_checkpoint says so."""
     try:
         return "layers" in json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

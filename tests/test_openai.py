@@ -91,6 +91,10 @@ def test_a_checkpoint_is_named_in_three_ways_and_its_palette_lies_beside(copy):
     for source in (copy, f"{copy}.index", copy.parent):
         model = ImageGPT.from_pretrained(source, size=GRID)
         assert torch.equal(model.palette.centers, palette.centers)
+    shutil.copy(f"{copy}.index", copy.parent / ".index")  # whose name is an ending and nothing before it
+    with pytest.raises(InputError, match=r"is no directory; give a directory with config\.json"):
+        ImageGPT.from_pretrained(copy.parent / ".index")
+    assert ImageGPT.from_pretrained(copy.parent, size=GRID).palette is not None
     shutil.copy(f"{copy}.index", copy.parent / "model.ckpt-7.index")
     with pytest.raises(InputError, match="holds 2 checkpoints; name one"):
         ImageGPT.from_pretrained(copy.parent)
@@ -153,6 +157,13 @@ def test_hostile_bytes_raise_nothing_but_input_errors(copy, monkeypatch):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 200
+
+
+def test_an_axis_of_another_kind_is_refused(copy, monkeypatch):
+    rows = [(b"", b"\x08\x01"), (b"model/wte", b"\x12\x02\x10\x05")]  # the shape's one axis is a number, no message
+    monkeypatch.setattr(Bundle, "_table", lambda self, data: iter(rows))
+    with pytest.raises(InputError, match=r"131000\.index cannot be read"):
+        Bundle(copy)
 
 
 def test_the_extra_is_named_when_it_is_missing(copy, monkeypatch):

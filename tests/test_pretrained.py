@@ -139,6 +139,22 @@ def test_a_grid_that_is_no_square_is_known_by_its_processor_or_said(tmp_path):
         ImageGPT.from_pretrained(tmp_path / "odd", size=(4, 4))
 
 
+def test_a_models_own_grid_goes_before_a_processors(tmp_path):
+    """Palette.save knows no grid and says 32x32, whatever the model's."""
+    make(size=(16, 64)).save_pretrained(tmp_path)
+    PALETTE.save(tmp_path / "preprocessor_config.json")
+    assert ImageGPT.from_pretrained(tmp_path).config.size == (16, 64)
+    edit(tmp_path / "preprocessor_config.json", size={"height": 64, "width": 16})
+    with pytest.raises(InputError, match=r"has size 16x64 and preprocessor_config\.json beside it 64x16"):
+        ImageGPT.from_pretrained(tmp_path)
+
+
+def test_biases_may_be_left_out_all_together(saved):
+    tensors = load_file(saved / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if not name.endswith(".bias")}, saved / "model.safetensors")
+    assert ImageGPT.from_pretrained(saved).config == make().config
+
+
 def test_saving_is_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     model, before = make(), {file: file.read_bytes() for file in saved.iterdir()}
     with pytest.raises(InputError, match="holds files already; choose another place, or replace them with overwrite"):

@@ -43,6 +43,10 @@ def saved(tmp_path):
         ({"vocab_size": 513}, r"holds transformer\.wte\.weight as \[12, 24\], not \[513, 24\]"),
         ({"n_positions": 17, "igpt_fast": "gone"}, "17 positions are not a square; give the size"),
         ({"layer_norm_epsilon": "small"}, "eps is 'small'"),
+        ({"layer_norm_epsilon": 10**400}, "eps is 1000"),
+        ({"n_layer": 10**9}, r"has no transformer\.h\.2\.ln_1\.weight"),
+        ({"n_embd": 10**9 + 7}, "use width 1000000008 or heads 1"),
+        ({"n_embd": 10**399 + 1}, "width is more than 2,147,483,647; no model is so large"),
         ({"igpt_fast": {"size": 4}}, "igpt_fast is {'size': 4}"),
         ({"igpt_fast": {"objective": "both", "size": [4, 4]}}, "objective is 'both'"),
     ],
@@ -98,6 +102,18 @@ def write_list(folder):
     torch.save([torch.ones(2)], folder / "pytorch_model.bin")
 
 
+def write_meta(folder):
+    tensors = load_file(folder / "model.safetensors")
+    os.unlink(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to("meta")
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def write_headless(folder, architectures):
+    edit(folder / "config.json", architectures=architectures)
+    change(folder, **{"lm_head.weight": None})
+
+
 def write_nested(folder):
     os.unlink(folder / "model.safetensors")
     torch.save({"model": {"wte": torch.ones(2)}}, folder / "pytorch_model.bin")
@@ -132,9 +148,22 @@ def change(folder, **tensors):
         (lambda f: write_index(f, {"lm_head.weight": 3}), "lies in 3, which is no name"),
         (lambda f: write_index(f, {"lost": "a.safetensors"}), r"a\.safetensors has no lost, which model\.safetensors"),
         (lambda f: write_index(f, []), "has no weight_map"),
+        (lambda f: write_index(f, {"lost": "a" * 5000 + ".safetensors"}), r"lies in 'a{79}, which is no name"),
         (lambda f: (f / "config.json").write_text("{"), r"w/config\.json cannot be read"),
+        (lambda f: (f / "config.json").write_text("[" * 200_000), r"w/config\.json cannot be read"),
         (lambda f: (f / "config.json").write_text("[]"), r"w/config\.json is no JSON object"),
         (lambda f: change(f, **{"lm_head.weight": None}), r"w/model\.safetensors has no lm_head\.weight"),
+        (lambda f: write_headless(f, {"a": 1}), r"has no lm_head\.weight"),
+        (lambda f: write_headless(f, 5), r"has no lm_head\.weight"),
+        (
+            lambda f: change(f, **{"transformer.h.0.attn.c_attn.bias": None}),
+            r"w/model\.safetensors has no transformer\.h\.0\.attn\.c_attn\.bias",
+        ),
+        (
+            lambda f: change(f, **{"transformer.ln_f.weight": torch.ones(24).to(torch.float8_e5m2)}),
+            r"holds transformer\.ln_f\.weight as torch\.float8_e5m2; weights are torch\.float32, ",
+        ),
+        (write_meta, r"w/pytorch_model\.bin holds lm_head\.weight without its numbers"),
         (lambda f: change(f, extra=torch.ones(1)), r"w/model\.safetensors holds transformer\.extra, which an ImageGPT"),
         (
             lambda f: change(f, **{"transformer.ln_f.weight": torch.ones(25)}),

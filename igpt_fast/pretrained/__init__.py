@@ -37,7 +37,7 @@ __all__ = ["Pretrained", "read_pretrained", "write_pretrained"]
 
 log = logging.getLogger("igpt_fast")
 
-HEADLESS = ("ImageGPTForImageClassification", "ImageGPTModel")  # what theirs saves without an output table
+HEADLESS = (["ImageGPTForImageClassification"], ["ImageGPTModel"])  # what theirs saves without an output table
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,9 @@ def _read_layout(find: Find, source: str, size: tuple[int, int] | None) -> Pretr
         config = Config(**fields, classes=classes)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    architectures = settings.get("architectures") or [""]
-    headless = theirs.headless() and (bool(classes) or architectures[0] in HEADLESS)
+    architectures = settings.get("architectures")
+    bare = isinstance(architectures, list) and architectures[:1] in HEADLESS
+    headless = theirs.headless() and (bool(classes) or bare)
     if headless:
         log.warning("%s has no output table (it is no causal model): ours is zero, fit for features only", source)
     config, ours = to_ours(theirs, config, headless)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, reading
 
 MAGIC = 0xDB4775248B80FB57
 INDEX = ".index"
@@ -42,11 +42,11 @@ def find_bundle(path: Path) -> Path | None:
 
     None when there is no bundle. Raises InputError for a folder that holds several.
     """
-    if path.name.endswith(INDEX) and path.is_file():
+    if path.name.endswith(INDEX) and path.name != INDEX and path.is_file():
         return path.with_name(path.name.removesuffix(INDEX))
     if Path(f"{path}{INDEX}").is_file():
         return path
-    found = sorted(path.glob("*" + INDEX)) if path.is_dir() else []
+    found = sorted(path.glob("?*" + INDEX)) if path.is_dir() else []
     if len(found) > 1:
         raise InputError(f"{path} holds {len(found)} checkpoints; name one, as {found[-1].with_suffix('')}")
     return found[0].with_name(found[0].name.removesuffix(INDEX)) if found else None
@@ -58,15 +58,13 @@ class Bundle:
     def __init__(self, prefix: Path) -> None:
         self.prefix, self.path = prefix, prefix.with_name(prefix.name + INDEX)
         self._crc32c = _load_crc32c()
-        try:
+        with reading(self.path, AGAIN):
             entries = dict(self._table(self.path.read_bytes()))
             header = _message(entries.pop(b"", b""))
             self.shards = _first(header, 1, 0)
             if _first(header, 2, 0) != 0 or self.shards < 1:
                 raise ValueError("it is not of a machine whose numbers start with their lowest byte")
             self.entries = {key.decode(): _entry(value) for key, value in sorted(entries.items())}
-        except (OSError, ValueError, IndexError, struct.error, OverflowError, MemoryError) as error:
-            raise InputError(f"{self.path} cannot be read ({error}); {AGAIN}") from error
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, checked and copied into memory."""
@@ -81,7 +79,7 @@ class Bundle:
             with open(path, "rb") as file:
                 file.seek(entry.offset)
                 data = file.read(entry.length)
-        except (OSError, ValueError, OverflowError) as error:
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
             reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
             raise InputError(f"{path}, which holds {name}, {reason}; {AGAIN}") from error
         if len(data) != entry.length:

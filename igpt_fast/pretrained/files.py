@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, reading
 from igpt_fast.pretrained.names import Theirs
 
 CONFIG, SAFETENSORS, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
@@ -52,10 +52,8 @@ def read_weights(find: Find, source: str) -> Theirs:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises InputError, naming the file, when it is none."""
-    try:
+    with reading(path, AGAIN):
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}); {AGAIN}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is no JSON object; {AGAIN}")
     return value
@@ -69,8 +67,9 @@ def _read_index(path: Path, find: Find) -> dict[Path, set[str]]:
         raise InputError(f"{path} has no weight_map; {AGAIN}")
     keys: dict[str, set[str]] = {}
     for key, name in places.items():
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != suffix:
-            raise InputError(f"{path} says that {key} lies in {name!r}, which is no name of a {suffix} file beside it")
+        if not _is_file_name(name, suffix):
+            shown = repr(name)[:80]
+            raise InputError(f"{path} says that {key} lies in {shown}, which is no name of a {suffix} file beside it")
         keys.setdefault(name, set()).add(key)
     files = {}
     for name in sorted(keys):
@@ -81,12 +80,15 @@ def _read_index(path: Path, find: Find) -> dict[Path, set[str]]:
     return files
 
 
+def _is_file_name(name: Any, suffix: str) -> bool:
+    if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != suffix:
+        return False
+    return len(name.encode("utf-8", "surrogatepass")) <= 255  # longer, a file system refuses to be asked for it
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({error}); {AGAIN}") from error
+    with reading(path, AGAIN), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@
     blocks.{l}.mlp.fc, .proj            transformer.h.{l}.mlp.c_fc, .c_proj; likewise
     wclf                                score.weight
 
-Theirs always has biases; ours has them (config.bias) only when one of theirs is not zero.
+Theirs always has biases; a file may leave out all of them, but not some. Ours has them (config.bias) only when one of
+theirs is not zero.
 """
 
 import re
@@ -32,6 +33,8 @@ WTE, WPE, HEAD, SCORE, FC = (
     "transformer.h.0.mlp.c_fc.weight",
 )
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 # A causal mask and a constant that old files hold as buffers: not weights.
 _BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 
@@ -50,8 +53,9 @@ class Theirs:
             self._where[name] = where[key] if where else "the state dict"
             if name in self.tensors:
                 raise InputError(f"{self._where[name]} holds {name} twice, with the prefix `transformer.` and without")
-            if not tensor.is_floating_point():
-                raise InputError(f"{self._where[name]} holds {key} as {tensor.dtype}; weights are floating-point")
+            if tensor.dtype not in FLOATS or tensor.is_meta:
+                what = "without its numbers" if tensor.is_meta else f"as {tensor.dtype}"
+                raise InputError(f"{self._where[name]} holds {key} {what}; weights are {', '.join(map(str, FLOATS))}")
             self.tensors[name] = tensor
 
     def where(self, name: str | None = None) -> str:
@@ -85,18 +89,20 @@ def to_ours(theirs: Theirs, config: Config, headless: bool = False) -> tuple[Con
     file and key of whatever is missing, left over or of another shape.
     """
     tensors = theirs.tensors
-    bias = any(bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(".bias"))
+    biases = [tensor for name, tensor in tensors.items() if name.endswith(".bias")]
+    bias = any(bool(tensor.any()) for tensor in biases)
     config = replace(config, bias=bias)
-    wanted = dict(_shapes(config))
-    if left := sorted(tensors.keys() - wanted.keys()):
-        few = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if left[5:] else "")
-        raise InputError(f"{theirs.where(left[0])} holds {few}, which an ImageGPT of {config.layers} layers has not")
-    for name, (shape, _) in wanted.items():
-        if name not in tensors and not name.endswith(".bias") and not (headless and name == HEAD):
+    wanted = {}
+    for name, (shape, our_name) in _shapes(config):  # no further than the file goes, whatever config says
+        if name not in tensors and (biases or not name.endswith(".bias")) and not (headless and name == HEAD):
             raise InputError(f"{theirs.where()} has no {name}")
         if name in tensors and tuple(tensors[name].shape) != shape:
             found = list(tensors[name].shape)
             raise InputError(f"{theirs.where(name)} holds {name} as {found}, not {list(shape)}: shapes do not fit")
+        wanted[name] = shape, our_name
+    if left := sorted(tensors.keys() - wanted.keys()):
+        few = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if left[5:] else "")
+        raise InputError(f"{theirs.where(left[0])} holds {few}, which an ImageGPT of {config.layers} layers has not")
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     ours = {}
     for name, (shape, our_name) in wanted.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
+from igpt_fast.palette import HF_CONFIG
 
 log = logging.getLogger("igpt_fast")
 
@@ -65,8 +66,9 @@ def read_settings(
 ) -> dict[str, Any]:
     """Fields of Config (all but bias and classes, which the weights tell) that a config.json, read as JSON, asks for.
 
-    where: its name, for errors. grid: (height, width) from elsewhere, when it is known. asked: see `grid_of`. Raises
-    InputError that names the field whose value is not supported or makes no sense; one that is not known is logged.
+    where: its name, for errors. grid: (height, width) that the processor beside it has; its own size goes before a grid
+    of 32x32, which is what a processor says that was never told. asked: see `grid_of`. Raises InputError that names the
+    field whose value is not supported or makes no sense, or differs from `grid`; one that is not known is logged.
     """
     check_supported(settings, where)
     known = _UNSUPPORTED.keys() | _HARMLESS | _SHAPES.keys() | _ALIASES.keys() | {OURS}
@@ -79,6 +81,10 @@ def read_settings(
         raise InputError(
             f"{where}: {OURS} is {ours!r}; it holds the objective, the size (height, width) and the pattern"
         )
+    own = tuple(ours["size"]) if "size" in ours else None
+    if own and grid and own != grid != (32, 32):
+        says, beside = (f"{height}x{width}" for height, width in (own, grid))
+        raise InputError(f"{where}: {OURS} has size {says} and {HF_CONFIG} beside it {beside}; correct either")
     shapes = {**_SHAPES, **{_ALIASES.get(name, name): value for name, value in settings.items()}}
     positions, rows = (_whole(shapes[name], name, where) for name in ("n_positions", "vocab_size"))
     objective = ours.get("objective", "ar")
@@ -87,7 +93,7 @@ def read_settings(
         "width": shapes["n_embd"],
         "heads": shapes["n_head"],
         "colors": rows - (objective == "ar"),
-        "size": grid_of(positions, grid or ours.get("size"), where, asked),
+        "size": grid_of(positions, own or grid, where, asked),
         "pattern": ours.get("pattern"),
         "objective": objective,
         "mlp_width": shapes["n_inner"],

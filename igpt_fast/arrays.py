@@ -1,5 +1,6 @@
 """Images that lie in a .npy or .npz file: where each row's bytes are, and the labels beside them. No pixel is read."""
 
+import math
 import os
 import zipfile
 from dataclasses import dataclass
@@ -26,13 +27,13 @@ class ArrayLayout:
 
 
 def npy_layout(path: Path) -> ArrayLayout:
-    """The layout of a .npy file. Raises InputError when it does not hold images, ValueError when it is no .npy."""
+    """The layout of a .npy file. Raises InputError when it does not hold images, anything when it is no .npy."""
     with open(path, "rb") as stream:
         return _layout(stream, os.path.getsize(path), str(path))
 
 
 def npz_layout(path: Path) -> ArrayLayout:
-    """The layout of the images in an .npz file, with its labels. Raises as npy_layout does, and zipfile.BadZipFile."""
+    """The layout of the images in an .npz file, with its labels. Raises as npy_layout does."""
     with zipfile.ZipFile(path) as archive:
         members = {n.removesuffix(".npy").lower(): n for n in archive.namelist() if n.endswith(".npy")}
         keys = {kind: next((k for k in wanted if k in members), None) for kind, wanted in _KEYS.items()}
@@ -63,10 +64,10 @@ def _layout(stream: BinaryIO, length: int, where: str) -> ArrayLayout:
         raise InputError(f"{where}: {form} looks like one image; give [1, H, W, {shape[2]}]")
     if fortran:
         raise InputError(f"{where}: is in Fortran order; save numpy.ascontiguousarray of it")
-    if not np.prod(shape):
+    if min(shape) < 1:
         raise InputError(f"{where}: {form} holds no pixel; give at least one image")
     offset = stream.tell()
-    if offset + int(np.prod(shape, dtype=np.int64)) > length:
+    if offset + math.prod(shape) > length:
         raise InputError(f"{where}: cut short: {form} needs more than its {length} bytes; make or copy it again")
     return ArrayLayout(shape[0], shape[1:], offset)
 
@@ -81,4 +82,5 @@ def _labels(values: np.ndarray, count: int, path: Path) -> tuple[np.ndarray, lis
     known, labels = np.unique(values[~unknown], return_inverse=True)
     result = np.full(count, -1, np.int64)
     result[~unknown] = labels.reshape(-1)
-    return result, [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in known]
+    texts = (value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value) for value in known)
+    return result, list(texts)

@@ -109,7 +109,7 @@ def decode(
         results = _in_workers(decoder, jobs, min(workers, len(chunks))) if workers else map(decoder, jobs)
         for chunk, (pixels, failures) in zip(chunks, results, strict=True):
             if failures and on_error == "raise":
-                raise InputError(failures[0][1])
+                raise InputError(f"{failures[0][1]}, or leave such files out with --on-error skip")
             good = np.delete(chunk, [place for place, _ in failures])
             yield Decoded(good, pixels, [(int(chunk[place]), message) for place, message in failures])
     finally:

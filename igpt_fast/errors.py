@@ -19,6 +19,6 @@ def reading(where: object, remedy: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        said = getattr(error, "strerror", None) or str(error)
+        said = getattr(error, "strerror", None) or (repr(error) if isinstance(error, KeyError) else str(error))
         reason = next(iter(said.splitlines()), "") or type(error).__name__
         raise InputError(f"{where} cannot be read ({reason}); {remedy}") from error

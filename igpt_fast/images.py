@@ -2,9 +2,9 @@
 
 Every kind of image becomes 8-bit RGB: grayscale is repeated; alpha (RGBA, LA, palettes and colours with transparency)
 is composited on a background; CMYK, YCbCr and HSV are converted; 1-bit is black and white; 16-bit grayscale is divided
-by 257 and rounded (16-bit colour is cut to its high byte by Pillow); an EXIF rotation is applied; of an animation the
-first frame counts; colour profiles are not applied. 32-bit and LAB images are refused by name, as are images larger
-than Pillow's limit against decompression bombs.
+by 257 and rounded, in a TIFF also where 0 is white (16-bit colour is cut to its high byte by Pillow); an EXIF rotation
+is applied; of an animation the first frame counts; colour profiles are not applied. 32-bit and LAB images are refused
+by name, as are images larger than Pillow's limit against decompression bombs.
 """
 
 import io
@@ -26,7 +26,10 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000"
 RESIZES = ("paper", "hf", "none")
 SHORT_SIDE = 224  # pixels: the paper's evaluation crop
 
+REMEDY = "mend or remove the file"
+
 _ORIENTATION = 0x0112  # the EXIF tag
+_PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
 _ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by the number of channels
 
 
@@ -49,7 +52,7 @@ def read_image(data: bytes | np.ndarray, where: str, background: str = "white") 
     """
     colour = parse_background(background)
     if not len(data):
-        raise InputError(f"{where}: the file is empty (0 bytes); {_REMEDY}")
+        raise InputError(f"{where}: the file is empty (0 bytes); {REMEDY}")
     try:
         # Between its limit and twice its limit Pillow only warns.
         with warnings.catch_warnings():
@@ -60,10 +63,7 @@ def read_image(data: bytes | np.ndarray, where: str, background: str = "white") 
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image that can be read"
-        raise InputError(f"{where}: {reason}; {_REMEDY}") from error
-
-
-_REMEDY = "mend or remove the file, or leave such files out with --on-error skip"
+        raise InputError(f"{where}: {reason}; {REMEDY}") from error
 
 
 @cache
@@ -75,8 +75,11 @@ def _formats() -> list[str]:
 def _from_bytes(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=_formats())
     image.load()
+    white_is_0 = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
+    if white_is_0 and image.mode.startswith("I;16"):
+        image = Image.fromarray(65535 - np.asarray(image))  # of 8 bits Pillow does it itself
     return image
 
 
@@ -88,7 +91,8 @@ def _from_array(data: np.ndarray) -> Image.Image:
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any mode to RGB; alpha is composited: round((alpha·colour + (255 - alpha)·background) / 255)."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # "I": Pillow before 11
+    # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = _from_16_bit(image)
     if image.mode in ("I", "F") or image.mode == "LAB":
         kind = {"I": "32-bit integer", "F": "32-bit float", "LAB": "LAB"}[image.mode]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, reading
 from igpt_fast.kmeans import cluster, histogram, unit
 from igpt_fast.ops.palette import MAX_COLORS, TOKEN_DTYPES, palette_assign, palette_decode
 from igpt_fast.pictures import write_atomically
@@ -87,15 +87,10 @@ class Palette:
             if not there:
                 raise InputError(f"{path} holds no palette; expected {', '.join(FILES[:-1])} or {FILES[-1]} in it")
             path = there[0]
-        try:
+        if not path.exists():
+            raise InputError(f"there is no palette {path}; make one with `igpt-fast palette`")
+        with reading(path, f"give a palette as .npy or {HF_CONFIG}"):
             values = _clusters(path) if path.suffix == ".json" else np.load(path, allow_pickle=False)
-        except InputError:
-            raise
-        except FileNotFoundError:
-            raise InputError(f"there is no palette {path}; make one with `igpt-fast palette`") from None
-        except (OSError, ValueError, EOFError) as error:
-            reason = next(iter(str(error).splitlines()), "it ends early")
-            raise InputError(f"{path} cannot be read ({reason}); give a palette as .npy or {HF_CONFIG}") from None
         if not isinstance(values, np.ndarray) or values.dtype.kind != "f":
             what = f"{values.dtype} values" if isinstance(values, np.ndarray) else "an archive of arrays"
             raise InputError(f"{path} holds {what}; {FORM}")

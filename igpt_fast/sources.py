@@ -24,14 +24,13 @@ from typing import BinaryIO
 import numpy as np
 
 from igpt_fast.arrays import npy_layout, npz_layout
-from igpt_fast.errors import InputError
-from igpt_fast.images import SUFFIXES, read_image
+from igpt_fast.errors import InputError, reading
+from igpt_fast.images import REMEDY, SUFFIXES, read_image
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 KINDS = "a folder, a .zip, .tar or .tar.gz, a .npy or .npz array, or an image file"
 HIDDEN, OTHER, REPLACED = "hidden", "not an image", "replaced by a later entry of the same name"
 
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
 
 
@@ -49,7 +48,7 @@ class Reader:
         return {**self.__dict__, "_stream": None}
 
     def fetch(self, ref: object) -> bytes | np.ndarray:
-        """ref: what the Source noted for the image (a relative path, or where its bytes lie). Raises _UNREADABLE."""
+        """ref: what the Source noted for the image (a relative path, or where its bytes lie). Raises anything."""
         if self.kind == "folder":
             return Path(self.path, ref).read_bytes()
         if self._stream is None:
@@ -127,13 +126,8 @@ class Source:
 
 def fetch(reader: Reader, ref: object, where: str) -> bytes | np.ndarray:
     """reader.fetch(ref), with every reason why not as an InputError that names `where`."""
-    try:
+    with reading(f"{where}:", REMEDY):
         return reader.fetch(ref)
-    except _UNREADABLE as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(
-            f"{where}: cannot be read ({reason}); mend or remove the file, or leave such files out with --on-error skip"
-        ) from error
 
 
 def open_source(path: str | Path) -> Source:
@@ -160,12 +154,8 @@ def open_source(path: str | Path) -> Source:
         return Source(path, Reader(str(path.parent), "folder"), [path.name], [path.name], stamp)
     if not info.st_size:
         raise InputError(f"{path}: the file is empty (0 bytes); give {KINDS}")
-    try:
+    with reading(f"{path}:", "it may be cut short: make or copy it again"):
         return opener(path, stamp)
-    except _UNREADABLE as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read ({error}); it may be cut short: make or copy it again") from error
 
 
 def open_stream(path: str) -> BinaryIO:
@@ -202,7 +192,9 @@ def _open_folder(path: Path) -> Source:
         with os.scandir(path / folder) as entries:
             for entry in entries:
                 name = posixpath.join(folder, entry.name)
-                if entry.is_dir() and not _hidden(entry.name):
+                # Of a link that leads to itself, is_dir raises and isdir says no.
+                inner = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+                if inner and not _hidden(entry.name):
                     pending.append(name)
                 elif not _ignore(name, ignored, stamps):
                     # A link to nothing stays in the list, so that reading it can name it; a pipe or a device goes.

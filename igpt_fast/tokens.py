@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, reading
 from igpt_fast.palette import Palette
 
 FORMAT, VERSION = "igpt-fast tokens", 1
+AGAIN = "write the tokens again with igpt-fast tokenize"
 SHARD_BYTES = 128 << 20  # large enough that a million images are few files, small enough to move about
 
 
@@ -28,8 +29,12 @@ def is_token_directory(path: str | Path) -> bool:
     """True when `path` is a directory that `tokenize` wrote."""
     try:
         return json.loads(Path(path, "meta.json").read_bytes()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(element, str) for element in value)
 
 
 def split_hash(name: str) -> int:
@@ -42,12 +47,13 @@ class TokenDataset:
 
     size: (height, width). colors: of the palette. palette. classes: their names, or None. labels: int64 [N], indices
     into classes, -1 where unknown. names: of the images, relative to their source. shards: uint16 [n, H, W] memory
-    maps. meta: what meta.json says. Raises InputError, naming the file, when one is missing, cut short or contradicts
-    another. Tokens are checked against the palette as they are read.
+    maps. meta: what meta.json says. origin: what errors call it: its path, but of one that goes away the images' own.
+    Raises InputError, naming the file, when one is missing, cut short or contradicts another. Tokens are checked
+    against the palette as they are read.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = self.origin = Path(path)
         if not self.path.is_dir():
             raise InputError(f"{path}: no such directory of tokens; write one with igpt-fast tokenize")
         self.meta = self._read_meta()
@@ -61,6 +67,9 @@ class TokenDataset:
         self.shards = [self._load(shard_name(k), np.uint16, (n, *self.size)) for k, n in enumerate(rows)]
         self._starts = np.cumsum([0, *rows])
         self.labels = np.array(self._load("labels.npy", np.int32, (len(self),)), np.int64)
+        if self.labels.min() < -1 or self.labels.max() >= len(self.classes or []):
+            ends, count = f"{self.labels.min()}..{self.labels.max()}", len(self.classes or [])
+            raise self._broken("labels.npy", f"has labels {ends}, which {count} classes do not have")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -71,10 +80,10 @@ class TokenDataset:
     @cached_property
     def names(self) -> list[str]:
         """The images' names, in the order of the tokens."""
-        try:
+        with reading(f"{self.path / 'names.json'}:", AGAIN):
             names = json.loads((self.path / "names.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise self._broken("names.json", f"cannot be read ({error})") from error
+            if not _are_texts(names):
+                raise ValueError("it is no list of names")
         if len(names) != len(self):
             raise self._broken("names.json", f"holds {len(names)} names and not {len(self)}")
         return names
@@ -118,32 +127,28 @@ class TokenDataset:
         return np.flatnonzero(val if name == "val" else ~val)
 
     def _read_meta(self) -> dict:
-        try:
+        with reading(f"{self.path / 'meta.json'}:", AGAIN):
             meta = json.loads((self.path / "meta.json").read_bytes())
             if meta["format"] != FORMAT or meta["version"] != VERSION:
                 raise self._broken("meta.json", f"is {meta['format']} of version {meta['version']}, not {VERSION}")
             height, width = meta["size"]
-            sound = min(height, width, meta["colors"], *meta["shards"]) >= 1 and sum(meta["shards"]) == meta["images"]
-            if not sound or not isinstance(meta["classes"], (list, type(None))):
+            whole = all(type(n) is int and n >= 1 for n in (height, width, meta["colors"], *meta["shards"]))
+            classes = meta["classes"]
+            named = classes is None or (_are_texts(classes) and len(set(classes)) == len(classes))
+            if not whole or not named or sum(meta["shards"]) != meta["images"]:
                 raise ValueError("its entries contradict each other")
-        except InputError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._broken("meta.json", f"cannot be read ({error!r})") from error
         return meta
 
     def _load(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        try:
+        with reading(f"{self.path / name}:", AGAIN):
             array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise self._broken(name, f"is missing or cut short ({error})") from error
-        if array.dtype != dtype or array.shape != shape:
-            form = f"{array.dtype} {list(array.shape)} and not {np.dtype(dtype)} {list(shape)}"
-            raise self._broken(name, f"holds {form}")
+            if array.dtype != dtype or array.shape != shape:
+                form = f"{array.dtype} {list(array.shape)} and not {np.dtype(dtype)} {list(shape)}"
+                raise self._broken(name, f"holds {form}")
         return array
 
     def _broken(self, name: str, what: str) -> InputError:
-        return InputError(f"{self.path / name}: {what}; write the tokens again with igpt-fast tokenize")
+        return InputError(f"{self.path / name}: {what}; {AGAIN}")
 
 
 def shard_name(number: int) -> str:

@@ -63,3 +63,24 @@ def test_arrays_of_other_forms(tmp_path, array, reason):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(InputError, match=reason):
         open_source(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b"(2, 8, 8, 3)", b"(2, 8, 8, 3(", "cannot be read"),  # tokenize.TokenError
+        (b"(2, 8, 8, 3)", b"(2, 8, 8; 3)", "cannot be read"),  # SyntaxError
+        (b"'descr'", b"4descr4", "cannot be read"),
+        (b"(2, 8, 8, 3), }    ", b"(4611686018427387904, 8, 3), }"[:19], "cannot be read"),
+        (b"(2, 8, 8, 3), }            ", b"(1000000000000, 8, 8, 3), }", "cut short"),
+        (b"(2, 8, 8, 3), }            ", b"(9223372036854775808,8,8),}", "cut short"),
+        (b"(2, 8, 8, 3), }", b"(-2,-8, 8, 3),}", "holds no pixel"),
+    ],
+)
+def test_headers_that_are_damaged(tmp_path, old, new, reason):
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    data = (tmp_path / "x.npy").read_bytes()
+    assert data.count(old) == 1 and len(old) == len(new)
+    (tmp_path / "x.npy").write_bytes(data.replace(old, new))
+    with pytest.raises(InputError, match=rf"x\.npy: .*{reason}"):
+        open_source(tmp_path / "x.npy")

@@ -91,6 +91,10 @@ def test_sixteen_bit_is_scaled_not_clipped():
     expected = np.array([[0, 0, 1, 1, 1, 128, 254, 255, 255]])  # v / 257, rounded; clipping would give 255 from 300 on
     for kind in ("PNG", "TIFF"):
         assert (read(Image.fromarray(values), kind) == expected[..., None]).all(), kind
+    wide = b"P5\n9 1\n65535\n" + values.astype(">u2").tobytes()
+    assert (read(wide) == expected[..., None]).all()
+    turned = read(Image.fromarray(65535 - values), "TIFF", tiffinfo={262: 0})  # photometric: 0 is white
+    assert (turned == expected[..., None]).all()
     marked = read(Image.fromarray(values), transparency=300, background="#010203")
     assert marked[0, 4].tolist() == [1, 2, 3]
     assert marked[0, 3].tolist() == [1, 1, 1]
@@ -151,7 +155,7 @@ def test_array_rows(shape):
     ],
 )
 def test_what_cannot_be_decoded_is_named(data, reason):
-    with pytest.raises(InputError, match=r"some/file.png.*--on-error skip") as error:
+    with pytest.raises(InputError, match=r"some/file.png.*mend or remove") as error:
         read(data)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)

@@ -9,6 +9,7 @@ import torch
 from igpt_fast import InputError, Palette
 from igpt_fast.palette import HF_CONFIG
 
+HEADER = b"\x93NUMPY\x01\x00\x76\x00%s" % b"{'descr': '<f4', 'fortran_order': False, 'shape': %-67s"
 LEVELS = torch.arange(256) / 127.5 - 1
 
 
@@ -123,6 +124,9 @@ def test_hugging_face_forms(tmp_path, settings, part):
         (b"", "cannot be read"),
         (b"\x93NUMPY\x01\x00v\x00{'descr'", "cannot be read"),
         (b"not an array", "cannot be read"),
+        (b"PK\x03\x04 cut short", "cannot be read"),
+        (HEADER % b"(3, 3(, }", "cannot be read"),
+        (HEADER % b"(10000000000000, 3), }", "cannot be read"),
     ],
 )
 def test_load_refuses_arrays(tmp_path, content, message):
@@ -142,6 +146,10 @@ def test_load_refuses_arrays(tmp_path, content, message):
         ('{"clusters": [[0, 1]]}', r"\[1, 2\]"),
         ('{"clusters": [[0, 1, 2], [0]]}', "cannot be read"),
         ('{"clusters": "none"}', "cannot be read"),
+        ('{"clusters": {}}', "cannot be read"),
+        ('{"clusters": [[{}, 0, 0]]}', "cannot be read"),
+        ('{"clusters": [[1%s, 0, 0]]}' % ("0" * 400), "cannot be read"),
+        ("[" * 200_000, "cannot be read"),
         ('{"clusters": [[0, 0, 0]], "image_mean": [0.4, 0.5, 0.5]}', "image_mean"),
     ],
 )

@@ -165,12 +165,29 @@ def test_files_that_are_missing_or_cut_short(directory, name, left):
         ({"shards": [4, 4, 4], "images": 12}, r"shard-00002\.npy"),
         ({"shards": [], "images": 0}, "contradict"),
         ({"classes": "cats"}, "contradict"),
+        ({"classes": ["u", "u"]}, "contradict"),
+        ({"classes": ["u", 3]}, "contradict"),
+        ({"size": [3.0, 5.0]}, "contradict"),
+        ({"shards": [4, 4, 3.0]}, "contradict"),
+        ({"classes": ["u"]}, r"labels\.npy: has labels -1\.\.1, which 1 classes do not have"),
+        ({"classes": None}, r"labels\.npy: has labels -1\.\.1, which 0 classes do not have"),
     ],
 )
 def test_contradictions(tmp_path, tokens, change, reason):
     path = write(tmp_path / "tokens", tokens, ["x"] * 11, rows=4, **change)
     with pytest.raises(InputError, match=reason):
         TokenDataset(path)
+
+
+@pytest.mark.parametrize("text", [json.dumps([1] * 11), json.dumps({"a": 1}), "[" * 200_000])
+def test_names_that_are_none(directory, text):
+    (directory / "names.json").write_text(text)
+    with pytest.raises(InputError, match=r"names\.json: cannot be read"):
+        _ = TokenDataset(directory).names
+    (directory / "meta.json").write_text(text)
+    assert not is_token_directory(directory)
+    with pytest.raises(InputError, match=r"meta\.json: cannot be read"):
+        TokenDataset(directory)
 
 
 @settings(max_examples=30)

@@ -29,7 +29,7 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.palette import Palette
-from igpt_fast.pictures import write_atomically
+from igpt_fast.pictures import work_directory, write_atomically
 
 FORMAT = 1  # of the directory; a reader refuses a later one by name
 FOLDER = "checkpoints"
@@ -84,23 +84,16 @@ def save_checkpoint(
     if target.exists():
         raise InputError(f"{target} is already there; remove it to save that step again")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _clean(folder)
-        temporary.mkdir()
-        _write_files(temporary, step, model, palette, state, optimizer_tensors)
-        _sync(temporary)
-        os.rename(temporary, target)
-        _sync(folder)
+        with work_directory(target, temporary):
+            _write_files(temporary, step, model, palette, state, optimizer_tensors)
+            _sync(temporary)
+            os.rename(temporary, target)
+            _sync(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        left = list_checkpoints(run) if folder.is_dir() else []
-        rest = f"{left[-1]} is intact: " if left else ""
-        raise InputError(
-            f"cannot save step {step} in {folder}: {_reason(error)}; {rest}make room, then go on with --resume"
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        left = list_checkpoints(run)
+        rest = f"{left[-1]} is intact: make room, then go on with --resume" if left else "make room, then try again"
+        raise InputError(f"cannot save step {step} in {folder}: {_reason(error)}; {rest}") from error
     for old in list_checkpoints(run)[:-keep]:
         # Renamed first: a removal that is cut short must not leave half a checkpoint under a checkpoint's name.
         os.rename(old, folder / f"{TEMPORARY}{old.name}")

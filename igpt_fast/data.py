@@ -10,8 +10,6 @@ each: images (one image), sources (lists of them), decode (many, in parallel), p
 import errno
 import json
 import os
-import shutil
-import uuid
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from igpt_fast.console import progress as show_progress
 from igpt_fast.decode import check_options, decode
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
-from igpt_fast.pictures import move_into_place
+from igpt_fast.pictures import move_into_place, work_directory
 from igpt_fast.pixels import FIT_LIMIT, Progress, as_source, by_name, fit_palette, load_pixels, refuse_none_left
 from igpt_fast.sources import Source, open_source
 from igpt_fast.tokens import FORMAT, VERSION, ShardWriter, TokenDataset, is_token_directory
@@ -72,53 +70,49 @@ def tokenize(
     palette = palette if isinstance(palette, Palette) else Palette.load(palette)
     if shard_images is not None and shard_images < 1:
         raise InputError(f"shard_images {shard_images} is less than 1; give how many images a file holds")
-    work, made = _make_work_directory(out)  # now: after an hour of work is a bad moment to learn that it cannot be
     try:
-        writer = ShardWriter(work, len(source), size, shard_images)
-        failures: list[tuple[int, str]] = []
-        done = 0
-        for part in decode(source, size, resize, background, on_error, workers):
-            if len(part.indices):
-                writer.write(part.indices, np.asarray(palette.encode(part.pixels)).astype(np.uint16))
-            failures += part.failures
-            done += part.seen
-            if progress is not None:
-                progress(done, len(source))
-        kept = np.delete(np.arange(len(source)), [index for index, _ in failures])
-        refuse_none_left(source, len(kept), failures)
-        labels = np.full(len(kept), -1, np.int32) if source.labels is None else source.labels[kept].astype(np.int32)
-        meta = {
-            "format": FORMAT,
-            "version": VERSION,
-            "images": len(kept),
-            "size": [int(n) for n in size],
-            "colors": len(palette),
-            "shards": writer.finish(kept),
-            "classes": source.classes,
-            "class_counts": source.classes and {c: int((labels == k).sum()) for k, c in enumerate(source.classes)},
-            "resize": resize,
-            "background": background,
-            "source": str(source.path.absolute()),
-            "source_stamp": source.stamp,
-            "ignored": source.ignored,
-            "skipped": [{"name": name, "error": error} for name, error in by_name(source, failures)],
-            "palette_fit": fit,
-        }
-        palette.save(work / "palette.npy")
-        np.save(work / "labels.npy", labels)
-        (work / "names.json").write_text(json.dumps([source.names[index] for index in kept]))
-        (work / "meta.json").write_text(json.dumps(meta, indent=1))
-        for name in ("palette.npy", "labels.npy", "names.json", "meta.json"):
-            with open(work / name, "rb") as file:
-                os.fsync(file.fileno())
-        _refuse_existing(out, overwrite)  # another process may have been faster
-        move_into_place(work, out)
-    except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
-        for folder in made:
-            if not any(folder.iterdir()):  # another process may have come to use it
-                folder.rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with work_directory(out) as work:  # now: after an hour of work is a bad moment to learn that it cannot be
+            writer = ShardWriter(work, len(source), size, shard_images)
+            failures: list[tuple[int, str]] = []
+            done = 0
+            for part in decode(source, size, resize, background, on_error, workers):
+                if len(part.indices):
+                    writer.write(part.indices, np.asarray(palette.encode(part.pixels)).astype(np.uint16))
+                failures += part.failures
+                done += part.seen
+                if progress is not None:
+                    progress(done, len(source))
+            kept = np.delete(np.arange(len(source)), [index for index, _ in failures])
+            refuse_none_left(source, len(kept), failures)
+            labels = np.full(len(kept), -1, np.int32) if source.labels is None else source.labels[kept].astype(np.int32)
+            meta = {
+                "format": FORMAT,
+                "version": VERSION,
+                "images": len(kept),
+                "size": [int(n) for n in size],
+                "colors": len(palette),
+                "shards": writer.finish(kept),
+                "classes": source.classes,
+                "class_counts": source.classes and {c: int((labels == k).sum()) for k, c in enumerate(source.classes)},
+                "resize": resize,
+                "background": background,
+                "source": str(source.path.absolute()),
+                "source_stamp": source.stamp,
+                "ignored": source.ignored,
+                "skipped": [{"name": name, "error": error} for name, error in by_name(source, failures)],
+                "palette_fit": fit,
+            }
+            palette.save(work / "palette.npy")
+            np.save(work / "labels.npy", labels)
+            (work / "names.json").write_text(json.dumps([source.names[index] for index in kept]))
+            (work / "meta.json").write_text(json.dumps(meta, indent=1))
+            for name in ("palette.npy", "labels.npy", "names.json", "meta.json"):
+                with open(work / name, "rb") as file:
+                    os.fsync(file.fileno())
+            _refuse_existing(out, overwrite)  # another process may have been faster
+            move_into_place(work, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"{out}: the disk is full; make room, or choose a place on another") from error
         raise
     return TokenDataset(out)
@@ -136,14 +130,16 @@ def open_tokens(
     workers: int | None = None,
     colors: int = 512,
     seed: int = 0,
+    kept: bool = True,
 ) -> TokenDataset:
     """Opens a token directory, or makes one at `cache_dir` from images first, and opens that.
 
     path: a token directory, a Source, or what open_source takes. palette: to tokenise with, or, of a token directory,
     the one that it must have. None: fits one with `colors` colours to at most 10,000 images drawn by `seed`. size:
     (height, width); None: 32×32, or whatever a token directory has. Tokens that lie at `cache_dir` already are used
-    again when they were made from the same images in the same way, with a line that says so. Raises InputError when
-    they, or a token directory's size or palette, differ, saying how.
+    again when they were made from the same images in the same way, with a line that says so. kept: False: `cache_dir`
+    goes away, and is named nowhere. Raises InputError when they, or a token directory's size or palette, differ, saying
+    how.
     """
     palette = Palette.load(palette) if isinstance(palette, (str, Path)) else palette
     if not isinstance(path, Source) and is_token_directory(path):
@@ -173,7 +169,8 @@ def open_tokens(
             )
     with show_progress(len(source), "images", "tokenising") as bar:
         tokens = tokenize(source, palette, cache_dir, **options, progress=bar.to, fit=fit)
-    say(f"wrote tokens to {cache_dir}: {_summary(tokens)}")
+    say(f"wrote tokens to {cache_dir}: {_summary(tokens)}" if kept else f"tokenised {_summary(tokens)}")
+    tokens.origin = tokens.origin if kept else source.path
     for line in report_left_out(tokens.meta["ignored"], [s["error"] for s in tokens.meta["skipped"]]):
         say(line)
     return tokens
@@ -219,14 +216,3 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out}: exists and holds no tokens; choose another place for the tokens")
     if not overwrite:
         raise InputError(f"{out}: holds tokens already; choose another place, or replace them with --overwrite")
-
-
-def _make_work_directory(out: Path) -> tuple[Path, list[Path]]:
-    """An empty directory beside out, and the folders above it, innermost first, that had to be made."""
-    work = out.absolute().parent / f".{out.absolute().name}.{uuid.uuid4().hex[:8]}.tmp"
-    missing = [folder for folder in work.parents if not folder.exists()]
-    try:
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); choose a place that can") from error
-    return work, missing

@@ -72,10 +72,10 @@ def evaluate(
         raise InputError(f"an objective={config.objective!r} model gives whole images no likelihood; use an 'ar' model")
     if dataset.size != config.size or dataset.colors != config.colors:
         is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, config))
-        raise InputError(f"{dataset.path}: the images are {is_}, the model is made for {wants}; tokenise them for it")
+        raise InputError(f"{dataset.origin}: the images are {is_}, the model is made for {wants}; tokenise them for it")
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     if not len(indices):
-        raise InputError(f"{dataset.path}: no image is left to score; choose another split")
+        raise InputError(f"{dataset.origin}: no image is left to score; choose another split")
     nats = np.empty(len(indices))
     # About 16 numbers a pixel and channel live at once inside a block, and the logits after the last.
     size = batch or max(1, min(256, BATCH_BYTES // (4 * config.tokens * (16 * config.width + 2 * config.colors))))
@@ -87,7 +87,10 @@ def evaluate(
             nats[start : start + size] = losses.reshape(tokens.shape).double().mean(1).cpu().numpy()
             bar.advance(len(tokens))
     if not np.isfinite(nats).all():
-        raise InputError("the model's likelihoods are not finite: its weights are broken; use another checkpoint")
+        raise InputError(
+            "the model's likelihoods are not finite: its weights are broken or overflow in this dtype; use another "
+            "checkpoint or float32"
+        )
     mean, reach = float(nats.mean()), interval(nats)
     low, high = (None, None) if reach is None else (mean - reach, mean + reach)
     return Likelihood(mean, low, high, nats, config.tokens, config.colors, time.monotonic() - began)

@@ -10,21 +10,21 @@ from igpt_fast.images import resize_image
 from igpt_fast.palette import Palette
 
 
-def tokens_of(images: Tensor, palette: Palette, size: tuple[int, int], resize: str = "paper") -> Tensor:
-    """Resizes and quantises.   images [B, 3, H, W], uint8 or float in [0, 1] → int64 [B, size] on their device
+def tokens_of(images: Tensor, palette: Palette, size: tuple[int, int], resize: str, device: torch.device) -> Tensor:
+    """Resizes and quantises.   images [B, 3, H, W], uint8 or float in [0, 1] → int64 [B, size] on `device`
 
     Floats are rounded to 8 bits. Images of another size go through `resize_image` on the CPU, as those of files do.
     Raises InputError for another shape or dtype, and for floats outside [0, 1], as after a normalisation.
     """
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         shape = list(images.shape) if hasattr(images, "shape") else type(images).__name__
         raise InputError(f"the images are {shape}; give a tensor [B, 3, H, W], uint8 or float in [0, 1]")
-    pixels = _bytes(images.detach()).permute(0, 2, 3, 1)
+    pixels = _bytes(images.detach().to(device)).permute(0, 2, 3, 1)
     if tuple(pixels.shape[1:3]) != tuple(size):
         arrays = pixels.contiguous().cpu().numpy()
         done = [resize_image(Image.fromarray(a), size, resize, f"image {i}") for i, a in enumerate(arrays)]
         whole = np.stack(done) if done else np.empty((0, *size, 3), np.uint8)
-        pixels = torch.from_numpy(whole).to(images.device)
+        pixels = torch.from_numpy(whole).to(device)
     return palette.encode(pixels.contiguous())
 
 

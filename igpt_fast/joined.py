@@ -10,18 +10,21 @@ from igpt_fast.tokens import TokenDataset
 class JoinedTokens:
     """What a probe asks of a dataset. Its "val" images are all of `test`, whatever the fraction; the rest is `train`.
 
-    Raises InputError when the two differ in size or palette, or `test` has a class that `train` has not.
+    Raises InputError when the two differ in size or palette, `test` has a class that `train` has not, or is of the same
+    images.
     """
 
     def __init__(self, train: TokenDataset, test: TokenDataset) -> None:
-        self.train, self.test, self.path = train, test, train.path
+        self.train, self.test, self.origin = train, test, train.origin
         self.size, self.colors, self.palette, self.classes = train.size, train.colors, train.palette, train.classes
         same = np.array_equal(np.asarray(train.palette.centers), np.asarray(test.palette.centers))
         if train.size != test.size or not same:
-            raise InputError(f"{test.path}: its images have another size or palette than those of {train.path}")
+            raise InputError(f"{test.origin}: its images have another size or palette than those of {train.origin}")
+        if train.meta["source_stamp"] == test.meta["source_stamp"]:
+            raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
         known = train.classes or []
         if new := [name for name in test.classes or [] if name not in known]:
-            raise InputError(f"{test.path}: has classes that {train.path} lacks: {', '.join(map(str, new[:5]))}")
+            raise InputError(f"{test.origin}: has classes that {train.origin} lacks: {', '.join(map(str, new[:5]))}")
         number = np.array([*map(known.index, test.classes or []), -1])  # the last: no label stays no label
         self.labels = np.concatenate([train.labels, number[test.labels]])
 

@@ -155,7 +155,7 @@ class ImageGPT(nn.Module):
         if self.palette is None or len(self.palette) != colors:
             has = "no palette" if self.palette is None else f"a palette of {len(self.palette)}"
             raise InputError(f"the model has {has}; set model.palette to the igpt.Palette of its {colors} colours")
-        return tokens_of(images.to(self.wte.device), self.palette, self.config.size, resize)
+        return tokens_of(images, self.palette, self.config.size, resize, self.wte.device)
 
     def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The final norm's output [N, T, width], which both heads read. Arguments as in `forward`."""

@@ -4,7 +4,9 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,28 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
+def work_directory(out: Path, work: Path | None = None) -> Iterator[Path]:
+    """Makes a directory, `work` or a hidden one beside `out`, to write into what then becomes `out`.
+
+    When the block fails it goes, and so do the folders made for it. Raises InputError when it cannot be made.
+    """
+    work = work or out.absolute().parent / f".{out.absolute().name}.{uuid.uuid4().hex[:8]}.tmp"
+    missing = [folder for folder in work.parents if not folder.exists()]
+    try:
+        try:
+            work.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written ({error.strerror}); choose a place that can") from error
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):  # another process may have come to use it
+                folder.rmdir()
         raise
 
 

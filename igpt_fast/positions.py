@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from igpt_fast.errors import InputError
+
 log = logging.getLogger("igpt_fast")
 
 
@@ -26,20 +28,24 @@ def resized(tensors: Mapping[str, Tensor], old: tuple[int, int], new: tuple[int,
     al., 2020, section 3.2). Each channel of wpe is an image on the grid of pixels, and is resampled as one: bicubic
     with pixel centres aligned (torch's interpolate, align_corners=False; no smoothing where the grid shrinks). Axial
     tables are resampled each along its own axis, likewise. Computed in float32 or wider, returned in the dtype given.
-    A line in the log says so.
+    A line in the log says so. Raises InputError for a size that memory cannot hold.
     """
-    log.warning("position embeddings resampled from %s to %s pixels", *(f"{h}x{w}" for h, w in (old, new)))
     found = dict(tensors)
     if "wpe" in found:
         found["wpe"] = _resampled(found["wpe"].unflatten(0, old), new).flatten(0, 1)
     else:
         found["wpe_row"] = _resampled(found["wpe_row"].unsqueeze(1), (new[0], 1)).squeeze(1)
         found["wpe_col"] = _resampled(found["wpe_col"].unsqueeze(1), (new[1], 1)).squeeze(1)
+    log.warning("position embeddings resampled from %s to %s pixels", *(f"{h}x{w}" for h, w in (old, new)))
     return found
 
 
 def _resampled(grid: Tensor, size: tuple[int, int]) -> Tensor:
     """[H, W, d] → [*size, d]"""
     wide = grid.detach().to(torch.promote_types(grid.dtype, torch.float32)).permute(2, 0, 1).unsqueeze(0)
-    found = F.interpolate(wide, size=size, mode="bicubic", align_corners=False)
+    try:
+        found = F.interpolate(wide, size=size, mode="bicubic", align_corners=False)
+    except RuntimeError as error:  # torch's word for memory, and for a size that it cannot count
+        text = f"position embeddings of {size[0]}x{size[1]} pixels and {wide.shape[1]} channels do not fit into memory"
+        raise InputError(f"{text}; ask for a smaller size") from error
     return found.squeeze(0).permute(1, 2, 0).to(grid.dtype).contiguous()

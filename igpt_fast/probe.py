@@ -86,7 +86,7 @@ def probe(
     load_sklearn()  # before any work
     if dataset.size != model.config.size or dataset.colors != model.config.colors:
         is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, model.config))
-        raise InputError(f"{dataset.path}: the images are {is_}, the model is made for {wants}; tokenise them for it")
+        raise InputError(f"{dataset.origin}: the images are {is_}, the model is made for {wants}; tokenise them for it")
     indices, test, left_out, unlabelled = _choose(dataset, test_fraction, limit, per_class, seed)
     labels = dataset.labels[indices]
     folds = draw_folds(labels, test, seed)
@@ -171,7 +171,10 @@ def extract_features(
             pooled[:, start : start + size] = found.float().cpu().numpy()
             bar.advance(len(tokens))
     if not np.isfinite(pooled).all():
-        raise InputError("the model's features are not finite: its weights are broken; use another checkpoint")
+        raise InputError(
+            "the model's features are not finite: its weights are broken or overflow in this dtype; use another "
+            "checkpoint or float32"
+        )
     return pooled
 
 
@@ -217,7 +220,8 @@ def _choose(
     known = np.flatnonzero(dataset.labels >= 0)
     if not len(known) or dataset.classes is None:
         raise InputError(
-            f"{dataset.path}: no image has a label; put each class into a folder of its own, or labels into the .npz"
+            f"{dataset.origin}: no image has a label, or all are of one class; put each class into a folder of its "
+            "own, or labels into the .npz"
         )
     unlabelled = len(dataset) - len(known)
     if limit is not None and limit < len(known):
@@ -234,7 +238,7 @@ def _choose(
         present = int(((tested + learned) > 0).sum())
         few = "only one class has images" if present < 2 else f"of {present} classes {good.sum()} have enough images"
         raise InputError(
-            f"{dataset.path}: {few} among {len(known):,}; a probe needs two classes, each with at least 2 images to "
+            f"{dataset.origin}: {few} among {len(known):,}; a probe needs two classes, each with at least 2 images to "
             f"learn from and 1 to test on (test fraction {test_fraction}): give more images or another fraction"
         )
     used = good[labels]

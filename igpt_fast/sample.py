@@ -120,7 +120,9 @@ def _generate(
     check_order(c)
     out = known.new_empty(len(rows), c.tokens)
     out[:, :count] = known[[row[0] for row in rows]]
-    left, each, prefixes = c.tokens - count, len(rows) // max(len(known), 1), {}
+    if not rows:
+        return out.view(-1, *c.size)
+    left, each, prefixes = c.tokens - count, len(rows) // len(known), {}
     # A caller's autocast would reach prefill's linears but not the decoding ops: all runs in the model's own dtype.
     with torch.inference_mode(), torch.autocast(known.device.type, enabled=False):
         for start, end in _batches(len(known) if left else 0, each, batch or default_batch(model, count, each)):

@@ -1,5 +1,6 @@
 """A scikit-learn transformer: images in, an Image GPT's pooled features out. Needs scikit-learn: igpt-fast[probe]."""
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
     def transform(self, X: Any) -> np.ndarray:
         """float32 [N, width]. Raises InputError for parameters out of range and for what is no image and no token."""
         layer, device = self._chosen(), self.model.wte.device
-        given = X if isinstance(X, Tensor) else torch.from_numpy(np.ascontiguousarray(X))
+        given = X if isinstance(X, Tensor) else _tensor(X)
         found = np.empty((len(given), self.model.config.width), np.float32)
         with torch.inference_mode():
             for start in range(0, len(given), self.batch):
@@ -56,12 +57,12 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
     def _chosen(self) -> int:
         if not isinstance(self.model, ImageGPT):
             raise InputError(f"IGPTFeatures: model is a {type(self.model).__name__}; give an igpt_fast.ImageGPT")
-        if self.batch < 1:
-            raise InputError(f"IGPTFeatures: batch is {self.batch}; use at least 1")
+        if not isinstance(self.batch, Integral) or self.batch < 1:
+            raise InputError(f"IGPTFeatures: batch is {self.batch!r}; use a whole number of at least 1")
         top = self.model.config.layers
         layer = top // 2 if self.layer is None else self.layer
-        if not 0 <= layer <= top:
-            raise InputError(f"IGPTFeatures: layer {layer} was asked; this model has layers 0 to {top}")
+        if not isinstance(layer, Integral) or not 0 <= layer <= top:
+            raise InputError(f"IGPTFeatures: layer {layer!r} was asked; this model has layers 0 to {top}")
         return layer
 
     def _tokens(self, part: Tensor) -> Tensor:
@@ -81,3 +82,12 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
         tags.no_validation = True
         tags.input_tags.three_d_array = True
         return tags
+
+
+def _tensor(given: Any) -> Tensor:
+    """What NumPy makes of `given`. Raises InputError where torch has no such dtype: texts, objects, foreign bytes."""
+    try:
+        return torch.from_numpy(np.ascontiguousarray(given))
+    except (TypeError, ValueError) as error:
+        what = f"{given.dtype} {list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
+        raise InputError(f"IGPTFeatures: X is {what}; give images or tokens as an array of one native dtype") from error

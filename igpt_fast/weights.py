@@ -17,6 +17,7 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.positions import resized
+from igpt_fast.pretrained import refuse_heads
 from igpt_fast.pretrained.names import WPE, Theirs, infer_config, to_ours, to_theirs
 from igpt_fast.pretrained.settings import check_supported, grid_of
 
@@ -80,6 +81,7 @@ def open_model(
     """
     path = Path(source)
     if (path / STATE).is_file() or (path / FOLDER).is_dir() or path.name == FOLDER or _is_our_config(path / CONFIG):
+        refuse_heads(source, heads)
         found = load_checkpoint(path, device)
         config = replace(found.model.config, size=size or found.model.config.size)
         return replace(found, model=reshaped(found.model, config))

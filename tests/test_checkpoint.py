@@ -134,6 +134,16 @@ def test_a_full_disk_at_any_moment_leaves_the_previous_checkpoint(tmp_path, monk
     assert not [name for name in names(tmp_path) if name.startswith(".tmp")]
 
 
+def test_a_first_save_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "_write_files", full)
+    with pytest.raises(InputError, match=r"No space left on device; make room, then try again$"):
+        save(tmp_path / "deep" / "run", 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_write_that_the_system_refuses_leaves_the_previous_checkpoint(tmp_path):
     """The real thing, in safetensors' own writer too: files may not grow beyond 20 kB."""
     save(tmp_path, 1, seed=1)

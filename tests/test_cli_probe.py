@@ -106,16 +106,26 @@ def test_what_the_model_had_seen_is_said(igpt, run, dataset, tmp_path):
         (("--layers", "9"), "layers 9 were asked; this model has layers 0 to 2"),
         (("--layers", "x"), "--layers 'x' is not understood"),
         (("--test-fraction", "2"), "test fraction is 2.0"),
+        (("--test-fraction", "0.2", "--test", "elsewhere"), "--test-fraction changes nothing with --test"),
+        (("--test", "DATA"), "holds the images that are learned from; give others to test on"),
         (("--out", "probe.txt"), "a name ending in .png"),
         (("--device", "nonsense"), "device 'nonsense' cannot be used here"),
     ],
 )
 def test_the_command_refuses_in_one_line(igpt, run, dataset, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
+    words = [{"DATA": dataset.path}.get(word, word) for word in words]
     code, printed, said = igpt("probe", run, dataset.path, *words)
     assert code == 2 and not printed
     assert said.startswith("error: ") and said.count("\n") == 1 and message in said
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_images_of_one_class_are_named(igpt, run, tmp_path):
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(tmp_path / "photos" / "cats" / "1.png")
+    code, _, said = igpt("probe", run, tmp_path / "photos", "-o", tmp_path / "p.png")
+    assert code == 2 and f"{tmp_path / 'photos'}: no image has a label, or all are of one class; put each" in said
 
 
 def test_without_a_palette_only_tokens_can_be_probed(igpt, model, dataset, tmp_path):

@@ -1,6 +1,7 @@
 """`igpt-fast convert` and `eval`, and published weights as the MODEL of every command."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -84,6 +85,40 @@ def test_eval_of_weights_and_of_runs(igpt, tmp_path, dataset, weights):
     assert json.loads(printed)["images"] == held_out and "had learned" not in said
 
 
+def test_eval_skips_what_is_broken_and_names_no_place_that_goes_away(igpt, tmp_path, weights):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.full((4, 6, 3), 40, np.uint8)).save(tmp_path / name)
+    (tmp_path / "photos").mkdir()
+    os.rename(tmp_path / "a.png", tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "bad.png").write_bytes(b"")
+    code, _, said = igpt("eval", weights, tmp_path / "photos")
+    assert code == 2 and "mend or remove the file, or leave such files out with --on-error skip" in said
+    code, printed, said = igpt("eval", weights, tmp_path / "photos", "--on-error", "skip", "--json")
+    assert code == 0 and json.loads(printed)["images"] == 1 and "skipped 1 corrupt images" in said
+    assert "tokenised 1 images, 4x6, 16 colours" in said and "igpt-fast-" not in said
+    (tmp_path / "photos" / "bad.png").unlink()
+    code, _, said = igpt("eval", weights, tmp_path / "photos", "--split", "val", "--val-fraction", "0")
+    assert code == 2 and f"{tmp_path / 'photos'}: no image is left to score" in said
+    (tmp_path / "b.png").write_bytes(b"")
+    code, _, said = igpt("complete", weights, tmp_path / "b.png", "-o", tmp_path / "c.png")
+    assert code == 2 and said.endswith("(0 bytes); mend or remove the file\n")
+
+
+def test_float16_is_refused_where_it_overflows_and_measured_in_float32(igpt, tmp_path, dataset):
+    model = make(colors=16, size=(4, 6))
+    with torch.no_grad():
+        model.blocks[0].mlp.proj.weight.mul_(3e4 / model.blocks[0].mlp.proj.weight.abs().max())  # activations overflow
+    model.save_pretrained(tmp_path / "wide", dataset.palette)
+    assert igpt("convert", tmp_path / "wide", tmp_path / "half", "--dtype", "float16")[0] == 0
+    code, printed, _ = igpt("eval", tmp_path / "half", dataset.path, "--json")
+    assert code == 0 and np.isfinite(json.loads(printed)["nats_per_pixel"])
+    model.wpe.data[3, 4] = 1e5
+    model.save_pretrained(tmp_path / "wide", dataset.palette, overwrite=True)
+    code, _, said = igpt("convert", tmp_path / "wide", tmp_path / "deep" / "half", "--dtype", "float16")
+    assert code == 2 and "error: wpe has numbers beyond 6.55e+04, the most of torch.float16" in said
+    assert not (tmp_path / "deep").exists()
+
+
 def test_published_weights_sample_and_complete(igpt, tmp_path, weights):
     code, printed, said = igpt("sample", weights, "-n", 2, "-o", tmp_path / "s.png", "--json")
     assert code == 0 and json.loads(printed)["step"] is None and f"from {weights}" in said
@@ -114,11 +149,17 @@ def test_published_weights_are_probed_with_a_test_set_of_its_own(igpt, tmp_path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("eval", "WEIGHTS", "TOKENS", "--resize", "none"), "holds tokens, which have their size; leave out --resize"),
+        (("eval", "WEIGHTS", "TOKENS", "--resize", "none"), "holds tokens, which are read already; leave out --resize"),
+        (("eval", "WEIGHTS", "TOKENS", "--on-error", "skip"), "which are read already; leave out --on-error"),
         (("eval", "WEIGHTS", "TOKENS", "--val-fraction", "2"), "--val-fraction is 2.0"),
         (("eval", "nowhere", "TOKENS"), "nowhere is not there; give a directory with config.json"),
         (("convert", "nowhere", "out"), "nowhere is not there"),
         (("convert", "WEIGHTS", "out", "--size", "0x5"), "--size '0x5' is not a size"),
+        (
+            ("convert", "WEIGHTS", "out", "--size", "99999"),
+            "of 99999x99999 pixels and 24 channels do not fit into memory",
+        ),
+        (("convert", "WEIGHTS", "out", "--heads", "7"), "heads changes nothing, for its config.json says how many"),
         (("convert", "WEIGHTS", "out", "--palette", "nowhere.npy"), "there is no palette nowhere.npy"),
     ],
 )

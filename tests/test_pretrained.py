@@ -119,6 +119,15 @@ def test_dtypes_that_differ_become_the_widest(saved):
     assert torch.equal(model.wtet, tensors["lm_head.weight"].float())
 
 
+@pytest.mark.parametrize("fields", [{}, {"classes": 5}, {"objective": "bert"}], ids=str)
+def test_a_table_of_zeros_is_left_out_and_missed_again(tmp_path, caplog, fields):
+    model = make(**fields)
+    torch.nn.init.zeros_(model.wtet)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert same(ImageGPT.from_pretrained(tmp_path), model) and "has no output table" in caplog.text
+
+
 def test_fields_that_nobody_knows_are_said(saved, caplog):
     edit(saved / "config.json", rope_theta=10000.0, problem_type=None)
     ImageGPT.from_pretrained(saved)
@@ -166,7 +175,7 @@ def test_saving_is_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     for name in ("save_file", "write_atomically", "move_into_place"):
         with monkeypatch.context() as patch:
             patch.setattr(pretrained, name, full)
-            for place in (saved, tmp_path / "new"):
+            for place in (saved, tmp_path / "deep" / "new"):
                 with pytest.raises(InputError, match="the weights cannot be written \\(the disk is full\\)"):
                     model.save_pretrained(place, overwrite=True)
         assert {file: file.read_bytes() for file in saved.iterdir()} == before

@@ -85,6 +85,9 @@ def test_the_bare_model_has_no_output_table(tmp_path, caplog):
     assert torch.equal(
         ours.features(torch.zeros(1, 16, dtype=torch.int64)), from_hf(hf).features(torch.zeros(1, 16).int())
     )
+    ours.save_pretrained(tmp_path / "again")
+    again = transformers.ImageGPTModel.from_pretrained(tmp_path / "again")
+    assert equal(again.state_dict(), hf.transformer.state_dict())
 
 
 def test_features_are_means_of_what_their_attention_reads():

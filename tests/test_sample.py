@@ -167,6 +167,7 @@ def test_one_pixel_images_can_be_sampled():
     model = make(size=(1, 1))
     assert sample(model, n=4).shape == (4, 1, 1)
     assert complete(model, pixels(model, 2), keep=0, n=2).shape == (2, 2, 1, 1)
+    assert complete(model, pixels(model, 2)[:0], n=3).shape == (0, 3, 1, 1)
 
 
 def test_autocast_outside_changes_nothing():

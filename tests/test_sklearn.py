@@ -61,7 +61,8 @@ def test_other_sizes_are_resized_as_files_are(model):
 @pytest.mark.parametrize("images, message", [
     (torch.zeros(2, 4, 6, 3), "give a tensor"), (torch.zeros(3, 4, 6), "give a tensor"),
     (torch.zeros(1, 3, 4, 6) - 0.1, "not normalised"), (torch.full((1, 3, 4, 6), torch.nan), "not normalised"),
-    (torch.zeros(1, 3, 4, 6, dtype=torch.int64), "int64"),
+    (torch.zeros(1, 3, 4, 6, dtype=torch.int64), "int64"), (np.zeros((1, 3, 4, 6), np.uint8), "give a tensor"),
+    (torch.zeros(2, 3, 0, 6), r"\[2, 3, 0, 6\]; give a tensor"),
 ])  # fmt: skip
 def test_bad_images_are_refused(model, images, message):
     with pytest.raises(igpt.InputError, match=message):
@@ -98,9 +99,17 @@ def test_conventions(model):
     assert twin is not features and twin.model is model and twin.batch == 2
     assert [*features.get_feature_names_out()[:2]] == ["igpt0", "igpt1"]
     assert "IGPTFeatures" in repr(features)
-    for bad in ({"layer": 3}, {"batch": 0}, {"model": None}):
+    for bad in ({"layer": 3}, {"layer": "a"}, {"batch": 0}, {"batch": None}, {"batch": 2.5}, {"model": None}):
         with pytest.raises(igpt.InputError, match="IGPTFeatures"):
             clone(features).set_params(**bad).fit(None)
+
+
+@pytest.mark.parametrize(
+    "given", [["a", "b"], [[1], [1, 2]], np.zeros((2, 24), ">i4"), np.zeros((2, 24), np.longdouble)]
+)
+def test_what_is_no_array_for_torch_is_refused(model, given):
+    with pytest.raises(igpt.InputError, match=r"IGPTFeatures: X is .*give images or tokens"):
+        IGPTFeatures(model).transform(given)
 
 
 def test_pipeline(model):

@@ -13,6 +13,7 @@ from igpt_fast.cli.inputs import ModelArgument
 from igpt_fast.cli.options import JsonOption, parse_size, print_json
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
 from igpt_fast.palette import Palette
 from igpt_fast.weights import open_model
 
@@ -86,7 +87,7 @@ def convert(
     if colours is not None and len(colours) != config.colors:
         raise InputError(f"the palette has {len(colours)} colours, the model {config.colors}; give the one it has")
     if dtype is not None:
-        found = found.to(getattr(torch, dtype.value))
+        found = _cast(found, getattr(torch, dtype.value))
     if to is Layout.hf:
         found.save_pretrained(out, colours, overwrite)
     else:
@@ -109,6 +110,15 @@ def convert(
             dtype=str(found.wte.dtype).removeprefix("torch."),
             config=config.to_dict(),
         )
+
+
+def _cast(model: ImageGPT, dtype: torch.dtype) -> ImageGPT:
+    """The model in `dtype`. Raises InputError that names a weight of which a finite number would be infinite there."""
+    for name, weight in model.named_parameters():
+        if (weight.isfinite() & ~weight.to(dtype).isfinite()).any():
+            most = f"{torch.finfo(dtype).max:.4g}"
+            raise InputError(f"{name} has numbers beyond {most}, the most of {dtype}; use --dtype bfloat16 or float32")
+    return model.to(dtype)
 
 
 def _step(step: int | None, source: Path) -> int:

@@ -6,14 +6,20 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from igpt_fast.cli.inputs import ModelArgument, ReadAsOption, described, seen_among, tokens_for
+from igpt_fast.cli.inputs import (
+    ModelArgument,
+    ReadAsOption,
+    SkipOption,
+    described,
+    open_to_measure,
+    seen_among,
+    tokens_for,
+)
 from igpt_fast.cli.options import DataArgument, JsonOption, SeedOption, print_json
 from igpt_fast.console import number, say
-from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.evaluate import Likelihood
 from igpt_fast.evaluate import evaluate as evaluate_model
-from igpt_fast.weights import open_model
 
 
 class Split(str, Enum):
@@ -43,6 +49,7 @@ def evaluate(
         typer.Option("--limit", min=1, metavar="N", show_default="all", help="At most N images, drawn by --seed."),
     ] = None,
     resize: ReadAsOption = None,
+    on_error: SkipOption = None,
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, metavar="B", show_default="by memory", help="Images side by side.")
     ] = None,
@@ -59,8 +66,8 @@ def evaluate(
     """
     if not 0 <= val_fraction <= 1:  # also catches NaN
         raise InputError(f"--val-fraction is {val_fraction}; use a fraction from 0 to 1")
-    checkpoint = open_model(model, pick_device(device))
-    with tokens_for(checkpoint, data, resize) as dataset:
+    checkpoint = open_to_measure(model, device)
+    with tokens_for(checkpoint, data, resize, on_error) as dataset:
         indices = dataset.split(split.value, val_fraction)
         if limit is not None and limit < len(indices):
             indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))

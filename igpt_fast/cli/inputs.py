@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
 
 from igpt_fast.batches import fingerprint
 from igpt_fast.checkpoint import Checkpoint
-from igpt_fast.cli.options import Resize
+from igpt_fast.cli.options import OnError, Resize
 from igpt_fast.data import Source, open_tokens
+from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.pixels import as_source
 from igpt_fast.run import OPTIONS, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
+from igpt_fast.weights import open_model
 
 READING = ("resize", "background", "on_error")  # of a run's images, as train.json has them
 
@@ -35,6 +38,22 @@ ReadAsOption = Annotated[
         "--resize", show_default="as the run read its own, else paper", help="How images come to the model's size."
     ),
 ]
+SkipOption = Annotated[
+    OnError | None,
+    typer.Option(
+        "--on-error",
+        show_default="as the run read its own, else raise",
+        help="A corrupt file ends the command (raise) or is skipped and listed (skip).",
+    ),
+]
+
+
+def open_to_measure(model: Path, device: str) -> Checkpoint:
+    """open_model, float16 weights widened to float32: activations of a sound model can overflow float16."""
+    checkpoint = open_model(model, pick_device(device))
+    if checkpoint.model.wte.dtype is torch.float16:
+        checkpoint.model.float()
+    return checkpoint
 
 
 def described(checkpoint: Checkpoint) -> str:
@@ -43,12 +62,16 @@ def described(checkpoint: Checkpoint) -> str:
 
 
 @contextmanager
-def tokens_for(checkpoint: Checkpoint, data: Path, resize: Resize | None = None) -> Iterator[TokenDataset]:
+def tokens_for(
+    checkpoint: Checkpoint, data: Path, resize: Resize | None = None, on_error: OnError | None = None
+) -> Iterator[TokenDataset]:
     """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the command."""
     size, palette = checkpoint.model.config.size, checkpoint.palette
+    given = {name: value.value for name, value in (("resize", resize), ("on_error", on_error)) if value is not None}
     if is_token_directory(data):
-        if resize is not None:
-            raise InputError(f"{data}: holds tokens, which have their size; leave out --resize, or give the images")
+        if given:
+            words = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{data}: holds tokens, which are read already; leave out {words}, or give the images")
         yield open_tokens(data, palette, size=size)
         return
     if palette is None:
@@ -57,13 +80,12 @@ def tokens_for(checkpoint: Checkpoint, data: Path, resize: Resize | None = None)
     if run is not None:
         reading = read_options(run)["command"].get("images", {})
         options = {name: reading[name] for name in READING if name in reading}
-    if resize is not None:
-        options["resize"] = resize.value
-    elif run is not None and _made_from(own := run / "tokens", source):
+    options |= given
+    if not given and run is not None and _made_from(own := run / "tokens", source):
         yield open_tokens(source, palette, own, size=size, **options)
         return
     with tempfile.TemporaryDirectory(prefix="igpt-fast-") as folder:
-        yield open_tokens(source, palette, Path(folder) / "tokens", size=size, **options)
+        yield open_tokens(source, palette, Path(folder) / "tokens", size=size, **options, kept=False)
 
 
 def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarray) -> int | None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from igpt_fast.classify import Score, load_sklearn
-from igpt_fast.cli.inputs import ModelArgument, ReadAsOption, seen_among, tokens_for
+from igpt_fast.cli.inputs import ModelArgument, ReadAsOption, SkipOption, open_to_measure, seen_among, tokens_for
 from igpt_fast.cli.options import JsonOption, SeedOption, print_json
 from igpt_fast.console import say
 from igpt_fast.demo import demo as run_demo
@@ -20,8 +20,6 @@ from igpt_fast.joined import JoinedTokens
 from igpt_fast.pictures import write_atomically
 from igpt_fast.probe import ProbeResult, check_options, figure_png
 from igpt_fast.probe import probe as probe_model
-from igpt_fast.train import pick_device
-from igpt_fast.weights import open_model
 
 
 def register(app: typer.Typer) -> None:
@@ -42,14 +40,15 @@ def probe(
     ],
     layers: Annotated[str, typer.Option("--layers", metavar="L", help="all, or some as 3,5 or 2-6.")] = "all",
     test_fraction: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--test-fraction",
             metavar="F",
+            show_default="0.2",
             help="Share of the images, by their names, that is tested on. Training with a --val-fraction of as much or "
             "more never saw them.",
         ),
-    ] = 0.2,
+    ] = None,
     test: Annotated[
         Path | None,
         typer.Option(
@@ -60,6 +59,7 @@ def probe(
         ),
     ] = None,
     resize: ReadAsOption = None,
+    on_error: SkipOption = None,
     limit: Annotated[
         int | None,
         typer.Option("--limit", min=1, metavar="N", show_default="all", help="At most N images, drawn by --seed."),
@@ -88,16 +88,19 @@ def probe(
 
     Example: igpt-fast probe run/ photos/ --out probe.png
     """
+    if test is not None and test_fraction is not None:
+        raise InputError("--test-fraction changes nothing with --test, which is all that is tested on; leave one out")
+    test_fraction = 0.2 if test_fraction is None else test_fraction
     load_sklearn()
     _check_place(out)
-    checkpoint = open_model(model, pick_device(device))
+    checkpoint = open_to_measure(model, device)
     depth = checkpoint.model.config.layers
     chosen = parse_layers(layers, depth)
     check_options(depth, chosen, test_fraction, limit, per_class, batch)
     with ExitStack() as stack:
-        dataset = stack.enter_context(tokens_for(checkpoint, data, resize))
+        dataset = stack.enter_context(tokens_for(checkpoint, data, resize, on_error))
         if test is not None:
-            dataset = JoinedTokens(dataset, stack.enter_context(tokens_for(checkpoint, test, resize)))
+            dataset = JoinedTokens(dataset, stack.enter_context(tokens_for(checkpoint, test, resize, on_error)))
             test_fraction = len(dataset.test) / len(dataset)
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
         result = probe_model(checkpoint.model, dataset, layers=chosen, **options, amp=bf16)

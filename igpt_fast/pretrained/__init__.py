@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +23,12 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.palette import FILES as PALETTES
 from igpt_fast.palette import HF_CONFIG, Palette
-from igpt_fast.pictures import move_into_place, write_atomically
+from igpt_fast.pictures import move_into_place, work_directory, write_atomically
 from igpt_fast.positions import resized
 from igpt_fast.pretrained.bundle import find_bundle
 from igpt_fast.pretrained.files import CONFIG, SAFETENSORS, Find, read_json, read_weights
 from igpt_fast.pretrained.hub import find_in_hub, is_hub_name
-from igpt_fast.pretrained.names import SCORE, to_ours, to_theirs
+from igpt_fast.pretrained.names import HEAD, SCORE, to_ours, to_theirs
 from igpt_fast.pretrained.openai import read_openai
 from igpt_fast.pretrained.settings import read_settings, write_settings
 
@@ -61,6 +60,7 @@ def read_pretrained(source: str | Path, size: tuple[int, int] | None = None, hea
     """
     path = Path(source)
     if path.is_dir() and (path / CONFIG).is_file():
+        refuse_heads(source, heads)
         return _read_layout(lambda name: path / name if (path / name).is_file() else None, str(source), size)
     if prefix := find_bundle(path):
         config, tensors = read_openai(prefix, heads, size)
@@ -71,7 +71,14 @@ def read_pretrained(source: str | Path, size: tuple[int, int] | None = None, hea
             f"{source} {what}; give a directory with {CONFIG} and {SAFETENSORS}, a name on the Hugging Face hub such "
             "as openai/imagegpt-small, or the prefix of a TensorFlow checkpoint such as model.ckpt-1000000"
         )
+    refuse_heads(source, heads)
     return _read_layout(find_in_hub(str(source)), str(source), size)
+
+
+def refuse_heads(source: str | Path, heads: int | None) -> None:
+    """Raises InputError when a number of heads is given for a model whose config says it."""
+    if heads is not None:
+        raise InputError(f"{source}: heads changes nothing, for its {CONFIG} says how many there are; leave it out")
 
 
 def write_pretrained(
@@ -80,6 +87,7 @@ def write_pretrained(
 ) -> None:  # fmt: skip
     """Writes a directory in Hugging Face's layout, which appears when it is complete.
 
+    An output table of zeros, as of a model that was read without one, is left out: what reads it then says so too.
     tensors: by our names. overwrite: replaces a directory that holds nothing but what this function writes. Raises
     InputError, leaving all as it was, when there is something at `path`, or the disk is full.
     """
@@ -89,26 +97,26 @@ def write_pretrained(
         log.warning("%s: transformers has no patterns and computes dense attention; from_pretrained reads them", path)
     if palette is not None and len(palette) != config.colors:
         raise InputError(f"the palette has {len(palette)} colours and the model {config.colors}; save the one it has")
-    work = path.absolute().parent / f".{path.absolute().name}.{uuid.uuid4().hex[:8]}.tmp"
+    dtype, headless = str(tensors["wte"].dtype).removeprefix("torch."), not tensors["wtet"].any()
+    settings: dict[str, Any] = {CONFIG: write_settings(config, dtype, headless)}
+    if palette is not None:
+        settings[HF_CONFIG] = palette.to_hf(config.size)
     try:
-        work.mkdir(parents=True)
-        dtype = str(tensors["wte"].dtype).removeprefix("torch.")
-        settings: dict[str, Any] = {CONFIG: write_settings(config, dtype)}
-        if palette is not None:
-            settings[HF_CONFIG] = palette.to_hf(config.size)
-        save_file(to_theirs(tensors, config), work / SAFETENSORS, metadata={"format": "pt"})
-        with open(work / SAFETENSORS, "rb") as file:
-            os.fsync(file.fileno())
-        for name, values in settings.items():
-            write_atomically(work / name, (json.dumps(values, indent=2) + "\n").encode())
-        shutil.copymode(work / CONFIG, work / SAFETENSORS)  # which safetensors lets nobody else read
-        move_into_place(work, path)
+        with work_directory(path) as work:
+            theirs = to_theirs(tensors, config)
+            if headless:
+                del theirs[HEAD]
+            save_file(theirs, work / SAFETENSORS, metadata={"format": "pt"})
+            with open(work / SAFETENSORS, "rb") as file:
+                os.fsync(file.fileno())
+            for name, values in settings.items():
+                write_atomically(work / name, (json.dumps(values, indent=2) + "\n").encode())
+            shutil.copymode(work / CONFIG, work / SAFETENSORS)  # which safetensors lets nobody else read
+            move_into_place(work, path)
     except (OSError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
         raise InputError(f"{path}: the weights cannot be written ({reason}); choose another place") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _read_layout(find: Find, source: str, size: tuple[int, int] | None) -> Pretrained:

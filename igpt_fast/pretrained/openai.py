@@ -112,6 +112,8 @@ def _infer_config(bundle: Bundle, names: dict[str, str], heads: int | None, size
     projection = bundle.entries[names["h0/attn/q_proj"]].shape if "h0/attn/q_proj" in names else ()
     found = projection[-3] if len(projection) >= 3 and projection[-3] > 1 else None
     published = next((p["heads"] for p in PRESETS.values() if (p["layers"], p["width"]) == (layers, width)), None)
+    if found and heads and found != heads:
+        raise InputError(f"{bundle.path}: its projections have {found} heads, not {heads}; leave the number out")
     heads = found or heads or published
     if heads is None:
         raise InputError(f"{bundle.path}: the shape of the projections does not tell the number of heads; give it")

@@ -132,15 +132,17 @@ def grid_of(
     return height, width
 
 
-def write_settings(config: Config, dtype: str) -> dict[str, Any]:
+def write_settings(config: Config, dtype: str, headless: bool = False) -> dict[str, Any]:
     """The config.json with which transformers' ImageGPT computes what a model of `config` computes.
 
-    A BERT model has no sos: its vocab_size is one less than transformers counts on, which therefore refuses its shapes.
+    headless: its output table is not among the weights. A BERT model has no sos: its vocab_size is one less than
+    transformers counts on, which therefore refuses its shapes.
     """
     ours = {"objective": config.objective, "size": list(config.size)}
     if config.pattern is not None:
         ours["pattern"] = config.to_dict()["pattern"]
-    kind = "ImageGPTForImageClassification" if config.classes else "ImageGPTForCausalImageModeling"
+    bare = "ImageGPTModel" if headless else "ImageGPTForCausalImageModeling"
+    kind = "ImageGPTForImageClassification" if config.classes else bare
     settings = {
         "architectures": [kind],
         "model_type": "imagegpt",

@@ -9,7 +9,7 @@ import torch
 from igpt_fast import InputError, Palette
 from igpt_fast.palette import HF_CONFIG
 
-HEADER = b"\x93NUMPY\x01\x00\x76\x00%s" % b"{'descr': '<f4', 'fortran_order': False, 'shape': %-67s"
+HEADER = b"\x93NUMPY\x01\x00\x76\x00%s" % b"{'descr': '<f4', 'fortran_order': False, 'shape': %-67s\n"
 LEVELS = torch.arange(256) / 127.5 - 1
 
 

@@ -25,12 +25,13 @@ namespace {
 struct Names {
   static constexpr const char* kDtypes[] = {"float32", "float16", "bfloat16", "float64",      "int64",
                                             "int32",   "int16",   "uint8",    "float8_e4m3fn"};
-  PyObject *data_ptr, *shape, *stride, *dtype, *is_cuda, *get_device;
+  PyObject *data_ptr, *shape, *stride, *dtype, *is_cuda, *get_device, *is_contiguous, *is_neg;
   PyObject* dtypes[9];
   Names() {
     auto name = [](const char* s) { return PyUnicode_InternFromString(s); };
     data_ptr = name("data_ptr"), shape = name("shape"), stride = name("stride");
     dtype = name("dtype"), is_cuda = name("is_cuda"), get_device = name("get_device");
+    is_contiguous = name("is_contiguous"), is_neg = name("is_neg");
     const py::module_ torch = py::module_::import("torch");
     for (int i = 0; i < 9; ++i) dtypes[i] = py::object(torch.attr(kDtypes[i])).release().ptr();
   }
@@ -55,12 +56,18 @@ View view_of(PyObject* o) {
   const Names& names = Names::get();
   View v;
   const py::object shape = attribute(o, names.shape), stride = call(o, names.stride), dtype = attribute(o, names.dtype);
-  v.ndim = int(PyTuple_GET_SIZE(shape.ptr()));
-  if (v.ndim > 4) throw py::value_error("expected a tensor of at most 4 dimensions");
-  for (int i = 0; i < v.ndim; ++i) {
-    v.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
-    v.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
+  // Of more than four dimensions the first ones, which no op tells apart, are one.
+  const int dims = int(PyTuple_GET_SIZE(shape.ptr())), folded = std::max(0, dims - 4);
+  v.ndim = dims - folded;
+  for (int i = 0; i < dims; ++i) {
+    const int to = std::max(0, i - folded);
+    const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+    v.size[to] = i && !to ? v.size[0] * size : size;
+    v.stride[to] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
   }
+  if (folded && call(o, names.is_contiguous).ptr() != Py_True)
+    throw py::value_error("expected a contiguous tensor, or one of at most 4 dimensions");
+  if (call(o, names.is_neg).ptr() == Py_True) throw py::value_error("expected a tensor whose sign is resolved");
   if (v.numel() && v.cols() > 1 && v.stride[v.ndim - 1] != 1)
     throw py::value_error("expected a tensor whose last dimension is contiguous");
   int d = 0;
@@ -303,7 +310,8 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
   });
   m.def("cpu_why_not", &igpt::cpu_why_not,
         "Why this processor cannot run an instruction set's table; empty when it can.");
-  m.def("cuda_why_not", &igpt::cuda_why_not, "Why there is no GPU to run the CUDA backend; empty when there is. To ask is to start CUDA.");
+  m.def("cuda_why_not", &igpt::cuda_why_not,
+        "Why there is no GPU to run the CUDA backend; empty when there is. To ask is to start CUDA.");
   m.def("cuda_versions", &igpt::cuda_versions,
         "The CUDA runtime compiled in, and the newest that the driver runs; empty without CUDA.");
   m.def("cuda_archs", &igpt::cuda_archs, "The CUDA architectures compiled in; empty without CUDA.");

@@ -31,7 +31,7 @@ struct View {
   }
   IGPT_INLINE int64_t cols() const { return ndim ? size[ndim - 1] : 1; }
   IGPT_INLINE int64_t numel() const {
-    int64_t n = 1;
+    int64_t n = data ? 1 : 0;  // the absent have nothing, as the empty
     for (int i = 0; i < ndim; ++i) n *= size[i];
     return n;
   }

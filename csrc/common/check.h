@@ -9,7 +9,7 @@ namespace igpt {
 [[noreturn]] void refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 static inline bool same_shape(const View& a, const View& b) {
-  if (a.ndim != b.ndim) return false;
+  if (a.ndim != b.ndim || !a.data != !b.data) return false;
   for (int i = 0; i < a.ndim; ++i)
     if (a.size[i] != b.size[i]) return false;
   return true;

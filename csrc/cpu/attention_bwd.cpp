@@ -254,6 +254,8 @@ static void dispatch(const View& dq, const View& dk, const View& dv, const View&
   for (const View* x : {&dq, &dk, &dv, &dout, &o}) check_heads(*x, q, "every gradient");
   IGPT_CHECK(same_shape(dq, q) && same_shape(dk, k) && same_shape(dv, v) && same_shape(dout, q) && same_shape(o, q),
              "attention_bwd: gradients must be shaped like what they belong to");
+  IGPT_CHECK(lse.dtype == DType::f32 && lse.dense() && lse.numel() == q.size[0] * q.size[1] * q.size[2],
+             "attention_bwd: lse must be dense float32 [B, H, Tq]");
   const auto parts = tiles_of(q, k, causal, mask);
   if (q.dtype == DType::f32) return backward<F32Units, float>(dq, dk, dv, dout, q, k, v, o, lse, parts, scale, dropout);
 #if defined(__AVX512BF16__)

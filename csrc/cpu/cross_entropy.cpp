@@ -13,11 +13,14 @@ namespace IGPT_ISA {
 
 constexpr int64_t kRows = 32;
 
-static void check_rows(const View& logits, const View& targets) {
+static void check_rows(const View& logits, const View& targets, std::initializer_list<View> of_rows) {
   IGPT_CHECK(is_float(logits.dtype), "cross_entropy: logits must be float32 or bfloat16");
   IGPT_CHECK(targets.dtype == DType::i64, "cross_entropy: targets must be int64");
   IGPT_CHECK(targets.numel() == logits.rows(), "cross_entropy: one target a row of logits");
   IGPT_CHECK(logits.dense() && targets.dense(), "cross_entropy: dense tensors only");
+  for (const View& v : of_rows)
+    IGPT_CHECK(v.dtype == DType::f32 && v.dense() && v.numel() == logits.rows(),
+               "cross_entropy: loss, its gradient and lse must be dense float32, one a row");
   const int64_t V = logits.cols();
   for (int64_t n = 0; n < targets.numel(); ++n) {
     const int64_t t = targets.as<int64_t>()[n];
@@ -40,7 +43,7 @@ static float log_sum_exp(const float* row, int64_t V) {
 }
 
 static void cross_entropy_fwd(View loss, View lse, View logits, View targets, Stream) {
-  check_rows(logits, targets);
+  check_rows(logits, targets, {loss, lse});
   const int64_t N = logits.rows(), V = logits.cols(), Vp = padded(V), chunks = (N + kRows - 1) / kRows;
   auto rows = scratch<float>(std::min<int64_t>(max_threads(), chunks) * Vp);
   parallel_for(chunks, [&](int64_t chunk, int thread) {
@@ -55,7 +58,7 @@ static void cross_entropy_fwd(View loss, View lse, View logits, View targets, St
 }
 
 static void cross_entropy_bwd(View dlogits, View dloss, View logits, View targets, View lse, Stream) {
-  check_rows(logits, targets);
+  check_rows(logits, targets, {dloss, lse});
   IGPT_CHECK(same_shape(dlogits, logits) && dlogits.dtype == logits.dtype && dlogits.dense(),
              "cross_entropy_bwd: dlogits must be shaped like logits");
   const int64_t N = logits.rows(), V = logits.cols(), Vp = padded(V), chunks = (N + kRows - 1) / kRows;

@@ -69,7 +69,7 @@ static Sizes check_step(const View& logits, const View& cache, const View& prefi
   Sizes s;
   s.B = pixels.numel(), s.T = cache.size[2], s.D = cache.size[3], s.d = wte.cols(), s.V = wtet.rows(), s.slot = slot;
   s.inner = layers.layer[0].fc.rows(), s.heads = s.D ? s.d / s.D : 0;
-  IGPT_CHECK(s.D % 8 == 0 && s.D <= 128 && s.heads * s.D == s.d && cache.size[1] == s.B * 2 * s.heads,
+  IGPT_CHECK(s.heads > 0 && s.D % 8 == 0 && s.D <= 128 && s.heads * s.D == s.d && cache.size[1] == s.B * 2 * s.heads,
              "decode_step: the cache does not fit %lld images of width %lld", (long long)(s.B), (long long)(s.d));
   s.prefix = 0, s.sharers = 1;
   if (prefix) {
@@ -90,7 +90,7 @@ static Sizes check_step(const View& logits, const View& cache, const View& prefi
                "decode_step: pixel %lld is outside the palette", (long long)(pixels.as<int64_t>()[b]));
   check_weight(wte, wte.rows(), s.d, t, "wte"), check_weight(wpe, positions, s.d, t, "wpe");
   check_weight(ln_f, 1, s.d, t, "ln_f"), check_weight(wtet, s.V, s.d, t, "wtet");
-  check_weight(logits, s.B, s.V, t, "logits");
+  if (s.B) check_weight(logits, s.B, s.V, t, "logits");
   for (int64_t l = 0; l < layers.count; ++l) {
     const LayerView& w = layers.layer[l];
     check_weight(w.ln_1, 1, s.d, t, "ln_1"), check_weight(w.ln_2, 1, s.d, t, "ln_2");

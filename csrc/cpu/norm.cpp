@@ -55,7 +55,8 @@ static float plain_row(float* y, float* total, const float* x, const float* r, c
 }
 
 static void check_norm(const View& y, const View& x, const View& residual, const View& weight) {
-  IGPT_CHECK(is_float(x.dtype) && is_float(weight.dtype) && is_float(y.dtype), "rms_norm: float32 or bfloat16 only");
+  for (const View* v : {&x, &weight, &y, &residual})
+    IGPT_CHECK(!*v || is_float(v->dtype), "rms_norm: float32 or bfloat16 only");
   IGPT_CHECK(same_shape(x, y) && (!residual || same_shape(x, residual)), "rms_norm: x, residual and y differ in shape");
   IGPT_CHECK(weight.numel() == x.cols(), "rms_norm: weight must have one element a column");
   IGPT_CHECK(x.dense() && y.dense() && weight.dense() && (!residual || residual.dense()),
@@ -65,6 +66,8 @@ static void check_norm(const View& y, const View& x, const View& residual, const
 static void rms_norm_fwd(View y, View sum_out, View rstd, View x, View residual, View weight, float eps, Stream) {
   check_norm(y, x, residual, weight);
   IGPT_CHECK(!residual == !sum_out, "rms_norm: sum is written exactly when a residual is given");
+  IGPT_CHECK(!sum_out || (is_float(sum_out.dtype) && same_shape(sum_out, x) && sum_out.dense()),
+             "rms_norm: sum must be dense and shaped like x");
   IGPT_CHECK(rstd.dtype == DType::f32 && rstd.numel() == x.rows(), "rms_norm: rstd must be float32, one a row");
   const int64_t C = x.cols(), N = x.rows(), Cp = padded(C), chunks = (N + kRows - 1) / kRows;
   auto w = scratch<float>(Cp);
@@ -106,8 +109,9 @@ static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View ds
   check_norm(dy, s_in, dsum, weight);
   IGPT_CHECK(same_shape(dx, s_in) && dx.dense() && is_float(dx.dtype),
              "rms_norm_bwd: dx must be dense and shaped like x");
-  IGPT_CHECK(!dresidual || (same_shape(dresidual, s_in) && dresidual.dense()),
-             "rms_norm_bwd: dresidual differs in shape");
+  IGPT_CHECK(!dresidual || (same_shape(dresidual, s_in) && dresidual.dense() && is_float(dresidual.dtype)),
+             "rms_norm_bwd: dresidual must be dense and shaped like x");
+  IGPT_CHECK(rstd.dtype == DType::f32 && rstd.numel() == s_in.rows(), "rms_norm_bwd: rstd must be float32, one a row");
   IGPT_CHECK(dweight.dtype == DType::f32 && dweight.ndim == 2 && dweight.cols() == s_in.cols() && dweight.dense(),
              "rms_norm_bwd: dweight must be float32 [P, C]");
   const int64_t C = s_in.cols(), N = s_in.rows(), Cp = padded(C), groups = dweight.size[0];

@@ -257,7 +257,7 @@ static inline vf exp2(vf x) {
   bits += n << 23;
   vf y;
   std::memcpy(&y, &bits, sizeof y);
-  return x < splat(-126.f) ? vf{} : y;
+  return x < splat(-126.f) ? vf{} : x == x ? y : x;  // the bits of some NaNs would come round to numbers
 }
 
 // Lane i of the result is `v` where bit i is set, else `otherwise`.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch  # before _C: the extension then shares torch's OpenMP runtime
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from igpt_fast.errors import InputError
 
@@ -138,6 +139,7 @@ def backend_for(op: str, tensors: Sequence[Tensor], refusal: Refusal = None):
     """The backend that serves this call, or None for the reference. A slower path is logged once, with its reason."""
     if _wanted == "reference":
         return None
+    torch.get_num_threads()  # a Python thread that has not asked yet has no OpenMP threads as torch's are set
     if name := _preferred(tensors[0]):
         reason = why_not(name, op, tensors, refusal)
         if reason is None:
@@ -189,7 +191,8 @@ def stream_of(t: Tensor) -> int:
 
 def native_layers(layers: Iterable[Sequence[Tensor | None]]):
     """The weights of a model's blocks as the kernels read them; it keeps the tensors that it points into."""
-    return _C.Layers([tuple(layer) for layer in layers])
+    # Detached: the memory that they have now, whatever becomes of a Parameter's.
+    return _C.Layers([tuple(t if t is None else t.detach() for t in layer) for layer in layers])
 
 
 def native_masks(masks: Iterable[Sequence[Tensor]], of: Sequence[int], groups: int):
@@ -238,8 +241,11 @@ def check_range(op: str, name: str, indices: Tensor, limit: int, on_cpu: bool = 
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd wants to hear about a call with these inputs."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd wants to hear about a call with these inputs; forward mode, which no kernel has, it refuses."""
+    given = [t for t in tensors if t is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in given)
 
 
 def rows(t: Tensor, sixteens: bool = False) -> Tensor:

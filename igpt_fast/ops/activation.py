@@ -67,7 +67,7 @@ class _BiasQuickGelu(torch.autograd.Function):
 @torch.library.custom_op("igpt::bias_quick_gelu", mutates_args=())
 def _bias_quick_gelu_op(x: Tensor, bias: Tensor | None) -> Tensor:
     native = _native(x, bias)
-    return reference.activation.bias_quick_gelu(x, bias) if native is None else _forward(native, x, bias)
+    return reference.activation.bias_quick_gelu(x, bias).contiguous() if native is None else _forward(native, x, bias)
 
 
 @_bias_quick_gelu_op.register_fake
@@ -82,7 +82,7 @@ def _bias_quick_gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor | None) -> 
         dx, db = reference.activation.bias_quick_gelu_backward(dy, x, bias)
     else:
         dx, db = _backward(native, dy, x, bias)
-    return dx, x.new_empty(0) if db is None else db
+    return dx.contiguous(), x.new_empty(0) if db is None else db
 
 
 @_bias_quick_gelu_backward_op.register_fake

@@ -77,8 +77,8 @@ def _cross_entropy_op(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @_cross_entropy_op.register_fake
 def _(logits, targets):
-    loss = logits.new_empty(targets.shape, dtype=torch.float32)
-    return loss, torch.empty_like(loss)
+    loss = logits.new_empty(targets.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return loss, torch.empty_like(loss, dtype=torch.float32)
 
 
 @torch.library.custom_op("igpt::cross_entropy_backward", mutates_args=())

@@ -62,7 +62,7 @@ def _linear(
             return f"{name} has no linear for float32, nor for several dtypes at once"
         return f"{x.size(1)} columns are no multiple of 8" if x.size(1) % 8 else None
 
-    native = backend_for("linear_fwd", given, refused)
+    native = backend_for("linear_fwd", given, refused) if weight.numel() else None
     if native is None:
         return reference.linear.linear(x, weight, bias, norm, residual, eps, gelu)
     y, on_gpu = empty((x.size(0), weight.size(0)), x), has_cuda_kernels(native.name)

@@ -23,6 +23,8 @@ def rms_norm(
         )
     if residual is not None and residual.shape != x.shape:
         raise InputError(f"rms_norm: residual {tuple(residual.shape)} is not shaped like x {tuple(x.shape)}")
+    if residual is not None and not residual.is_floating_point():
+        raise InputError(f"rms_norm: residual is {residual.dtype}; give floats")
     same_device("rms_norm", x=x, weight=weight, residual=residual)
     dtype = dtype or x.dtype
     if torch.compiler.is_compiling():
@@ -57,7 +59,7 @@ def _forward(native, x, weight, residual, eps, dtype):
 
 def _backward(native, dy, ds, s, weight, rstd, x_dtype, has_residual):
     """→ dx, dweight, dresidual. One tensor serves both inputs of the sum when their dtypes agree."""
-    rows = s.numel() // max(1, s.size(-1))
+    s, rows = s.contiguous(), s.numel() // max(1, s.size(-1))
     groups = max(1, min(2 * multiprocessors(s), rows // 32))  # of rows, each with room for its own dweight
     dx, dweight = empty(s.shape, s, x_dtype), empty((groups, s.size(-1)), s, torch.float32)
     apart = has_residual and s.dtype is not x_dtype
@@ -96,7 +98,7 @@ def _rms_norm_op(
         return y, x.new_empty(0) if s is None else s, rstd
     out = reference.norm.rms_norm(x, weight, eps, residual, dtype)
     y, s = (out, x.new_empty(0)) if residual is None else out
-    return y, s, torch.rsqrt((x if residual is None else s).float().square().mean(-1) + eps)
+    return y.contiguous(), s.contiguous(), torch.rsqrt((x if residual is None else s).float().square().mean(-1) + eps)
 
 
 @_rms_norm_op.register_fake
@@ -113,7 +115,8 @@ def _rms_norm_backward_op(
     native = backend_for("rms_norm_bwd", (dy, s, weight))
     if native is not None:
         return _backward(native, dy, ds, s, weight, rstd, x_dtype, False)[:2]
-    return reference.norm.rms_norm_backward(dy, ds, s, weight, eps, x_dtype)
+    dx, dweight = reference.norm.rms_norm_backward(dy, ds, s, weight, eps, x_dtype)
+    return dx.contiguous(), dweight
 
 
 @_rms_norm_backward_op.register_fake

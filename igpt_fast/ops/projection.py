@@ -50,7 +50,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler cuts and fuses as it likes
         return F.linear(x.float(), weight, bias).bfloat16()
     rows = x.reshape(-1, x.shape[-1])
-    y = torch.empty(len(rows), len(weight), dtype=torch.bfloat16)
+    y = rows.new_empty(len(rows), len(weight), dtype=torch.bfloat16)
     for out, part in zip(y.split(ROWS), rows.split(ROWS), strict=True):
         out.copy_(F.linear(part.float(), weight, bias))
     return y.view(*x.shape[:-1], len(weight))
@@ -71,7 +71,7 @@ class _Projection(torch.autograd.Function):
         rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         wide = weight.float()
         dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        dweight, dbias = torch.zeros_like(wide), torch.zeros(len(wide))
+        dweight, dbias = torch.zeros_like(wide), wide.new_zeros(len(wide))
         with torch.autocast("cpu", enabled=False):
             for begin in range(0, len(rows), ROWS):
                 part = slice(begin, begin + ROWS)

@@ -26,6 +26,7 @@ import numpy as np
 from igpt_fast.arrays import npy_layout, npz_layout
 from igpt_fast.errors import InputError, reading
 from igpt_fast.images import REMEDY, SUFFIXES, read_image
+from igpt_fast.made import MADE, made_here
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 KINDS = "a folder, a .zip, .tar or .tar.gz, a .npy or .npz array, or an image file"
@@ -134,9 +135,10 @@ def open_source(path: str | Path) -> Source:
     """Lists the images of a folder (recursively), a .zip, a .tar (plain, .gz, .bz2, .xz), a .npy or .npz, or one file.
 
     Class labels: the first level of folders that tells images apart (wrapping folders that hold everything are passed
-    over), its names sorted. Hidden files, __MACOSX and files without an image's suffix are counted in `.ignored`.
-    Arrays are uint8 [N, H, W, 1..4 channels] or [N, H, W]; an .npz holds them as images, x or data, and labels
-    as labels or y. Raises InputError when there is no such path, it is cut short, or no image is in it.
+    over), its names sorted. Hidden files, __MACOSX, files without an image's suffix and, in a folder, what igpt-fast
+    made (igpt_fast.made) are counted in `.ignored`. Arrays are uint8 [N, H, W, 1..4 channels] or [N, H, W]; an .npz
+    holds them as images, x or data, and labels as labels or y. Raises InputError when there is no such path, it is cut
+    short, or no image is in it.
     """
     path = Path(path)
     name = path.name.lower()
@@ -182,27 +184,31 @@ def _ignore(name: str, ignored: Counter[str], refs: dict) -> bool:
 def _open_folder(path: Path) -> Source:
     stamps: dict[str, str] = {}
     ignored: Counter[str] = Counter()
-    seen, pending = set(), [""]
+    seen, pending = set(), [("", False)]
     while pending:
-        folder = pending.pop()
+        folder, made = pending.pop()
         here = os.stat(path / folder)
         if (here.st_dev, here.st_ino) in seen:  # a link that leads back up
             continue
         seen.add((here.st_dev, here.st_ino))
-        with os.scandir(path / folder) as entries:
-            for entry in entries:
-                name = posixpath.join(folder, entry.name)
-                # Of a link that leads to itself, is_dir raises and isdir says no.
-                inner = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-                if inner and not _hidden(entry.name):
-                    pending.append(name)
-                elif not _ignore(name, ignored, stamps):
-                    # A link to nothing stays in the list, so that reading it can name it; a pipe or a device goes.
-                    info = entry.stat() if os.path.exists(entry.path) else None
-                    if info is not None and not stat.S_ISREG(info.st_mode):
-                        ignored[OTHER] += 1
-                    else:
-                        stamps[name] = f"{info.st_size}-{info.st_mtime_ns}" if info else ""
+        with os.scandir(path / folder) as scan:
+            entries = list(scan)
+        ours = made_here(path / folder, {entry.name for entry in entries}, given=not folder)
+        for entry in entries:
+            name, own = posixpath.join(folder, entry.name), made or entry.name in ours
+            # Of a link that leads to itself, is_dir raises and isdir says no.
+            inner = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+            if inner and not _hidden(entry.name):
+                pending.append((name, own))
+            elif own:
+                ignored[MADE] += 1
+            elif not _ignore(name, ignored, stamps):
+                # A link to nothing stays in the list, so that reading it can name it; a pipe or a device goes.
+                info = entry.stat() if os.path.exists(entry.path) else None
+                if info is not None and not stat.S_ISREG(info.st_mode):
+                    ignored[OTHER] += 1
+                else:
+                    stamps[name] = f"{info.st_size}-{info.st_mtime_ns}" if info else ""
     return _by_name(path, Reader(str(path), "folder"), {name: name for name in stamps}, ignored, _digest(stamps))
 
 

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from igpt_fast.errors import InputError
+from igpt_fast.made import MADE
+from igpt_fast.palette import Palette
 from igpt_fast.sources import HIDDEN, OTHER, REPLACED, Source, label_by_folder, open_source
 
 NAMES = ["b/zebra.png", "b/ant.PNG", "a/x/deep.png", "a/one.png", "c/ü n.png"]
@@ -71,6 +73,28 @@ def test_folder(folder):
     assert source.ignored == {HIDDEN: 1, OTHER: 1}
     assert len(source) == 5
     assert not source.sequential
+
+
+@pytest.mark.parametrize("colors", [2, 9, 512])
+def test_what_igpt_fast_made_is_left_out_and_counted(folder, colors):
+    palette = Palette(np.linspace(-1, 1, 3 * colors, dtype=np.float32).reshape(-1, 3))
+    palette.save(folder / "palette.npy")
+    Image.fromarray(palette.picture()).save(folder / "palette.png")
+    stamp = open_source(folder).stamp
+    for run in (folder, folder / "runs/one"):
+        (run / "samples").mkdir(parents=True)
+        for name in ("loss.png", "samples/step-000005.png"):
+            (run / name).write_bytes(png(pixels_of(name)))
+        for name in ("train.json", "metrics.jsonl"):
+            (run / name).write_text("{}")
+    (folder / "runs/one/drawn.png").write_bytes(b"by igpt-fast sample")
+    np.save(folder / "a/one.npy", palette.centers)  # a user's, beside an image of another size
+    np.save(folder / "a/x/deep.npy", np.zeros((7, 9)))
+    (folder / "b/train.json").write_text("annotations of the user's")
+    source = open_source(folder)
+    check(source)
+    assert source.stamp == stamp and source.classes == ["a", "b", "c"]
+    assert source.ignored == {HIDDEN: 1, OTHER: 1 + 1 + 2 + 2 + 1, MADE: 1 + 2 + 5}
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)

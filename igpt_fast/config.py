@@ -12,7 +12,8 @@ from igpt_fast.patterns import described, normalised, of_layer
 
 OBJECTIVES = ("ar", "bert")
 POSITIONS = ("learned", "axial")
-MOST = 2**31 - 1  # of any number of a shape
+# Least and most: of more, no machine holds a model, and to find that out by trying takes long.
+WHOLE = (("layers", 1, 10**4), ("width", 1, 10**5), ("heads", 1, 10**5), ("colors", 2, 10**6), ("classes", 0, 10**6))
 
 PRESETS: dict[str, dict[str, Any]] = {
     "S": {"layers": 24, "width": 512, "heads": 8, "size": (32, 32)},
@@ -48,8 +49,8 @@ class Config:
     positions: str = "learned"
 
     def __post_init__(self) -> None:
-        for name, least in (("layers", 1), ("width", 1), ("heads", 1), ("colors", 2), ("classes", 0)):
-            self._set(name, _whole(name, getattr(self, name), least))
+        for name, least, most in WHOLE:
+            self._set(name, _whole(name, getattr(self, name), least, most))
         if self.width % self.heads:
             width, heads = _nearest_multiple(self.width, self.heads), _nearest_divisor(self.width, self.heads)
             raise InputError(
@@ -59,13 +60,14 @@ class Config:
         size = self.size if isinstance(self.size, (tuple, list)) else (self.size, self.size)
         if len(size) != 2:
             raise InputError(f"size is {self.size!r}; give (height, width) in pixels, such as (32, 32)")
-        self._set("size", (_whole("size (height)", size[0], 1), _whole("size (width)", size[1], 1)))
+        height, width = _whole("size (height)", size[0], 1, 10**5), _whole("size (width)", size[1], 1, 10**5)
+        self._set("size", (height, width))
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective is {self.objective!r}; use one of {', '.join(map(repr, OBJECTIVES))}")
         if not isinstance(self.bias, bool):
             raise InputError(f"bias is {self.bias!r}; use true or false")
         mlp_width = 4 * self.width if self.mlp_width is None else self.mlp_width
-        self._set("mlp_width", _whole("mlp_width", mlp_width, 1))
+        self._set("mlp_width", _whole("mlp_width", mlp_width, 1, 10**6))
         number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
         if not number or not 0 < self.eps <= sys.float_info.max:
             raise InputError(f"eps is {self.eps!r}; use a small positive number such as 1e-5")
@@ -126,16 +128,16 @@ def _lists(value: Any) -> Any:
     return [_lists(element) for element in value] if isinstance(value, tuple) else value
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    """`value` as an int; InputError when it is not a whole number of at least `least` and at most MOST."""
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    """`value` as an int; InputError when it is not a whole number from `least` to `most`."""
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = least - 1
     if number < least:
         raise InputError(f"{name} is {value!r}; use a whole number of at least {least}")
-    if number > MOST:
-        raise InputError(f"{name} is more than {MOST:,}; no model is so large")
+    if number > most:
+        raise InputError(f"{name} is more than {most:,}, which no machine holds; use at most that")
     return number
 
 

@@ -112,8 +112,10 @@ def tokenize(
             _refuse_existing(out, overwrite)  # another process may have been faster
             move_into_place(work, out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # None: cut short in NumPy
             raise InputError(f"{out}: the disk is full; make room, or choose a place on another") from error
+        if error.errno in (errno.EFBIG, errno.EIO):
+            error.filename = str(out)
         raise
     return TokenDataset(out)
 
@@ -131,6 +133,7 @@ def open_tokens(
     colors: int = 512,
     seed: int = 0,
     kept: bool = True,
+    remedy: str = "delete that directory to make them anew",
 ) -> TokenDataset:
     """Opens a token directory, or makes one at `cache_dir` from images first, and opens that.
 
@@ -139,7 +142,7 @@ def open_tokens(
     (height, width); None: 32×32, or whatever a token directory has. Tokens that lie at `cache_dir` already are used
     again when they were made from the same images in the same way, with a line that says so. kept: False: `cache_dir`
     goes away, and is named nowhere. Raises InputError when they, or a token directory's size or palette, differ, saying
-    how.
+    how; of those at cache_dir with the remedy given.
     """
     palette = Palette.load(palette) if isinstance(palette, (str, Path)) else palette
     if not isinstance(path, Source) and is_token_directory(path):
@@ -157,7 +160,7 @@ def open_tokens(
         wanted = {"size": list(size), "resize": resize, "background": background, "source_stamp": source.stamp}
         wanted |= {"skipped": []} if on_error == "raise" else {}
         wanted |= {"palette_fit": fit} if palette is None else {}
-        _refuse_other(tokens, wanted, palette, "delete that directory to make them anew")
+        _refuse_other(tokens, wanted, palette, remedy)
         say(f"using the tokens at {cache_dir} again: {_summary(tokens)}")
         return tokens
     _refuse_existing(Path(cache_dir), overwrite=False)

@@ -14,4 +14,6 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {str(device)!r} cannot be used here ({reason}): use cpu") from error
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise InputError(f"device {str(device)!r} is none to train or sample on: use cpu or cuda")
     return torch.device(device)

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -42,3 +44,19 @@ class Stop:
     def leave(self) -> None:
         """Raises what the noted signal means to a caller: KeyboardInterrupt or SystemExit(143)."""
         raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """Within it SIGTERM raises SystemExit(143), so that what was begun is cleaned up as after Ctrl-C."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _exit) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _exit(which: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + which)

@@ -1,5 +1,7 @@
 """Pictures for people: grids of images and curves, as PNG; and how files and directories appear whole or not at all."""
 
+import fcntl
+import glob
 import io
 import math
 import os
@@ -48,22 +50,46 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 def work_directory(out: Path, work: Path | None = None) -> Iterator[Path]:
     """Makes a directory, `work` or a hidden one beside `out`, to write into what then becomes `out`.
 
-    When the block fails it goes, and so do the folders made for it. Raises InputError when it cannot be made.
+    When the block fails it goes, and so do the folders made for it; hidden ones of processes that were killed go first,
+    whose locks nobody holds any more. Raises InputError when it cannot be made.
     """
-    work = work or out.absolute().parent / f".{out.absolute().name}.{uuid.uuid4().hex[:8]}.tmp"
-    missing = [folder for folder in work.parents if not folder.exists()]
+    if work is None:
+        folder, name = out.absolute().parent, out.absolute().name
+        for old in folder.glob(f".{glob.escape(name)}.{'[0-9a-f]' * 8}.tmp"):
+            if (lock := _lock(old)) is not None:
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(lock)
+        work = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+    missing, lock = [above for above in work.parents if not above.exists()], None
     try:
         try:
             work.mkdir(parents=True)
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror}); choose a place that can") from error
+        lock = _lock(work)
         yield work
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
-        for folder in missing:
-            if folder.is_dir() and not any(folder.iterdir()):  # another process may have come to use it
-                folder.rmdir()
+        for above in missing:
+            if above.is_dir() and not any(above.iterdir()):  # another process may have come to use it
+                above.rmdir()
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the folder's lock until it is closed or the process ends; None where it cannot be had."""
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
 
 
 def move_into_place(work: Path, out: Path) -> None:

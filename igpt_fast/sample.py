@@ -20,6 +20,7 @@ from igpt_fast.ops.sampling import check_sampling
 
 CACHE_BYTES = 1 << 30  # the default batch is what this much key-value cache holds,
 LARGEST_BATCH = 64  # but no more images than this: beyond it a step's time grows with the batch anyway
+MOST = 10**6  # images of one call: more are a slip, and their list alone fills a memory
 
 Progress = Callable[[int, int], None]  # (pixels drawn, pixels to draw in all)
 
@@ -96,6 +97,8 @@ def check_options(
     check_sampling(temperature, top_k, top_p)
     if n < 1:
         raise InputError(f"n is {n}; ask for at least 1 image")
+    if n > MOST:
+        raise InputError(f"n is {n}; ask for at most {MOST:,} images at once, and for others by another seed")
     if not 0 <= seed < 1 << 64:
         raise InputError(f"seed is {seed}; use a whole number from 0 to 2**64 - 1")
     if batch is not None and batch < 1:

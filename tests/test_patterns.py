@@ -126,6 +126,7 @@ def test_parts_that_look_ahead_are_found_in_unions():
         ("neighborhood(6)", "neighborhood: side is 6; use an odd whole number of at least 1, such as 7"),
         ("local(0)", "local: window is 0; use a whole number of at least 1, such as 1"),
         ("local(-3)", "local: window is -3"),
+        ("local(99999999999999999999)", "local: window is 99999999999999999999; use at most 2,147,483,647"),
         ("local(1.5)", "1.5 is not a whole number"),
         ("row(3)", r"row\(3\): row takes no numbers"),
         ("local(far=3)", r"local takes window \(128\)"),

@@ -69,6 +69,11 @@ def test_equals_brute_force(logits, uniform, temperature, top_k, top_p):
         assert got in near
 
 
+def test_a_top_k_beyond_every_number_keeps_all_colours():
+    logits, uniforms = torch.randn(9, 7), torch.rand(9, dtype=torch.float64)
+    assert torch.equal(sample_tokens(logits, uniforms, top_k=10**22), sample_tokens(logits, uniforms))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.9}]

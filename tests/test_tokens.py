@@ -1,5 +1,6 @@
 """Shards hold what was written, whatever the order and the gaps; a directory that contradicts itself is refused."""
 
+import errno
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import write_tokens
 
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
@@ -217,3 +219,41 @@ def test_writer_reserves_the_room_at_once(tmp_path):
     ShardWriter(tmp_path, 1000, (32, 32), 600)
     used = sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir())
     assert used >= 1000 * 32 * 32 * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("24 requested and 0 written"), "tokens: the disk is full; make room"),  # NumPy's own
+        (OSError(errno.EFBIG, "File too large"), "File too large: '.*/tokens'"),
+    ],
+)
+def test_a_write_that_fails_names_the_place(tmp_path, monkeypatch, error, reason):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ShardWriter, "write", fail)
+    with pytest.raises((InputError, OSError), match=reason):
+        write_tokens(tmp_path)
+    assert os.listdir(tmp_path) == ["images.npy"]
+
+
+def test_only_the_works_of_the_dead_are_removed(tmp_path, monkeypatch):
+    """Of the same place, that is: others may be at work beside it."""
+    kept = [".tokens.0123abcd.tmp.old", ".tokens.notours.tmp", ".tokens2.0123abcd.tmp"]
+    for name in (".tokens.0123abcd.tmp", *kept):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard-00000.npy").touch()
+    during, real = [], ShardWriter.write
+
+    def another(*arguments: object) -> None:
+        monkeypatch.setattr(ShardWriter, "write", real)
+        write_tokens(tmp_path)
+        during.extend(name for name in os.listdir(tmp_path) if name.startswith(".tokens.") and name not in kept)
+        real(*arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", another)
+    with pytest.raises(InputError, match="holds tokens already"):  # the other was faster
+        write_tokens(tmp_path)
+    assert len(during) == 1 and during != [".tokens.0123abcd.tmp"], "the dead one's is gone, the living one's is not"
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "images.npy", "tokens"])

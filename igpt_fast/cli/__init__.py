@@ -1,15 +1,47 @@
 """The command line: `igpt-fast COMMAND`. One module per group; this file wires them."""
 
+import io
 import os
+import re
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from igpt_fast import __version__
 from igpt_fast.cli import convert, data, evaluate, info, probe, sample, train
 from igpt_fast.errors import InputError
+from igpt_fast.interrupt import sigterm_exits
+
+# What takes less memory, by command.
+LESS = {
+    "train": "a smaller --batch, --width, --layers or --size, more --accumulate, or --activation-checkpointing",
+    "sample": "a smaller -n or --batch, or --dtype bfloat16",
+    "complete": "fewer photos, a smaller -n or --batch, or --dtype bfloat16",
+    "palette": "a smaller --size or --limit, or fewer --workers",
+    "tokenize": "a smaller --size, or fewer --workers",
+}
+
+
+class _Group(TyperGroup):
+    """Says what ends a command where Typer would be silent (Ctrl-C) or show a traceback (want of memory)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not re.search(r"can't allocate memory|out of memory", str(error)):
+                raise
+            less = LESS.get(ctx.invoked_subcommand, "a smaller model or fewer images at once")
+            raise InputError(f"{ctx.invoked_subcommand}: there is not enough memory: {less} takes less") from error
+
 
 app = typer.Typer(
+    cls=_Group,
     name="igpt-fast",
     help="Image GPT, fast: train on a folder of images, sample, complete, probe.",
     no_args_is_help=True,
@@ -39,14 +71,14 @@ for _group in (data, train, sample, probe, evaluate, convert, info):
 
 def main() -> None:
     """Entry point of `igpt-fast`. Bad input: one `error:` line, exit code 2. IGPT_TRACEBACK=1: the traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that we print; stderr knows a way
     try:
-        app()
+        with sigterm_exits():
+            app()
     except (InputError, OSError) as error:
         if os.environ.get("IGPT_TRACEBACK") == "1":
             raise
         name = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
         print(f"error: {name}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -43,6 +43,7 @@ def sample_tokens(
             f"uniforms are {uniforms.dtype} {list(uniforms.shape)}; sample_tokens reads float64 [{len(logits)}]"
         )
     same_device("sample_tokens", logits=logits, uniforms=uniforms)
+    top_k = top_k if top_k is None else min(top_k, logits.shape[1])  # a kernel's has 64 bits
     if torch.compiler.is_compiling():
         return torch.ops.igpt.sample_tokens(logits, uniforms, temperature, top_k, top_p)
     return _sample_tokens(logits, uniforms, temperature, top_k, top_p)

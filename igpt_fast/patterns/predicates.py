@@ -96,9 +96,14 @@ def _parameters(make: Callable) -> str:
     return ", ".join(f"{n} ({'the width' if d is None else d})" for n, d in zip(names, defaults, strict=True))
 
 
+MOST = 2**31 - 1  # what pixels are counted in, int32, can be compared with
+
+
 def _whole(name: str, value: int | None, least: int = 1, odd: bool = False) -> None:
     if value is None:
         return
+    if isinstance(value, int) and value > MOST:
+        raise InputError(f"{name} is {value}; use at most {MOST:,}")
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (odd and value % 2 == 0):
         near = max(least, int(value)) if isinstance(value, int) else least
         raise InputError(

@@ -1,0 +1,89 @@
+"""What every command has in common: how it ends when it is interrupted, or for want of memory, and where it prints."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_tokens
+
+from igpt_fast.cli import sample as commands
+from igpt_fast.cli import train
+
+
+def python(script: str, *words: object, **environment: str) -> subprocess.CompletedProcess:
+    paths = f"{Path(__file__).parent.parent}:{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-c", f"from igpt_fast.cli import main, sample\n{script}\nmain()", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, env={**os.environ, "PYTHONPATH": paths, **environment}, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 149. GiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_want_of_memory_is_one_line_with_a_way_out(igpt, tmp_path, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(commands, "open_model", fail)
+    code, _, said = igpt("sample", tmp_path, "-o", tmp_path / "s.png")
+    assert code == 2 and said.count("\n") == 1
+    assert said.startswith("error: sample: there is not enough memory: a smaller -n or --batch")
+
+
+def test_other_errors_of_torch_keep_their_traceback(igpt, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(commands, "open_model", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        igpt("sample", tmp_path, "-o", tmp_path / "s.png")
+
+
+def test_a_model_that_no_memory_holds(igpt, tmp_path):
+    data = write_tokens(tmp_path)
+    code, _, said = igpt("train", data.path, "--out", tmp_path / "run", "--width", 10**5, "--layers", 10**3)
+    assert code == 2 and "not enough memory: a smaller --batch, --width, --layers" in said
+
+
+@pytest.mark.parametrize(
+    ("which", "code", "said"), [(signal.SIGINT, 130, b"interrupted\n"), (signal.SIGTERM, 143, b"")]
+)
+def test_a_signal_ends_a_command_with_its_code(tmp_path, which, code, said):
+    script = f"import os; sample.open_model = lambda *_: os.kill(os.getpid(), {int(which)})"
+    done = python(script, "sample", tmp_path, "-o", tmp_path / "s.png")
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_characters_that_stdout_lacks_are_replaced():
+    done = python("", "info", PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0 and done.stderr == b"" and b"?" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--size", ""), "--size '' is not a size"),
+        (("--seed", 2**64), "--seed is 18446744073709551616"),
+        (("--layers", 10**20), "layers is 100000000000000000000; use at most 10,000"),
+        (("--device", "meta"), "device 'meta' is none to train or sample on"),
+    ],
+)
+def test_absurd_options_of_train(igpt, tmp_path, monkeypatch, words, message):
+    monkeypatch.setattr(train, "open_tokens", None)
+    code, _, said = igpt("train", tmp_path, "--out", tmp_path / "run", *words)
+    assert code == 2 and message in said and said.count("\n") == 1
+
+
+def test_absurd_options_of_sample(igpt, tmp_path):
+    code, _, said = igpt("sample", tmp_path, "-n", 10**8)
+    assert code == 2 and "n is 100000000; ask for at most 1,000,000" in said

@@ -15,7 +15,7 @@ from torch import Tensor
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
 from igpt_fast.model import MASKED
-from igpt_fast.run import Options
+from igpt_fast.options import Options
 
 ORDER, FLIP, MASK, VALIDATION = range(4)  # one random stream each, so that none depends on whether another is used
 LOOKED_AT = 64  # images whose tokens stand for all of them in a fingerprint

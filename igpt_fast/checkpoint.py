@@ -92,8 +92,8 @@ def save_checkpoint(
             _sync(folder)
     except (OSError, SafetensorError) as error:
         left = list_checkpoints(run)
-        rest = f"{left[-1]} is intact: make room, then go on with --resume" if left else "make room, then try again"
-        raise InputError(f"cannot save step {step} in {folder}: {_reason(error)}; {rest}") from error
+        way = f"{left[-1]} is intact: make room, then go on with --resume" if left else "make room, then start again"
+        raise InputError(f"cannot save step {step} in {folder}: {_reason(error)}; {way}") from error
     for old in list_checkpoints(run)[:-keep]:
         # Renamed first: a removal that is cut short must not leave half a checkpoint under a checkpoint's name.
         os.rename(old, folder / f"{TEMPORARY}{old.name}")

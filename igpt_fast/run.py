@@ -1,4 +1,4 @@
-"""A training run's options, and what its directory holds beside checkpoints: train.json, metrics.jsonl, loss.png.
+"""What a training run's directory holds beside checkpoints: train.json, metrics.jsonl, loss.png.
 
 train.json holds the options, for people and for a later --resume. metrics.jsonl holds one JSON object a line: training
 rows (step, loss, lr, grad_norm, images_per_second, elapsed) and validation rows (step, val_loss, elapsed). Losses are
@@ -9,10 +9,11 @@ import fcntl
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,69 +24,10 @@ from igpt_fast.config import Config
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
+from igpt_fast.options import FIXED, Options
 from igpt_fast.pictures import save_curve, write_atomically
 
 OPTIONS, METRICS, CURVE = "train.json", "metrics.jsonl", "loss.png"
-PRECISIONS = ("bf16", "fp32")
-# What decides which numbers are learned from which images in which order: a resumed run cannot change it midway.
-FIXED = ("seed", "batch", "flip", "ema", "val_fraction")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to train. Values that make no sense raise InputError at construction, named as on the command line."""
-
-    steps: int = 1000  # optimizer steps in all, those before a resume included
-    batch: int = 16  # images a step
-    accumulate: int = 1  # equal parts that a step's images are split into, one after the other, to save memory
-    lr: float | None = None  # peak learning rate; None: see `peak_lr`
-    warmup: int | None = None  # steps of linear warm-up; None: a twentieth of the steps, at most 10,000
-    clip: float = 1.0  # largest norm of the gradient; 0: as it comes
-    precision: str = "bf16"  # of matrix products and activations; weights and optimizer are always float32
-    ema: float = 0.0  # decay of a running average of the weights, which then is what is validated and sampled; 0: none
-    flip: bool = False  # mirror each image left to right with probability 1/2
-    val_fraction: float = 0.1  # of the images, held out by a hash of their names
-    val_every: int = 250  # steps between validations; 0: only at the end
-    val_images: int = 512  # held-out images that a validation looks at, evenly spread over them; 0: all
-    sample_every: int = 500  # steps between pictures of samples and of the loss; 0: none
-    save_every: int = 250  # steps between checkpoints; 0: only at the end
-    log_every: int = 10  # steps between lines of metrics.jsonl, each the mean over them
-    keep: int = 2  # checkpoints that are kept
-    seed: int = 0  # of the weights, the order of the images, flips, masks and samples
-    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "keep"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("val_every", "val_images", "sample_every", "save_every", "seed", "warmup"):
-            self._require(name, (getattr(self, name) or 0) >= 0, "0 or more")
-        self._require("accumulate", self.batch % self.accumulate == 0, f"a divisor of the batch ({self.batch})")
-        self._require("lr", self.lr is None or 0 < self.lr < math.inf, "a positive number such as 1e-3")
-        self._require("warmup", self.warmup is None or self.warmup <= self.steps, f"at most the {self.steps} steps")
-        self._require("clip", 0 <= self.clip < math.inf, "a positive number such as 1.0, or 0 for none")
-        self._require("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS))
-        self._require("ema", 0 <= self.ema < 1, "a decay below 1 such as 0.999, or 0 for none")
-        self._require("val_fraction", 0 <= self.val_fraction < 1, "a fraction from 0 to less than 1")
-
-    def _require(self, name: str, good: bool, wanted: str) -> None:
-        if not good:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; use {wanted}")
-
-    def peak_lr(self, width: int) -> float:
-        """The learning rate after warm-up: as given, else the paper's 3e-3 (width 512, batch 128), less for others.
-
-        In proportion to the width above 512, and by the root of the batch below 128, where gradients are noisier.
-        """
-        if self.lr is not None:
-            return self.lr
-        return 3e-3 * min(1.0, 512 / width) * min(1.0, math.sqrt(self.batch / 128))
-
-    def rate(self, step: int, width: int) -> float:
-        """The learning rate of step 0, 1, …: linear warm-up to the peak, then a cosine to 0 after the last."""
-        warmup = min(self.steps // 20, 10_000) if self.warmup is None else self.warmup
-        if step < warmup:
-            return self.peak_lr(width) * (step + 1) / warmup
-        return self.peak_lr(width) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
 
 
 @dataclass(frozen=True)
@@ -96,7 +38,7 @@ class Result:
     run: Path
     checkpoint: Path
     step: int
-    loss: float
+    loss: float | None  # None when a resumed run had no step to take and metrics.jsonl is gone
     val_loss: float | None
     seconds: float  # all parts of an interrupted run together
     rows: list[dict[str, Any]]  # of metrics.jsonl
@@ -139,15 +81,35 @@ def write_options(
 
 
 def read_options(run: str | Path) -> dict[str, Any]:
-    """train.json of a run: config, options, data, command. Raises InputError when it is missing or no JSON object."""
+    """train.json of a run: config, options, data, command. Raises InputError when it is missing, or holds what no run
+    could have written.
+    """
     path = Path(run) / OPTIONS
     try:
         values = json.loads(path.read_bytes())
-        return {key: dict(values[key]) for key in ("config", "options", "data", "command")}
+        values = {key: dict(values[key]) for key in ("config", "options", "data", "command")}
+        Config.from_dict(values["config"])
+        Options(**{f.name: values["options"][f.name] for f in fields(Options) if f.name in values["options"]})
+        _check_images(values["command"].get("images", {}))
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; give every option again, or train anew into another --out") from error
+        way = f"put it back, or begin a run with its weights: --init {run} and another --out"
+        raise InputError(f"{path} is missing; {way}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); mend it, or train anew into another --out") from error
+    return values
+
+
+def _check_images(images: object) -> None:
+    """TypeError unless `images` says how the images were read in the types that the command line writes."""
+    if not isinstance(images, dict):
+        raise TypeError(f"images is {images!r}")
+    size = images.get("size")
+    if size is not None and (not isinstance(size, list) or [type(n) for n in size] != [int, int]):
+        raise TypeError(f"size is {size!r}")
+    for name, value in images.items():
+        kind = {"colors": int, "palette": (str, type(None))}.get(name, str)
+        if name != "size" and not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def refuse_differences(run: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -159,6 +121,26 @@ def refuse_differences(run: Path, saved: Mapping[str, Any], now: Mapping[str, An
                 f"--resume with another {name}: {run} was trained with {was}, not {is_}; "
                 f"leave it as it was, or train anew into another --out"
             )
+
+
+def refuse_idle_steps(run: Path, step: int, options: Options, saved: Mapping[str, Any]) -> None:
+    """InputError when a resumed run is beyond options.steps, or has no step left and a new way to take them."""
+    if step > options.steps:
+        raise InputError(f"--steps is {options.steps}, but {run} has come to step {step}: give as many or more")
+    now = asdict(options)
+    new = [name for name in ("lr", "warmup", "clip") if name in saved and saved[name] != now[name]]
+    if step == options.steps and new:
+        raise InputError(
+            f"--{new[0]} changes nothing: {run} has taken its {step} steps; give more --steps, or leave it out"
+        )
+
+
+def drop_later_pictures(run: Path, step: int) -> None:
+    """Removes the pictures of samples of steps beyond `step`, which will be taken again."""
+    for picture in (run / "samples").glob("step-*.png"):
+        number = re.fullmatch(r"step-(\d+)", picture.stem)
+        if number and int(number[1]) > step:
+            picture.unlink()
 
 
 def introduction(config: Config, options: Options, parameters: int, images: int, held_out: int, where: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from igpt_fast.errors import InputError, reading
+from igpt_fast.made import is_run
 from igpt_fast.palette import Palette
 
 FORMAT, VERSION = "igpt-fast tokens", 1
@@ -148,7 +149,10 @@ class TokenDataset:
         return array
 
     def _broken(self, name: str, what: str) -> InputError:
-        return InputError(f"{self.path / name}: {what}; {AGAIN}")
+        way = AGAIN
+        if self.path.name == "tokens" and is_run(self.path.parent):
+            way = f"delete {self.path}, which train makes again when it is given the images"
+        return InputError(f"{self.path / name}: {what}; {way}")
 
 
 def shard_name(number: int) -> str:

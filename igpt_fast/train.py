@@ -26,19 +26,20 @@ from igpt_fast.errors import InputError
 from igpt_fast.interrupt import Stop, Stopped
 from igpt_fast.model import ImageGPT
 from igpt_fast.optimizer import adam, restore, state_tensors
+from igpt_fast.options import FIXED, Options
 from igpt_fast.pictures import save_grid
 from igpt_fast.run import (
-    FIXED,
     Metrics,
-    Options,
     Result,
     broken_off,
     check_run,
     circumstances,
     diverged,
+    drop_later_pictures,
     introduction,
     locked,
     refuse_differences,
+    refuse_idle_steps,
     save_loss_curve,
     say_differences,
     write_options,
@@ -64,7 +65,7 @@ def train(
 
     config: the model's shape, which must fit the dataset's size and colours; may be None when resuming, and with init:
     a model whose weights are copied to begin with, at the dataset's size and by config's pattern, which may be others
-    (see igpt_fast.weights.reshaped). options: fields of igpt_fast.run.Options. command: what else shall stand in
+    (see igpt_fast.weights.reshaped). options: fields of igpt_fast.options.Options. command: what else shall stand in
     train.json; its "resume" is what a stopped run tells the user to type. Ctrl-C and SIGTERM save a checkpoint and
     raise KeyboardInterrupt or SystemExit(143); a second stops at once. Raises InputError for bad options, a run that
     holds a checkpoint (without resume) or none (with), a resume that would change the model or the data, a checkpoint
@@ -120,9 +121,7 @@ class _Training:
         if checkpoint:
             self.step, state = checkpoint.step, checkpoint.state
             refuse_differences(run, state["fixed"], self.fixed)
-            if self.step > self.options.steps:
-                what = f"--steps is {self.options.steps}, but {run} has come to step {self.step}"
-                raise InputError(f"{what}: give as many or more")
+            refuse_idle_steps(run, self.step, self.options, state["free"])
             say(f"going on from {checkpoint.path}")
             say_differences(state["free"], circumstances(self.options, device))
         self.window: list[Any] = [tuple(pair) for pair in state["window"]]  # (loss, norm) of steps since the last row
@@ -130,9 +129,7 @@ class _Training:
         self.timed = (0, 0.0)  # steps since the last row, and the seconds that they took
         self._build(checkpoint, start)
         self.metrics = Metrics(run, self.step)
-        for picture in (run / "samples").glob("step-*.png"):
-            if int(picture.stem[5:]) > self.step:  # of a step that will be taken again
-                picture.unlink()
+        drop_later_pictures(run, self.step)
         write_options(run, config, self.options, data, command)
 
     def _build(self, checkpoint: Checkpoint | None, start: ImageGPT | None) -> None:

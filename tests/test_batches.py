@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import write_tokens
 
 from igpt_fast.batches import Batches, images_of_step
-from igpt_fast.run import Options
+from igpt_fast.options import Options
 from igpt_fast.tokens import TokenDataset
 
 

@@ -15,7 +15,8 @@ from tiny import CONFIG, FAST, write_tokens
 from igpt_fast.checkpoint import load_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
-from igpt_fast.run import Options, check_run, locked, read_metrics, read_options
+from igpt_fast.options import Options
+from igpt_fast.run import check_run, locked, read_metrics, read_options
 from igpt_fast.tokens import TokenDataset
 from igpt_fast.train import train
 
@@ -58,6 +59,13 @@ def test_the_standard_learning_rate_is_the_papers_and_less_for_noise_and_width()
         ({"ema": 1.0}, "--ema is 1.0"),
         ({"val_fraction": 1.0}, "--val-fraction is 1.0"),
         ({"seed": -1}, "--seed is -1"),
+        ({"seed": 2**64}, "--seed is 18446744073709551616; use at most 18,446,744,073,709,551,615"),
+        ({"batch": 10**20}, "--batch is 100000000000000000000; use at most 1,000,000"),
+        ({"steps": 10**400}, "use at most 1,000,000,000,000"),
+        ({"steps": "10"}, "--steps is '10'; use a whole number"),
+        ({"lr": "abc"}, "--lr is 'abc'; use a number"),
+        ({"flip": 1}, "--flip is 1; use true or false"),
+        ({"precision": None}, "--precision is None; use a word"),
         ({"save_every": -5}, "--save-every is -5"),
     ],
 )
@@ -133,8 +141,12 @@ def test_runs_that_cannot_be_started_or_resumed(dataset, tmp_path):
         check_run(tmp_path / "file/run", resume=False)
     check_run(tmp_path / "a/b/c", resume=False)
     assert not (tmp_path / "a").exists(), "asking leaves no trace"
-    with pytest.raises(InputError, match="device 'abacus' cannot be used here"):
-        train(dataset, tmp_path / "new", CONFIG, device="abacus", **FAST)
+    for device, reason in (
+        ("abacus", "cannot be used here"),
+        ("meta", "is none to train or sample on: use cpu or cuda"),
+    ):
+        with pytest.raises(InputError, match=f"device '{device}' {reason}"):
+            train(dataset, tmp_path / "new", CONFIG, device=device, **FAST)
     assert not (tmp_path / "new").exists()
 
 

@@ -9,8 +9,9 @@ from igpt_fast.config import Config
 from igpt_fast.console import say
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
+from igpt_fast.options import FIXED
 from igpt_fast.palette import Palette
-from igpt_fast.run import FIXED, refuse_differences
+from igpt_fast.run import refuse_differences
 from igpt_fast.tokens import is_token_directory
 from igpt_fast.weights import open_model
 

@@ -15,8 +15,9 @@ from igpt_fast.console import duration, say
 from igpt_fast.data import open_tokens
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
+from igpt_fast.options import PRECISIONS, Options
 from igpt_fast.palette import Palette
-from igpt_fast.run import CURVE, METRICS, PRECISIONS, Options, Result, check_run, read_options
+from igpt_fast.run import CURVE, METRICS, Result, check_run, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
 from igpt_fast.weights import refuse_misfit
@@ -194,7 +195,7 @@ def train(
     Options(**options)  # finds mistakes before the images are read
     _refuse_idle(given, data)
     start = open_start(init, data, given) if init else None
-    if size:
+    if size is not None:
         given["size"] = list(parse_size(size))
     if preset:
         given = PRESETS[preset.value] | given
@@ -208,13 +209,18 @@ def train(
     if start:
         refuse_misfit(start.model.config, config)
     images |= {name: str(given[name]) if name == "palette" else given[name] for name in IMAGES if name in given}
-    if not size and is_token_directory(data):
+    if not resume and size is None and is_token_directory(data):
         images["size"] = None  # a preset's, which tokens need not have
     own = start.palette if start else None
-    dataset = _open(data, out, images, options["seed"], workers, own or palette)
+    remedy = {"remedy": f"{_again(out / 'tokens', out)} goes on with the tokens as they are"} if resume else {}
+    dataset = _open(data, out, images, own or palette, seed=options["seed"], workers=workers, **remedy)
     config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
-    again = f"igpt-fast train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
-    command = {"data": str(data), "images": images, "resume": again, **({"init": str(init)} if init else {})}
+    command = {
+        "data": str(data),
+        "images": images,
+        "resume": _again(data, out),
+        **({"init": str(init)} if init else {}),
+    }
     model = start.model if start else None
     result = train_model(dataset, out, config, resume=resume, init=model, device=device, command=command, **options)
     _report(result, dataset, str(data), options["sample_every"])
@@ -233,16 +239,19 @@ def _refuse_idle(given: dict[str, Any], data: Path) -> None:
         raise InputError("--colors changes nothing with --palette, which has its own; leave one of them out")
 
 
-def _open(
-    data: Path, out: Path, images: dict[str, Any], seed: int, workers: int | None, palette: Palette | Path | None
-) -> TokenDataset:
+def _again(data: Path, out: Path) -> str:
+    """What goes on with a run."""
+    return f"igpt-fast train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
+
+
+def _open(data: Path, out: Path, images: dict[str, Any], palette: Palette | Path | None, **more: Any) -> TokenDataset:
     """DATA as tokens, made in RUN/tokens first when it holds images."""
     options = {**images, "size": images["size"] and tuple(images["size"])}
     if palette is not None:
         options["palette"] = palette
     elif images["palette"] and is_token_directory(out / "tokens"):
         options["palette"] = Palette.load(out / "tokens")  # a resumed run's own: the file it came from may be gone
-    return open_tokens(data, cache_dir=out / "tokens", workers=workers, seed=seed, **options)
+    return open_tokens(data, cache_dir=out / "tokens", **more, **options)
 
 
 def _picture(result: Result, sample_every: int) -> Path | None:
@@ -257,8 +266,9 @@ def _report(result: Result, dataset: TokenDataset, data: str, sample_every: int)
         _picture(result, sample_every),
         result.model.config.objective == "ar",
     )
+    loss = f"loss {result.loss:.4f} nats per pixel" if result.loss is not None else f"no loss in {result.run / METRICS}"
     held_out = "" if result.val_loss is None else f", on held-out images {result.val_loss:.4f}"
-    say(f"step {result.step}: loss {result.loss:.4f} nats per pixel{held_out}; {duration(result.seconds)} in all")
+    say(f"step {result.step}: {loss}{held_out}; {duration(result.seconds)} in all")
     places = [("checkpoint", result.checkpoint), ("loss curve", result.run / CURVE), ("metrics", result.run / METRICS)]
     for name, path in [*places, *([("samples", picture)] if picture else [])]:
         say(f"  {name:<12}{path}")

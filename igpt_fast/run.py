@@ -88,15 +88,19 @@ def read_options(run: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
         values = {key: dict(values[key]) for key in ("config", "options", "data", "command")}
-        Config.from_dict(values["config"])
         Options(**{f.name: values["options"][f.name] for f in fields(Options) if f.name in values["options"]})
         _check_images(values["command"].get("images", {}))
     except FileNotFoundError as error:
         way = f"put it back, or begin a run with its weights: --init {run} and another --out"
         raise InputError(f"{path} is missing; {way}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); mend it, or train anew into another --out") from error
+        raise damaged(path, error) from error
     return values
+
+
+def damaged(path: Path, error: Exception) -> InputError:
+    """The error of a train.json that says what no run could have written."""
+    return InputError(f"{path} is damaged ({error}); mend it, or train anew into another --out")
 
 
 def _check_images(images: object) -> None:

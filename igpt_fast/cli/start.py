@@ -11,7 +11,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FIXED
 from igpt_fast.palette import Palette
-from igpt_fast.run import refuse_differences
+from igpt_fast.run import OPTIONS, damaged, refuse_differences
 from igpt_fast.tokens import is_token_directory
 from igpt_fast.weights import open_model
 
@@ -54,7 +54,10 @@ def refuse_changes(out: Path, saved: dict[str, Any], images: dict[str, Any], giv
 
     Only a part can be seen so early: train compares everything with the checkpoint itself.
     """
-    whole = Config.from_dict(saved["config"])
+    try:
+        whole = Config.from_dict(saved["config"])
+    except InputError as error:
+        raise damaged(out / OPTIONS, error) from error
     config = {name: value for name, value in whole.to_dict().items() if name != "colors"}  # fewer than asked for, maybe
     if "pattern" in given:
         given = {**given, "pattern": Config.from_dict({**config, "pattern": given["pattern"]}).to_dict()["pattern"]}

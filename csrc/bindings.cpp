@@ -68,7 +68,9 @@ View view_of(PyObject* o) {
   if (folded && call(o, names.is_contiguous).ptr() != Py_True)
     throw py::value_error("expected a contiguous tensor, or one of at most 4 dimensions");
   if (call(o, names.is_neg).ptr() == Py_True) throw py::value_error("expected a tensor whose sign is resolved");
-  if (v.numel() && v.cols() > 1 && v.stride[v.ndim - 1] != 1)
+  int64_t count = 1;
+  for (int i = 0; i < v.ndim; ++i) count *= v.size[i];
+  if (count && v.cols() > 1 && v.stride[v.ndim - 1] != 1)
     throw py::value_error("expected a tensor whose last dimension is contiguous");
   int d = 0;
   while (d < 9 && names.dtypes[d] != dtype.ptr()) ++d;
@@ -77,7 +79,7 @@ View view_of(PyObject* o) {
   if (attribute(o, names.is_cuda).ptr() == Py_True) v.device = int(PyLong_AsLong(call(o, names.get_device).ptr()));
   v.data = PyLong_AsVoidPtr(call(o, names.data_ptr).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (!v.data && v.numel()) throw py::value_error("expected a tensor that has memory");  // null is for the absent
+  if (!v.data && count) throw py::value_error("expected a tensor that has memory");  // null is for the absent
   return v;
 }
 

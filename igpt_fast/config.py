@@ -137,7 +137,7 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
     if number < least:
         raise InputError(f"{name} is {value!r}; use a whole number of at least {least}")
     if number > most:
-        raise InputError(f"{name} is more than {most:,}, which no machine holds; use at most that")
+        raise InputError(f"{name} is {value!r}; use at most {most:,}")
     return number
 
 

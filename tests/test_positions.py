@@ -115,9 +115,13 @@ def test_only_size_pattern_and_a_classifier_that_is_left_out_may_differ():
             reshaped(model, replace(model.config, **fields))
 
 
-def test_a_size_that_no_memory_holds_is_refused():
-    with pytest.raises(InputError, match="of 99999x2000000 pixels and 24 channels do not fit into memory; ask for a"):
-        reshaped(make(), replace(make().config, size=(99999, 2_000_000)))
+def test_a_size_that_no_memory_holds_is_refused(monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory")
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", full)
+    with pytest.raises(InputError, match="of 9999x99999 pixels and 24 channels do not fit into memory; ask for a"):
+        reshaped(make(), replace(make().config, size=(9999, 99999)))
 
 
 def test_axial_tables_are_summed_and_patterns_kept_in_hugging_faces_layout(tmp_path, caplog):

@@ -22,7 +22,6 @@ from igpt_fast.made import is_run
 from igpt_fast.palette import Palette
 
 FORMAT, VERSION = "igpt-fast tokens", 1
-AGAIN = "write the tokens again with igpt-fast tokenize"
 SHARD_BYTES = 128 << 20  # large enough that a million images are few files, small enough to move about
 
 
@@ -81,7 +80,7 @@ class TokenDataset:
     @cached_property
     def names(self) -> list[str]:
         """The images' names, in the order of the tokens."""
-        with reading(f"{self.path / 'names.json'}:", AGAIN):
+        with reading(f"{self.path / 'names.json'}:", self._way()):
             names = json.loads((self.path / "names.json").read_bytes())
             if not _are_texts(names):
                 raise ValueError("it is no list of names")
@@ -128,7 +127,7 @@ class TokenDataset:
         return np.flatnonzero(val if name == "val" else ~val)
 
     def _read_meta(self) -> dict:
-        with reading(f"{self.path / 'meta.json'}:", AGAIN):
+        with reading(f"{self.path / 'meta.json'}:", self._way()):
             meta = json.loads((self.path / "meta.json").read_bytes())
             if meta["format"] != FORMAT or meta["version"] != VERSION:
                 raise self._broken("meta.json", f"is {meta['format']} of version {meta['version']}, not {VERSION}")
@@ -141,7 +140,7 @@ class TokenDataset:
         return meta
 
     def _load(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        with reading(f"{self.path / name}:", AGAIN):
+        with reading(f"{self.path / name}:", self._way()):
             array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
             if array.dtype != dtype or array.shape != shape:
                 form = f"{array.dtype} {list(array.shape)} and not {np.dtype(dtype)} {list(shape)}"
@@ -149,10 +148,13 @@ class TokenDataset:
         return array
 
     def _broken(self, name: str, what: str) -> InputError:
-        way = AGAIN
+        return InputError(f"{self.path / name}: {what}; {self._way()}")
+
+    def _way(self) -> str:
+        """What to do when a file is broken."""
         if self.path.name == "tokens" and is_run(self.path.parent):
-            way = f"delete {self.path}, which train makes again when it is given the images"
-        return InputError(f"{self.path / name}: {what}; {way}")
+            return f"delete {self.path}, which train makes again when it is given the images"
+        return "write the tokens again with igpt-fast tokenize"
 
 
 def shard_name(number: int) -> str:

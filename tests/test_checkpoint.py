@@ -139,7 +139,7 @@ def test_a_first_save_that_fails_leaves_no_folder(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "_write_files", full)
-    with pytest.raises(InputError, match=r"No space left on device; make room, then try again$"):
+    with pytest.raises(InputError, match=r"No space left on device; make room, then start again$"):
         save(tmp_path / "deep" / "run", 1)
     assert not list(tmp_path.iterdir())
 

@@ -83,8 +83,9 @@ __global__ void __launch_bounds__(128)
   const uint64_t db = ptx::matrix_descriptor(ptx::smem_u32(s + from_b), strides.z, strides.w, ptx::Swizzle(modes.y));
   ptx::wgmma_fence();
   if (fragments) {
-    const uint32_t f[4] = {fragments[4 * t], fragments[4 * t + 1], fragments[4 * t + 2], fragments[4 * t + 3]};
-    ptx::wgmma<N, E, B_MN>(acc, f, db, accumulate);
+    const uint32_t f[1][4] = {{fragments[4 * t], fragments[4 * t + 1], fragments[4 * t + 2], fragments[4 * t + 3]}};
+    ptx::wgmma<N, E, B_MN>(acc, f[0], db, accumulate);
+    ptx::still_wanted(f);
   } else {
     const uint64_t da = ptx::matrix_descriptor(ptx::smem_u32(s), strides.x, strides.y, ptx::Swizzle(modes.x));
     ptx::wgmma<N, E, A_MN, B_MN>(acc, da, db, accumulate);

@@ -9,6 +9,22 @@ from benchmarks.harness import Case, Close, dtype_name, float64, served_by
 from igpt_fast import ops
 
 
+def case(op, x, weight, ours, others, judge):
+    (rows, fan_in), fan_out = x.shape, len(weight)
+    return Case(
+        op=op,
+        shape=f"{rows} × {fan_in} → {fan_out}",
+        dtype=dtype_name(x.dtype),
+        device=x.device.type,
+        backend=served_by("linear_fwd", x, weight),
+        ours=ours,
+        peers=others,
+        judge=judge,
+        work={"GB/s": weight.numel() * weight.element_size(), "GFLOP/s": 2 * rows * fan_in * fan_out},
+        seconds=1.0,
+    )
+
+
 @pytest.mark.parametrize(
     ("rows", "fan_in", "fan_out", "dtype"),
     [
@@ -26,20 +42,9 @@ from igpt_fast import ops
 def test_linear(compare, device, quick, rows, fan_in, fan_out, dtype):
     x = torch.randn(rows, fan_in, device=device).to(dtype)
     weight = torch.randn(fan_out, fan_in, device=device).to(dtype) / fan_in**0.5
-    compare(
-        Case(
-            op="linear",
-            shape=f"{rows} × {fan_in} → {fan_out}",
-            dtype=dtype_name(dtype),
-            device=device,
-            backend=served_by("linear_fwd", x, weight),
-            ours=peers.call(ops.linear, x, weight),
-            peers={"F.linear": peers.call(F.linear, x, weight)},
-            judge=Close(float64(F.linear, x, weight), dtype),
-            work={"GB/s": weight.numel() * weight.element_size(), "GFLOP/s": 2 * rows * fan_in * fan_out},
-            seconds=1.0,
-        )
-    )
+    others = {"F.linear": peers.call(F.linear, x, weight)}
+    judge = Close(float64(F.linear, x, weight), dtype)
+    compare(case("linear", x, weight, peers.call(ops.linear, x, weight), others, judge))
 
 
 def norm_fc_gelu(x, weight, bias, norm):
@@ -56,17 +61,5 @@ def test_with_what_stands_around_it(compare, device, quick, rows):
         "F.rms_norm, F.linear, x * torch.sigmoid(1.702 * x)": peers.call(norm_fc_gelu, *given),
         "torch.compile of them": peers.call(peers.compiled(norm_fc_gelu, quick), *given),
     }
-    compare(
-        Case(
-            op="norm, linear, GELU",
-            shape=f"{rows} × 512 → 2048",
-            dtype=dtype_name(dtype),
-            device=device,
-            backend=served_by("linear_fwd", *given),
-            ours=lambda: ops.linear(*given, gelu=True),
-            peers=others,
-            judge=Close(float64(norm_fc_gelu, *given), dtype),
-            work={"GB/s": weight.numel() * 2, "GFLOP/s": 2 * rows * weight.numel()},
-            seconds=1.0,
-        )
-    )
+    judge = Close(float64(norm_fc_gelu, *given), dtype)
+    compare(case("norm, linear, GELU", *given[:2], lambda: ops.linear(*given, gelu=True), others, judge))

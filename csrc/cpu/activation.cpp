@@ -30,8 +30,7 @@ static void check_gelu(const View& y, const View& x, const View& bias) {
 }
 
 static Scratch<float> float_bias(const View& bias, int64_t C) {
-  auto b = scratch<float>(padded(C));
-  std::memset(b.get(), 0, size_t(padded(C)) * sizeof(float));
+  auto b = zeros<float>(padded(C));
   if (bias) load_row(b.get(), bias.data, bias.dtype, C);
   return b;
 }

@@ -115,12 +115,6 @@ struct Buffers {
     h = zeros<float>(threads * s.B * wide), scores = scratch<float>(threads * padded(s.slot + 1));
     x = zeros<X>(threads * s.B * dx), mixed = zeros<X>(s.B * dx), z = zeros<X>(s.B * inner_x);
   }
-  template <class T>
-  static Scratch<T> zeros(int64_t n) {
-    Scratch<T> p = scratch<T>(n);
-    std::memset(p.get(), 0, size_t(n) * sizeof(T));
-    return p;
-  }
 };
 
 // h += delta (when there is one);  x = h rstd weight.   All threads do it alike, each for itself.

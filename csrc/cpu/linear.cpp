@@ -50,12 +50,6 @@ static void read_row(float* row, const View& x, int64_t n, const float* norm, fl
   for (int64_t k = 0; k < K; k += kLanes) store(row + k, load(row + k) * rstd * load(norm + k));
 }
 
-static Scratch<float> zeros(int64_t n) {
-  auto p = scratch<float>(n);
-  std::memset(p.get(), 0, size_t(n) * sizeof(float));
-  return p;
-}
-
 static void linear_fwd(View y, View x, View weight, View bias, View norm, View residual, float eps, bool gelu, Stream) {
   for (const View* v : {&x, &y, &weight, &bias, &norm, &residual})
     IGPT_CHECK(!*v || (is_float(v->dtype) && v->dense()), "linear: dense tensors of float32 or bfloat16 only");
@@ -65,7 +59,7 @@ static void linear_fwd(View y, View x, View weight, View bias, View norm, View r
   IGPT_CHECK(!norm || norm.numel() == x.cols(), "linear: norm must be [K]");
   IGPT_CHECK(!residual || same_shape(residual, y), "linear: residual must be shaped like y");
   const int64_t N = x.rows(), K = x.cols(), M = weight.size[0], Kp = padded(K);
-  const auto b = zeros(bias ? M : 0), g = zeros(norm ? Kp : 0);
+  const auto b = zeros<float>(bias ? M : 0), g = zeros<float>(norm ? Kp : 0);
   if (bias) load_row(b.get(), bias.data, bias.dtype, M);
   if (norm) load_row(g.get(), norm.data, norm.dtype, K);
   const Ending ending{bias ? b.get() : nullptr, residual, gelu};
@@ -73,9 +67,8 @@ static void linear_fwd(View y, View x, View weight, View bias, View norm, View r
 #if defined(__AVX512BF16__)
   if (x.dtype == DType::bf16 && weight.dtype == DType::bf16) {
     const int64_t pairs = padded_for<Pairs>(K);
-    auto rows = scratch<bf16>(N * pairs);
-    std::memset(rows.get(), 0, size_t(N * pairs) * sizeof(bf16));
-    const auto row = zeros(Kp);
+    const auto rows = zeros<bf16>(N * pairs);
+    const auto row = zeros<float>(Kp);
     for (int64_t n = 0; n < N; ++n) {
       read_row(row.get(), x, n, gains, eps);
       store_row(rows.get() + n * pairs, row.get(), DType::bf16, K);
@@ -83,7 +76,7 @@ static void linear_fwd(View y, View x, View weight, View bias, View norm, View r
     return run<Pairs, bf16>(y, rows.get(), N, pairs, weight, ending);
   }
 #endif
-  const auto rows = zeros(N * Kp);
+  const auto rows = zeros<float>(N * Kp);
   for (int64_t n = 0; n < N; ++n) read_row(rows.get() + n * Kp, x, n, gains, eps);
   if (weight.dtype == DType::f32)
     run<Wide<float>, float>(y, rows.get(), N, Kp, weight, ending);

@@ -70,8 +70,7 @@ static void rms_norm_fwd(View y, View sum_out, View rstd, View x, View residual,
              "rms_norm: sum must be dense and shaped like x");
   IGPT_CHECK(rstd.dtype == DType::f32 && rstd.numel() == x.rows(), "rms_norm: rstd must be float32, one a row");
   const int64_t C = x.cols(), N = x.rows(), Cp = padded(C), chunks = (N + kRows - 1) / kRows;
-  auto w = scratch<float>(Cp);
-  std::memset(w.get(), 0, size_t(Cp) * sizeof(float));
+  const auto w = zeros<float>(Cp);
   load_row(w.get(), weight.data, weight.dtype, C);
   const int64_t slots = std::max<int64_t>(1, std::min<int64_t>(max_threads(), chunks));
   auto rows = scratch<float>(slots * 2 * Cp);
@@ -115,12 +114,10 @@ static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View ds
   IGPT_CHECK(dweight.dtype == DType::f32 && dweight.ndim == 2 && dweight.cols() == s_in.cols() && dweight.dense(),
              "rms_norm_bwd: dweight must be float32 [P, C]");
   const int64_t C = s_in.cols(), N = s_in.rows(), Cp = padded(C), groups = dweight.size[0];
-  auto w = scratch<float>(Cp);
-  std::memset(w.get(), 0, size_t(Cp) * sizeof(float));
+  const auto w = zeros<float>(Cp);
   load_row(w.get(), weight.data, weight.dtype, C);
   const int64_t slots = std::max<int64_t>(1, std::min<int64_t>(max_threads(), groups));
-  auto rows = scratch<float>(slots * 4 * Cp);
-  std::memset(rows.get(), 0, size_t(slots * 4 * Cp) * sizeof(float));
+  const auto rows = zeros<float>(slots * 4 * Cp);
   parallel_for(groups, [&](int64_t group, int thread) {
     float *s = rows.get() + thread * 4 * Cp, *g = s + Cp, *d = g + Cp, *dw = d + Cp;
     std::memset(dw, 0, size_t(Cp) * sizeof(float));

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -61,6 +62,12 @@ static inline Scratch<T> scratch(int64_t count) {
   void* p = std::aligned_alloc(64, bytes);
   if (!p) throw std::bad_alloc();
   return Scratch<T>(static_cast<T*>(p));
+}
+template <class T>
+static inline Scratch<T> zeros(int64_t count) {
+  Scratch<T> p = scratch<T>(count);
+  std::memset(p.get(), 0, size_t(count) * sizeof(T));
+  return p;
 }
 
 }  // namespace IGPT_ISA

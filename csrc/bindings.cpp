@@ -305,7 +305,7 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
 
   m.def("backends", [] {  // best first
     py::list out;
-    for (const char* isa : {"avx512_bf16", "avx512", "avx2", "baseline"})
+    for (const char* isa : {"amx", "avx512_bf16", "avx512", "avx2", "baseline"})
       if (auto ops = igpt::cpu_ops(isa)) out.append(Backend{ops});
     if (auto ops = igpt::cuda_ops()) out.append(Backend{ops});
     return out;

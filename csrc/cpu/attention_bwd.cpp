@@ -39,22 +39,6 @@ struct BwdScratch {  // one thread's; Ku = D / step, Tu = 64 / step
         place(scratch<int32_t>(nk)), unused(scratch<int32_t>(places)) {}
 };
 
-// delta of a tile's 64 queries, summed in the very order in which the product dP sums: where a softmax has one term, O
-// is V to the bit, dP - delta is then exactly zero, and so is dq.
-template <class E>
-static void row_sums(float* delta, const typename E::Unit* dot, const typename E::Unit* ot, int64_t Ku) {
-  for (int64_t c = 0; c < kTile; c += kLanes) {
-    vf total = {};
-    for (int64_t k0 = 0; k0 < Ku; k0 += E::kChunk) {
-      vf acc = {};
-      for (int64_t k = k0; k < std::min(Ku, k0 + E::kChunk); ++k)
-        acc = E::dot(acc, E::load_b(ot + k * kTile + c), E::load_b(dot + k * kTile + c));
-      total += acc;
-    }
-    store(delta + c, total);
-  }
-}
-
 // S^T, dP^T -> P^T and dS^T, for keys `key` and `key + 1` of the tile (a pair is what the B operand of dq^T stores).
 template <class E>
 static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t j, float scale, uint64_t bits0, uint64_t bits1,
@@ -71,8 +55,7 @@ static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t j, float
     }
     for (int e = 0; e < 2; ++e) {
       const int64_t at = (key + e) * kTile + c;
-      vf p = exp2((load(w.s.get() + at) * scale - load(lse + c)) *
-                  kLog2e);  // the difference first: its error is what counts
+      vf p = E::exp(load(w.s.get() + at) * (scale * E::kBase) - load(lse + c));
       if (bits[e] != ~0ull) p = keep(uint32_t(bits[e] >> c), p, vf{});
       vf dp = load(w.dp.get() + at), kept = p;
       if (dropout) {
@@ -134,20 +117,30 @@ struct BwdHead {
     w.unused[unused++] = int32_t(at);
   }
 
+  // delta of a tile's 64 queries, by the very product that makes dP: where a softmax has one term, O is V to the bit, dP
+  // - delta is then exactly zero, and so is dq.
+  void row_sums(const Unit* o_rows) {
+    constexpr int64_t kBlock = 16;
+    for (int64_t r = 0; r < kTile; r += kBlock) {
+      gemm<E, false>(kBlock, kBlock, Ku, w.s.get(), kBlock, o_rows + r * Ku, Ku, w.dot.get() + r, kTile);
+      for (int64_t e = 0; e < kBlock; ++e) w.delta[r + e] = w.s[e * kBlock + e];
+    }
+  }
+
   void pack_queries(int64_t i) {
     pack_transposed<E>(w.qt.get(), q, i * kTile, tiles.Tq, D);
     pack_transposed<E>(w.dot.get(), dout, i * kTile, tiles.Tq, D);
     pack_tokens<E>(w.qn.get(), q, i * kTile, tiles.Tq, D, Dp);
     pack_tokens<E>(w.don.get(), dout, i * kTile, tiles.Tq, D, Dp);
     if (!add) {
-      Unit* ot = reinterpret_cast<Unit*>(w.dq.get());  // not in use yet
-      pack_transposed<E>(ot, o, i * kTile, tiles.Tq, D);
-      row_sums<E>(w.delta.get(), w.dot.get(), ot, Ku);
+      Unit* rows = reinterpret_cast<Unit*>(w.dq.get());  // not in use yet
+      pack_rows<E>(rows, o, i * kTile, tiles.Tq, D);
+      row_sums(rows);
     }
     if (dropout) dropout.queries(w.low.get(), w.high.get(), bh, i * kTile, kTile);
     for (int64_t r = 0; r < kTile; ++r) {
       const int64_t t = i * kTile + r, slot = t < tiles.Tq ? q.slot(t) : t;
-      w.lse[r] = t < tiles.Tq ? lse[slot] : 0.f;
+      w.lse[r] = t < tiles.Tq ? lse[slot] * E::kBase : 0.f;
       if (add)
         w.delta[r] = w.deltas[slot];
       else
@@ -159,11 +152,11 @@ struct BwdHead {
   void meet(int64_t i, int64_t j, int mask, int64_t at) {
     const bool full = tiles.full(i, j, mask);
     const Extent& extent = tiles.extent(i, j, mask);
-    const Range all = extent.all_keys.to(2);
+    const Range all = extent.all_keys.to(std::max<int64_t>(2, E::kDepth));
     const Unit *k_j = w.k.get() + at * kTile * Ku, *v_j = w.v.get() + at * kTile * Ku, *kt = w.kt.get() + at * Dp * Tu;
     float *dk_j = w.dk.get() + at * kTile * Dp, *dv_j = w.dv.get() + at * kTile * Dp;
     Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
-      const Range keys = seen.to(2);
+      const Range keys = seen.to(std::max<int64_t>(2, E::kRows));
       const int64_t r = keys.begin, c = queries.begin, to = r * kTile + c;
       gemm<E, false>(keys.size(), queries.size(), Ku, w.s.get() + to, kTile, k_j + r * Ku, Ku, w.qt.get() + c, kTile);
       gemm<E, false>(keys.size(), queries.size(), Ku, w.dp.get() + to, kTile, v_j + r * Ku, Ku, w.dot.get() + c, kTile);
@@ -172,13 +165,13 @@ struct BwdHead {
       gradient_rows<E>(w, r, j, scale, full ? ~0ull : tiles.col_bits(i, j, mask, r),
                        full ? ~0ull : tiles.col_bits(i, j, mask, r + 1), dropout);
     Extent::each(extent.queries, all, [&](Range keys, Range seeing) {
-      const Range units = seeing.to(E::kStep);
+      const Range units = seeing.to(E::kDepth);
       const int64_t r = keys.begin, u = units.begin / E::kStep, n_units = units.size() / E::kStep, from = r * Tu + u;
       gemm<E, true>(keys.size(), Dp, n_units, dv_j + r * Dp, Dp, w.p.get() + from, Tu, w.don.get() + u * Dp, Dp);
       gemm<E, true>(keys.size(), Dp, n_units, dk_j + r * Dp, Dp, w.ds.get() + from, Tu, w.qn.get() + u * Dp, Dp);
     });
     Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
-      const Range units = seen.to(E::kStep);
+      const Range units = seen.to(E::kDepth);
       const int64_t u = units.begin / E::kStep, n_units = units.size() / E::kStep, c = queries.begin;
       gemm<E, true>(Dp, queries.size(), n_units, w.dq.get() + c, kTile, kt + u, Tu, w.ds_b.get() + u * kTile + c,
                     kTile);
@@ -195,6 +188,7 @@ struct BwdHead {
   }
 
   void run() {
+    const MatrixUnit used;
     for (int64_t at = 0; at < w.n_places; ++at) w.unused[unused++] = int32_t(at);
     std::fill_n(w.place.get(), tiles.nk, -1);
     for (int64_t i = 0; i < tiles.nq; ++i) {

@@ -35,7 +35,7 @@ static inline void softmax(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale,
     return kFull ? ~0u : uint32_t(bits[i] >> (n * kLanes)) & uint32_t((1ull << kLanes) - 1);
   };
   const auto scores = [&](int i, int n) {
-    const vf s = load(w.s.get() + (r + i) * kTile + n * kLanes) * scale;
+    const vf s = load(w.s.get() + (r + i) * kTile + n * kLanes) * (scale * E::kBase);
     return kFull ? s : keep(seen(i, n), s, splat(-INFINITY));
   };
   vf tops[kLanes], totals[kLanes];
@@ -54,14 +54,14 @@ static inline void softmax(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale,
         E::store_a(p, n * kLanes, vf{});
         continue;
       }
-      vf v = exp2((scores(i, n) - w.m[r + i]) * kLog2e);  // of a single key exactly 1, here and in the backward pass
+      vf v = E::exp(scores(i, n) - w.m[r + i]);  // of a single key exactly 1, here and in the backward pass
       totals[i] += v;
       if (dropout)
         v *= dropout.weights(vu{} + w.low[r + i], vu{} + w.high[r + i], counted(uint32_t(first_key + n * kLanes)));
       E::store_a(p, n * kLanes, v);
     }
   }
-  const vf fade = exp2((before - m) * kLog2e);  // 1 where nothing rose
+  const vf fade = E::exp(before - m);  // 1 where nothing rose
   store(w.l.get() + r, load(w.l.get() + r) * fade + sums(totals));
   for (int i = 0; i < kLanes; ++i) {
     if (m[i] == before[i]) continue;
@@ -77,6 +77,7 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
   using Unit = typename E::Unit;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep, t = i * kTile;
   const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
+  const MatrixUnit used;
   if (add && tiles.row_count(i) == 0) return;
   pack_rows<E>(w.q.get(), Head<const T>(q, bh, tiles.order()), t, tiles.Tq, D);
   if (dropout) dropout.queries(w.low.get(), w.high.get(), bh, t, kTile);
@@ -90,8 +91,9 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
     const Extent& extent = tiles.extent(i, j, tile.mask);
     const Unit *kj = kt + j * Ku * kTile, *vj = vp + j * Tu * Dp;
     Extent::each(extent.queries, {0, kTile}, [&](Extent::Range keys, Extent::Range seeing) {
-      const int64_t r = seeing.begin, end = std::min(seeing.end, rows), c = keys.begin;
-      gemm<E, false>(end - r, keys.size(), Ku, w.s.get() + r * kTile + c, kTile, w.q.get() + r * Ku, Ku, kj + c, kTile);
+      const Extent::Range queries = Extent::Range{seeing.begin, std::min(seeing.end, rows)}.to(E::kRows);
+      const int64_t r = queries.begin, c = keys.begin;
+      gemm<E, false>(queries.size(), keys.size(), Ku, w.s.get() + r * kTile + c, kTile, w.q.get() + r * Ku, Ku, kj + c, kTile);
     });
     const int64_t first = extent.all_queries.begin / kLanes * kLanes, last = std::min(rows, extent.all_queries.end);
     for (int64_t r = first; r < last; r += kLanes) {
@@ -103,9 +105,9 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
       for (int e = 0; e < kLanes; ++e) bits[e] = r + e < last ? tiles.row_bits(i, j, tile.mask, r + e) : 0;
       softmax<false>(w, r, Dp, scale, bits, dropout, j * kTile);
     }
-    Extent::each(extent.keys, {extent.all_queries.begin, std::min(rows, extent.all_queries.end)},
+    Extent::each(extent.keys, Extent::Range{extent.all_queries.begin, last}.to(E::kRows),
                  [&](Extent::Range queries, Extent::Range seen) {
-                   const Extent::Range units = seen.to(E::kStep);
+                   const Extent::Range units = seen.to(E::kDepth);
                    const int64_t r = queries.begin, u = units.begin / E::kStep;
                    gemm<E, true>(queries.size(), Dp, units.size() / E::kStep, w.o.get() + r * Dp, Dp,
                                  w.p.get() + r * Tu + u, Tu, vj + u * Dp, Dp);
@@ -114,7 +116,7 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
   const Head<T> o(out, bh, tiles.order());
   for (int64_t r = 0; r < rows; ++r) {
     o.ask(t + r + kRowsAhead, t + rows, D);
-    const float l = w.l[r], here = l == 0.f ? kEmptyLse : w.m[r] + std::log(l);
+    const float l = w.l[r], here = l == 0.f ? kEmptyLse : w.m[r] / E::kBase + std::log(l);
     if (add && l == 0.f) continue;
     float& known = lse.as<float>()[bh * tiles.Tq + o.slot(t + r)];
     const float share = add ? 1.f / (1.f + std::exp(known - here)) : 1.f;  // of these keys in all of them

@@ -2,7 +2,8 @@
 //
 // Everything is a matrix of 32-bit units: one float, or two neighbouring bf16 along K. A is row-major in units and
 // broadcast, B holds kLanes columns side by side and is loaded, C is float. So one loop serves both, and only dot()
-// differs.
+// differs. AMX multiplies the same matrices 16 x 16 units at a time: kRows and kDepth are what rows of C and elements
+// along K come in there, and callers round up to.
 #pragma once
 #include <algorithm>
 
@@ -13,12 +14,14 @@ namespace IGPT_ISA {
 
 struct F32Units {
   using Unit = float;
+  static constexpr int64_t kRows = 1, kDepth = 1;
+  static constexpr float kBase = 1.f;  // exp(kBase x) is e^x
   static constexpr int kStep = 1;        // elements along K in a unit
   static constexpr int64_t kChunk = 64;  // units along K that are summed at once
   using Vector = vf;
   static Vector load_b(const Unit* p) { return load(p); }
   static vf dot(vf acc, Unit a, Vector b) { return a * b + acc; }
-  static vf dot(vf acc, Vector a, Vector b) { return a * b + acc; }
+  static vf exp(vf x) { return exp2(x * kLog2e); }
 
   template <class T>
   static Unit unit(const T* p) {
@@ -41,6 +44,12 @@ struct F32Units {
 struct Bf16Units {
   using Unit = uint32_t;
   static constexpr int kStep = 2;
+#if defined(__AMX_BF16__)
+  static constexpr int64_t kRows = 16, kDepth = 32;
+#else
+  static constexpr int64_t kRows = 1, kDepth = 2;
+#endif
+  static constexpr float kBase = kLog2e;
   static constexpr int64_t kChunk = 1 << 20;  // the inputs' own rounding outweighs that of the sums
   using Vector = __m512bh;
   static Vector load_b(const Unit* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
@@ -56,8 +65,16 @@ struct Bf16Units {
   static vf units(const bf16* p) {  // only moved, so what their bits mean as floats does not matter
     return load(reinterpret_cast<const float*>(p));
   }
-  static vf dot(vf acc, Vector a, Vector b) {
-    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), a, b));
+  // 2^x to 3e-6, and 1 exactly for 0: what is rounded to bf16 needs no more. NaN stays NaN.
+  static vf exp(vf x) {
+    const vf in = max(splat(-200.f), x), magic = splat(12582912.f);
+    const vf n = in + magic - magic, f = in - n;
+    vf p = splat(9.58285320e-3f);
+    p = p * f + 5.59064252e-2f;
+    p = p * f + 2.40240986e-1f;
+    p = p * f + 6.93124193e-1f;
+    p = p * f + 1.f;
+    return reinterpret_cast<vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
   }
   static void store_a(Unit* row, int64_t c, vf v) { store(reinterpret_cast<bf16*>(row) + c, v); }
   static void store_b_pair(Unit* b, int64_t k, int64_t N, int64_t c, vf even, vf odd) {
@@ -135,11 +152,94 @@ static inline void gemm_chunk(int64_t M, int64_t N, int64_t K, float* C, int64_t
   for (; n < N; n += kLanes) gemm_strip<E, 1, kAccumulate>(M, K, C + n, ldc, A, lda, B + n, ldb);
 }
 
+#if defined(__AMX_BF16__)
+// Tiles 0 to 3 are of C, 4 and 5 of A, 6 and 7 of B: each 16 rows of 16 units. They hold something only between the
+// beginning and the end of a MatrixUnit, and each thread has its own.
+struct MatrixUnit {
+  MatrixUnit() {
+    alignas(64) uint8_t config[64] = {1};  // the palette; then 2 bytes of row length each from 16, a count of rows from 48
+    for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64, config[48 + t] = 16;
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~MatrixUnit() { asm volatile("tilerelease"); }
+  MatrixUnit(const MatrixUnit&) = delete;
+};
+// Not the compiler's intrinsics: to GCC 12 theirs do not read memory, and it moves stores behind them.
+template <int tile, class T>
+static IGPT_INLINE void tile_load(const T* p, int64_t ld) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(ld * 4), "i"(tile) : "memory");
+}
+template <int tile>
+static IGPT_INLINE void tile_store(float* p, int64_t ld) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(ld * 4), "i"(tile) : "memory");
+}
+template <int c, int a, int b>
+static IGPT_INLINE void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(b), "i"(a), "i"(c));
+}
+
+// Two by two tiles of C, or fewer at the ends.
+template <bool kAccumulate, int MT, int NT>
+static IGPT_INLINE void tile_block(int64_t K, float* C, int64_t ldc, const uint32_t* A, int64_t lda, const uint32_t* B,
+                                   int64_t ldb) {
+  const auto each = [&](auto&& body) {
+    body(std::integral_constant<int, 0>(), C);
+    if constexpr (NT > 1) body(std::integral_constant<int, 1>(), C + 16);
+    if constexpr (MT > 1) body(std::integral_constant<int, 2>(), C + 16 * ldc);
+    if constexpr (MT > 1 && NT > 1) body(std::integral_constant<int, 3>(), C + 16 * ldc + 16);
+  };
+  each([&](auto tile, float* c) {
+    if constexpr (kAccumulate)
+      tile_load<tile>(c, ldc);
+    else
+      asm volatile("tilezero %%tmm%c0" ::"i"(int(tile)));
+  });
+  for (int64_t k = 0; k < K; k += 16) {
+    tile_load<6>(B + k * ldb, ldb);
+    tile_load<4>(A + k, lda);
+    tile_dot<0, 4, 6>();
+    if constexpr (NT > 1) {
+      tile_load<7>(B + k * ldb + 16, ldb);
+      tile_dot<1, 4, 7>();
+    }
+    if constexpr (MT > 1) {
+      tile_load<5>(A + 16 * lda + k, lda);
+      tile_dot<2, 5, 6>();
+      if constexpr (NT > 1) tile_dot<3, 5, 7>();
+    }
+  }
+  each([&](auto tile, float* c) { tile_store<tile>(c, ldc); });
+}
+
+template <bool kAccumulate>
+static void tile_gemm(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, const uint32_t* A, int64_t lda,
+                      const uint32_t* B, int64_t ldb) {
+  const auto strip = [&]<int NT>(int64_t n, std::integral_constant<int, NT>) {
+    int64_t m = 0;
+    for (; m + 32 <= M; m += 32)
+      tile_block<kAccumulate, 2, NT>(K, C + m * ldc + n, ldc, A + m * lda, lda, B + n, ldb);
+    if (m < M) tile_block<kAccumulate, 1, NT>(K, C + m * ldc + n, ldc, A + m * lda, lda, B + n, ldb);
+  };
+  int64_t n = 0;
+  for (; n + 32 <= N; n += 32) strip(n, std::integral_constant<int, 2>());
+  if (n < N) strip(n, std::integral_constant<int, 1>());
+}
+#else
+struct MatrixUnit {
+  MatrixUnit() {}  // a variable of it is one in use
+};
+#endif
+
 // N is a multiple of kLanes; K counts units. Sums run over chunks of K that start from zero and are then added, so that
-// the rounding error grows with the chunk and the number of chunks, not with their product.
+// the rounding error grows with the chunk and the number of chunks, not with their product. A head dim that is no
+// multiple of kDepth goes the way of processors without AMX.
 template <class E, bool kAccumulate>
 static void gemm(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, const typename E::Unit* A, int64_t lda,
                  const typename E::Unit* B, int64_t ldb) {
+#if defined(__AMX_BF16__)
+  if constexpr (E::kDepth == 32)
+    if (K % 16 == 0) return tile_gemm<kAccumulate>(M, N, K, C, ldc, A, lda, B, ldb);
+#endif
   gemm_chunk<E, kAccumulate>(M, N, std::min(K, E::kChunk), C, ldc, A, lda, B, ldb);
   for (int64_t k = E::kChunk; k < K; k += E::kChunk)
     gemm_chunk<E, true>(M, N, std::min(K - k, E::kChunk), C, ldc, A + k, lda, B + k * ldb, ldb);

@@ -43,33 +43,36 @@ struct BwdScratch {  // one thread's; Ku = D / step, Tu = 64 / step
 template <class E>
 static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t j, float scale, uint64_t bits0, uint64_t bits1,
                                  const Dropout& dropout) {
-  const float *lse = w.lse.get(), *delta = w.delta.get();
   const uint64_t bits[2] = {bits0, bits1};
-  for (int64_t c = 0; c < kTile; c += kLanes) {
-    vf ds[2] = {};
-    if (((bits0 | bits1) >> c & ((1ull << kLanes) - 1)) == 0) {  // S and dP are not there
-      for (int e = 0; e < 2; ++e)
-        for (auto* out : {w.p.get(), w.ds.get()}) E::store_a(out + (key + e) * kTile / E::kStep, c, vf{});
-      E::store_b_pair(w.ds_b.get(), key / 2, kTile, c, ds[0], ds[1]);
-      continue;
+  for (int64_t c = 0; c < kTile; c += 2 * kLanes) {
+    vf p[2][2] = {}, ds[2][2] = {};  // [key][vector]
+    for (int n = 0; n < 2; ++n) {
+      const int64_t q = c + n * kLanes;
+      if (((bits0 | bits1) >> q & ((1ull << kLanes) - 1)) == 0) {  // S and dP are not there
+        E::store_b_pair(w.ds_b.get(), key / 2, kTile, q, vf{}, vf{});
+        continue;
+      }
+      const vf lse = load(w.lse.get() + q), delta = load(w.delta.get() + q);
+      for (int e = 0; e < 2; ++e) {
+        const int64_t at = (key + e) * kTile + q;
+        vf v = E::exp(load(w.s.get() + at) * (scale * E::kBase) - lse), dp = load(w.dp.get() + at);
+        if (bits[e] != ~0ull) v = keep(uint32_t(bits[e] >> q), v, vf{});
+        p[e][n] = v;
+        if (dropout) {
+          vu low, high;
+          std::memcpy(&low, w.low.get() + q, sizeof low);
+          std::memcpy(&high, w.high.get() + q, sizeof high);
+          const vf weights = dropout.weights(low, high, vu{} + uint32_t(j * kTile + key + e));
+          dp *= weights, p[e][n] *= weights;
+        }
+        ds[e][n] = v * (dp - delta) * scale;
+      }
+      E::store_b_pair(w.ds_b.get(), key / 2, kTile, q, ds[0][n], ds[1][n]);
     }
     for (int e = 0; e < 2; ++e) {
-      const int64_t at = (key + e) * kTile + c;
-      vf p = E::exp(load(w.s.get() + at) * (scale * E::kBase) - load(lse + c));
-      if (bits[e] != ~0ull) p = keep(uint32_t(bits[e] >> c), p, vf{});
-      vf dp = load(w.dp.get() + at), kept = p;
-      if (dropout) {
-        vu low, high;
-        std::memcpy(&low, w.low.get() + c, sizeof low);
-        std::memcpy(&high, w.high.get() + c, sizeof high);
-        const vf weights = dropout.weights(low, high, vu{} + uint32_t(j * kTile + key + e));
-        dp *= weights, kept *= weights;
-      }
-      ds[e] = p * (dp - load(delta + c)) * scale;
-      E::store_a(w.p.get() + (key + e) * kTile / E::kStep, c, kept);
-      E::store_a(w.ds.get() + (key + e) * kTile / E::kStep, c, ds[e]);
+      E::store_a(w.p.get() + (key + e) * kTile / E::kStep, c, p[e][0], p[e][1]);
+      E::store_a(w.ds.get() + (key + e) * kTile / E::kStep, c, ds[e][0], ds[e][1]);
     }
-    E::store_b_pair(w.ds_b.get(), key / 2, kTile, c, ds[0], ds[1]);
   }
 }
 

@@ -40,26 +40,28 @@ static inline void softmax(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale,
   };
   vf tops[kLanes], totals[kLanes];
   for (int i = 0; i < kLanes; ++i) {
-    tops[i] = splat(-INFINITY);
+    vf top = splat(-INFINITY);
     for (int n = 0; n < kVectors; ++n)
-      if (seen(i, n)) tops[i] = max(tops[i], scores(i, n));
+      if (seen(i, n)) top = max(top, scores(i, n));
+    tops[i] = top;
   }
   const vf here = maxes(tops), before = load(w.m.get() + r), m = here > before + kRise ? here : before;
   store(w.m.get() + r, m);
   for (int i = 0; i < kLanes; ++i) {
     typename E::Unit* p = w.p.get() + (r + i) * kTile / E::kStep;
-    totals[i] = vf{};
-    for (int n = 0; n < kVectors; ++n) {
-      if (!seen(i, n)) {
-        E::store_a(p, n * kLanes, vf{});
-        continue;
-      }
-      vf v = E::exp(scores(i, n) - w.m[r + i]);  // of a single key exactly 1, here and in the backward pass
-      totals[i] += v;
-      if (dropout)
-        v *= dropout.weights(vu{} + w.low[r + i], vu{} + w.high[r + i], counted(uint32_t(first_key + n * kLanes)));
-      E::store_a(p, n * kLanes, v);
+    vf total = {};
+    const auto weights = [&](int n) {
+      if (!seen(i, n)) return vf{};
+      const vf v = E::exp(scores(i, n) - w.m[r + i]);  // of a single key exactly 1, here and in the backward pass
+      total += v;
+      if (!dropout) return v;
+      return v * dropout.weights(vu{} + w.low[r + i], vu{} + w.high[r + i], counted(uint32_t(first_key + n * kLanes)));
+    };
+    for (int n = 0; n < kVectors; n += 2) {
+      const vf first = weights(n), second = weights(n + 1);
+      E::store_a(p, n * kLanes, first, second);
     }
+    totals[i] = total;
   }
   const vf fade = E::exp(before - m);  // 1 where nothing rose
   store(w.l.get() + r, load(w.l.get() + r) * fade + sums(totals));

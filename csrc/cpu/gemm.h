@@ -31,8 +31,8 @@ struct F32Units {
   static vf units(const T* p) {  // kLanes of them
     return load(p);
   }
-  // Row r of an A matrix, columns c.. : what a later product reads along K.
-  static void store_a(Unit* row, int64_t c, vf v) { store(row + c, v); }
+  // A row of an A matrix, two vectors from column c on: what a later product reads along K.
+  static void store_a(Unit* row, int64_t c, vf v0, vf v1) { store(row + c, v0), store(row + c + kLanes, v1); }
   // Rows 2k and 2k+1 of a B matrix of N columns.
   static void store_b_pair(Unit* b, int64_t k, int64_t N, int64_t c, vf even, vf odd) {
     store(b + 2 * k * N + c, even);
@@ -41,6 +41,7 @@ struct F32Units {
 };
 
 #if defined(__AVX512BF16__)
+typedef int16_t vs __attribute__((vector_size(4 * kLanes)));
 struct Bf16Units {
   using Unit = uint32_t;
   static constexpr int kStep = 2;
@@ -65,21 +66,28 @@ struct Bf16Units {
   static vf units(const bf16* p) {  // only moved, so what their bits mean as floats does not matter
     return load(reinterpret_cast<const float*>(p));
   }
-  // 2^x to 3e-6, and 1 exactly for 0: what is rounded to bf16 needs no more. NaN stays NaN.
+  // 2^x to 3e-6, and 1 exactly for 0: what is rounded to bf16 needs no more. x = n + f, 0 <= f < 1, and the instructions
+  // know what becomes of infinities and NaN.
   static vf exp(vf x) {
-    const vf in = max(splat(-200.f), x), magic = splat(12582912.f);
-    const vf n = in + magic - magic, f = in - n;
-    vf p = splat(9.58285320e-3f);
-    p = p * f + 5.59064252e-2f;
-    p = p * f + 2.40240986e-1f;
-    p = p * f + 6.93124193e-1f;
+    const __m512 in = reinterpret_cast<__m512>(x);
+    constexpr int kDown = 9;  // to the next lower integer, quietly
+    const vf f = reinterpret_cast<vf>(_mm512_reduce_ps(in, kDown));
+    vf p = splat(1.34266858e-2f);
+    p = p * f + 5.22424717e-2f;
+    p = p * f + 2.41280206e-1f;
+    p = p * f + 6.93044845e-1f;
     p = p * f + 1.f;
-    return reinterpret_cast<vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+    return reinterpret_cast<vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), in));
   }
-  static void store_a(Unit* row, int64_t c, vf v) { store(reinterpret_cast<bf16*>(row) + c, v); }
+  static __m512i both(vf low, vf high) {
+    return reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+  }
+  static void store_a(Unit* row, int64_t c, vf v0, vf v1) { _mm512_storeu_si512(row + c / kStep, both(v0, v1)); }
   static void store_b_pair(Unit* b, int64_t k, int64_t N, int64_t c, vf even, vf odd) {
-    const vu u = __builtin_convertvector(to_bf16(even), vu) | (__builtin_convertvector(to_bf16(odd), vu) << 16);
-    std::memcpy(b + k * N + c, &u, sizeof u);
+    vs interleaved;
+    for (int i = 0; i < kLanes; ++i) interleaved[2 * i] = short(i), interleaved[2 * i + 1] = short(kLanes + i);
+    _mm512_storeu_si512(b + k * N + c, _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(interleaved), both(even, odd)));
   }
 };
 #endif

@@ -262,9 +262,14 @@ static inline vf exp2(vf x) {
 
 // Lane i of the result is `v` where bit i is set, else `otherwise`.
 static inline vf keep(uint32_t bits, vf v, vf otherwise) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(
+      _mm512_mask_mov_ps(reinterpret_cast<__m512>(otherwise), __mmask16(bits), reinterpret_cast<__m512>(v)));
+#else
   vi lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
   return ((vi{} + int32_t(bits)) & lane) != 0 ? v : otherwise;
+#endif
 }
 
 // One row in any float dtype, to and from float: kernels of mixed dtypes compute on rows that stay in the L1 cache.

@@ -9,6 +9,9 @@ CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
 OUT ?= build/gpu-check/out
 
+# Where this is set, every process of the tests compiles all that it imports anew.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test lint format build bench sanitize spills sass gpu-check gpu-record clean
 
 demo: $(VENV)/installed

@@ -21,6 +21,7 @@ struct Extent {
     int64_t begin = 0, end = kTile;
     bool operator==(const Range& o) const { return begin == o.begin && end == o.end; }
     int64_t size() const { return end - begin; }
+    Range within(const Range& o) const { return {std::max(begin, o.begin), std::min(end, o.end)}; }
     // Widened to multiples of `by`.
     Range to(int64_t by) const { return {begin / by * by, (end + by - 1) / by * by}; }
   };
@@ -36,7 +37,7 @@ struct Extent {
   static IGPT_INLINE void each(const Range (&columns)[kGroups], const Range& all, F&& body) {
     for (int g = 0, next; g < kGroups; g = next) {
       for (next = g + 1; next < kGroups && columns[next] == columns[g];) ++next;
-      const Range rows = {std::max<int64_t>(g * kGroup, all.begin), std::min<int64_t>(next * kGroup, all.end)};
+      const Range rows = all.within({g * kGroup, next * kGroup});
       if (rows.size() > 0 && columns[g].size() > 0) body(rows, columns[g]);
     }
   }
@@ -261,6 +262,10 @@ static void pack_tokens(typename E::Unit* b, const Head<T>& x, int64_t t, int64_
     for (int e = 0; e < 2; ++e) x.ask(t + r + e + kRowsAhead, T_end, D);
     for (int64_t c = 0; c < Dp; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, D - c);
+      if (n == kLanes && r + 1 < rows) {
+        E::copy_b_pair(b, r / 2, Dp, c, x.row(t + r) + c, x.row(t + r + 1) + c);
+        continue;
+      }
       vf even = {}, odd = {};
       if (r < rows && n > 0) even = load_upto(x.row(t + r) + c, n);
       if (r + 1 < rows && n > 0) odd = load_upto(x.row(t + r + 1) + c, n);

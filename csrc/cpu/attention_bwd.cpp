@@ -20,8 +20,8 @@ struct BwdScratch {  // one thread's; Ku = D / step, Tu = 64 / step
   Scratch<Unit> qt, dot, qn, don;  // a query tile: [Ku, 64] q and dout transposed   [Tu, Dp] the same along the tokens
   Scratch<Unit> k, v, kt;          // a place's key tile: [places, 64, Ku]   [places, 64, Ku]   [places, Dp, Tu]
   Scratch<float> dk, dv;           // [places, 64, Dp]
-  Scratch<Unit> p, ds, ds_b;       // [64, Tu]   [64, Tu]   [Tu, 64]
-  Scratch<float> dq, s, dp, rows;  // [Dp, 64]   [64, 64]   [64, 64]   [64, Dp]
+  Scratch<Unit> ds_b;              // [Tu, 64]
+  Scratch<float> dq, s, dp, rows;  // [Dp, 64]   [64, 64]   [64, 64], rows' beginnings taken over by P and dS   [64, Dp]
   Scratch<float> lse, delta;       // [64]   [64]
   Scratch<float> deltas;           // [queries] by slot: found by the first part, for those to come
   Scratch<uint32_t> low, high;     // [64]   [64]: dropout's bits of the queries
@@ -31,12 +31,14 @@ struct BwdScratch {  // one thread's; Ku = D / step, Tu = 64 / step
         qn(scratch<Unit>(kTile * Dp / E::kStep)), don(scratch<Unit>(kTile * Dp / E::kStep)),
         k(scratch<Unit>(places * kTile * D / E::kStep)), v(scratch<Unit>(places * kTile * D / E::kStep)),
         kt(scratch<Unit>(places * kTile * Dp / E::kStep)), dk(scratch<float>(places * kTile * Dp)),
-        dv(scratch<float>(places * kTile * Dp)), p(scratch<Unit>(kTile * kTile / E::kStep)),
-        ds(scratch<Unit>(kTile * kTile / E::kStep)), ds_b(scratch<Unit>(kTile * kTile / E::kStep)),
+        dv(scratch<float>(places * kTile * Dp)), ds_b(scratch<Unit>(kTile * kTile / E::kStep)),
         dq(scratch<float>(Dp * kTile)), s(scratch<float>(kTile * kTile)), dp(scratch<float>(kTile * kTile)),
         rows(scratch<float>(kTile * Dp)), lse(scratch<float>(kTile)), delta(scratch<float>(kTile)),
         deltas(scratch<float>(nq * kTile)), low(scratch<uint32_t>(kTile)), high(scratch<uint32_t>(kTile)),
         place(scratch<int32_t>(nk)), unused(scratch<int32_t>(places)) {}
+  // Rows of P^T and dS^T, kTile units from one to the next.
+  Unit* p(int64_t key) { return reinterpret_cast<Unit*>(s.get() + key * kTile); }
+  Unit* ds(int64_t key) { return reinterpret_cast<Unit*>(dp.get() + key * kTile); }
 };
 
 // S^T, dP^T -> P^T and dS^T, for keys `key` and `key + 1` of the tile (a pair is what the B operand of dq^T stores).
@@ -70,8 +72,8 @@ static inline void gradient_rows(BwdScratch<E>& w, int64_t key, int64_t j, float
       E::store_b_pair(w.ds_b.get(), key / 2, kTile, q, ds[0][n], ds[1][n]);
     }
     for (int e = 0; e < 2; ++e) {
-      E::store_a(w.p.get() + (key + e) * kTile / E::kStep, c, p[e][0], p[e][1]);
-      E::store_a(w.ds.get() + (key + e) * kTile / E::kStep, c, ds[e][0], ds[e][1]);
+      E::store_a(w.p(key + e), c, p[e][0], p[e][1]);  // behind what is read
+      E::store_a(w.ds(key + e), c, ds[e][0], ds[e][1]);
     }
   }
 }
@@ -120,7 +122,8 @@ struct BwdHead {
     w.unused[unused++] = int32_t(at);
   }
 
-  // delta of a tile's 64 queries, by the very product that makes dP: where a softmax has one term, O is V to the bit, dP
+  // delta of a tile's 64 queries, by the very product that makes dP: where a softmax has one term, O is V to the bit,
+  // dP
   // - delta is then exactly zero, and so is dq.
   void row_sums(const Unit* o_rows) {
     constexpr int64_t kBlock = 16;
@@ -169,9 +172,9 @@ struct BwdHead {
                        full ? ~0ull : tiles.col_bits(i, j, mask, r + 1), dropout);
     Extent::each(extent.queries, all, [&](Range keys, Range seeing) {
       const Range units = seeing.to(E::kDepth);
-      const int64_t r = keys.begin, u = units.begin / E::kStep, n_units = units.size() / E::kStep, from = r * Tu + u;
-      gemm<E, true>(keys.size(), Dp, n_units, dv_j + r * Dp, Dp, w.p.get() + from, Tu, w.don.get() + u * Dp, Dp);
-      gemm<E, true>(keys.size(), Dp, n_units, dk_j + r * Dp, Dp, w.ds.get() + from, Tu, w.qn.get() + u * Dp, Dp);
+      const int64_t r = keys.begin, u = units.begin / E::kStep, n_units = units.size() / E::kStep;
+      gemm<E, true>(keys.size(), Dp, n_units, dv_j + r * Dp, Dp, w.p(r) + u, kTile, w.don.get() + u * Dp, Dp);
+      gemm<E, true>(keys.size(), Dp, n_units, dk_j + r * Dp, Dp, w.ds(r) + u, kTile, w.qn.get() + u * Dp, Dp);
     });
     Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
       const Range units = seen.to(E::kDepth);

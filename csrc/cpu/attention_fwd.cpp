@@ -14,13 +14,14 @@ namespace IGPT_ISA {
 template <class E>
 struct FwdScratch {  // one thread's tiles
   using Unit = typename E::Unit;
-  Scratch<Unit> q, p;           // [64, D / step]   [64, 64 / step]
-  Scratch<float> s, o, m, l;    // [64, 64]   [64, Dp]   [64]   [64]
+  Scratch<Unit> q;              // [64, D / step]
+  Scratch<float> s, o, m, l;    // [64, 64], its rows' beginnings taken over by P   [64, Dp]   [64]   [64]
   Scratch<uint32_t> low, high;  // [64]   [64]: dropout's bits of the queries
   FwdScratch(int64_t D, int64_t Dp)
-      : q(scratch<Unit>(kTile * D / E::kStep)), p(scratch<Unit>(kTile * kTile / E::kStep)),
-        s(scratch<float>(kTile * kTile)), o(scratch<float>(kTile * Dp)), m(scratch<float>(kTile)),
-        l(scratch<float>(kTile)), low(scratch<uint32_t>(kTile)), high(scratch<uint32_t>(kTile)) {}
+      : q(scratch<Unit>(kTile * D / E::kStep)), s(scratch<float>(kTile * kTile)), o(scratch<float>(kTile * Dp)),
+        m(scratch<float>(kTile)), l(scratch<float>(kTile)), low(scratch<uint32_t>(kTile)),
+        high(scratch<uint32_t>(kTile)) {}
+  Unit* p(int64_t query) { return reinterpret_cast<Unit*>(s.get() + query * kTile); }  // rows kTile units apart
 };
 
 constexpr int kVectors = kTile / kLanes;  // vectors in a row of a tile
@@ -48,7 +49,7 @@ static inline void softmax(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale,
   const vf here = maxes(tops), before = load(w.m.get() + r), m = here > before + kRise ? here : before;
   store(w.m.get() + r, m);
   for (int i = 0; i < kLanes; ++i) {
-    typename E::Unit* p = w.p.get() + (r + i) * kTile / E::kStep;
+    auto* p = w.p(r + i);  // written behind what is read
     vf total = {};
     const auto weights = [&](int n) {
       if (!seen(i, n)) return vf{};
@@ -77,6 +78,7 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
                        const typename E::Unit* vp, const Tiles& tiles, int64_t bh, int64_t i, float scale, bool add,
                        const Dropout& dropout) {
   using Unit = typename E::Unit;
+  using Range = Extent::Range;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep, t = i * kTile;
   const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
   const MatrixUnit used;
@@ -92,28 +94,28 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
     const bool full = tiles.full(i, j, tile.mask);
     const Extent& extent = tiles.extent(i, j, tile.mask);
     const Unit *kj = kt + j * Ku * kTile, *vj = vp + j * Tu * Dp;
-    Extent::each(extent.queries, {0, kTile}, [&](Extent::Range keys, Extent::Range seeing) {
-      const Extent::Range queries = Extent::Range{seeing.begin, std::min(seeing.end, rows)}.to(E::kRows);
+    Extent::each(extent.queries, {0, kTile}, [&](Range keys, Range seeing) {
+      const Range queries = seeing.within({0, rows}).to(E::kRows);
       const int64_t r = queries.begin, c = keys.begin;
-      gemm<E, false>(queries.size(), keys.size(), Ku, w.s.get() + r * kTile + c, kTile, w.q.get() + r * Ku, Ku, kj + c, kTile);
+      gemm<E, false>(queries.size(), keys.size(), Ku, w.s.get() + r * kTile + c, kTile, w.q.get() + r * Ku, Ku, kj + c,
+                     kTile);
     });
-    const int64_t first = extent.all_queries.begin / kLanes * kLanes, last = std::min(rows, extent.all_queries.end);
-    for (int64_t r = first; r < last; r += kLanes) {
+    const Range seeing = extent.all_queries.within({0, rows});
+    for (int64_t r = seeing.begin / kLanes * kLanes; r < seeing.end; r += kLanes) {
       if (full && r + kLanes <= rows) {
         softmax<true>(w, r, Dp, scale, nullptr, dropout, j * kTile);
         continue;
       }
       uint64_t bits[kLanes];
-      for (int e = 0; e < kLanes; ++e) bits[e] = r + e < last ? tiles.row_bits(i, j, tile.mask, r + e) : 0;
+      for (int e = 0; e < kLanes; ++e) bits[e] = r + e < seeing.end ? tiles.row_bits(i, j, tile.mask, r + e) : 0;
       softmax<false>(w, r, Dp, scale, bits, dropout, j * kTile);
     }
-    Extent::each(extent.keys, Extent::Range{extent.all_queries.begin, last}.to(E::kRows),
-                 [&](Extent::Range queries, Extent::Range seen) {
-                   const Extent::Range units = seen.to(E::kDepth);
-                   const int64_t r = queries.begin, u = units.begin / E::kStep;
-                   gemm<E, true>(queries.size(), Dp, units.size() / E::kStep, w.o.get() + r * Dp, Dp,
-                                 w.p.get() + r * Tu + u, Tu, vj + u * Dp, Dp);
-                 });
+    Extent::each(extent.keys, seeing.to(E::kRows), [&](Range queries, Range seen) {
+      const Range units = seen.to(E::kDepth);
+      const int64_t r = queries.begin, u = units.begin / E::kStep;
+      gemm<E, true>(queries.size(), Dp, units.size() / E::kStep, w.o.get() + r * Dp, Dp, w.p(r) + u, kTile, vj + u * Dp,
+                    Dp);
+    });
   }
   const Head<T> o(out, bh, tiles.order());
   for (int64_t r = 0; r < rows; ++r) {

@@ -15,7 +15,7 @@ namespace IGPT_ISA {
 struct F32Units {
   using Unit = float;
   static constexpr int64_t kRows = 1, kDepth = 1;
-  static constexpr float kBase = 1.f;  // exp(kBase x) is e^x
+  static constexpr float kBase = 1.f;    // exp(kBase x) is e^x
   static constexpr int kStep = 1;        // elements along K in a unit
   static constexpr int64_t kChunk = 64;  // units along K that are summed at once
   using Vector = vf;
@@ -33,7 +33,11 @@ struct F32Units {
   }
   // A row of an A matrix, two vectors from column c on: what a later product reads along K.
   static void store_a(Unit* row, int64_t c, vf v0, vf v1) { store(row + c, v0), store(row + c + kLanes, v1); }
-  // Rows 2k and 2k+1 of a B matrix of N columns.
+  // Rows 2k and 2k+1 of a B matrix of N columns; kLanes elements of two rows as they are in memory.
+  template <class T>
+  static void copy_b_pair(Unit* b, int64_t k, int64_t N, int64_t c, const T* even, const T* odd) {
+    store_b_pair(b, k, N, c, load(even), load(odd));
+  }
   static void store_b_pair(Unit* b, int64_t k, int64_t N, int64_t c, vf even, vf odd) {
     store(b + 2 * k * N + c, even);
     store(b + (2 * k + 1) * N + c, odd);
@@ -66,8 +70,8 @@ struct Bf16Units {
   static vf units(const bf16* p) {  // only moved, so what their bits mean as floats does not matter
     return load(reinterpret_cast<const float*>(p));
   }
-  // 2^x to 3e-6, and 1 exactly for 0: what is rounded to bf16 needs no more. x = n + f, 0 <= f < 1, and the instructions
-  // know what becomes of infinities and NaN.
+  // 2^x to 3e-6, and 1 exactly for 0: what is rounded to bf16 needs no more. x = n + f, 0 <= f < 1, and the
+  // instructions know what becomes of infinities and NaN.
   static vf exp(vf x) {
     const __m512 in = reinterpret_cast<__m512>(x);
     constexpr int kDown = 9;  // to the next lower integer, quietly
@@ -83,11 +87,20 @@ struct Bf16Units {
     return reinterpret_cast<__m512i>(
         _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
   }
+  // The first half's elements and the second's in turn.
+  static void store_interleaved(Unit* to, __m512i halves) {
+    vs from;
+    for (int i = 0; i < kLanes; ++i) from[2 * i] = int16_t(i), from[2 * i + 1] = int16_t(kLanes + i);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(from), halves));
+  }
   static void store_a(Unit* row, int64_t c, vf v0, vf v1) { _mm512_storeu_si512(row + c / kStep, both(v0, v1)); }
+  static void copy_b_pair(Unit* b, int64_t k, int64_t N, int64_t c, const bf16* even, const bf16* odd) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd));
+    store_interleaved(b + k * N + c, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
   static void store_b_pair(Unit* b, int64_t k, int64_t N, int64_t c, vf even, vf odd) {
-    vs interleaved;
-    for (int i = 0; i < kLanes; ++i) interleaved[2 * i] = short(i), interleaved[2 * i + 1] = short(kLanes + i);
-    _mm512_storeu_si512(b + k * N + c, _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(interleaved), both(even, odd)));
+    store_interleaved(b + k * N + c, both(even, odd));
   }
 };
 #endif
@@ -165,7 +178,8 @@ static inline void gemm_chunk(int64_t M, int64_t N, int64_t K, float* C, int64_t
 // beginning and the end of a MatrixUnit, and each thread has its own.
 struct MatrixUnit {
   MatrixUnit() {
-    alignas(64) uint8_t config[64] = {1};  // the palette; then 2 bytes of row length each from 16, a count of rows from 48
+    alignas(64)
+        uint8_t config[64] = {1};  // the palette; then 2 bytes of row length each from 16, a count of rows from 48
     for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64, config[48 + t] = 16;
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
@@ -224,8 +238,7 @@ static void tile_gemm(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, co
                       const uint32_t* B, int64_t ldb) {
   const auto strip = [&]<int NT>(int64_t n, std::integral_constant<int, NT>) {
     int64_t m = 0;
-    for (; m + 32 <= M; m += 32)
-      tile_block<kAccumulate, 2, NT>(K, C + m * ldc + n, ldc, A + m * lda, lda, B + n, ldb);
+    for (; m + 32 <= M; m += 32) tile_block<kAccumulate, 2, NT>(K, C + m * ldc + n, ldc, A + m * lda, lda, B + n, ldb);
     if (m < M) tile_block<kAccumulate, 1, NT>(K, C + m * ldc + n, ldc, A + m * lda, lda, B + n, ldb);
   };
   int64_t n = 0;

@@ -109,8 +109,12 @@ struct Buffers {
   const int64_t dx, inner_x, wide;       // columns of x and z as linears read them; of a stream's row
   Scratch<float> qkv, delta, h, scores;  // [B, 3 d], [B, d], [threads, B, wide], [threads, slots]
   Scratch<X> x, mixed, z;                // [threads, B, dx], [B, dx], [B, inner_x]
+  const int64_t room;                    // for x, mixed or z as multiply() wants them
+  Scratch<uint32_t> prepared;            // [threads, room]
 
-  Buffers(const Sizes& s, int threads) : dx(padded_for<E>(s.d)), inner_x(padded_for<E>(s.inner)), wide(padded(s.d)) {
+  Buffers(const Sizes& s, int threads)
+      : dx(padded_for<E>(s.d)), inner_x(padded_for<E>(s.inner)), wide(padded(s.d)),
+        room(std::max(room_for<E>(s.B, s.d), room_for<E>(s.B, s.inner))), prepared(scratch<uint32_t>(threads * room)) {
     qkv = scratch<float>(s.B * 3 * s.d), delta = scratch<float>(s.B * s.d);
     h = zeros<float>(threads * s.B * wide), scores = scratch<float>(threads * padded(s.slot + 1));
     x = zeros<X>(threads * s.B * dx), mixed = zeros<X>(s.B * dx), z = zeros<X>(s.B * inner_x);
@@ -140,14 +144,15 @@ static void add_and_norm(X* x, int64_t dx, float* h, int64_t wide, const float* 
 // y = f(x weight^T + bias): its rows are shared out among the threads, which all have to come here and leave together.
 // Four tasks at a time: rows that a task asks for ahead of it are then its thread's own.
 template <class E, class T, class Y, class F>
-static void share_linear(Y* y, int64_t ldy, const typename E::X* x, int64_t Kp, int64_t B, const View& weight,
-                         const View& bias, F&& f) {
+static void share_linear(Y* y, int64_t ldy, const typename E::X* x, uint32_t* room, int64_t Kp, int64_t B,
+                         const View& weight, const View& bias, F&& f) {
   const int64_t M = weight.size[0], K = weight.size[1];
+  prepare<E>(room, x, B, K);
   const T* offset = bias.as<T>();
 #pragma omp for schedule(dynamic, 4)
   for (int64_t m0 = 0; m0 < M; m0 += kOutputs) {
     const int64_t end = std::min(m0 + kOutputs, M);
-    multiply<E>(x, B, Kp, weight.as<T>(), K, m0, end, [&](int64_t n, const float* out) {
+    multiply<E>(x, room, B, Kp, weight.as<T>(), K, m0, end, [&](int64_t n, const float* out) {
       for (int64_t m = m0; m < end; m += kLanes) {
         const int64_t left = std::min<int64_t>(kLanes, end - m);
         const vf sum = load(out + m - m0);
@@ -205,6 +210,8 @@ static void run_step(const View& logits, const View& cache, const View& prefix, 
     float *const h = buffers.h.get() + thread * s.B * wide, *const score =
                                                                 buffers.scores.get() + thread * padded(s.slot + 1);
     typename E::X* const x = buffers.x.get() + thread * s.B * dx;
+    uint32_t* const room = buffers.prepared.get() + thread * buffers.room;
+    const MatrixUnit used;
     for (int64_t b = 0; b < s.B; ++b)
       for (int64_t c = 0; c < s.d; c += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, s.d - c), pixel = pixels.as<int64_t>()[b];
@@ -215,16 +222,16 @@ static void run_step(const View& logits, const View& cache, const View& prefix, 
     for (int64_t l = 0; l < layers.count; ++l) {
       const LayerView& w = layers.layer[l];
       add_and_norm(x, dx, h, wide, l ? delta : nullptr, w.ln_1.as<T>(), s.B, s.d, eps);
-      share_linear<E, T>(qkv, 3 * s.d, x, dx, s.B, w.qkv, w.qkv_bias, as_it_is);
+      share_linear<E, T>(qkv, 3 * s.d, x, room, dx, s.B, w.qkv, w.qkv_bias, as_it_is);
       const T* before = prefix ? prefix.as<T>() + l * prefix.stride[0] : cache.as<T>();
       share_attention<E, T>(buffers, cache.as<T>() + l * per_layer, before, s, sights, l, score);
-      share_linear<E, T>(delta, s.d, mixed, dx, s.B, w.attn_proj, w.attn_proj_bias, as_it_is);
+      share_linear<E, T>(delta, s.d, mixed, room, dx, s.B, w.attn_proj, w.attn_proj_bias, as_it_is);
       add_and_norm(x, dx, h, wide, delta, w.ln_2.as<T>(), s.B, s.d, eps);
-      share_linear<E, T>(z, inner_x, x, dx, s.B, w.fc, w.fc_bias, gelu);
-      share_linear<E, T>(delta, s.d, z, inner_x, s.B, w.mlp_proj, w.mlp_proj_bias, as_it_is);
+      share_linear<E, T>(z, inner_x, x, room, dx, s.B, w.fc, w.fc_bias, gelu);
+      share_linear<E, T>(delta, s.d, z, room, inner_x, s.B, w.mlp_proj, w.mlp_proj_bias, as_it_is);
     }
     add_and_norm(x, dx, h, wide, delta, ln_f.as<T>(), s.B, s.d, eps);
-    share_linear<E, T>(logits.as<T>(), s.V, x, dx, s.B, wtet, View{}, as_it_is);
+    share_linear<E, T>(logits.as<T>(), s.V, x, room, dx, s.B, wtet, View{}, as_it_is);
   }
 }
 

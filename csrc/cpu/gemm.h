@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 
+#include "amx.h"
 #include "simd.h"
 
 namespace igpt {
@@ -174,33 +175,7 @@ static inline void gemm_chunk(int64_t M, int64_t N, int64_t K, float* C, int64_t
 }
 
 #if defined(__AMX_BF16__)
-// Tiles 0 to 3 are of C, 4 and 5 of A, 6 and 7 of B: each 16 rows of 16 units. They hold something only between the
-// beginning and the end of a MatrixUnit, and each thread has its own.
-struct MatrixUnit {
-  MatrixUnit() {
-    alignas(64)
-        uint8_t config[64] = {1};  // the palette; then 2 bytes of row length each from 16, a count of rows from 48
-    for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64, config[48 + t] = 16;
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~MatrixUnit() { asm volatile("tilerelease"); }
-  MatrixUnit(const MatrixUnit&) = delete;
-};
-// Not the compiler's intrinsics: to GCC 12 theirs do not read memory, and it moves stores behind them.
-template <int tile, class T>
-static IGPT_INLINE void tile_load(const T* p, int64_t ld) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(ld * 4), "i"(tile) : "memory");
-}
-template <int tile>
-static IGPT_INLINE void tile_store(float* p, int64_t ld) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(ld * 4), "i"(tile) : "memory");
-}
-template <int c, int a, int b>
-static IGPT_INLINE void tile_dot() {
-  asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(b), "i"(a), "i"(c));
-}
-
-// Two by two tiles of C, or fewer at the ends.
+// Two by two tiles of C (0 to 3; A has 4 and 5, B 6 and 7), or fewer at the ends.
 template <bool kAccumulate, int MT, int NT>
 static IGPT_INLINE void tile_block(int64_t K, float* C, int64_t ldc, const uint32_t* A, int64_t lda, const uint32_t* B,
                                    int64_t ldb) {
@@ -214,7 +189,7 @@ static IGPT_INLINE void tile_block(int64_t K, float* C, int64_t ldc, const uint3
     if constexpr (kAccumulate)
       tile_load<tile>(c, ldc);
     else
-      asm volatile("tilezero %%tmm%c0" ::"i"(int(tile)));
+      tile_zero<tile>();
   });
   for (int64_t k = 0; k < K; k += 16) {
     tile_load<6>(B + k * ldb, ldb);
@@ -245,10 +220,6 @@ static void tile_gemm(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, co
   for (; n + 32 <= N; n += 32) strip(n, std::integral_constant<int, 2>());
   if (n < N) strip(n, std::integral_constant<int, 1>());
 }
-#else
-struct MatrixUnit {
-  MatrixUnit() {}  // a variable of it is one in use
-};
 #endif
 
 // N is a multiple of kLanes; K counts units. Sums run over chunks of K that start from zero and are then added, so that

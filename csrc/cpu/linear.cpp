@@ -24,8 +24,11 @@ template <class E, class W>
 static void run(const View& y, const typename E::X* x, int64_t N, int64_t Kp, const View& weight,
                 const Ending& ending) {
   const int64_t M = weight.size[0], K = weight.size[1];
+  const auto prepared = scratch<uint32_t>(room_for<E>(N, K));
+  prepare<E>(prepared.get(), x, N, K);
   parallel_chunks(M, kOutputs, [&](int64_t begin, int64_t end, int64_t) {
-    multiply<E>(x, N, Kp, weight.as<W>(), K, begin, end, [&](int64_t n, float* out) {
+    const MatrixUnit used;
+    multiply<E>(x, prepared.get(), N, Kp, weight.as<W>(), K, begin, end, [&](int64_t n, float* out) {
       for (int64_t m = begin; ending.bias && m < end; ++m) out[m - begin] += ending.bias[m];
       for (int64_t c = 0; ending.gelu && c < end - begin; c += kLanes) store(out + c, quick_gelu(load(out + c)));
       const auto place = [&](const View& v) { return v.as<char>() + (n * M + begin) * bytes_of(v.dtype); };

@@ -1,7 +1,7 @@
 // The only file that asks the processor what it is. Compiled for the baseline, so that asking is always safe.
 #include "../ops.h"
 
-#if defined(IGPT_X86) && defined(__linux__)
+#if defined(IGPT_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -21,20 +21,18 @@ const Ops& table();
 namespace avx512_bf16 {
 const Ops& table();
 }
+#if defined(IGPT_AMX)
 namespace amx {
 const Ops& table();
 }
 
 // Linux gives a process the tiles' 8 KB a thread only if it asks, and then for good.
 static bool tiles_granted() {
-#if defined(__linux__)
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA of Linux 5.16
   static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return granted;
-#else
-  return false;
-#endif
 }
+#endif
 #endif
 
 std::string cpu_why_not(const std::string& isa) {
@@ -47,18 +45,22 @@ std::string cpu_why_not(const std::string& isa) {
   if (isa == "avx512") return avx512 ? "" : "this processor has no AVX-512 (F, BW, VL, DQ)";
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (isa == "avx512_bf16") return avx512_bf16 ? "" : "this processor has no AVX-512 bf16 instructions";
+#if defined(IGPT_AMX)
   if (isa == "amx") {
     if (!avx512_bf16 || !__builtin_cpu_supports("amx-bf16")) return "this processor has no AMX for bf16";
     return tiles_granted() ? "" : "the operating system does not let this process use AMX";
   }
 #endif
-  return isa + " is not compiled for this architecture";
+#endif
+  return isa + " is not in this build: another architecture, or a compiler that does not know it";
 }
 
 const Ops* cpu_ops(const std::string& isa) {
   if (!cpu_why_not(isa).empty()) return nullptr;
 #if defined(IGPT_X86)
+#if defined(IGPT_AMX)
   if (isa == "amx") return &amx::table();
+#endif
   if (isa == "avx512_bf16") return &avx512_bf16::table();
   if (isa == "avx512") return &avx512::table();
   if (isa == "avx2") return &avx2::table();

@@ -27,10 +27,10 @@ calls=$root/build/sanitize/calls
 PYTHONPATH="$root/tests" python -m simt.calls "$calls"
 "$root/build/sanitize/simt/drive" "$calls"
 # From the tree, since python -m looks in the working directory first. Leaks are not looked for: the interpreter's own
-# would drown ours, and kernels own no memory past a call.
+# would drown ours, and kernels own no memory past a call. Fresh memory holds NaN, so that reading it shows.
 cd "$tree"
 checked() {
-  LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+  LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255 \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH="$tree" IGPT_SIMT_DIR="$root/build/sanitize/simt" "$@"
 }
 checked python -c "import igpt_fast.ops._native as n; assert n._C.__file__.startswith('$tree'), n._C.__file__"

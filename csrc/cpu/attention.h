@@ -14,7 +14,9 @@ namespace igpt {
 namespace IGPT_ISA {
 
 // Where the bits of a tile lie. What lies outside is nobody's work: a product of 64 x 64 scores of which a diagonal is
-// seen costs four of 16 x 16, and the column of sos, which every query sees, one strip.
+// seen costs four of 16 x 16, and the column of sos, which every query sees, one strip. Inside of a stretch what is not
+// seen has weight 0, and so does what lies around it where products come in larger pieces (kRows, kDepth of gemm.h): a
+// value there that is not a number shows.
 struct Extent {
   static constexpr int kGroup = 16, kGroups = kTile / kGroup;  // whole vectors in every instruction set
   struct Range {

@@ -122,9 +122,8 @@ struct BwdHead {
     w.unused[unused++] = int32_t(at);
   }
 
-  // delta of a tile's 64 queries, by the very product that makes dP: where a softmax has one term, O is V to the bit,
-  // dP
-  // - delta is then exactly zero, and so is dq.
+  // delta of a tile's 64 queries, by the very product that makes dP: where a softmax has one term, O is V to the bit;
+  // then the difference of dP and delta is exactly zero, and so is dq.
   void row_sums(const Unit* o_rows) {
     constexpr int64_t kBlock = 16;
     for (int64_t r = 0; r < kTile; r += kBlock) {

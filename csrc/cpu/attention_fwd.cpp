@@ -26,7 +26,7 @@ struct FwdScratch {  // one thread's tiles
 };
 
 constexpr int kVectors = kTile / kLanes;  // vectors in a row of a tile
-constexpr float kRise = 8.f;              // a maximum follows the scores only if they are this far above it
+constexpr float kRise = 8.f;              // a maximum follows scores only if they are this far above, in E's base
 
 // Turns kLanes rows of S from r on into P, and brings m, l and the rows of O up to date. Rows go together, so that what
 // is one number a row is a lane, and nothing waits for the sum along a row. Vectors without a bit are not read.
@@ -54,7 +54,7 @@ static inline void softmax(FwdScratch<E>& w, int64_t r, int64_t Dp, float scale,
     vf total = {};
     const auto weights = [&](int n) {
       if (!seen(i, n)) return vf{};
-      const vf v = E::exp(scores(i, n) - w.m[r + i]);  // of a single key exactly 1, here and in the backward pass
+      const vf v = E::exp(scores(i, n) - w.m[r + i]);  // of a single key exactly 1
       total += v;
       if (!dropout) return v;
       return v * dropout.weights(vu{} + w.low[r + i], vu{} + w.high[r + i], counted(uint32_t(first_key + n * kLanes)));

@@ -71,7 +71,7 @@ struct Bf16Units {
   static vf units(const bf16* p) {  // only moved, so what their bits mean as floats does not matter
     return load(reinterpret_cast<const float*>(p));
   }
-  // 2^x to 3e-6, and 1 exactly for 0: what is rounded to bf16 needs no more. x = n + f, 0 <= f < 1, and the
+  // 2^x to 3e-6, and 1 exactly for 0: what is rounded to bf16 needs no more. x = n + f, 0 <= f <= 1, and the
   // instructions know what becomes of infinities and NaN.
   static vf exp(vf x) {
     const __m512 in = reinterpret_cast<__m512>(x);
@@ -223,8 +223,8 @@ static void tile_gemm(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, co
 #endif
 
 // N is a multiple of kLanes; K counts units. Sums run over chunks of K that start from zero and are then added, so that
-// the rounding error grows with the chunk and the number of chunks, not with their product. A head dim that is no
-// multiple of kDepth goes the way of processors without AMX.
+// the rounding error grows with the chunk and the number of chunks, not with their product. With AMX, M is a multiple
+// of kRows; a head dim that is no multiple of kDepth goes the way of processors without it.
 template <class E, bool kAccumulate>
 static void gemm(int64_t M, int64_t N, int64_t K, float* C, int64_t ldc, const typename E::Unit* A, int64_t lda,
                  const typename E::Unit* B, int64_t ldb) {

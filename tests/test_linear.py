@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 MORE = st.tuples(*[st.booleans()] * 4)  # bias, norm, residual, gelu
 # The GPU's kernels are of 16 bits, one dtype, and columns in eights.
 CASES = [c for c in served("linear_fwd", *DTYPES, torch.float16) if c[0] not in CUDA_KERNELS or c[1] is not DTYPES[0]]
-EIGHTS = [c for c in CASES if c[0] in CUDA_KERNELS or c == ("amx", torch.bfloat16)]  # who has a way of its own for those
+EIGHTS = [c for c in CASES if c[0] in CUDA_KERNELS or c == ("amx", torch.bfloat16)]  # AMX: a way of its own
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("linear_fwd") if b not in CUDA_KERNELS])

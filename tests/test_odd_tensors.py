@@ -9,11 +9,11 @@ from test_backends import step_call
 from torch.library import opcheck
 
 from igpt_fast import InputError, ops, reference
-from igpt_fast.ops._native import BACKENDS, use_backend
+from igpt_fast.ops._native import BACKENDS, CPU_TABLES, use_backend
 from igpt_fast.ops.decode_step import StepWeights
 from igpt_fast.reference.decode_step import LayerWeights
 
-TABLES = [name for name in backends("cross_entropy_fwd") if name in ("amx", "avx512_bf16", "avx512", "avx2", "baseline")]
+TABLES = [name for name in backends("cross_entropy_fwd") if name in CPU_TABLES]
 NAN = torch.from_numpy(np.array([0x7FFFFFFF, 0x7FC00001, 0x7FC00080, 0xFFC00100], np.uint32).view(np.float32))
 
 

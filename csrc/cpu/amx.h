@@ -11,8 +11,8 @@ namespace IGPT_ISA {
 // While one lives, the thread's eight tiles hold something.
 struct MatrixUnit {
   MatrixUnit() {
-    alignas(64)
-        uint8_t config[64] = {1};  // the palette; then 2 bytes of row length each from 16, a count of rows from 48
+    // The palette; then 2 bytes of row length each from 16, a count of rows from 48.
+    alignas(64) uint8_t config[64] = {1};
     for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64, config[48 + t] = 16;
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
@@ -20,8 +20,9 @@ struct MatrixUnit {
   MatrixUnit(const MatrixUnit&) = delete;
 };
 // Not the compiler's intrinsics: to GCC 12 theirs do not read memory, and it moves stores behind them.
-template <int tile, class T>
-static IGPT_INLINE void tile_load(const T* p, int64_t ld) {
+// `ld` counts units.
+template <int tile>
+static IGPT_INLINE void tile_load(const void* p, int64_t ld) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(ld * 4), "i"(tile) : "memory");
 }
 template <int tile>

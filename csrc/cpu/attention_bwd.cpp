@@ -83,6 +83,8 @@ template <class E, class T>
 struct BwdHead {
   using Unit = typename E::Unit;
   using Range = Extent::Range;
+  static constexpr int64_t kKeys = std::max<int64_t>(2, E::kRows);  // keys go in pairs
+  static constexpr int64_t kDepth = std::max<int64_t>(2, E::kDepth);
   BwdScratch<E>& w;
   const Tiles& tiles;
   const int64_t bh, D, Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep;
@@ -157,11 +159,11 @@ struct BwdHead {
   void meet(int64_t i, int64_t j, int mask, int64_t at) {
     const bool full = tiles.full(i, j, mask);
     const Extent& extent = tiles.extent(i, j, mask);
-    const Range all = extent.all_keys.to(std::max<int64_t>(2, E::kDepth));
+    const Range all = extent.all_keys.to(kDepth);
     const Unit *k_j = w.k.get() + at * kTile * Ku, *v_j = w.v.get() + at * kTile * Ku, *kt = w.kt.get() + at * Dp * Tu;
     float *dk_j = w.dk.get() + at * kTile * Dp, *dv_j = w.dv.get() + at * kTile * Dp;
     Extent::each(extent.keys, {0, kTile}, [&](Range queries, Range seen) {
-      const Range keys = seen.to(std::max<int64_t>(2, E::kRows));
+      const Range keys = seen.to(kKeys);
       const int64_t r = keys.begin, c = queries.begin, to = r * kTile + c;
       gemm<E, false>(keys.size(), queries.size(), Ku, w.s.get() + to, kTile, k_j + r * Ku, Ku, w.qt.get() + c, kTile);
       gemm<E, false>(keys.size(), queries.size(), Ku, w.dp.get() + to, kTile, v_j + r * Ku, Ku, w.dot.get() + c, kTile);

@@ -82,8 +82,8 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
   using Range = Extent::Range;
   const int64_t D = q.size[3], Dp = padded(D), Ku = D / E::kStep, Tu = kTile / E::kStep, t = i * kTile;
   const int64_t rows = std::min<int64_t>(kTile, tiles.Tq - t);
-  const MatrixUnit used;
   if (add && tiles.row_count(i) == 0) return;
+  const MatrixUnit used;
   pack_rows<E>(w.q.get(), Head<const T>(q, bh, tiles.order()), t, tiles.Tq, D);
   if (dropout) dropout.queries(w.low.get(), w.high.get(), bh, t, kTile);
   std::fill_n(w.m.get(), kTile, kEmptyLse);

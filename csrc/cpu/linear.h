@@ -95,12 +95,15 @@ static inline void multiply_rows(const typename E::X* x, int64_t n, int64_t Kp, 
   for (int i = 0; i < N; ++i) sink(n + i, y[i]);
 }
 
+template <class E>
+constexpr bool kTiles = false;
+
 #if defined(__AMX_BF16__)
 // Where the matrix unit multiplies: weights are A, as they are in memory, and x^T is B. Its rows are packed for that,
 // 16 at a time: a few KB beside the weights' MB.
-static inline bool on_tiles(int64_t K) {
-  return K % 32 == 0;
-}
+template <>
+inline constexpr bool kTiles<Pairs> = true;
+
 // [blocks, K / 2, 16] units of x's rows, zeros behind the last.
 static inline void pack_columns(uint32_t* b, const bf16* x, int64_t N, int64_t K) {
   for (int64_t n0 = 0; n0 < N; n0 += 16, b += K / 2 * 16)
@@ -125,7 +128,7 @@ static inline void multiply_tiles(const uint32_t* b, int64_t n0, int64_t N, cons
   each([](auto block) { tile_zero<block>(); });
   for (int64_t k = 0; k < K; k += 32) {
     for (int64_t r = 16; r < 32; ++r) __builtin_prefetch(w + r * K + k, 0, 2);
-    tile_load<4>(reinterpret_cast<const uint32_t*>(w + k), K / 2);
+    tile_load<4>(w + k, K / 2);
     each([&](auto block) {
       tile_load<5 + block % 2>(b + (block * K / 2 + k / 2) * 16, 16);
       tile_dot<block, 4, 5 + block % 2>();
@@ -145,34 +148,31 @@ static inline void multiply_tiles(const uint32_t* b, int64_t n0, int64_t N, cons
 }
 #endif
 
+template <class E>
+static inline bool on_tiles(int64_t K) {
+  return kTiles<E> && K % 32 == 0;
+}
 // Units of room that multiply() wants beside x, for prepare() to fill.
 template <class E>
-static inline int64_t room_for([[maybe_unused]] int64_t N, [[maybe_unused]] int64_t K) {
-#if defined(__AMX_BF16__)
-  if (std::is_same_v<E, Pairs> && on_tiles(K)) return (N + 15) / 16 * 16 * (K / 2);
-#endif
-  return 0;
+static inline int64_t room_for(int64_t N, int64_t K) {
+  return on_tiles<E>(K) ? (N + 15) / 16 * 16 * (K / 2) : 0;
 }
 template <class E>
-static inline void prepare([[maybe_unused]] uint32_t* room, [[maybe_unused]] const typename E::X* x,
-                           [[maybe_unused]] int64_t N, [[maybe_unused]] int64_t K) {
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<E, Pairs>)
-    if (on_tiles(K)) pack_columns(room, x, N, K);
-#endif
+static inline void prepare(uint32_t* room, const typename E::X* x, int64_t N, int64_t K) {
+  if constexpr (kTiles<E>)
+    if (on_tiles<E>(K)) pack_columns(room, x, N, K);
 }
 
 // x [N, Kp] times the rows begin..end of weight [M, K], at most kOutputs of them. sink(n, y): y holds row n of the
 // product, columns begin..end. Four rows of x at a time, so that a weight is loaded and converted once for all four.
 // `prepared` is x, by prepare(); the thread has a MatrixUnit. K and the weight's row alone decide who multiplies.
 template <class E, class W, class Sink>
-static inline void multiply(const typename E::X* x, [[maybe_unused]] const uint32_t* prepared, int64_t N, int64_t Kp,
-                            const W* weight, int64_t K, int64_t begin, int64_t end, Sink&& sink) {
+static inline void multiply(const typename E::X* x, const uint32_t* prepared, int64_t N, int64_t Kp, const W* weight,
+                            int64_t K, int64_t begin, int64_t end, Sink&& sink) {
   static_assert(kOutputs % kLanes == 0);
   int64_t n = 0;
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<E, Pairs>)
-    if (on_tiles(K) && end - begin == 16) {
+  if constexpr (kTiles<E>)
+    if (on_tiles<E>(K) && end - begin == 16) {
       const bf16* w = weight + begin * K;
       const auto b = [&] { return prepared + n * (K / 2); };
       for (; n + 48 < N; n += 64) multiply_tiles<4>(b(), n, N, w, K, sink);
@@ -181,7 +181,6 @@ static inline void multiply(const typename E::X* x, [[maybe_unused]] const uint3
       if (n < N) multiply_tiles<1>(b(), n, N, w, K, sink);
       return;
     }
-#endif
   for (; n + 4 <= N; n += 4) multiply_rows<E, 4>(x, n, Kp, weight, K, begin, end, sink);
   for (; n + 2 <= N; n += 2) multiply_rows<E, 2>(x, n, Kp, weight, K, begin, end, sink);
   if (n < N) multiply_rows<E, 1>(x, n, Kp, weight, K, begin, end, sink);

@@ -21,14 +21,29 @@ LINE_EVERY = (
 LINE_AT_LEAST = 600.0  # and never less often than this
 
 
+_silent = False
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within it nothing is said or shown: another process speaks for this one."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
+
+
 def say(text: str = "") -> None:
     """Prints one line (or several) for a person on stderr; above the bar when one is shown."""
-    print(text, file=sys.stderr, flush=True)
+    if not _silent:
+        print(text, file=sys.stderr, flush=True)
 
 
 def interactive() -> bool:
-    """True when stderr is a terminal that can redraw a line."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    """True when stderr is a terminal that can redraw a line, and there is something to be said."""
+    return not _silent and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def duration(seconds: float) -> str:

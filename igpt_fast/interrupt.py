@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -15,11 +15,12 @@ class Stopped(Exception):
 class Stop:
     """Within a `with`, notes the first SIGINT or SIGTERM; a second one does what it always does.
 
-    Signals reach the main thread only: in another thread nothing is noted.
+    Signals reach the main thread only: in another thread nothing is noted. agree: the largest of the signals that
+    several processes have noted, 0 for none, by the one noted here: then all of them stop at the same `check`.
     """
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    def __init__(self, agree: Callable[[int], int] = int) -> None:
+        self.signal, self.agree = 0, agree
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -36,9 +37,14 @@ class Stop:
         self.signal = which
         self.__exit__()
 
-    def check(self, *_: int) -> None:
-        """Raises Stopped once a signal was noted; fits as a progress callback."""
-        if self.signal is not None:
+    def check(self) -> None:
+        """Raises Stopped once a signal was noted; in all processes, which come here together."""
+        self.signal = self.agree(self.signal)
+        self.check_alone()
+
+    def check_alone(self, *_: int) -> None:
+        """Raises Stopped once a signal was noted here; fits as a progress callback."""
+        if self.signal:
             raise Stopped
 
     def leave(self) -> None:

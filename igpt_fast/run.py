@@ -139,6 +139,13 @@ def refuse_idle_steps(run: Path, step: int, options: Options, saved: Mapping[str
         )
 
 
+def refuse_unequal_shares(options: Options, processes: int) -> None:
+    """InputError unless each process gets as many images a step, in as many equal parts as options.accumulate says."""
+    if options.batch % (parts := processes * options.accumulate):
+        among = f"{processes} processes" + (f", {options.accumulate} parts each" if options.accumulate > 1 else "")
+        raise InputError(f"--batch {options.batch} cannot be split evenly among {among}: use a multiple of {parts}")
+
+
 def drop_later_pictures(run: Path, step: int) -> None:
     """Removes the pictures of samples of steps beyond `step`, which will be taken again."""
     for picture in (run / "samples").glob("step-*.png"):
@@ -180,32 +187,39 @@ def broken_off(run: Path, error: OSError) -> InputError:
     return InputError(f"{error.strerror or error}: {error.filename or run}; {left}")
 
 
-def circumstances(options: Options, device: torch.device) -> dict[str, Any]:
+def circumstances(options: Options, device: torch.device, processes: int) -> dict[str, Any]:
     """What a resumed run may change, though its numbers then differ, be it by rounding only."""
     free = {name: value for name, value in asdict(options).items() if name not in FIXED}
-    return {**free, "threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device.type}
+    machine = {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device.type}
+    return {**free, **machine, "processes": processes}
 
 
 def say_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Says what is not as it was: from here on the numbers are not those of an uninterrupted run."""
+    saved = {"processes": 1, **saved}  # what a checkpoint means that does not say
     changed = [f"{name} {saved.get(name)} → {now[name]}" for name in now if saved.get(name) != now[name]]
     if changed:
         say(f"changed since the checkpoint: {', '.join(changed)}")
 
 
 class Metrics:
-    """metrics.jsonl: `rows` as written, oldest first. Those after `step`, where a run resumes, are dropped at once."""
+    """metrics.jsonl: `rows` as written, oldest first. Those after `step`, where a run resumes, are dropped at once.
 
-    def __init__(self, run: Path, step: int) -> None:
-        self.path = run / METRICS
+    writes: whether this process is the one that does.
+    """
+
+    def __init__(self, run: Path, step: int, writes: bool = True) -> None:
+        self.path, self.writes = run / METRICS, writes
         self.rows = [row for row in read_metrics(run) if row["step"] <= step] if step else []
-        write_atomically(self.path, b"".join(map(_line, self.rows)))
+        if writes:
+            write_atomically(self.path, b"".join(map(_line, self.rows)))
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds one row, on disk when this returns (as far as a killed process goes; `sync` is for a dead machine)."""
         self.rows.append(row)
-        with open(self.path, "ab") as file:
-            file.write(_line(row))
+        if self.writes:
+            with open(self.path, "ab") as file:
+                file.write(_line(row))
 
     def sync(self) -> None:
         """Makes every row durable, so that none is younger on disk than a checkpoint."""

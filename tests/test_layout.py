@@ -33,7 +33,7 @@ LAYERS = [
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},
     {"cached", "drawing", "sample", "classify", "options", "run", "batches"},
-    {"train", "probe", "evaluate", "sklearn"},
+    {"train", "loop", "processes", "probe", "evaluate", "sklearn"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},
 ]

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from tiny import CONFIG, FAST, raise_at, rows, same, weights, write_tokens
 
-from igpt_fast import train as module
+from igpt_fast import loop
 from igpt_fast.batches import Batches, images_of_step
 from igpt_fast.checkpoint import list_checkpoints, load_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
 from igpt_fast.run import read_metrics, read_options
 from igpt_fast.tokens import TokenDataset
@@ -46,7 +47,7 @@ def test_one_step_is_adams(dataset, tmp_path):
     options = {**FAST, "steps": 3, "precision": "fp32", "clip": 0.1, "warmup": 2}
     result = train(dataset, tmp_path, CONFIG, **options, seed=5)
     torch.manual_seed(5)
-    model = module.ImageGPT(CONFIG)
+    model = ImageGPT(CONFIG)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
     for step, lr in enumerate((1.5e-3, 3e-3, 3e-3)):  # warm-up; the peak; the cosine begins where it is flat
         optimizer.param_groups[0]["lr"] = lr
@@ -123,9 +124,9 @@ def test_lines_and_pictures_of_lost_steps_go_away(dataset, tmp_path, monkeypatch
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 12, "lo')  # what kill -9 leaves of a line
     seen = []
-    real = module._Training.go
+    real = loop.Loop.go
     monkeypatch.setattr(
-        module._Training,
+        loop.Loop,
         "go",
         lambda self: (seen.extend([rows(tmp_path)[-1]["step"], os.listdir(tmp_path / "samples")]), real(self))[1],
     )
@@ -190,7 +191,7 @@ def test_ema_is_a_running_average(dataset, tmp_path):
     plain = train(dataset, tmp_path / "plain", CONFIG, **options).model
     average = train(dataset, tmp_path / "ema", CONFIG, **options, ema=0.5).model
     torch.manual_seed(0)
-    start = module.ImageGPT(CONFIG)
+    start = ImageGPT(CONFIG)
     for a, b, c in zip(average.parameters(), plain.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(a, c + (1 - 1 / 10) * (b - c))  # the first step's decay is 1/10
 

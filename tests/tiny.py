@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from igpt_fast import train as module
+from igpt_fast import loop
 from igpt_fast.checkpoint import load_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.data import tokenize
@@ -45,11 +45,28 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def raise_at(monkeypatch, step: int, act) -> None:
     """Calls `act` at the start of each part of the `step`-th step (counted from 1)."""
-    real = module._Training._loss
+    real = loop.Loop._loss
 
     def loss(self, model, tokens, keep):
         if torch.is_grad_enabled() and self.step == step - 1:
             act()
         return real(self, model, tokens, keep)
 
-    monkeypatch.setattr(module._Training, "_loss", loss)
+    monkeypatch.setattr(loop.Loop, "_loss", loss)
+
+
+# Runs whose steps go in two parts, for what must not change their numbers.
+VARIANTS = {
+    "plain": {},
+    "bert": {"objective": "bert", "flip": True, "ema": 0.9},
+    "in parts": {"accumulate": 4, "batch": 8, "precision": "fp32"},
+    "sparse": {"pattern": [["row|neighborhood(3)", "column"], "dense"], "positions": "axial", "precision": "fp32"},
+    "frugal": {"activation_checkpointing": True, "sample_every": 4},
+}
+
+
+def variant(name: str) -> tuple[Config, dict]:
+    """The model and the options of one of VARIANTS."""
+    options = {**FAST, "accumulate": 2, **VARIANTS[name]}
+    shape = {key: options.pop(key) for key in ("objective", "pattern", "positions") if key in options}
+    return Config.from_dict({**CONFIG.to_dict(), **shape}), options

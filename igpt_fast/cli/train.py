@@ -17,6 +17,7 @@ from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.options import PRECISIONS, Options
 from igpt_fast.palette import Palette
+from igpt_fast.processes import together
 from igpt_fast.run import CURVE, METRICS, Result, check_run, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
@@ -180,15 +181,28 @@ def train(
     """Train an Image GPT on images, from a fresh start or (--resume) from where a run was left.
 
     RUN receives checkpoints, metrics.jsonl, loss.png and samples/. Ctrl-C saves first; --resume then goes on as if
-    nothing had been.
+    nothing had been. On several GPUs: torchrun --nproc-per-node 8 -m igpt_fast.cli train DATA --out RUN ...
 
     Example: igpt-fast train photos/ --out run --layers 8 --width 256 --heads 4 --size 32 --steps 5000
     """
     given = {name: getattr(value, "value", value) for name, value in locals().items() if value not in (None, [])}
     if pattern:
         given["pattern"] = [text.split("/") if "/" in text else text for text in pattern]
+    with together(pick_device(device)) as processes:
+        with processes.first_goes_ahead():
+            dataset, options = _prepare(data, out, given)
+        result = train_model(dataset, out, device=device, **options)
+        if not processes.first:
+            return
+    _report(result, dataset, str(data), options["sample_every"])
+    if as_json:
+        _print(result, options["sample_every"])
+
+
+def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset, dict[str, Any]]:
+    """The images as tokens, and what else train() is to be given."""
+    resume, init, size, preset = (given.get(name) for name in ("resume", "init", "size", "preset"))
     check_run(out, resume)
-    pick_device(device)
     saved = read_options(out) if resume else {"config": {}, "options": {}, "command": {}}
     known = {**asdict(STANDARD), **saved["options"]}
     options = {field.name: given.get(field.name, known[field.name]) for field in fields(Options)}
@@ -198,7 +212,7 @@ def train(
     if size is not None:
         given["size"] = list(parse_size(size))
     if preset:
-        given = PRESETS[preset.value] | given
+        given = PRESETS[preset] | given
         given["size"] = list(given["size"])
     images = {**IMAGES, **saved["command"].get("images", {}), **(start.images if start else {})}
     if resume:
@@ -213,19 +227,13 @@ def train(
         images["size"] = None  # a preset's, which tokens need not have
     own = start.palette if start else None
     remedy = {"remedy": f"{_again(out / 'tokens', out)} goes on with the tokens as they are"} if resume else {}
-    dataset = _open(data, out, images, own or palette, seed=options["seed"], workers=workers, **remedy)
+    more = {"seed": options["seed"], "workers": given.get("workers"), **remedy}
+    dataset = _open(data, out, images, own or given.get("palette"), **more)
     config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
-    command = {
-        "data": str(data),
-        "images": images,
-        "resume": _again(data, out),
-        **({"init": str(init)} if init else {}),
-    }
+    command = {"data": str(data), "images": images, "resume": _again(data, out)}
+    command |= {"init": str(init)} if init else {}
     model = start.model if start else None
-    result = train_model(dataset, out, config, resume=resume, init=model, device=device, command=command, **options)
-    _report(result, dataset, str(data), options["sample_every"])
-    if as_json:
-        _print(result, options["sample_every"])
+    return dataset, {"config": config, "resume": resume, "init": model, "command": command, **options}
 
 
 def _refuse_idle(given: dict[str, Any], data: Path) -> None:
@@ -261,11 +269,8 @@ def _picture(result: Result, sample_every: int) -> Path | None:
 
 def _report(result: Result, dataset: TokenDataset, data: str, sample_every: int) -> None:
     """Says how it ended, where everything is, and what to try next."""
-    run, picture, ar = (
-        shlex.quote(str(result.run)),
-        _picture(result, sample_every),
-        result.model.config.objective == "ar",
-    )
+    run, picture = shlex.quote(str(result.run)), _picture(result, sample_every)
+    ar = result.model.config.objective == "ar"
     loss = f"loss {result.loss:.4f} nats per pixel" if result.loss is not None else f"no loss in {result.run / METRICS}"
     held_out = "" if result.val_loss is None else f", on held-out images {result.val_loss:.4f}"
     say(f"step {result.step}: {loss}{held_out}; {duration(result.seconds)} in all")

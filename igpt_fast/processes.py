@@ -1,0 +1,147 @@
+"""Training in several processes, each on a device of its own: what torchrun starts, on one machine or on many.
+
+All take every step together. Each learns from its share of the step's images, and torch's DistributedDataParallel
+averages the gradients while the backward pass still runs; so all hold the same weights, and the first process alone
+writes and speaks.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from igpt_fast.console import silent
+from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
+
+PATIENCE = timedelta(hours=12)  # how long one waits while another makes tokens; one that dies is noticed at once
+
+
+class Processes:
+    """Those that train together, seen from one of them: number `rank` of `count`."""
+
+    def __init__(self, device: torch.device, rank: int = 0, count: int = 1) -> None:
+        self.device, self.rank, self.count, self.first = device, rank, count, rank == 0
+        # What the hosts say to each other never waits for a GPU.
+        self._hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if count > 1 else None
+
+    def __str__(self) -> str:
+        """Where the computing is done, for a person."""
+        return str(self.device) if self.count == 1 else f"{self.count} processes ({self.device.type})"
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' values, in each of them."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._hosts)
+        return int(shared)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes of a tensor on their devices, in its place; the host does not wait for it."""
+        if self.count > 1:
+            dist.all_reduce(value)
+        return value
+
+    def share(self, tokens: Tensor) -> Tensor:
+        """This process's part of a step's images [N, …] → [N / count, …]; N is a multiple of count."""
+        return tokens.chunk(self.count)[self.rank] if self.count > 1 else tokens
+
+    @contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """Within it the first process is done before the others begin. Where it fails they end without a word."""
+        if self.first:
+            failed = 1
+            try:
+                yield
+                failed = 0
+            finally:
+                self.largest(failed)
+        elif self.largest(0):
+            raise SystemExit(1)
+        else:
+            yield
+
+    def refuse_differences(self, what: Mapping[str, Any]) -> None:
+        """InputError, in all processes alike, that names the first thing in which one differs from the first."""
+        if self.count == 1:
+            return
+        all_have: list[Any] = [None] * self.count
+        dist.all_gather_object(all_have, dict(what), group=self._hosts)
+        for rank, has in enumerate(all_have):
+            for name, value in all_have[0].items():
+                if has[name] != value:
+                    raise InputError(
+                        f"process {rank} has another {name} than process 0, {has[name]} for {value}: "
+                        "all must be given the same command, and see the same files"
+                    )
+
+    def averaging(self, model: ImageGPT) -> nn.Module:
+        """model.loss as a module, whose backward pass leaves the mean of all processes' gradients."""
+        if self.count == 1:
+            return _Loss(model)
+        return DistributedDataParallel(_Loss(model), gradient_as_bucket_view=True)
+
+    def accumulating(self, loss: nn.Module, more: bool) -> AbstractContextManager[Any]:
+        """Within it backward passes of what `averaging` made wait for the last of a step, as long as `more` come."""
+        return loss.no_sync() if more and isinstance(loss, DistributedDataParallel) else nullcontext()
+
+    def meet(self) -> None:
+        """Returns when all processes have come here."""
+        self.largest(0)
+
+
+class _Loss(nn.Module):
+    def __init__(self, model: ImageGPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        return self.model.loss(tokens, keep=keep)
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[Processes]:
+    """This process and those that torchrun has started beside it, until it ends; all but the first are silent.
+
+    device: as asked for; `Processes.device` is this process's own, the GPU of its number on its machine. A default
+    process group that is there already is used, and stays. Raises InputError where a process would be without a GPU,
+    and when another one has ended.
+    """
+    there = dist.is_available() and dist.is_initialized()
+    if not there and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Processes(device)
+        return
+    device = _own(device)
+    if not there:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        processes = Processes(device, dist.get_rank(), dist.get_world_size())
+        with nullcontext() if processes.first else silent():
+            yield processes
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise InputError("another of the processes has ended, see what it said; --resume goes on from there") from error
+    finally:
+        if not there:
+            dist.destroy_process_group()
+
+
+def _own(device: torch.device) -> torch.device:
+    """The GPU of this process, where one is asked for at all."""
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise InputError(f"--device {device} is one GPU, and here are several processes: leave it out, or say cuda")
+    number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= gpus:
+        raise InputError(f"process {number} of this machine has no GPU: there are {gpus}; use --nproc-per-node {gpus}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

@@ -1,0 +1,152 @@
+"""Training in several processes: torchrun starts two, and they learn what one would, to the bit."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CONFIG, FAST, VARIANTS, rows, same, variant, weights, write_tokens
+
+from igpt_fast import processes
+from igpt_fast.checkpoint import list_checkpoints
+from igpt_fast.errors import InputError
+from igpt_fast.options import Options
+from igpt_fast.run import locked, read_metrics, refuse_unequal_shares
+from igpt_fast.tokens import TokenDataset
+from igpt_fast.train import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+MODEL = ["--layers", "2", "--width", "32", "--heads", "4", "--batch", "6", "--sample-every", "5", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> TokenDataset:
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+def start(*words: object) -> subprocess.Popen:
+    """Two processes of a script or a module."""
+    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*TORCHRUN, *map(str, words)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_metrics(run)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("two")
+    code, _, err = finish(start(HERE / "two_processes.py", dataset.path, out))
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_processes_learn_what_one_would_in_twice_as_many_parts(dataset, trained, tmp_path, name):
+    config, options = variant(name)
+    train(dataset, tmp_path, config, device="cpu", **options)
+    alone, both = ([row for row in rows(run) if "loss" in row] for run in (tmp_path, trained / name))
+    if options["accumulate"] == 2:
+        assert same(weights(tmp_path), weights(trained / name))
+        assert alone == both and len(alone) == 3
+    else:  # (a + b) + (c + d) for ((a + b) + c) + d
+        assert [row["loss"] for row in alone] == pytest.approx([row["loss"] for row in both], rel=1e-5)
+    pictures = [sorted(p.name for p in (run / "samples").glob("*")) for run in (tmp_path, trained / name)]
+    assert pictures[0] == pictures[1]
+    # Validation goes in parts of a process's size, by which BERT's masks are drawn, and is summed in another order.
+    values = [[row["val_loss"] for row in rows(run) if "val_loss" in row] for run in (tmp_path, trained / name)]
+    assert values[0] == pytest.approx(values[1], rel=0.1 if config.objective == "bert" else 1e-6)
+
+
+def test_processes_that_were_given_different_things_say_so(trained):
+    for rank in (0, 1):
+        assert (
+            (trained / f"error-{rank}.txt").read_text().startswith("process 1 has another seed than process 0, 1 for")
+        )
+
+
+def test_the_command_line_speaks_once_and_goes_on_after_ctrl_c(dataset, tmp_path):
+    images = dataset.path.parent / "images.npy"
+    words = ["-m", "igpt_fast.cli", "train", images, *MODEL, "--size", "4x6", "--resize", "none", "--colors", "16"]
+    run = tmp_path / "stopped"
+    process = start(*words, "--out", run, "--steps", "100000")
+    wait_for(run, 3, process)
+    process.send_signal(signal.SIGINT)
+    _, _, err = finish(process)
+    stopped = int(re.search(r"stopped at step (\d+) of 100000: saved in", err)[1])
+    assert err.count("go on with") == 1 and list_checkpoints(run)[-1].name == f"step-{stopped:08d}"
+    more = stopped + 4
+    code, out, err = finish(start(*words[:4], "--out", run, "--resume", "--steps", more, "--lr", "1e-3", "--json"))
+    assert code == 0 and json.loads(out)["step"] == more, err
+    assert err.count("going on from") == err.count("2 processes (cpu)") == err.count(f"step {more}: loss") == 1
+    assert "processes" not in err.split("changed since")[1].split("\n")[0]
+    assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, more + 1))
+    code, _, err = finish(start(*words, "--out", run))
+    assert code and err.count("error: ") == 1 and f"{run} already holds" in err
+
+
+def test_a_process_that_is_killed_takes_nothing_with_it(dataset, tmp_path):
+    words = ["-m", "igpt_fast.cli", "train", dataset.path, "--out", tmp_path, *MODEL, "--save-every", "2"]
+    process = start(*words, "--steps", "100000")
+    wait_for(tmp_path, 5, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {dict(e.split("=", 1) for e in environment(pid) if "=" in e)["RANK"]: int(pid) for pid in children}
+    os.kill(ranks["1"], signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code and err.count("error: another of the processes has ended") == 1
+    with locked(tmp_path):
+        step = int(list_checkpoints(tmp_path)[-1].name[5:])
+    assert train(dataset, tmp_path, resume=True, **{**FAST, "steps": step + 2, "log_every": 1}).step == step + 2
+
+
+def environment(pid: str) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
+def test_a_step_is_shared_evenly_or_refused():
+    refuse_unequal_shares(Options(batch=12, accumulate=2), processes=3)
+    with pytest.raises(InputError, match="--batch 8 cannot be split evenly among 3 processes: use a multiple of 3"):
+        refuse_unequal_shares(Options(batch=8), processes=3)
+    with pytest.raises(InputError, match="among 3 processes, 4 parts each: use a multiple of 12"):
+        refuse_unequal_shares(Options(batch=8, accumulate=4), processes=3)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert processes._own(torch.device("cuda")) == torch.device("cuda", 1) and chosen == [1]
+    assert processes._own(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(InputError, match="--device cuda:0 is one GPU"):
+        processes._own(torch.device("cuda:0"))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="there are 2; use --nproc-per-node 2"):
+        processes._own(torch.device("cuda"))
+
+
+def test_one_process_alone_needs_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with processes.together(torch.device("cpu")) as alone, alone.first_goes_ahead():
+        assert (alone.rank, alone.count, alone.first, str(alone)) == (0, 1, True, "cpu")
+        assert alone.largest(7) == 7 and alone.share(torch.arange(3)).tolist() == [0, 1, 2]
+        assert not torch.distributed.is_initialized() and CONFIG.tokens == 24

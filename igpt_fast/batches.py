@@ -46,10 +46,11 @@ class Batches:
         return tokens, self._keep(MASK, step, tokens)
 
     def validation(self, batch: int) -> Iterator[Batch]:
-        """The held-out images in batches, each time the same, under the same masks."""
+        """The held-out images in batches, each image always under the same mask, however large a batch is."""
         for start in range(0, len(self.held_out), batch):
             tokens = self.dataset.batch(self.held_out[start : start + batch])
-            yield tokens, self._keep(VALIDATION, start, tokens)
+            masks = [self._keep(VALIDATION, start + n, image) for n, image in enumerate(tokens)]
+            yield tokens, torch.stack(masks) if self.objective == "bert" else None
 
     def _keep(self, stream: int, number: int, tokens: Tensor) -> Tensor | None:
         if self.objective != "bert":

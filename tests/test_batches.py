@@ -45,3 +45,12 @@ def test_flips_mirror_about_half_of_the_images(dataset):
     mirrored = [not torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)]
     assert 70 < sum(mirrored) < 130
     assert all(torch.equal(b, a.flip(1) if m else a) for a, b, m in zip(plain, flipped, mirrored, strict=True))
+
+
+def test_a_held_out_image_has_one_mask_however_they_are_batched(dataset):
+    batches = Batches(dataset, Options(val_fraction=0.5, val_images=0), "bert")
+    whole, parts = next(batches.validation(len(batches.held_out))), list(batches.validation(3))
+    for n in (0, 1):
+        assert torch.equal(torch.cat([part[n] for part in parts]), whole[n])
+    assert len(parts) > 2 and 0.05 < 1 - whole[1].float().mean() < 0.25
+    assert next(Batches(dataset, Options(val_fraction=0.5), "ar").validation(4))[1] is None

@@ -39,8 +39,9 @@ class Stop:
 
     def check(self) -> None:
         """Raises Stopped once a signal was noted; in all processes, which come here together."""
-        self.signal = self.agree(self.signal)
-        self.check_alone()
+        if agreed := self.agree(self.signal):  # one that comes while they agree waits for the next check
+            self.signal = agreed
+            raise Stopped
 
     def check_alone(self, *_: int) -> None:
         """Raises Stopped once a signal was noted here; fits as a progress callback."""

@@ -21,6 +21,7 @@ from igpt_fast.options import FIXED
 from igpt_fast.pictures import save_grid
 from igpt_fast.processes import Processes
 from igpt_fast.run import (
+    OPTIONS,
     Metrics,
     Result,
     circumstances,
@@ -98,7 +99,8 @@ class Loop:
     def go(self) -> Result:
         """Trains to the last step, or until asked to stop."""
         options = self.options
-        self.processes.refuse_differences({**self.fixed, "step": self.step})
+        sees = {"sight of the run": (self.run / OPTIONS).exists()}
+        self.processes.refuse_differences({**self.fixed, "step": self.step, **sees})
         learned = self.processes.averaging(self.model)
         counts = self.model.num_parameters(), len(self.batches.indices), len(self.batches.held_out)
         say(introduction(self.config, options, *counts, where=f"on {self.processes}, into {self.run}"))

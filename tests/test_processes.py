@@ -16,6 +16,7 @@ from tiny import CONFIG, FAST, VARIANTS, rows, same, variant, weights, write_tok
 from igpt_fast import processes
 from igpt_fast.checkpoint import list_checkpoints
 from igpt_fast.errors import InputError
+from igpt_fast.interrupt import Stop, Stopped
 from igpt_fast.options import Options
 from igpt_fast.run import locked, read_metrics, refuse_unequal_shares
 from igpt_fast.tokens import TokenDataset
@@ -79,9 +80,9 @@ def test_two_processes_learn_what_one_would_in_twice_as_many_parts(dataset, trai
 
 def test_processes_that_were_given_different_things_say_so(trained):
     for rank in (0, 1):
-        assert (
-            (trained / f"error-{rank}.txt").read_text().startswith("process 1 has another seed than process 0, 1 for")
-        )
+        seed, sight = ((trained / f"{what}-{rank}.txt").read_text() for what in ("seed", "sight"))
+        assert "process 1 has another seed than process 0, 1 for 0: all must be given" in seed
+        assert "process 1 has another sight of the run than process 0, False for True" in sight
 
 
 def test_the_command_line_speaks_once_and_goes_on_after_ctrl_c(dataset, tmp_path):
@@ -92,7 +93,9 @@ def test_the_command_line_speaks_once_and_goes_on_after_ctrl_c(dataset, tmp_path
     wait_for(run, 3, process)
     process.send_signal(signal.SIGINT)
     _, _, err = finish(process)
-    stopped = int(re.search(r"stopped at step (\d+) of 100000: saved in", err)[1])
+    found = re.search(r"stopped at step (\d+) of 100000: saved in", err)
+    assert found, err
+    stopped = int(found[1])
     assert err.count("go on with") == 1 and list_checkpoints(run)[-1].name == f"step-{stopped:08d}"
     more = stopped + 4
     code, out, err = finish(start(*words[:4], "--out", run, "--resume", "--steps", more, "--lr", "1e-3", "--json"))
@@ -120,6 +123,20 @@ def test_a_process_that_is_killed_takes_nothing_with_it(dataset, tmp_path):
 
 def environment(pid: str) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_forgotten():
+    def largest(value: int) -> int:
+        if not value:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return value
+
+    with Stop(largest) as stop:
+        stop.check()
+        with pytest.raises(Stopped):
+            stop.check()
+        with pytest.raises(SystemExit):
+            stop.leave()
 
 
 def test_a_step_is_shared_evenly_or_refused():

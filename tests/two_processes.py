@@ -21,10 +21,11 @@ def main(tokens: str, out: Path) -> None:
         config, options = variant(name)
         train(dataset, out / name, config, device="cpu", **{**options, "accumulate": options["accumulate"] // 2})
     rank = dist.get_rank()
-    try:
-        train(dataset, out / "different", config, device="cpu", **{**FAST, "seed": rank})
-    except InputError as error:
-        (out / f"error-{rank}.txt").write_text(str(error))
+    for what, run, seed in (("seed", out / "seed", rank), ("sight", out / f"own-{rank}", 0)):
+        try:
+            train(dataset, run, config, device="cpu", **{**FAST, "seed": seed})
+        except InputError as error:
+            (out / f"{what}-{rank}.txt").write_text(str(error))
     dist.destroy_process_group()
 
 

@@ -124,6 +124,7 @@ class Loop:
         except Stopped:
             say(f"stopped at step {self.step} of {options.steps}: saved in {self._save()}")
             say(f"go on with: {self.command.get('resume', 'resume=True')}")
+            self.processes.meet()  # whoever started them may end all when one ends
             self.stop.leave()
         self.processes.meet()  # the last checkpoint is written
         loss, val_loss = self.metrics.last("loss"), self.metrics.last("val_loss")

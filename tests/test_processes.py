@@ -41,6 +41,13 @@ def start(*words: object) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def ranks(process: subprocess.Popen) -> dict[str, int]:
+    """The ids of torchrun's two processes, by their ranks."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    environments = {pid: Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in children}
+    return {value.removeprefix("RANK="): int(p) for p, e in environments.items() for value in e if value[:5] == "RANK="}
+
+
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
@@ -107,22 +114,27 @@ def test_the_command_line_speaks_once_and_goes_on_after_ctrl_c(dataset, tmp_path
     assert code and err.count("error: ") == 1 and f"{run} already holds" in err
 
 
+def test_a_signal_to_one_process_stops_all_at_the_same_step(dataset, tmp_path):
+    words = ["-m", "igpt_fast.cli", "train", dataset.path, "--out", tmp_path, *MODEL, "--steps", "100000"]
+    process = start(*words)
+    wait_for(tmp_path, 3, process)
+    os.kill(ranks(process)["1"], signal.SIGTERM)
+    code, _, err = finish(process)
+    found = re.search(r"stopped at step (\d+) of 100000: saved in", err)
+    assert code and found, err
+    assert list_checkpoints(tmp_path)[-1].name == f"step-{int(found[1]):08d}"
+
+
 def test_a_process_that_is_killed_takes_nothing_with_it(dataset, tmp_path):
     words = ["-m", "igpt_fast.cli", "train", dataset.path, "--out", tmp_path, *MODEL, "--save-every", "2"]
     process = start(*words, "--steps", "100000")
     wait_for(tmp_path, 5, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {dict(e.split("=", 1) for e in environment(pid) if "=" in e)["RANK"]: int(pid) for pid in children}
-    os.kill(ranks["1"], signal.SIGKILL)
+    os.kill(ranks(process)["1"], signal.SIGKILL)
     code, _, err = finish(process)
     assert code and err.count("error: another of the processes has ended") == 1
     with locked(tmp_path):
         step = int(list_checkpoints(tmp_path)[-1].name[5:])
     assert train(dataset, tmp_path, resume=True, **{**FAST, "steps": step + 2, "log_every": 1}).step == step + 2
-
-
-def environment(pid: str) -> list[str]:
-    return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_forgotten():

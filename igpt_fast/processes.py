@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from igpt_fast.console import silent
+from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 
@@ -107,18 +108,18 @@ class _Loss(nn.Module):
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[Processes]:
+def together(device: str | torch.device) -> Iterator[Processes]:
     """This process and those that torchrun has started beside it, until it ends; all but the first are silent.
 
-    device: as asked for; `Processes.device` is this process's own, the GPU of its number on its machine. A default
-    process group that is there already is used, and stays. Raises InputError where a process would be without a GPU,
+    device: as for pick_device; `Processes.device` is this process's own, the GPU of its number on its machine. A
+    default process group that is there already is used, and stays. Raises InputError where a process has no GPU,
     and when another one has ended.
     """
     there = dist.is_available() and dist.is_initialized()
     if not there and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield Processes(device)
+        yield Processes(pick_device(device))
         return
-    device = _own(device)
+    device = pick_device(_own(device))
     if not there:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
@@ -134,11 +135,11 @@ def together(device: torch.device) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def _own(device: torch.device) -> torch.device:
-    """The GPU of this process, where one is asked for at all."""
-    if device.type != "cuda":
+def _own(device: str | torch.device) -> str | torch.device:
+    """The GPU of this process, where one is asked for; no other is touched."""
+    if not (torch.cuda.is_available() if str(device) == "auto" else str(device).startswith("cuda")):
         return device
-    if device.index is not None:
+    if ":" in str(device):
         raise InputError(f"--device {device} is one GPU, and here are several processes: leave it out, or say cuda")
     number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if number >= gpus:

@@ -18,7 +18,6 @@ from igpt_fast.batches import Batches
 from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.data import TokenDataset
-from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import Stop
 from igpt_fast.loop import Loop
@@ -52,7 +51,7 @@ def train(
     data, a checkpoint that cannot be read or written, a loss that is not finite.
     """
     chosen, run = Options(**options), Path(run)
-    with together(pick_device(device)) as processes, ExitStack() as held:
+    with together(device) as processes, ExitStack() as held:
         stop = Stop(processes.largest)
         try:
             with processes.first_goes_ahead():

@@ -115,6 +115,28 @@ def test_model_compiles_without_graph_breaks(backend):
         assert torch.allclose(g, w, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(12, torch.float32), (16, torch.float16), (16, torch.float32)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_that_no_kernel_serves_is_torchs_own_under_compile(head_dim, dtype, causal):
+    """Not the reference, which keeps a matrix of all pairs; and what a kernel serves goes there."""
+    torch.compiler.reset()
+    codes = []
+
+    def keep(graph, _):
+        codes.append(graph.code)
+        return graph
+
+    qkv = torch.randn(2, 9, 3, 2, head_dim).to(dtype).requires_grad_()
+    run = torch.compile(ops.attention_packed, backend=keep, fullgraph=True)
+    got, wanted = run(qkv, causal=causal), ops.attention_packed(qkv, causal=causal)
+    served = head_dim == 16 and dtype is torch.float32
+    assert ["igpt.attention" in code for code in codes] == [served]
+    assert ["scaled_dot_product_attention" in code for code in codes] == [not served]
+    assert torch.allclose(got, wanted, atol=1e-3)
+    grads = [torch.autograd.grad(o.float().square().sum(), qkv)[0] for o in (got, wanted)]
+    assert torch.allclose(*grads, atol=1e-2)
+
+
 @pytest.mark.parametrize("backend", [n for n in BACKENDS if n in _native.CPU_TABLES])
 def test_threads_do_not_change_a_bit(backend):
     model = ImageGPT(Config(layers=1, width=48, heads=3, colors=20, size=(10, 13), bias=True))

@@ -164,8 +164,11 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert processes._own(torch.device("cuda")) == torch.device("cuda", 1) and chosen == [1]
-    assert processes._own(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert processes._own("auto") == "auto" and processes._own("cpu") == "cpu" and not chosen
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("auto", "cuda", torch.device("cuda")):
+        assert processes._own(device) == torch.device("cuda", 1) and chosen.pop() == 1
     with pytest.raises(InputError, match="--device cuda:0 is one GPU"):
         processes._own(torch.device("cuda:0"))
     monkeypatch.setenv("LOCAL_RANK", "2")

@@ -15,6 +15,7 @@ from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import ModelArgument, described
 from igpt_fast.cli.options import BackgroundOption, JsonOption, Resize, ResizeOption, SeedOption, print_json
 from igpt_fast.console import progress, say
+from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.images import parse_background, read_image, resize_image
 from igpt_fast.palette import Palette
@@ -22,7 +23,6 @@ from igpt_fast.pictures import save_grid, to_png_bytes, write_atomically
 from igpt_fast.sample import check_options, drawing_dtype, kept_pixels
 from igpt_fast.sample import complete as complete_tokens
 from igpt_fast.sample import sample as sample_tokens
-from igpt_fast.train import pick_device
 from igpt_fast.weights import open_model
 
 GRAY = 128  # what stands for the pixels that the model does not see

@@ -13,7 +13,6 @@ from igpt_fast.cli.start import open_start, refuse_changes
 from igpt_fast.config import OBJECTIVES, POSITIONS, PRESETS, Config
 from igpt_fast.console import duration, say
 from igpt_fast.data import open_tokens
-from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.options import PRECISIONS, Options
 from igpt_fast.palette import Palette
@@ -188,7 +187,7 @@ def train(
     given = {name: getattr(value, "value", value) for name, value in locals().items() if value not in (None, [])}
     if pattern:
         given["pattern"] = [text.split("/") if "/" in text else text for text in pattern]
-    with together(pick_device(device)) as processes:
+    with together(device) as processes:
         with processes.first_goes_ahead():
             dataset, options = _prepare(data, out, given)
         result = train_model(dataset, out, device=device, **options)

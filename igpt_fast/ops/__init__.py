@@ -1,5 +1,6 @@
 """What a user calls: every op of Image GPT, served by the best backend that can, else by its reference."""
 
+from igpt_fast.ops import attention_compiled as attention_compiled  # registers what torch.compile calls
 from igpt_fast.ops.activation import bias_quick_gelu
 from igpt_fast.ops.attention import attention, attention_packed
 from igpt_fast.ops.attention_decode import attention_decode, cache_append

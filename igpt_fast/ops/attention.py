@@ -10,7 +10,6 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._native import (
-    Tensors,
     backend_for,
     empty,
     has_cuda_kernels,
@@ -20,7 +19,7 @@ from igpt_fast.ops._native import (
     same_device,
     stream_of,
 )
-from igpt_fast.patterns import FIELDS, BlockMask, unpack
+from igpt_fast.patterns import FIELDS, BlockMask
 
 
 def attention(
@@ -36,14 +35,17 @@ def attention(
     _check(q, k, v, mask, causal)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():
+        alike = q.dtype is k.dtype and q.dtype is v.dtype and scale > 0
+        if mask is None and alike and _goes_without_kernel(q.device, q.dtype, q.size(-1)):
+            return _plain(q, k, v, None, causal, scale)
         return torch.ops.igpt.attention(q, k, v, [] if mask is None else list(mask.tensors), causal, scale)[0]
-    native = _native(q, k, v, "attention_fwd", scale)
+    native = native_for(q, k, v, "attention_fwd", scale)
     if native is None:
         return _plain(q, k, v, mask, causal, scale)
     tables = _tables(mask, q.device)
     if needs_grad(q, k, v):
         return _Attention.apply(native, q, k, v, tables, causal, scale)
-    return _forward(native, q, k, v, tables, causal, scale)[0]
+    return forward_by(native, q, k, v, tables, causal, scale)[0]
 
 
 def attention_packed(
@@ -66,7 +68,7 @@ def attention_packed(
         _check(q, k, v, each, causal)
     if not torch.compiler.is_compiling():
         factor = q.size(-1) ** -0.5 if scale is None else scale
-        native = _native(q, k, v, "attention_fwd", factor)
+        native = native_for(q, k, v, "attention_fwd", factor)
         if native is not None:
             placed = [(heads, _tables(each, qkv.device)) for heads, each in groups]
             if needs_grad(qkv):
@@ -137,12 +139,21 @@ def refusal(dtype: torch.dtype, head_dim: int, scale: float = 1.0) -> Callable[[
     return refused
 
 
-def _native(q: Tensor, k: Tensor, v: Tensor, op: str, scale: float = 1.0):
+def native_for(q: Tensor, k: Tensor, v: Tensor, op: str, scale: float = 1.0):
     """Who serves `op`. A forward pass whose gradient will be wanted goes where that can be had."""
     alike = q.dtype is k.dtype and q.dtype is v.dtype
     if op == "attention_fwd" and needs_grad(q, k, v):
         op = "attention_bwd"
     return backend_for(op, (q, k, v), refusal(q.dtype, q.size(-1), scale) if alike else "q, k and v differ in dtype")
+
+
+@torch.compiler.assume_constant_result
+def _goes_without_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether plain torch is the best for such heads, asked while torch.compile traces a call."""
+    if is_reference():
+        return False
+    like = torch.empty(0, dtype=dtype, device=device)
+    return backend_for("attention_bwd", (like,), refusal(dtype, head_dim)) is None
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool, scale: float) -> Tensor:
@@ -166,7 +177,7 @@ def slices(qkv: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.transpose(1, 2) for t in qkv.unbind(2))
 
 
-def _forward(native, q, k, v, tables, causal, scale, o=None):
+def forward_by(native, q, k, v, tables, causal, scale, o=None):
     B, H, T, D = q.shape
     o, lse = empty((B, T, H, D), q).transpose(1, 2) if o is None else o, empty((B, H, T), q, torch.float32)
     native.attention_fwd(o, lse, *readable(native, q, k, v), tables, causal, scale, stream_of(q))
@@ -179,7 +190,7 @@ def _forward_packed(native, qkv, groups, causal, scale):
     o, lses = empty((B, T, H, D), qkv), []
     for heads, tables in groups:
         part = o[:, :, heads].transpose(1, 2)
-        lses.append(_forward(native, *slices(qkv[..., heads, :]), tables, causal, scale, part)[1])
+        lses.append(forward_by(native, *slices(qkv[..., heads, :]), tables, causal, scale, part)[1])
     return o, lses
 
 
@@ -188,14 +199,14 @@ def readable(native, *tensors: Tensor) -> list[Tensor]:
     return [rows(t, sixteens=has_cuda_kernels(native.name)) for t in tensors]
 
 
-def _backward(native, dqkv, dout, q, k, v, o, lse, tables, causal, scale):
+def backward_by(native, dqkv, dout, q, k, v, o, lse, tables, causal, scale):
     """Fills the three gradients given as dqkv."""
     several = tables is not None and len(tables) > FIELDS and has_cuda_kernels(native.name)
     room = empty((*lse.shape, 4), q) if several else None
     native.attention_bwd(*dqkv, *readable(native, dout, q, k, v), o, lse, room, tables, causal, scale, stream_of(q))
 
 
-def _grads_like(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+def grads_like(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """Three gradients laid out as [B, T, H, D] in memory."""
     return tuple(empty((t.size(0), t.size(2), t.size(1), t.size(3)), t).transpose(1, 2) for t in (q, k, k))
 
@@ -203,7 +214,7 @@ def _grads_like(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, native, q, k, v, tables, causal, scale):
-        o, lse = _forward(native, q, k, v, tables, causal, scale)
+        o, lse = forward_by(native, q, k, v, tables, causal, scale)
         ctx.native, ctx.rest = native, (tables, causal, scale)
         ctx.save_for_backward(q, k, v, o, lse)
         return o
@@ -212,8 +223,8 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         q, k, v, o, lse = ctx.saved_tensors
-        grads = _grads_like(q, k)
-        _backward(ctx.native, grads, dout, q, k, v, o, lse, *ctx.rest)
+        grads = grads_like(q, k)
+        backward_by(ctx.native, grads, dout, q, k, v, o, lse, *ctx.rest)
         return None, *grads, None, None, None
 
 
@@ -233,66 +244,5 @@ class _AttentionPacked(torch.autograd.Function):
         for (heads, tables), lse in zip(ctx.groups, lses, strict=True):
             grads, given = slices(dqkv[..., heads, :]), slices(qkv[..., heads, :])
             done, found = (t[:, :, heads].transpose(1, 2) for t in (dout, o))
-            _backward(ctx.native, grads, done, *given, found, lse, tables, *ctx.rest)
+            backward_by(ctx.native, grads, done, *given, found, lse, tables, *ctx.rest)
         return None, dqkv, None, None, None
-
-
-def _seen(mask: Tensors, q: Tensor) -> Tensor | None:
-    return unpack(mask, q.size(2)).to(q.device) if mask else None
-
-
-@torch.library.custom_op("igpt::attention", mutates_args=())
-def _attention_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensors, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    native = _native(q, k, v, "attention_fwd", scale)
-    if native is not None:
-        return _forward(native, q, k, v, tuple(mask) or None, causal, scale)
-    o, lse = reference.attention.attention(q, k, v, _seen(mask, q), causal, scale)
-    return o.transpose(1, 2).contiguous().transpose(1, 2), lse.float()
-
-
-@_attention_op.register_fake
-def _(q, k, v, mask, causal, scale):
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
-
-
-@torch.library.custom_op("igpt::attention_backward", mutates_args=())
-def _attention_backward_op(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    mask: Tensors,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    native = _native(q, k, v, "attention_bwd", scale)
-    grads = _grads_like(q, k)
-    if native is not None:
-        _backward(native, grads, dout, q, k, v, o, lse, tuple(mask) or None, causal, scale)
-        return grads
-    found = reference.attention.attention_backward(dout, q, k, v, _seen(mask, q), causal, scale)
-    return tuple(g.copy_(f) for g, f in zip(grads, found, strict=True))
-
-
-@_attention_backward_op.register_fake
-def _(dout, q, k, v, o, lse, mask, causal, scale):
-    return tuple(t.new_empty(t.size(0), t.size(2), t.size(1), t.size(3)).transpose(1, 2) for t in (q, k, v))
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, mask, ctx.causal, ctx.scale = inputs
-    o, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, o, lse, *mask)
-
-
-def _autograd(ctx, dout, _):
-    q, k, v, o, lse, *mask = ctx.saved_tensors
-    grads = torch.ops.igpt.attention_backward(dout, q, k, v, o, lse, mask, ctx.causal, ctx.scale)
-    return *grads, [None] * len(mask), None, None
-
-
-_attention_op.register_autograd(_autograd, setup_context=_setup)

@@ -88,4 +88,7 @@ def _beginning(
         has, wants = getattr(dataset, name), getattr(config, name)
         if has != wants:
             raise InputError(f"the data have {name} {has}, the model {wants}: give them the same {name}")
-    return config, None if init is None else copy.deepcopy(reshaped(init, config)).float().requires_grad_()
+    if init is None:
+        return config, None
+    start = reshaped(init, config)
+    return config, (copy.deepcopy(start) if start is init else start).float().requires_grad_()

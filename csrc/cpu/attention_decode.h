@@ -138,40 +138,118 @@ static inline void mix(float* out, const float* p, const Rows& v, int64_t c, int
   }
 }
 
+// score = q . k_t in base 2, for all keys -> the maximum of each lane. The query is used up.
 template <class T, int dim, class Rows>
-static void decode_rows(float* row, float* query, const Rows& hk, const Rows& hv, int64_t any, int64_t length,
-                        float scale, float* score) {
-  const int64_t D = dim ? dim : any, whole = D / kLanes * kLanes, end = padded(length);
-  for (int64_t c = 0; c < padded(D); c += kLanes) store(query + c, load(query + c) * (scale * kLog2e));
-
+static inline vf all_dots(float* score, float* query, const Rows& k, int64_t D, int64_t length, float scale) {
+  for (int64_t c = 0; c < padded(D); c += kLanes) store(query + c, load(query + c) * scale);
   vf tops = splat(-INFINITY);
-  for (int64_t t = 0; t < end; t += kLanes) {
-    const vf s = dots<T, dim, Rows>(query, hk, t, length, D);
+  for (int64_t t = 0; t < length; t += kLanes) {
+    const vf s = dots<T, dim>(query, k, t, length, D);
     store(score + t, s);
     tops = max(tops, s);  // a repeated key changes no maximum
   }
+  return tops;
+}
+
+template <class T, class Rows>
+static inline void mix_all(float* row, const float* p, const Rows& v, int64_t D, int64_t length, float inverse) {
+  const int64_t whole = D / kLanes * kLanes;
+  int64_t c = 0;
+  for (; c + kBlock * kLanes <= whole; c += kBlock * kLanes) mix<kBlock>(row, p, v, c, length, inverse);
+  for (; c < whole; c += kLanes) mix<1>(row, p, v, c, length, inverse);
+  if (c < D) {
+    vf acc = {};
+    for (int64_t t = 0; t < length; ++t) acc += p[t] * load_n(v.row(t) + c, D - c);
+    store(row + c, acc * inverse);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The same for bf16, 32 columns at a time: keys are multiplied as the pairs that they are, by a query of bf16; the two
+// values of a pair become floats by a shift and a mask, which is half the work of widening them.
+constexpr int64_t kPairs = 32;
+static inline __m512i pairs(const bf16* p, int64_t n) {  // zeros behind the n-th
+  return n >= kPairs ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p);
+}
+
+template <class T, int dim, class Rows>
+  requires std::is_same_v<T, bf16>
+static inline vf all_dots(float* score, float* query, const Rows& k, int64_t D, int64_t length, float scale) {
+  constexpr int kMost = dim ? (dim + kPairs - 1) / kPairs : 4;
+  __m512bh q[kMost] = {};
+  for (int64_t c = 0; c < D; c += kPairs)
+    q[c / kPairs] = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(query + c + kLanes), _mm512_loadu_ps(query + c));
+  vf tops = splat(-INFINITY);
+  for (int64_t t = 0; t < length; t += kLanes) {
+    vf acc[kLanes];
+    clear(acc);
+    for (int j = 0; j < kLanes; ++j) {
+      const bf16* row = k.row(std::min(t + j, length - 1));
+      for (int64_t c = 0; c < D; c += kPairs) {
+        k.ask(row, std::min(t + j, length - 1), c);
+        const auto kv = reinterpret_cast<__m512bh>(pairs(row + c, D - c));
+        acc[j] = reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[j]), q[c / kPairs], kv));
+      }
+    }
+    const vf s = sums(acc) * scale;
+    store(score + t, s);
+    tops = max(tops, s);
+  }
+  return tops;
+}
+
+// out[c .. c + 32 blocks) = sum_t p_t v_t, or as many columns as there are.
+template <int blocks, class Rows>
+static inline void mix_pairs(float* out, const float* p, const Rows& v, int64_t c, int64_t D, int64_t length,
+                             float inverse) {
+  vf even[2][blocks] = {}, odd[2][blocks] = {};
+  const auto add = [&](int s, int64_t t) {
+    const bf16* row = v.row(t);
+    for (int b = 0; b < blocks; ++b) {
+      v.ask(row, t, c + b * kPairs);
+      const __m512i two = pairs(row + c + b * kPairs, D - c - b * kPairs);
+      even[s][b] += p[t] * reinterpret_cast<vf>(_mm512_slli_epi32(two, 16));
+      odd[s][b] += p[t] * reinterpret_cast<vf>(_mm512_and_si512(two, _mm512_set1_epi32(int(0xffff0000u))));
+    }
+  };
+  int64_t t = 0;
+  for (; t + 2 <= length; t += 2) add(0, t), add(1, t + 1);
+  if (t < length) add(0, t);
+  vi first, second;
+  for (int i = 0; i < kLanes; ++i) first[i] = i / 2 + i % 2 * kLanes, second[i] = first[i] + kLanes / 2;
+  for (int b = 0; b < blocks; ++b) {
+    const vf e = (even[0][b] + even[1][b]) * inverse, o = (odd[0][b] + odd[1][b]) * inverse;
+    store(out + c + b * kPairs, __builtin_shuffle(e, o, first));
+    store(out + c + b * kPairs + kLanes, __builtin_shuffle(e, o, second));
+  }
+}
+
+template <class T, class Rows>
+  requires std::is_same_v<T, bf16>
+static inline void mix_all(float* row, const float* p, const Rows& v, int64_t D, int64_t length, float inverse) {
+  int64_t c = 0;
+  for (; c + 2 * kPairs <= D; c += 2 * kPairs) mix_pairs<2>(row, p, v, c, D, length, inverse);
+  for (; c < D; c += kPairs) mix_pairs<1>(row, p, v, c, D, length, inverse);
+}
+#endif
+
+template <class T, int dim, class Rows>
+static void decode_rows(float* row, float* query, const Rows& hk, const Rows& hv, int64_t any, int64_t length,
+                        float scale, float* score) {
+  const int64_t D = dim ? dim : any, end = padded(length);
+  const float top = max(all_dots<T, dim>(score, query, hk, D, length, scale * kLog2e));
   for (int64_t t = length; t < end; ++t) score[t] = -INFINITY;
-  const float top = max(tops);
   vf total = {};
   for (int64_t t = 0; t < end; t += kLanes) {
     const vf p = exp2(load(score + t) - top);
     total += p;
     store(score + t, p);
   }
-  const float inverse = 1.f / sum(total);
-
-  int64_t c = 0;
-  for (; c + kBlock * kLanes <= whole; c += kBlock * kLanes) mix<kBlock, Rows>(row, score, hv, c, length, inverse);
-  for (; c < whole; c += kLanes) mix<1, Rows>(row, score, hv, c, length, inverse);
-  if (c < D) {
-    vf acc = {};
-    for (int64_t t = 0; t < length; ++t) acc += score[t] * load_n(hv.row(t) + c, D - c);
-    store(row + c, acc * inverse);
-  }
+  mix_all<T>(row, score, hv, D, length, 1.f / sum(total));
 }
 
-// row [D rounded up to whole vectors] = softmax(scale q K^T) V over the slots that are seen, zeros where none is. query
-// [likewise, zeros behind D] is used up; score has room for padded(seen.count) floats.
+// row [128] = softmax(scale q K^T) V over the slots that are seen, zeros where none is; so much of it as whole vectors
+// take is written. query [128, zeros behind D] is used up; score has room for padded(seen.count) floats.
 template <class T>
 static void decode_head(float* row, float* query, const Kept<T>& k, const Kept<T>& v, int64_t D, const Seen& seen,
                         float scale, float* score) {

@@ -22,6 +22,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 
 PATIENCE = timedelta(hours=12)  # how long one waits while another makes tokens; one that dies is noticed at once
+TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells each process, beside WORLD_SIZE
 
 
 class Processes:
@@ -119,6 +120,8 @@ def together(device: str | torch.device) -> Iterator[Processes]:
     if not there and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Processes(pick_device(device))
         return
+    if missing := [] if there else [name for name in TORCHRUN if name not in os.environ]:
+        raise InputError(f"WORLD_SIZE asks for several processes, but {missing[0]} is not set: start them by torchrun")
     device = pick_device(_own(device))
     if not there:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -142,6 +145,8 @@ def _own(device: str | torch.device) -> str | torch.device:
     if ":" in str(device):
         raise InputError(f"--device {device} is one GPU, and here are several processes: leave it out, or say cuda")
     number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if not gpus:
+        return device
     if number >= gpus:
         raise InputError(f"process {number} of this machine has no GPU: there are {gpus}; use --nproc-per-node {gpus}")
     torch.cuda.set_device(number)

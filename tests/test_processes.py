@@ -171,9 +171,19 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
         assert processes._own(device) == torch.device("cuda", 1) and chosen.pop() == 1
     with pytest.raises(InputError, match="--device cuda:0 is one GPU"):
         processes._own(torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert processes._own("cuda") == "cuda" and not chosen, "pick_device has the words for that"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="there are 2; use --nproc-per-node 2"):
         processes._own(torch.device("cuda"))
+
+
+def test_several_processes_without_torchrun_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="RANK is not set: start them by torchrun"), processes.together("cpu"):
+        raise AssertionError("never comes here")
 
 
 def test_one_process_alone_needs_no_group(monkeypatch):

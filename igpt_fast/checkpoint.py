@@ -1,8 +1,9 @@
 """Checkpoints of a training run: a directory each that is there whole or not at all.
 
 RUN/checkpoints/step-00000500/ holds model.safetensors (what sampling and probing read), config.json, palette.npy,
-optimizer.safetensors (what only training needs) and state.json: step, training state, and every other file's length and
-SHA-256, so that a file that was cut short or changed is found when it is read. Nothing is pickled.
+classes.json (the names of a classifier's classes), optimizer.safetensors (what only training needs) and state.json:
+step, training state, and every other file's length and SHA-256, so that a file that was cut short or changed is found
+when it is read. Nothing is pickled.
 
 A save writes into a directory with a temporary name, makes it durable, renames it, and only then removes old
 checkpoints: a full disk or a killed process at any moment leaves the previous ones as they were.
@@ -33,13 +34,8 @@ from igpt_fast.pictures import work_directory, write_atomically
 
 FORMAT = 1  # of the directory; a reader refuses a later one by name
 FOLDER = "checkpoints"
-MODEL, OPTIMIZER, CONFIG, PALETTE, STATE = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "config.json",
-    "palette.npy",
-    "state.json",
-)
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+CONFIG, PALETTE, CLASSES, STATE = "config.json", "palette.npy", "classes.json", "state.json"
 TEMPORARY = ".tmp-"  # what a directory's name begins with while it is written or removed
 
 
@@ -71,11 +67,13 @@ def save_checkpoint(
     state: Mapping[str, Any] | None = None,
     optimizer_tensors: Mapping[str, Tensor] | None = None,
     keep: int = 2,
+    best: int | None = None,
 ) -> Path:
     """Saves RUN/checkpoints/step-… and then removes all but the newest `keep`. Returns the checkpoint's directory.
 
-    state: what JSON can hold. One process at a time may save into a run. Raises InputError when that step is already
-    saved or when writing fails (a full disk, say); everything that was there before is then still there.
+    state: what JSON can hold. best: the step, this or a saved one, that stays too, and that `find_best` finds. One
+    process at a time may save into a run. Raises InputError when that step is already saved or when writing fails (a
+    full disk, say); everything that was there before is then still there.
     """
     if keep < 1:
         raise InputError(f"keep is {keep}; keep at least 1 checkpoint")
@@ -86,7 +84,8 @@ def save_checkpoint(
     try:
         _clean(folder)
         with work_directory(target, temporary):
-            _write_files(temporary, step, model, palette, state, optimizer_tensors)
+            record = {"step": step, "state": dict(state or {}), **({} if best is None else {"best": best})}
+            _write_files(temporary, record, model, palette, optimizer_tensors)
             _sync(temporary)
             os.rename(temporary, target)
             _sync(folder)
@@ -94,7 +93,7 @@ def save_checkpoint(
         left = list_checkpoints(run)
         way = f"{left[-1]} is intact: make room, then go on with --resume" if left else "make room, then start again"
         raise InputError(f"cannot save step {step} in {folder}: {_reason(error)}; {way}") from error
-    for old in list_checkpoints(run)[:-keep]:
+    for old in [path for path in list_checkpoints(run)[:-keep] if _step(path) != best]:
         # Renamed first: a removal that is cut short must not leave half a checkpoint under a checkpoint's name.
         os.rename(old, folder / f"{TEMPORARY}{old.name}")
     _clean(folder)
@@ -119,6 +118,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     model = model.to_empty(device=device)
     copy_tensors(directory, dict(model.named_parameters()))
     palette = model.palette = Palette.load(directory / PALETTE) if PALETTE in record["files"] else None
+    model.class_names = tuple(json.loads((directory / CLASSES).read_bytes())) if CLASSES in record["files"] else None
     return Checkpoint(model, palette, record["state"], record["step"], directory)
 
 
@@ -162,6 +162,16 @@ def find_checkpoint(path: str | Path) -> Path:
     raise InputError(f"{path} {what}; give the --out of a training run that has saved, or one of its checkpoints")
 
 
+def find_best(path: str | Path) -> Path:
+    """As `find_checkpoint`, but of a run whose newest checkpoint says that another is the best, that. InputError."""
+    newest = find_checkpoint(path)
+    number = None if newest == Path(path) else read_record(newest).get("best")
+    best = newest if number is None else newest.with_name(f"step-{number:08d}")
+    if not best.is_dir():
+        raise InputError(f"{best} is missing, the run's best: put it back, or give a checkpoint itself, as {newest}")
+    return best
+
+
 def read_record(directory: Path) -> dict[str, Any]:
     """state.json of one checkpoint: format, step, files and state, checked by its own digest. Raises InputError."""
     path = directory / STATE
@@ -184,10 +194,9 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 def _write_files(
     directory: Path,
-    step: int,
+    record: dict[str, Any],
     model: ImageGPT,
     palette: Palette | None,
-    state: Mapping[str, Any] | None,
     optimizer_tensors: Mapping[str, Tensor] | None,
 ) -> None:
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, directory / MODEL)
@@ -197,13 +206,15 @@ def _write_files(
         centers = io.BytesIO()  # not Palette.save: its error speaks of another place, of which there is none here
         np.save(centers, palette.centers.numpy())
         write_atomically(directory / PALETTE, centers.getvalue())
+    if model.class_names is not None:
+        write_atomically(directory / CLASSES, json.dumps(model.class_names).encode())
     write_atomically(directory / CONFIG, json.dumps(model.config.to_dict(), indent=1).encode())
     files = {}
     for path in sorted(directory.iterdir()):
         shutil.copymode(directory / CONFIG, path)  # safetensors lets nobody but the owner read what it writes
         _sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    record = {"format": FORMAT, "step": step, "files": files, "state": dict(state or {})}
+    record = {"format": FORMAT, **record, "files": files}
     record = json.loads(json.dumps(record, allow_nan=False))  # as a reader will see it: tuples become lists
     write_atomically(directory / STATE, json.dumps({**record, "digest": _digest(record)}, indent=1).encode())
 

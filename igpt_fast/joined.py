@@ -28,6 +28,11 @@ class JoinedTokens:
         number = np.array([*map(known.index, test.classes or []), -1])  # the last: no label stays no label
         self.labels = np.concatenate([train.labels, number[test.labels]])
 
+    @property
+    def names(self) -> list[str]:
+        """The images' names, each relative to its own source."""
+        return [*self.train.names, *self.test.names]
+
     def __len__(self) -> int:
         return len(self.train) + len(self.test)
 

@@ -3,21 +3,19 @@
 import copy
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from igpt_fast.batches import Batch, Batches, fingerprint
+from igpt_fast.batches import Batch, fingerprint
 from igpt_fast.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.console import Bar, progress, say
 from igpt_fast.interrupt import Stop, Stopped
 from igpt_fast.model import ImageGPT
 from igpt_fast.optimizer import adam, restore, state_tensors
-from igpt_fast.options import FIXED
 from igpt_fast.pictures import save_grid
 from igpt_fast.processes import Processes
 from igpt_fast.run import (
@@ -30,11 +28,11 @@ from igpt_fast.run import (
     introduction,
     refuse_differences,
     refuse_idle_steps,
-    save_loss_curve,
     say_differences,
     write_options,
 )
 from igpt_fast.sample import drawing_dtype, sample
+from igpt_fast.task import Learned, PixelTask
 
 SAMPLES = 16  # images in a picture of samples
 
@@ -44,7 +42,7 @@ class Loop:
 
     def __init__(
         self,
-        batches: Batches,
+        task: PixelTask,
         run: Path,
         config: Config,
         processes: Processes,
@@ -53,19 +51,20 @@ class Loop:
         stop: Stop,
         command: dict[str, Any],
     ) -> None:
-        self.batches, self.run, self.config, self.stop = batches, run, config, stop
-        self.processes, self.device = processes, processes.device
-        self.options, self.command, self.palette = batches.options, command, batches.dataset.palette
-        data = fingerprint(batches.dataset)
-        self.fixed = data | {name: getattr(self.options, name) for name in FIXED}
+        self.task, self.run, self.config, self.stop = task, run, config, stop
+        self.processes, self.device, self.command = processes, processes.device, command
+        self.batches, self.options, self.palette = task.batches, task.batches.options, task.batches.dataset.palette
+        data = fingerprint(self.batches.dataset)
+        self.fixed = data | {name: getattr(self.options, name) for name in self.options.FIXED} | task.fixed()
         self.step, state = 0, {"fixed": self.fixed, "window": [], "elapsed": 0.0}
         if checkpoint:
             self.step, state = checkpoint.step, checkpoint.state
-            refuse_differences(run, state["fixed"], self.fixed)
+            refuse_differences(run, {"shift": 0, **state["fixed"]}, self.fixed)
             refuse_idle_steps(run, self.step, self.options, state["free"])
             say(f"going on from {checkpoint.path}")
             say_differences(state["free"], self._circumstances())
-        self.window: list[Any] = [tuple(pair) for pair in state["window"]]  # (loss, norm) of steps since the last row
+            task.restore(state.get("task", {}))
+        self.window: list[Any] = [tuple(of_step) for of_step in state["window"]]  # losses, norm: since the last row
         self.began = time.monotonic() - state["elapsed"]
         self.timed = (0, 0.0)  # steps since the last row, and the seconds that they took
         self._build(checkpoint, start)
@@ -101,15 +100,16 @@ class Loop:
         options = self.options
         sees = {"sight of the run": (self.run / OPTIONS).exists()}
         self.processes.refuse_differences({**self.fixed, "step": self.step, **sees})
-        learned = self.processes.averaging(self.model)
+        learned = self.processes.averaging(Learned(self.task, self.model))
         counts = self.model.num_parameters(), len(self.batches.indices), len(self.batches.held_out)
-        say(introduction(self.config, options, *counts, where=f"on {self.processes}, into {self.run}"))
+        where, more = f"on {self.processes}, into {self.run}", self.task.introduction(self.config, options)
+        say(introduction(self.config, options, *counts, where, more))
         try:
             with progress(options.steps, "steps", "train", start=self.step) as bar:
                 self._milestones(bar)  # those of the checkpoint's step that were cut short
                 if self.step:  # before, there is nothing to save
                     self.stop.check()
-                while self.step < options.steps:
+                while self.step < options.steps and not self.task.done:
                     began = time.monotonic()
                     self.window.append(self._update(learned))
                     self.step += 1
@@ -131,21 +131,20 @@ class Loop:
         seconds, checkpoint = time.monotonic() - self.began, list_checkpoints(self.run)[-1]
         return Result(self.average, self.run, checkpoint, self.step, loss, val_loss, seconds, self.metrics.rows)
 
-    def _update(self, learned: nn.Module) -> tuple[Tensor, Tensor]:
-        """One optimizer step → its loss and its gradient's norm, on the device. Stopped leaves the weights alone."""
+    def _update(self, learned: nn.Module) -> tuple[Tensor, ...]:
+        """One optimizer step → its losses and its gradient's norm, on the device. Stopped leaves the weights alone."""
         options, processes = self.options, self.processes
-        tokens, keep = self.batches.of_step(self.step)
-        tokens, keep = self._moved((processes.share(tokens), None if keep is None else processes.share(keep)))
+        batch = self.batches.of_step(self.step).each(lambda t: processes.share(t).to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
-        total, size = torch.zeros((), device=self.device), len(tokens) // options.accumulate
-        for start in range(0, len(tokens), size):
+        total = torch.zeros(len(self.task.losses), device=self.device)
+        images, size = len(batch.tokens), len(batch.tokens) // options.accumulate
+        for start in range(0, images, size):
             if start:
                 self.stop.check()
-            part = slice(start, start + size)
-            with processes.accumulating(learned, more=start + size < len(tokens)):
-                loss = self._loss(learned, tokens[part], None if keep is None else keep[part]) / options.accumulate
-                loss.backward()
-            total += loss.detach()
+            with processes.accumulating(learned, more=start + size < images):
+                losses = self._learn(learned, batch.each(lambda t, part=slice(start, start + size): t[part]))
+                (losses[0] / options.accumulate).backward()
+            total += torch.stack(losses).detach() / options.accumulate
         total = processes.sum(total) / processes.count
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), options.clip or math.inf)
         for group in self.optimizer.param_groups:
@@ -156,27 +155,29 @@ class Loop:
             with torch.no_grad():
                 for average, parameter in zip(self.average.parameters(), self.named.values(), strict=True):
                     average.lerp_(parameter, 1 - decay)
-        return total, norm.detach()
+        return *total, norm.detach()
 
-    def _moved(self, batch: Batch) -> Batch:
-        tokens, keep = batch
-        return tokens.to(self.device), None if keep is None else keep.to(self.device)
+    def _learn(self, learned: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        with self._autocast():
+            return learned(*batch)
 
-    def _loss(self, model: Callable[..., Tensor], tokens: Tensor, keep: Tensor | None) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            return model(tokens, keep=keep)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
 
     def _milestones(self, bar: Bar) -> None:
         """What is due after this step and not there yet: a row, validation, pictures, a checkpoint."""
         options, last = self.options, self.step == self.options.steps
-        if self.window and (last or self._due(options.log_every)):
+        if last or self._due(options.log_every):
             self._log(bar)
         due = len(self.batches.held_out) and (last or self._due(options.val_every))
-        if due and not self.metrics.has(self.step, "val_loss"):
+        if due and not self.metrics.has(self.step, self.task.measures[0]):
             self._validate(bar)
+            if self.task.done and not last:
+                last = True
+                self._log(bar)
         if options.sample_every and (last or self._due(options.sample_every)) and self.processes.first:
             self._draw()
-        if last or self._due(options.save_every):
+        if last or self._due(options.save_every) or (self.step and self.task.best == self.step):
             self._save()
 
     def _due(self, every: int) -> bool:
@@ -184,9 +185,9 @@ class Loop:
 
     def _read_window(self) -> None:
         """Makes the window's tensors numbers. InputError when one is not finite: before anything of it is saved."""
-        read = [(float(loss), float(norm)) for loss, norm in self.window]
+        read = [tuple(map(float, values)) for values in self.window]
         first = self.step - len(read) + 1
-        for step, (loss, norm) in enumerate(read, start=first):
+        for step, (loss, *_, norm) in enumerate(read, start=first):
             self._refuse_garbage(step, "loss", loss)
             self._refuse_garbage(step, "gradient's norm", norm)
         self.window = list(read)
@@ -196,14 +197,16 @@ class Loop:
             raise diverged(self.run, f"the {what} is {value} at step {step}", self.options, self.config.width, step)
 
     def _log(self, bar: Bar) -> None:
+        if not self.window:
+            return
         self._read_window()
-        losses, norms = zip(*self.window, strict=True)
+        means = [sum(values) / len(values) for values in zip(*self.window, strict=True)]
         (steps, seconds), self.window, self.timed = self.timed, [], (0, 0.0)
         row = {
             "step": self.step,
-            "loss": sum(losses) / len(losses),
+            **dict(zip(self.task.losses, means[:-1], strict=True)),
             "lr": self.options.rate(self.step - 1, self.config.width),
-            "grad_norm": sum(norms) / len(norms),
+            "grad_norm": means[-1],
             "images_per_second": round(steps * self.options.batch / seconds, 2) if seconds else None,
             "elapsed": round(time.monotonic() - self.began, 2),
         }
@@ -212,16 +215,20 @@ class Loop:
 
     @torch.no_grad()
     def _validate(self, bar: Bar) -> None:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        names = self.task.measures
+        total = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(self.batches.validation(self.options.batch // self.options.accumulate)):
             self.stop.check()
             if number % self.processes.count == self.processes.rank:
-                tokens, keep = self._moved(batch)
-                total += self._loss(self.average.loss, tokens, keep).double() * len(tokens)
-        loss = self.processes.sum(total).item() / len(self.batches.held_out)
-        self._refuse_garbage(self.step, "validation loss", loss)
-        self.metrics.append({"step": self.step, "val_loss": loss, "elapsed": round(time.monotonic() - self.began, 2)})
-        bar.to(self.step, **{"val loss": loss})
+                with self._autocast():
+                    found = self.task.measure(self.average, batch.each(lambda t: t.to(self.device)))
+                total += torch.stack(found).double() * len(batch.tokens)
+        means = (self.processes.sum(total) / len(self.batches.held_out)).tolist()
+        measured = dict(zip(names, means, strict=True))
+        self._refuse_garbage(self.step, "validation loss", means[0])
+        self.task.judge(self.step, measured)
+        self.metrics.append({"step": self.step, **measured, "elapsed": round(time.monotonic() - self.began, 2)})
+        bar.to(self.step, **{name.replace("_", " "): mean for name, mean in measured.items()})
 
     def _draw(self) -> None:
         """samples/step-….png, where the model can be sampled from at all, and loss.png; cut short by a signal."""
@@ -234,7 +241,7 @@ class Loop:
             except Stopped:  # all processes hear of it at their next check
                 return
             save_grid(path, self.palette.decode(tokens.cpu()))
-        save_loss_curve(self.run, self.metrics.rows, self.config.colors)
+        self.task.draw(self.run, self.metrics.rows, self.config)
 
     def _save(self) -> Path:
         """The checkpoint of this step, unless it is there already."""
@@ -247,10 +254,11 @@ class Loop:
         if self.options.ema:
             tensors |= {f"weights.{name}": parameter for name, parameter in self.named.items()}
         state = {"fixed": self.fixed, "free": self._circumstances(), "window": self.window}
-        state["elapsed"] = time.monotonic() - self.began
+        state |= {"task": self.task.state(), "elapsed": time.monotonic() - self.began}
         self.metrics.sync()
-        save_loss_curve(self.run, self.metrics.rows, self.config.colors)
-        return save_checkpoint(self.run, self.step, self.average, self.palette, state, tensors, self.options.keep)
+        self.task.draw(self.run, self.metrics.rows, self.config)
+        keep, best = self.options.keep, self.task.best
+        return save_checkpoint(self.run, self.step, self.average, self.palette, state, tensors, keep, best)
 
     def _circumstances(self) -> dict[str, Any]:
         return circumstances(self.options, self.device, self.processes.count)

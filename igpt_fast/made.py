@@ -11,7 +11,7 @@ import numpy as np
 
 MADE = "made by igpt-fast"  # why it is left out
 RUN = frozenset({"train.json", "metrics.jsonl", "checkpoints"})
-PICTURES = frozenset({"loss.png", "samples"})  # of a run
+PICTURES = frozenset({"loss.png", "accuracy.png", "confusion.png", "samples"})  # of a run
 PALETTE_BYTES = 128 + 4096 * 12  # the largest palette.npy: its header, and 4096 colours of three floats
 
 

@@ -40,6 +40,7 @@ class ImageGPT(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.palette: Palette | None = None  # the colours that pretrained weights came with
+        self.class_names: tuple[str, ...] | None = None  # those of wclf's rows
         d = config.width
         self.wte = _table(config.colors, d, std=0.02)
         if config.objective == "ar":
@@ -66,8 +67,8 @@ class ImageGPT(nn.Module):
     ) -> "ImageGPT":
         """Published weights: a directory in Hugging Face's layout, a name on their hub, an OpenAI checkpoint's prefix.
 
-        `model.palette` is the palette that lay with them, or None. dtype: None keeps the one they are stored in. size:
-        (height, width) that their positions are brought to, by `igpt_fast.positions.resized`. heads: see
+        `model.palette` and `model.class_names` lay with them, or are None. dtype: None keeps the one that they have.
+        size: (height, width) that their positions are brought to, by `igpt_fast.positions.resized`. heads: see
         `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
         """
         found = read_pretrained(source, size, heads)
@@ -75,18 +76,19 @@ class ImageGPT(nn.Module):
             model = cls(found.config)
         model = model.to(dtype or found.tensors["wte"].dtype).to_empty(device=device)
         model.load_state_dict(found.tensors)
-        model.palette = found.palette
+        model.palette, model.class_names = found.palette, found.class_names
         return model
 
     def save_pretrained(self, path: str | Path, palette: Palette | None = None, overwrite: bool = False) -> None:
         """Writes a directory that transformers' ImageGPT loads, and `from_pretrained` too; whole or not at all.
 
-        palette: None writes `self.palette`, when there is one. overwrite: replaces such a directory. A BERT model is
-        written likewise, but transformers, which has none, refuses its shapes. Axial positions are written as their
-        sums, and come back as learned ones. A pattern is written for `from_pretrained`; transformers would compute
-        dense attention, of which a warning is logged. Raises InputError.
+        palette: None writes `self.palette`, if any. overwrite: replaces such a directory. A BERT model is written too,
+        but transformers, which has none, refuses its shapes. Axial positions are written as their sums, and come back
+        as learned ones. A pattern is written for `from_pretrained`; transformers would compute dense attention, of
+        which a warning is logged. Raises InputError.
         """
-        write_pretrained(path, self.config, dict(self.named_parameters()), palette or self.palette, overwrite)
+        tensors = dict(self.named_parameters())
+        write_pretrained(path, self.config, tensors, palette or self.palette, overwrite, self.class_names)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits [N, T, colors]; row i predicts pixel i.   tokens [N, H, W] or [N, T], integers of torch or NumPy
@@ -96,35 +98,42 @@ class ImageGPT(nn.Module):
         """
         return ops.projection(self.hidden(tokens, keep), self.wtet)
 
-    def loss(self, tokens: Tensor, keep: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def loss(
+        self, tokens: Tensor, keep: Tensor | None = None, generator: torch.Generator | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Nats per pixel, a scalar.   tokens [N, H, W] or [N, T]
 
         AR: the mean over all N·T pixels; nothing is drawn. BERT: the mean cross-entropy of each image's masked pixels,
         then the mean over the images; an image without a masked pixel counts as 0. `keep` (True = visible) is drawn as
-        uniform > 0.15 from `generator` when it is not given.
+        uniform > 0.15 from `generator` when it is not given. hidden: `hidden(tokens, keep)`, where it is known already.
         """
         tokens = self.check_tokens(tokens)
-        if self.config.objective == "ar":
-            return ops.linear_cross_entropy(self.hidden(tokens, keep), self.wtet, tokens).mean()
-        if keep is None:
+        bert = self.config.objective == "bert"
+        if bert and keep is None:
             device = tokens.device if generator is None else generator.device
             keep = torch.rand(tokens.shape, generator=generator, device=device) > MASKED
-        nats = ops.cross_entropy(self(tokens, keep), tokens, reduction="none")
+        hidden = self.hidden(tokens, keep) if hidden is None else hidden
+        if not bert:
+            return ops.linear_cross_entropy(hidden, self.wtet, tokens).mean()
+        nats = ops.cross_entropy(ops.projection(hidden, self.wtet), tokens, reduction="none")
         masked = ~keep.reshape(tokens.shape).to(tokens.device)
         return ((nats * masked).sum(1) / masked.sum(1).clamp(min=1)).mean()
 
-    def classify(self, tokens: Tensor) -> Tensor:
-        """Class logits [N, classes]: the mean of the final norm's output, times wclf. InputError without a head."""
+    def classify(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Class logits [N, classes]: the mean of the final norm's output (`hidden`, where it is known), times wclf.
+
+        Raises InputError for a model without a head.
+        """
         if not self.config.classes:
-            raise InputError("this model has no classifier head; build it with Config(classes=...)")
-        return ops.projection(self.hidden(tokens).mean(1), self.wclf)
+            raise InputError("this model has no classifier head: igpt-fast finetune, or Config(classes=...), gives one")
+        return ops.projection((self.hidden(tokens) if hidden is None else hidden).mean(1), self.wclf)
 
     def features(self, tokens: Tensor, layer: int | None = None) -> Tensor:
         """The paper's probe features: means over positions, float32.   tokens [N, H, W] or [N, T]
 
-        Layer l < layers is the ln_1 output of block l (what its attention reads), layer `layers` the final norm's
-        output. Returns [N, width] for one layer (blocks above it do not run), [layers + 1, N, width] for None. BERT
-        models see every pixel.
+        Layer l < layers is the ln_1 output of block l (what its attention reads), `layers` the final norm's. Returns
+        [N, width] for one layer (blocks above it do not run), [layers + 1, N, width] for None. BERT models see all.
         """
         last = self.config.layers
         if layer is not None and not 0 <= layer <= last:
@@ -140,10 +149,7 @@ class ImageGPT(nn.Module):
         return torch.stack(pooled) if layer is None else pooled[0]
 
     def forward_features(self, images: Tensor, resize: str = "paper") -> Tensor:
-        """As timm's models: the final norm's output [B, T, width] of images [B, 3, H, W], as `tokenize` takes them.
-
-        The paper's probe features are `model.features(model.tokenize(images), layer)`.
-        """
+        """As timm's: the final norm's output [B, T, width] of images [B, 3, H, W], which `tokenize` takes."""
         return self.hidden(self.tokenize(images, resize))
 
     def tokenize(self, images: Tensor, resize: str = "paper") -> Tensor:
@@ -164,9 +170,7 @@ class ImageGPT(nn.Module):
             if self.config.objective == "ar":
                 raise InputError("keep was given to an autoregressive model; only objective='bert' has a mask")
             if keep.dtype != torch.bool or keep.numel() != tokens.numel():
-                raise InputError(
-                    f"keep is {keep.dtype} {list(keep.shape)}; give a bool for each of {list(tokens.shape)}"
-                )
+                raise InputError(f"keep is {keep.dtype} {list(keep.shape)}; give bool {list(tokens.shape)}")
             keep = keep.reshape(tokens.shape).to(tokens.device)
         h, delta = self._start(tokens, keep), None
         for block in self.blocks:
@@ -188,9 +192,7 @@ class ImageGPT(nn.Module):
 
     def position_table(self) -> Tensor:
         """What is added to the slots [T, width]; slot i has that of the place of pixel i, which it predicts."""
-        if self.config.positions == "learned":
-            return self.wpe
-        return summed(self.wpe_row, self.wpe_col)
+        return self.wpe if self.config.positions == "learned" else summed(self.wpe_row, self.wpe_col)
 
     def num_parameters(self) -> int:
         """How many numbers the model learns."""

@@ -3,13 +3,11 @@
 import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import get_args
+from typing import ClassVar, get_args
 
 from igpt_fast.errors import InputError
 
 PRECISIONS = ("bf16", "fp32")
-# What decides which numbers are learned from which images in which order: a resumed run cannot change it midway.
-FIXED = ("seed", "batch", "flip", "ema", "val_fraction")
 MOST = {"seed": 2**64 - 1, "batch": 10**6}  # of others 10**12; a larger batch would first take minutes to draw
 NUMBERS = {int: Integral, float: Real}  # what passes for one: NumPy's too
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
@@ -18,6 +16,10 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 @dataclass(frozen=True)
 class Options:
     """How to train. Values that make no sense raise InputError at construction, named as on the command line."""
+
+    # What decides which numbers are learned from which images in which order: a resumed run cannot change it midway.
+    FIXED: ClassVar[tuple[str, ...]] = ("seed", "batch", "flip", "shift", "ema", "val_fraction")
+    PEAK: ClassVar[float] = 3e-3  # the paper's learning rate for width 512 and batch 128
 
     steps: int = 1000  # optimizer steps in all, those before a resume included
     batch: int = 16  # images a step
@@ -28,6 +30,7 @@ class Options:
     precision: str = "bf16"  # of matrix products and activations; weights and optimizer are always float32
     ema: float = 0.0  # decay of a running average of the weights, which then is what is validated and sampled; 0: none
     flip: bool = False  # mirror each image left to right with probability 1/2
+    shift: int = 0  # move each image by up to so many pixels either way, its border mirrored; 0: none
     val_fraction: float = 0.1  # of the images, held out by a hash of their names
     val_every: int = 250  # steps between validations; 0: only at the end
     val_images: int = 512  # held-out images that a validation looks at, evenly spread over them; 0: all
@@ -50,7 +53,7 @@ class Options:
                 self._require(field.name, value is None or value <= most, f"at most {most:,}")
         for name in ("steps", "batch", "accumulate", "log_every", "keep"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("val_every", "val_images", "sample_every", "save_every", "seed", "warmup"):
+        for name in ("val_every", "val_images", "sample_every", "save_every", "seed", "warmup", "shift"):
             self._require(name, (getattr(self, name) or 0) >= 0, "0 or more")
         self._require("accumulate", self.batch % self.accumulate == 0, f"a divisor of the batch ({self.batch})")
         self._require("lr", self.lr is None or 0 < self.lr < math.inf, "a positive number such as 1e-3")
@@ -65,17 +68,48 @@ class Options:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; use {wanted}")
 
     def peak_lr(self, width: int) -> float:
-        """The learning rate after warm-up: as given, else the paper's 3e-3 (width 512, batch 128), less for others.
+        """The learning rate after warm-up: as given, else PEAK for width 512 and batch 128, for others in proportion.
 
-        In proportion to the width above 512, and by the root of the batch below 128, where gradients are noisier.
+        Less with the width, at most 3e-3; less with the root of the batch below 128, where gradients are noisier.
         """
         if self.lr is not None:
             return self.lr
-        return 3e-3 * min(1.0, 512 / width) * min(1.0, math.sqrt(self.batch / 128))
+        return min(3e-3, self.PEAK * (512 / width)) * min(1.0, math.sqrt(self.batch / 128))
 
     def rate(self, step: int, width: int) -> float:
         """The learning rate of step 0, 1, …: linear warm-up to the peak, then a cosine to 0 after the last."""
-        warmup = min(self.steps // 20, 10_000) if self.warmup is None else self.warmup
+        warmup = self._warmup()
         if step < warmup:
             return self.peak_lr(width) * (step + 1) / warmup
         return self.peak_lr(width) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+
+    def _warmup(self) -> int:
+        return min(self.steps // 20, 10_000) if self.warmup is None else self.warmup
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(Options):
+    """How to learn classes: as Options, at a tenth of the learning rate, which stays, and with an early end."""
+
+    FIXED: ClassVar[tuple[str, ...]] = (*Options.FIXED, "generative", "test_fraction", "per_class")
+    PEAK: ClassVar[float] = 3e-4
+
+    val_fraction: float = 0.2  # of the images to learn from, of each class; validation decides which weights are best
+    val_every: int = 50
+    val_images: int = 0
+    sample_every: int = 0
+    generative: float = 1.0  # weight of the pixels' loss beside that of the classes
+    patience: int = 10  # validations without a better accuracy after which the run ends; 0: it takes all steps
+    test_fraction: float = 0.2  # of the images, by a hash of their names, kept for the test at the end; 0: no test
+    per_class: int | None = None  # images of each class to learn from, validation included; None: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("generative", 0 <= self.generative < math.inf, "a weight such as 1.0, or 0 for classes alone")
+        self._require("patience", self.patience >= 0, "0 or more")
+        self._require("test_fraction", 0 <= self.test_fraction < 1, "a fraction from 0 to less than 1")
+        self._require("per_class", self.per_class is None or self.per_class >= 2, "at least 2")
+
+    def rate(self, step: int, width: int) -> float:
+        """The learning rate of step 0, 1, …: linear warm-up to the peak, which stays."""
+        return self.peak_lr(width) * min(1.0, (step + 1) / max(1, self._warmup()))

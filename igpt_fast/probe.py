@@ -23,6 +23,7 @@ from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
+from igpt_fast.labels import choose_labelled
 from igpt_fast.model import ImageGPT
 from igpt_fast.pictures import COLOURS, set_title
 
@@ -87,8 +88,8 @@ def probe(
     if dataset.size != model.config.size or dataset.colors != model.config.colors:
         is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, model.config))
         raise InputError(f"{dataset.origin}: the images are {is_}, the model is made for {wants}; tokenise them for it")
-    indices, test, left_out, unlabelled = _choose(dataset, test_fraction, limit, per_class, seed)
-    labels = dataset.labels[indices]
+    chosen = choose_labelled(dataset, test_fraction, limit, per_class, seed)
+    indices, labels, test = chosen.indices, chosen.labels, chosen.test
     folds = draw_folds(labels, test, seed)
     pooled = extract_features(model, dataset, indices, layers, batch, amp)
     scores = []
@@ -105,9 +106,9 @@ def probe(
         pixels=scores[-1],
         majority=score("majority class", int((labels[test] == most_frequent).sum()), int(test.sum())),
         depth=model.config.layers,
-        classes=tuple(dataset.classes[label] for label in np.unique(labels)),
-        left_out=left_out,
-        unlabelled=unlabelled,
+        classes=chosen.classes,
+        left_out=chosen.left_out,
+        unlabelled=chosen.unlabelled,
         train=int((~test).sum()),
         test=int(test.sum()),
         test_fraction=test_fraction,
@@ -211,42 +212,6 @@ def figure_png(result: ProbeResult, title: str) -> bytes:
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()
-
-
-def _choose(
-    dataset: TokenDataset | JoinedTokens, test_fraction: float, limit: int | None, per_class: int | None, seed: int
-) -> tuple[np.ndarray, np.ndarray, dict[str, int], int]:
-    """Which images [N], which of them are for the test (bool [N]), the classes left out, the unlabelled count."""
-    known = np.flatnonzero(dataset.labels >= 0)
-    if not len(known) or dataset.classes is None:
-        raise InputError(
-            f"{dataset.origin}: no image has a label, or all are of one class; put each class into a folder of its "
-            "own, or labels into the .npz"
-        )
-    unlabelled = len(dataset) - len(known)
-    if limit is not None and limit < len(known):
-        known = np.sort(np.random.default_rng([seed, 0]).choice(known, limit, replace=False))
-    labels, test = dataset.labels[known], np.isin(known, dataset.split("val", test_fraction))
-    number = len(dataset.classes)
-    tested, learned = (np.bincount(labels[part], minlength=number) for part in (test, ~test))
-    # One image to test on, one to learn from and one to choose the strength by.
-    good = (tested >= 1) & (learned >= 2)
-    left_out = {
-        dataset.classes[k]: int(tested[k] + learned[k]) for k in range(number) if tested[k] + learned[k] and not good[k]
-    }
-    if good.sum() < 2:
-        present = int(((tested + learned) > 0).sum())
-        few = "only one class has images" if present < 2 else f"of {present} classes {good.sum()} have enough images"
-        raise InputError(
-            f"{dataset.origin}: {few} among {len(known):,}; a probe needs two classes, each with at least 2 images to "
-            f"learn from and 1 to test on (test fraction {test_fraction}): give more images or another fraction"
-        )
-    used = good[labels]
-    if per_class is not None:
-        random = np.random.default_rng([seed, 2])
-        for label in np.flatnonzero(good):
-            used[random.permutation(np.flatnonzero((labels == label) & ~test))[per_class:]] = False
-    return known[used], test[used], left_out, unlabelled
 
 
 def _memory() -> int:

@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from igpt_fast.console import silent
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
-from igpt_fast.model import ImageGPT
 
 PATIENCE = timedelta(hours=12)  # how long one waits while another makes tokens; one that dies is noticed at once
 TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells each process, beside WORLD_SIZE
@@ -84,11 +83,9 @@ class Processes:
                         "all must be given the same command, and see the same files"
                     )
 
-    def averaging(self, model: ImageGPT) -> nn.Module:
-        """model.loss as a module, whose backward pass leaves the mean of all processes' gradients."""
-        if self.count == 1:
-            return _Loss(model)
-        return DistributedDataParallel(_Loss(model), gradient_as_bucket_view=True)
+    def averaging(self, module: nn.Module) -> nn.Module:
+        """The module, but its backward pass leaves the mean of all processes' gradients."""
+        return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.count > 1 else module
 
     def accumulating(self, loss: nn.Module, more: bool) -> AbstractContextManager[Any]:
         """Within it backward passes of what `averaging` made wait for the last of a step, as long as `more` come."""
@@ -99,23 +96,17 @@ class Processes:
         self.largest(0)
 
 
-class _Loss(nn.Module):
-    def __init__(self, model: ImageGPT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        return self.model.loss(tokens, keep=keep)
-
-
 @contextmanager
-def together(device: str | torch.device) -> Iterator[Processes]:
+def together(device: "str | torch.device | Processes") -> Iterator[Processes]:
     """This process and those that torchrun has started beside it, until it ends; all but the first are silent.
 
-    device: as for pick_device; `Processes.device` is this process's own, the GPU of its number on its machine. A
-    default process group that is there already is used, and stays. Raises InputError where a process has no GPU,
-    and when another one has ended.
+    device: as for pick_device; `Processes.device` is this process's own, the GPU of its number on its machine. Or those
+    that are together already, and stay so. A default process group that is there already is used, and stays. Raises
+    InputError where a process has no GPU, and when another one has ended.
     """
+    if isinstance(device, Processes):
+        yield device
+        return
     there = dist.is_available() and dist.is_initialized()
     if not there and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Processes(pick_device(device))

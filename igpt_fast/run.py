@@ -1,13 +1,13 @@
-"""What a training run's directory holds beside checkpoints: train.json, metrics.jsonl, loss.png.
+"""What a training run's directory holds beside checkpoints and pictures: train.json, metrics.jsonl.
 
 train.json holds the options, for people and for a later --resume. metrics.jsonl holds one JSON object a line: training
 rows (step, loss, lr, grad_norm, images_per_second, elapsed) and validation rows (step, val_loss, elapsed). Losses are
-nats per pixel.
+nats per pixel. Fine-tuning has its own: loss, the sum of pixel_loss and of class_loss in nats per image;
+val_class_loss, val_accuracy.
 """
 
 import fcntl
 import json
-import math
 import os
 import re
 import tempfile
@@ -24,10 +24,10 @@ from igpt_fast.config import Config
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
-from igpt_fast.options import FIXED, Options
-from igpt_fast.pictures import save_curve, write_atomically
+from igpt_fast.options import FinetuneOptions, Options
+from igpt_fast.pictures import write_atomically
 
-OPTIONS, METRICS, CURVE = "train.json", "metrics.jsonl", "loss.png"
+OPTIONS, METRICS = "train.json", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def read_options(run: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
         values = {key: dict(values[key]) for key in ("config", "options", "data", "command")}
-        Options(**{f.name: values["options"][f.name] for f in fields(Options) if f.name in values["options"]})
+        kind = FinetuneOptions if values["config"].get("classes") else Options
+        kind(**{f.name: values["options"][f.name] for f in fields(kind) if f.name in values["options"]})
         _check_images(values["command"].get("images", {}))
     except FileNotFoundError as error:
         way = f"put it back, or begin a run with its weights: --init {run} and another --out"
@@ -154,22 +155,22 @@ def drop_later_pictures(run: Path, step: int) -> None:
             picture.unlink()
 
 
-def introduction(config: Config, options: Options, parameters: int, images: int, held_out: int, where: str) -> str:
-    """What is about to be trained, on what, how and where: a few lines for a person."""
+def introduction(
+    config: Config, options: Options, parameters: int, images: int, held_out: int, where: str, more: list[str]
+) -> str:
+    """What is about to be trained, on what, how and where: a few lines for a person. more: of the task."""
     c, o = config, options
     shape = f"{c.layers} layers, width {c.width}, {c.heads} heads, {c.size[0]}×{c.size[1]} pixels of {c.colors} colours"
     epochs, rate = f"{o.steps * o.batch / images:.1f} epochs", f"learning rate {o.peak_lr(c.width):.2g}"
     kinds = [f"attention by {c.pattern_text}"] if c.pattern else []
     kinds += ["axial positions"] if c.positions == "axial" else []
-    lines = [
+    return "\n".join([
         f"{c.objective} model of {number(parameters)} parameters: {shape}",
         *kinds,
         f"{number(images)} images to learn from, {number(held_out)} to validate on, {o.batch} a step",
         f"{number(o.steps)} steps ({epochs}), {rate}, {o.precision} {where}",
-    ]
-    if o.sample_every and c.objective != "ar":
-        lines.append(f"no pictures of samples: a {c.objective} model cannot be sampled from")
-    return "\n".join(lines)
+        *more,
+    ])  # fmt: skip
 
 
 def diverged(run: Path, what: str, options: Options, width: int, step: int) -> InputError:
@@ -189,7 +190,7 @@ def broken_off(run: Path, error: OSError) -> InputError:
 
 def circumstances(options: Options, device: torch.device, processes: int) -> dict[str, Any]:
     """What a resumed run may change, though its numbers then differ, be it by rounding only."""
-    free = {name: value for name, value in asdict(options).items() if name not in FIXED}
+    free = {name: value for name, value in asdict(options).items() if name not in options.FIXED}
     machine = {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device.type}
     return {**free, **machine, "processes": processes}
 
@@ -250,15 +251,6 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
                 break
             raise InputError(f"{path}, line {index + 1} is no row of metrics: mend or remove that line") from error
     return rows
-
-
-def save_loss_curve(run: Path, rows: list[dict[str, Any]], colors: int) -> None:
-    """Writes RUN/loss.png: training and validation loss in nats per pixel, over steps; chance, ln(colors), in grey."""
-    curves = {}
-    for name, key in (("training", "loss"), ("validation", "val_loss")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        curves[name] = ([x for x, _ in points], [y for _, y in points])
-    save_curve(run / CURVE, curves, "step", "loss (nats per pixel)", levels={f"chance, ln {colors}": math.log(colors)})
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -6,7 +6,7 @@ holds all else that it reads.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +20,16 @@ from igpt_fast.config import Config
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import Stop
+from igpt_fast.joined import JoinedTokens
 from igpt_fast.loop import Loop
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
-from igpt_fast.processes import together
+from igpt_fast.processes import Processes, together
 from igpt_fast.run import Result, broken_off, check_run, locked, refuse_differences, refuse_unequal_shares
+from igpt_fast.task import PixelTask
 from igpt_fast.weights import reshaped
+
+Prepared = tuple[PixelTask, Config, ImageGPT | None]
 
 
 def train(
@@ -35,7 +39,7 @@ def train(
     *,
     resume: bool = False,
     init: ImageGPT | None = None,
-    device: str | torch.device = "auto",
+    device: str | torch.device | Processes = "auto",
     command: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Result:
@@ -51,19 +55,38 @@ def train(
     data, a checkpoint that cannot be read or written, a loss that is not finite.
     """
     chosen, run = Options(**options), Path(run)
-    with together(device) as processes, ExitStack() as held:
-        stop = Stop(processes.largest)
+
+    def prepare(checkpoint: Checkpoint | None) -> Prepared:
+        shape, start = _beginning(dataset, run, config, checkpoint, init)
+        return PixelTask(Batches(dataset, chosen, shape.objective)), shape, start
+
+    with together(device) as processes:
+        return carry_out(prepare, run, chosen, processes, resume, command)
+
+
+def carry_out(
+    prepare: Callable[[Checkpoint | None], Prepared],
+    run: Path,
+    options: Options,
+    processes: Processes,
+    resume: bool,
+    command: Mapping[str, Any] | None,
+) -> Result:
+    """Runs a task. prepare: from the checkpoint that a resumed run goes on from, the task, the model's shape, and the
+    model that it begins with, None for that of the checkpoint or for fresh weights. Otherwise as `train`.
+    """
+    stop = Stop(processes.largest)
+    with ExitStack() as held:
         try:
             with processes.first_goes_ahead():
                 check_run(run, resume)
                 checkpoint = load_checkpoint(run) if resume else None
-                config, start = _beginning(dataset, run, config, checkpoint, init)
-                refuse_unequal_shares(chosen, processes.count)
-                batches = Batches(dataset, chosen, config.objective)
+                refuse_unequal_shares(options, processes.count)
+                task, config, start = prepare(checkpoint)
                 if processes.first:
                     run.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked(run))
-                loop = Loop(batches, run, config, processes, checkpoint, start, stop, dict(command or {}))
+                loop = Loop(task, run, config, processes, checkpoint, start, stop, dict(command or {}))
             with stop:
                 return loop.go()
         except OSError as error:  # a disk that is full, or gone
@@ -82,13 +105,25 @@ def _beginning(
         if checkpoint is None:
             raise InputError("a new run needs a config: the model's layers, width and heads")
         config = checkpoint.model.config
+    if config.classes:
+        raise InputError(f"classes is {config.classes}: train learns pixels; igpt_fast.finetune learns classes too")
     if checkpoint:
         refuse_differences(run, checkpoint.model.config.to_dict(), config.to_dict())
+    refuse_other_images(dataset, config)
+    if init is None:
+        return config, None
+    return config, own_copy(init, config)
+
+
+def refuse_other_images(dataset: TokenDataset | JoinedTokens, config: Config) -> None:
+    """InputError where the images have another size or palette than a model of `config` reads."""
     for name in ("size", "colors"):
         has, wants = getattr(dataset, name), getattr(config, name)
         if has != wants:
             raise InputError(f"the data have {name} {has}, the model {wants}: give them the same {name}")
-    if init is None:
-        return config, None
+
+
+def own_copy(init: ImageGPT, config: Config) -> ImageGPT:
+    """A float32 model of `config` to train, with the weights of another (see igpt_fast.weights.reshaped)."""
     start = reshaped(init, config)
-    return config, (copy.deepcopy(start) if start is init else start).float().requires_grad_()
+    return (copy.deepcopy(start) if start is init else start).float().requires_grad_()

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from igpt_fast.checkpoint import CONFIG, FOLDER, STATE, Checkpoint, load_checkpoint
+from igpt_fast.checkpoint import CONFIG, FOLDER, STATE, Checkpoint, find_best, load_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.positions import resized
 from igpt_fast.pretrained import refuse_heads
 from igpt_fast.pretrained.names import WPE, Theirs, infer_config, to_ours, to_theirs
-from igpt_fast.pretrained.settings import check_supported, grid_of
+from igpt_fast.pretrained.settings import check_supported, grid_of, read_class_names
 
 log = logging.getLogger("igpt_fast")
 
@@ -32,15 +32,16 @@ def from_hf(
 ) -> ImageGPT:
     """An ImageGPT with the weights of a transformers ImageGPT model, or of its state dict; in their dtype, on the CPU.
 
-    A model brings its number of heads and its eps with it; for a state dict give `heads` (S and M have 8, L has 16)
-    and, when it is not 1e-5, `eps`. `size` (height, width) is needed when the positions are not a square. Key names may
-    lack `transformer.`; the mask buffers of old files are skipped. A classifier has no output table: ours is then zero.
-    Raises InputError that names what is missing, unknown or not supported.
+    A model brings its number of heads, its eps and the names of its classes with it; for a state dict give `heads` (S
+    and M have 8, L has 16) and, when it is not 1e-5, `eps`. `size` (height, width) is needed when the positions are not
+    a square. Key names may lack `transformer.`; the mask buffers of old files are skipped. A classifier has no output
+    table: ours is then zero. Raises InputError that names what is missing, unknown or not supported.
     """
-    headless = False
+    headless, names = False, None
     if isinstance(source, nn.Module):
         check_supported(source.config, "the model's config")
         heads, eps, headless = source.config.n_head, source.config.layer_norm_epsilon, not hasattr(source, "lm_head")
+        names = {"id2label": {str(row): name for row, name in source.config.id2label.items()}}
         source = source.state_dict()
     theirs = Theirs(source)
     if heads is None:
@@ -52,6 +53,7 @@ def from_hf(
         model = ImageGPT(config)
     model = model.to(ours["wte"].dtype).to_empty(device="cpu")
     model.load_state_dict(ours)
+    model.class_names = read_class_names(names or {}, config.classes, "the model's config")
     return model
 
 
@@ -73,7 +75,8 @@ def open_model(
     size: tuple[int, int] | None = None,
     heads: int | None = None,
 ) -> Checkpoint:
-    """A model and its palette, from whatever holds one: a training run or one of its checkpoints, or published weights.
+    """A model and its palette, from whatever holds one: a run (its best checkpoint, where it names one, else its
+    newest), a checkpoint, or published weights.
 
     size: (height, width) that the position embeddings are brought to, by `igpt_fast.positions.resized`.
     Published weights (see ImageGPT.from_pretrained, which also says what heads is for) have no step. Raises InputError
@@ -82,7 +85,7 @@ def open_model(
     path = Path(source)
     if (path / STATE).is_file() or (path / FOLDER).is_dir() or path.name == FOLDER or _is_our_config(path / CONFIG):
         refuse_heads(source, heads)
-        found = load_checkpoint(path, device)
+        found = load_checkpoint(find_best(path), device)
         config = replace(found.model.config, size=size or found.model.config.size)
         return replace(found, model=reshaped(found.model, config))
     model = ImageGPT.from_pretrained(source, size=size, heads=heads, device=device)
@@ -92,8 +95,8 @@ def open_model(
 def reshaped(model: ImageGPT, config: Config) -> ImageGPT:
     """A model of `config` with the weights of another, whose size, pattern and classes may differ; itself if none does.
 
-    Positions come to another size as `igpt_fast.positions.resized` says; a classifier head that is not asked for is
-    left out. Raises InputError that names what else differs.
+    Positions come to another size as `igpt_fast.positions.resized` says. Where the number of classes differs, the head
+    is left out, or new: zero. Raises InputError that names what else differs.
     """
     if model.config == config:
         return model
@@ -104,6 +107,10 @@ def reshaped(model: ImageGPT, config: Config) -> ImageGPT:
     with torch.device("meta"):
         other = ImageGPT(config)
     other = other.to(model.wte.dtype).to_empty(device=model.wte.device)
+    if config.classes == model.config.classes:
+        other.class_names = model.class_names
+    elif config.classes:
+        tensors["wclf"] = torch.zeros(config.classes, config.width)
     other.load_state_dict({name: tensors[name] for name in dict(other.named_parameters())})
     other.palette = model.palette
     return other
@@ -113,7 +120,7 @@ def refuse_misfit(has: Config, wants: Config) -> None:
     """InputError that names what `reshaped` cannot change, where two models differ in it."""
     asked = wants.to_dict()
     for name, value in has.to_dict().items():
-        if name not in ("size", "pattern") and asked[name] != value and (name, asked[name]) != ("classes", 0):
+        if name not in ("size", "pattern", "classes") and asked[name] != value:
             raise InputError(f"the weights to begin with have {name} {value}, not {asked[name]}; use the same {name}")
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_tokens
 
-from igpt_fast.batches import Batches, images_of_step
+from igpt_fast.batches import Batches, images_of_step, shifted
+from igpt_fast.errors import InputError
 from igpt_fast.options import Options
 from igpt_fast.tokens import TokenDataset
 
@@ -33,10 +34,10 @@ def test_steps_are_the_same_in_any_order_and_differ_between_seeds(dataset):
     forward, backward, other = (Batches(dataset, o, "bert") for o in (options, options, Options(batch=16, flip=True)))
     wanted = [forward.of_step(step) for step in range(4)]
     for step in (3, 1, 2, 0):
-        tokens, keep = backward.of_step(step)
+        tokens, keep, _ = backward.of_step(step)
         assert torch.equal(tokens, wanted[step][0]) and torch.equal(keep, wanted[step][1])
     assert not torch.equal(other.of_step(0)[0], wanted[0][0]) and not torch.equal(other.of_step(0)[1], wanted[0][1])
-    masked = 1 - torch.stack([keep for _, keep in wanted]).float().mean()
+    masked = 1 - torch.stack([batch.keep for batch in wanted]).float().mean()
     assert 0.1 < masked < 0.2 and wanted[0][1].shape == (16, 4, 6)
 
 
@@ -54,3 +55,28 @@ def test_a_held_out_image_has_one_mask_however_they_are_batched(dataset):
         assert torch.equal(torch.cat([part[n] for part in parts]), whole[n])
     assert len(parts) > 2 and 0.05 < 1 - whole[1].float().mean() < 0.25
     assert next(Batches(dataset, Options(val_fraction=0.5), "ar").validation(4))[1] is None
+
+
+@given(
+    height=st.integers(2, 7), width=st.integers(2, 7), count=st.integers(1, 4), seed=st.integers(0, 99), data=st.data()
+)
+def test_shifting_tokens_is_padding_and_cropping_pixels(height, width, count, seed, data):
+    reach = data.draw(st.integers(1, min(height, width) - 1))
+    random = np.random.default_rng(seed)
+    tokens, by = random.integers(0, 16, (count, height, width)), random.integers(-reach, reach + 1, (2, count))
+    padded = np.pad(tokens, ((0, 0), (reach, reach), (reach, reach)), mode="reflect")
+    wanted = [
+        image[reach + down : reach + down + height, reach + right : reach + right + width]
+        for image, down, right in zip(padded, *by, strict=True)
+    ]
+    assert np.array_equal(shifted(torch.from_numpy(tokens), by).numpy(), np.stack(wanted))
+
+
+def test_shifts_are_drawn_anew_for_each_image_and_step(dataset):
+    plain, some, again = (Batches(dataset, Options(batch=200, shift=reach), "ar") for reach in (0, 2, 2))
+    assert torch.equal(some.of_step(5).tokens, again.of_step(5).tokens)
+    first = plain.of_step(5).tokens
+    same = [torch.equal(a, b) for a, b in zip(first, some.of_step(5).tokens, strict=True)]
+    assert 0 < sum(same) < 30, "about one in 25 stays where it is"
+    with pytest.raises(InputError, match="--shift is 4; use less than the 4 pixels of a side"):
+        Batches(dataset, Options(shift=4), "ar")

@@ -32,8 +32,8 @@ LAYERS = [
     {"palette", "kmeans", "images", "decode", "arrays", "made", "sources", "pixels", "tokens"},
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},
-    {"cached", "drawing", "sample", "classify", "options", "run", "batches"},
-    {"train", "loop", "processes", "probe", "evaluate", "sklearn"},
+    {"cached", "drawing", "sample", "classify", "options", "run", "batches", "labels", "task"},
+    {"train", "finetune", "loop", "processes", "probe", "predict", "evaluate", "sklearn"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},
 ]

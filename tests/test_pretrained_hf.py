@@ -63,6 +63,7 @@ def test_a_model_of_ours_loads_there(tmp_path):
 
 def test_a_classifier_loads_there_and_here(tmp_path):
     ours = make(classes=5)
+    ours.class_names = ("cat", "dog", "LABEL_2", "ü", "5")
     ours.save_pretrained(tmp_path / "a")
     hf = transformers.ImageGPTForImageClassification.from_pretrained(tmp_path / "a").eval()
     tokens = torch.randint(11, (3, 16))
@@ -74,6 +75,9 @@ def test_a_classifier_loads_there_and_here(tmp_path):
     back = ImageGPT.from_pretrained(tmp_path / "b")
     assert not back.wtet.any() and torch.equal(back.wclf, ours.wclf) and torch.equal(back.wte, ours.wte)
     assert same(from_hf(hf), back)
+    assert [hf.config.id2label[row] for row in range(5)] == list(ours.class_names) and hf.config.label2id["ü"] == 3
+    assert from_hf(hf).class_names == back.class_names == ours.class_names
+    assert from_hf(hf.state_dict(), heads=3).class_names is None
 
 
 def test_the_bare_model_has_no_output_table(tmp_path, caplog):

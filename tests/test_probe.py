@@ -150,7 +150,7 @@ def test_the_figure_is_a_picture(result):
         ({"limit": 0}, "limit is 0"),
         ({"per_class": 1}, "per class is 1; use at least 2"),
         ({"batch": 0}, "batch is 0"),
-        ({"limit": 4}, "a probe needs two classes"),
+        ({"limit": 4}, "it takes two classes, each with at least 2"),
     ],
 )
 def test_options_out_of_range(model, dataset, options, message):

@@ -9,14 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny import CONFIG, FAST, VARIANTS, rows, same, variant, weights, write_tokens
+from labelled import write_tokens as write_labelled
+from tiny import CLASSES, CONFIG, FAST, FEW, VARIANTS, rows, same, variant, weights, write_tokens
 
 from igpt_fast import processes
-from igpt_fast.checkpoint import list_checkpoints
+from igpt_fast.checkpoint import find_best, list_checkpoints
 from igpt_fast.errors import InputError
+from igpt_fast.finetune import finetune
 from igpt_fast.interrupt import Stop, Stopped
+from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
 from igpt_fast.run import locked, read_metrics, refuse_unequal_shares
 from igpt_fast.tokens import TokenDataset
@@ -61,9 +65,14 @@ def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(dataset, tmp_path_factory) -> Path:
+def labelled(tmp_path_factory) -> TokenDataset:
+    return write_labelled(tmp_path_factory.mktemp("labelled"), np.arange(60) % 3)
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, labelled, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two")
-    code, _, err = finish(start(HERE / "two_processes.py", dataset.path, out))
+    code, _, err = finish(start(HERE / "two_processes.py", dataset.path, labelled.path, out))
     assert code == 0, err
     return out
 
@@ -83,6 +92,19 @@ def test_two_processes_learn_what_one_would_in_twice_as_many_parts(dataset, trai
     # Validation goes in parts of a process's size, and its sum in another order.
     values = [[row["val_loss"] for row in rows(run) if "val_loss" in row] for run in (tmp_path, trained / name)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_two_processes_learn_classes_as_one_would(labelled, trained, tmp_path):
+    torch.manual_seed(0)
+    alone = finetune(ImageGPT(FEW), labelled, tmp_path, device="cpu", accumulate=2, **CLASSES)
+    assert same(weights(tmp_path), weights(trained / "classes"))
+    learned = [[row for row in rows(run) if "class_loss" in row] for run in (tmp_path, trained / "classes")]
+    assert learned[0] == learned[1] and len(learned[0]) == 3
+    measured = [
+        [row["val_accuracy"] for row in rows(run) if "val_accuracy" in row] for run in (tmp_path, trained / "classes")
+    ]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-6)
+    assert find_best(trained / "classes").name == alone.checkpoint.name
 
 
 def test_processes_that_were_given_different_things_say_so(trained):

@@ -179,7 +179,7 @@ def test_validation_is_the_mean_over_the_held_out_images(dataset, tmp_path):
         assert not set(held_out) & set(batches.indices)
         with torch.no_grad():
             parts = [
-                (result.model.loss(tokens, keep=keep).item(), len(tokens)) for tokens, keep in batches.validation(4)
+                (result.model.loss(tokens, keep=keep).item(), len(tokens)) for tokens, keep, _ in batches.validation(4)
             ]
         assert math.isclose(result.val_loss, sum(loss * n for loss, n in parts) / len(held_out), rel_tol=1e-6)
     spread = Batches(dataset, Options(val_fraction=0.3, val_images=3), "ar").held_out

@@ -1,7 +1,7 @@
 """What several commands read: a model from wherever it lies, and images or tokens as that model reads them."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,7 @@ from igpt_fast.cli.options import OnError, Resize
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
+from igpt_fast.labels import choose_labelled
 from igpt_fast.pixels import as_source
 from igpt_fast.run import OPTIONS, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
@@ -68,19 +69,13 @@ def tokens_for(
     """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the command."""
     size, palette = checkpoint.model.config.size, checkpoint.palette
     given = {name: value.value for name, value in (("resize", resize), ("on_error", on_error)) if value is not None}
+    refuse_reading([data], given, READING)
     if is_token_directory(data):
-        if given:
-            words = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise InputError(f"{data}: holds tokens, which are read already; leave out {words}, or give the images")
         yield open_tokens(data, palette, size=size)
         return
     if palette is None:
         raise InputError(f"{checkpoint.path} has no palette to read images with; give DATA as tokens of its palette")
-    source, options, run = as_source(data), {}, _run_of(checkpoint)
-    if run is not None:
-        reading = read_options(run)["command"].get("images", {})
-        options = {name: reading[name] for name in READING if name in reading}
-    options |= given
+    source, run, options = as_source(data), _run_of(checkpoint), {**reading_of(checkpoint), **given}
     if not given and run is not None and _made_from(own := run / "tokens", source):
         yield open_tokens(source, palette, own, size=size, **options)
         return
@@ -88,15 +83,38 @@ def tokens_for(
         yield open_tokens(source, palette, Path(folder) / "tokens", size=size, **options, kept=False)
 
 
+def refuse_reading(data: list[Path], given: Mapping[str, object], names: Sequence[str]) -> None:
+    """InputError for those of `names` among the options given, which say how to read images, where all is tokens."""
+    idle = [f"--{name.replace('_', '-')}" for name in names if name in given]
+    if idle and all(map(is_token_directory, data)):
+        words = " and ".join(idle)
+        raise InputError(f"{data[0]}: holds tokens, which are read already; leave out {words}, or give the images")
+
+
+def reading_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """How the run of the checkpoint read its images, of READING; nothing where there is none."""
+    run = _run_of(checkpoint)
+    reading = {} if run is None else read_options(run)["command"].get("images", {})
+    return {name: reading[name] for name in READING if name in reading}
+
+
 def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarray) -> int | None:
-    """How many of the images the model was trained on; None when that was, as far as known, other data."""
+    """How many of the images the model was trained on; None when that was, as far as known, other data.
+
+    Of a fine-tuned model's last run, in which the images of validation count as seen: the weights were chosen by them.
+    """
     run = _run_of(checkpoint)
     if run is None:
         return None
     saved = read_options(run)
-    if saved["data"] != fingerprint(dataset):
+    if {**saved["data"], "test": None} != {**fingerprint(dataset), "test": None}:
         return None
-    return len(np.setdiff1d(indices, dataset.split("val", saved["options"]["val_fraction"])))
+    options = saved["options"]
+    if not saved["config"].get("classes"):
+        return len(np.setdiff1d(indices, dataset.split("val", options["val_fraction"])))
+    by = {"per_class": options["per_class"], "seed": options["seed"], "tests": False}
+    chosen = choose_labelled(dataset, 0.0 if "test" in saved["data"] else options["test_fraction"], **by)
+    return len(np.intersect1d(indices, chosen.indices[~chosen.test]))
 
 
 def _made_from(tokens: Path, source: Source) -> bool:

@@ -111,7 +111,8 @@ def probe(
     step = "" if checkpoint.step is None else f", step {checkpoint.step},"
     show(result)
     if seen:
-        say(f"the model itself had learned from {seen:,} of the images held out here, without their labels")
+        how = "with their labels" if checkpoint.model.config.classes else "without their labels"
+        say(f"the model itself had learned from {seen:,} of the images held out here, {how}")
     if as_json:
         facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen_unlabelled": seen}
         print_json(figure=str(out), **facts, **result.to_dict())

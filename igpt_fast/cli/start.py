@@ -9,7 +9,7 @@ from igpt_fast.config import Config
 from igpt_fast.console import say
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
-from igpt_fast.options import FIXED
+from igpt_fast.options import Options
 from igpt_fast.palette import Palette
 from igpt_fast.run import OPTIONS, damaged, refuse_differences
 from igpt_fast.tokens import is_token_directory
@@ -61,7 +61,7 @@ def refuse_changes(out: Path, saved: dict[str, Any], images: dict[str, Any], giv
     config = {name: value for name, value in whole.to_dict().items() if name != "colors"}  # fewer than asked for, maybe
     if "pattern" in given:
         given = {**given, "pattern": Config.from_dict({**config, "pattern": given["pattern"]}).to_dict()["pattern"]}
-    fixed = {name: saved["options"].get(name) for name in FIXED}
+    fixed = {name: saved["options"].get(name, getattr(Options, name)) for name in Options.FIXED}
     images = {name: value for name, value in images.items() if name not in ("size", "palette")}
     for was in (config, fixed, images):
         refuse_differences(out, was, {**was, **{name: given[name] for name in was if name in given}})

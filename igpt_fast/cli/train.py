@@ -1,23 +1,24 @@
 """`igpt-fast train`: from images, or tokens, to a model."""
 
 import shlex
-from dataclasses import asdict, fields
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from igpt_fast.cli.learning import IMAGES_PANEL, MACHINE, Precision, chosen, field, option
 from igpt_fast.cli.options import JsonOption, OnError, Resize, parse_size, print_json
 from igpt_fast.cli.start import open_start, refuse_changes
 from igpt_fast.config import OBJECTIVES, POSITIONS, PRESETS, Config
 from igpt_fast.console import duration, say
 from igpt_fast.data import open_tokens
 from igpt_fast.errors import InputError
-from igpt_fast.options import PRECISIONS, Options
+from igpt_fast.options import Options
 from igpt_fast.palette import Palette
 from igpt_fast.processes import together
-from igpt_fast.run import CURVE, METRICS, Result, check_run, read_options
+from igpt_fast.run import METRICS, Result, check_run, read_options
+from igpt_fast.task import CURVE
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
 from igpt_fast.weights import refuse_misfit
@@ -31,7 +32,6 @@ STANDARD = Options()
 Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)
 Objective = Enum("Objective", {name: name for name in OBJECTIVES}, type=str)
 Positions = Enum("Positions", {name: name for name in POSITIONS}, type=str)
-Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
 
 
 def register(app: typer.Typer) -> None:
@@ -39,30 +39,8 @@ def register(app: typer.Typer) -> None:
     app.command("train")(train)
 
 
-def _option(panel: str, flags: str, text: str, shown: object = False, **more: Any) -> Any:
-    """An option that is None unless given: then a resumed run's own value counts, in a new run what is `shown`."""
-    shown = shown if isinstance(shown, bool) else str(shown)
-    return typer.Option(*flags.split(), help=text, rich_help_panel=panel, show_default=shown, **more)
-
-
 def _model(*args: Any, **more: Any) -> Any:
-    return _option("The model", *args, **more)
-
-
-def _images(*args: Any, **more: Any) -> Any:
-    return _option("The images, unless DATA holds tokens already", *args, **more)
-
-
-def _learning(*args: Any, **more: Any) -> Any:
-    return _option("Learning", *args, **more)
-
-
-def _machine(*args: Any, **more: Any) -> Any:
-    return _option("Speed and memory", *args, **more)
-
-
-def _watching(*args: Any, **more: Any) -> Any:
-    return _option("Validation, pictures and checkpoints", *args, **more)
+    return option("The model", *args, **more)
 
 
 def train(
@@ -110,71 +88,48 @@ def train(
         _model("--positions", "An embedding a pixel; axial: of its row plus of its column.", "learned"),
     ] = None,
     size: Annotated[
-        str | None, _images("--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
+        str | None, option(IMAGES_PANEL, "--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
     ] = None,
     colors: Annotated[
-        int | None, _images("--colors", "Colours of the palette that is made from the images.", 512)
+        int | None, option(IMAGES_PANEL, "--colors", "Colours of the palette that is made from the images.", 512)
     ] = None,
-    palette: Annotated[Path | None, _images("--palette", "Use this palette and make none.", metavar="FILE.npy")] = None,
+    palette: Annotated[
+        Path | None, option(IMAGES_PANEL, "--palette", "Use this palette and make none.", metavar="FILE.npy")
+    ] = None,
     resize: Annotated[
-        Resize | None, _images("--resize", "paper: centre crop. hf: straight to the size. none: as it is.", "paper")
+        Resize | None,
+        option(IMAGES_PANEL, "--resize", "paper: centre crop. hf: straight to the size. none: as it is.", "paper"),
     ] = None,
     background: Annotated[
-        str | None, _images("--background", "Behind transparent pixels.", "white", metavar="COLOUR")
+        str | None, option(IMAGES_PANEL, "--background", "Behind transparent pixels.", "white", metavar="COLOUR")
     ] = None,
     on_error: Annotated[
-        OnError | None, _images("--on-error", "A corrupt file ends the command or is skipped and listed.", "raise")
+        OnError | None,
+        option(IMAGES_PANEL, "--on-error", "A corrupt file ends the command or is skipped and listed.", "raise"),
     ] = None,
-    steps: Annotated[int | None, _learning("--steps", "Steps in all.", STANDARD.steps)] = None,
-    batch: Annotated[int | None, _learning("--batch", "Images a step.", STANDARD.batch)] = None,
-    lr: Annotated[
-        float | None, _learning("--lr", "Peak learning rate.", "3e-3, less for batches below 128 or widths above 512")
-    ] = None,
-    warmup: Annotated[int | None, _learning("--warmup", "Steps of linear warm-up.", "a twentieth of the steps")] = None,
-    clip: Annotated[float | None, _learning("--clip", "Largest gradient norm; 0: any.", STANDARD.clip)] = None,
-    ema: Annotated[
-        float | None, _learning("--ema", "Decay of averaged weights, such as 0.999; 0: none.", STANDARD.ema)
-    ] = None,
-    flip: Annotated[bool | None, _learning("--flip/--no-flip", "Mirror images at random.", "no-flip")] = None,
-    seed: Annotated[
-        int | None, _learning("--seed", "The same seed gives the same result.", STANDARD.seed, min=0)
-    ] = None,
-    accumulate: Annotated[
-        int | None, _machine("--accumulate", "Split each step's images into so many parts.", STANDARD.accumulate)
-    ] = None,
-    activation_checkpointing: Annotated[
-        bool | None,
-        _machine(
-            "--activation-checkpointing",
-            "Recompute activations: less memory, a third more time.",
-        ),
-    ] = None,
-    precision: Annotated[
-        Precision | None, _machine("--precision", "Of the arithmetic; weights are float32.", STANDARD.precision)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel="Speed and memory")] = "auto",
+    steps: Annotated[int | None, field("steps", STANDARD)] = None,
+    batch: Annotated[int | None, field("batch", STANDARD)] = None,
+    lr: Annotated[float | None, field("lr", STANDARD)] = None,
+    warmup: Annotated[int | None, field("warmup", STANDARD)] = None,
+    clip: Annotated[float | None, field("clip", STANDARD)] = None,
+    ema: Annotated[float | None, field("ema", STANDARD)] = None,
+    flip: Annotated[bool | None, field("flip", STANDARD)] = None,
+    shift: Annotated[int | None, field("shift", STANDARD)] = None,
+    seed: Annotated[int | None, field("seed", STANDARD, min=0)] = None,
+    accumulate: Annotated[int | None, field("accumulate", STANDARD)] = None,
+    activation_checkpointing: Annotated[bool | None, field("activation_checkpointing", STANDARD)] = None,
+    precision: Annotated[Precision | None, field("precision", STANDARD)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=MACHINE)] = "auto",
     workers: Annotated[
-        int | None, _machine("--workers", "Processes that decode images; 0: this one.", "one a core", min=0)
+        int | None, option(MACHINE, "--workers", "Processes that decode images; 0: this one.", "one a core", min=0)
     ] = None,
-    val_fraction: Annotated[
-        float | None, _watching("--val-fraction", "Share of images held out, by name.", STANDARD.val_fraction)
-    ] = None,
-    val_every: Annotated[
-        int | None, _watching("--val-every", "Steps between validations; 0: at the end.", STANDARD.val_every)
-    ] = None,
-    val_images: Annotated[
-        int | None, _watching("--val-images", "Held-out images to look at; 0: all.", STANDARD.val_images)
-    ] = None,
-    sample_every: Annotated[
-        int | None, _watching("--sample-every", "Steps between sample pictures; 0: none.", STANDARD.sample_every)
-    ] = None,
-    save_every: Annotated[
-        int | None, _watching("--save-every", "Steps between checkpoints; 0: at the end.", STANDARD.save_every)
-    ] = None,
-    log_every: Annotated[
-        int | None, _watching("--log-every", "Steps between lines of metrics.jsonl.", STANDARD.log_every)
-    ] = None,
-    keep: Annotated[int | None, _watching("--keep", "Checkpoints to keep.", STANDARD.keep)] = None,
+    val_fraction: Annotated[float | None, field("val_fraction", STANDARD)] = None,
+    val_every: Annotated[int | None, field("val_every", STANDARD)] = None,
+    val_images: Annotated[int | None, field("val_images", STANDARD)] = None,
+    sample_every: Annotated[int | None, field("sample_every", STANDARD)] = None,
+    save_every: Annotated[int | None, field("save_every", STANDARD)] = None,
+    log_every: Annotated[int | None, field("log_every", STANDARD)] = None,
+    keep: Annotated[int | None, field("keep", STANDARD)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train an Image GPT on images, from a fresh start or (--resume) from where a run was left.
@@ -190,7 +145,7 @@ def train(
     with together(device) as processes:
         with processes.first_goes_ahead():
             dataset, options = _prepare(data, out, given)
-        result = train_model(dataset, out, device=device, **options)
+        result = train_model(dataset, out, device=processes, **options)
         if not processes.first:
             return
     _report(result, dataset, str(data), options["sample_every"])
@@ -203,9 +158,10 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
     resume, init, size, preset = (given.get(name) for name in ("resume", "init", "size", "preset"))
     check_run(out, resume)
     saved = read_options(out) if resume else {"config": {}, "options": {}, "command": {}}
-    known = {**asdict(STANDARD), **saved["options"]}
-    options = {field.name: given.get(field.name, known[field.name]) for field in fields(Options)}
-    Options(**options)  # finds mistakes before the images are read
+    if saved["config"].get("classes"):
+        way = saved["command"].get("resume", "igpt-fast finetune --resume")
+        raise InputError(f"{out} is a run of finetune; go on with: {way}")
+    options = chosen(STANDARD, saved["options"], given)  # finds mistakes before the images are read
     _refuse_idle(given, data)
     start = open_start(init, data, given) if init else None
     if size is not None:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from igpt_fast.pretrained.files import CONFIG, SAFETENSORS, Find, read_json, rea
 from igpt_fast.pretrained.hub import find_in_hub, is_hub_name
 from igpt_fast.pretrained.names import HEAD, SCORE, to_ours, to_theirs
 from igpt_fast.pretrained.openai import read_openai
-from igpt_fast.pretrained.settings import read_settings, write_settings
+from igpt_fast.pretrained.settings import read_class_names, read_settings, write_settings
 
 __all__ = ["Pretrained", "read_pretrained", "write_pretrained"]
 
@@ -47,6 +47,7 @@ class Pretrained:
     tensors: dict[str, Tensor]
     palette: Palette | None
     source: str
+    class_names: tuple[str, ...] | None = None  # of a classifier head, where a file says them
 
 
 def read_pretrained(source: str | Path, size: tuple[int, int] | None = None, heads: int | None = None) -> Pretrained:
@@ -82,14 +83,19 @@ def refuse_heads(source: str | Path, heads: int | None) -> None:
 
 
 def write_pretrained(
-    path: str | Path, config: Config, tensors: Mapping[str, Tensor], palette: Palette | None = None,
+    path: str | Path,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    palette: Palette | None = None,
     overwrite: bool = False,
-) -> None:  # fmt: skip
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Writes a directory in Hugging Face's layout, which appears when it is complete.
 
     An output table of zeros, as of a model that was read without one, is left out: what reads it then says so too.
-    tensors: by our names. overwrite: replaces a directory that holds nothing but what this function writes. Raises
-    InputError, leaving all as it was, when there is something at `path`, or the disk is full.
+    tensors: by our names. overwrite: replaces a directory that holds nothing but what this function writes.
+    class_names: of a classifier head. Raises InputError, leaving all as it was, when there is something at `path`, or
+    the disk is full.
     """
     path = Path(path)
     _refuse_existing(path, overwrite)
@@ -98,7 +104,7 @@ def write_pretrained(
     if palette is not None and len(palette) != config.colors:
         raise InputError(f"the palette has {len(palette)} colours and the model {config.colors}; save the one it has")
     dtype, headless = str(tensors["wte"].dtype).removeprefix("torch."), not tensors["wtet"].any()
-    settings: dict[str, Any] = {CONFIG: write_settings(config, dtype, headless)}
+    settings: dict[str, Any] = {CONFIG: write_settings(config, dtype, headless, class_names)}
     if palette is not None:
         settings[HF_CONFIG] = palette.to_hf(config.size)
     try:
@@ -137,7 +143,8 @@ def _read_layout(find: Find, source: str, size: tuple[int, int] | None) -> Pretr
     if headless:
         log.warning("%s has no output table (it is no causal model): ours is zero, fit for features only", source)
     config, ours = to_ours(theirs, config, headless)
-    return _checked(config, ours, palette, source, size)
+    names = read_class_names(settings, config.classes, str(path))
+    return replace(_checked(config, ours, palette, source, size), class_names=names)
 
 
 def _grid(find: Find, settings: Mapping[str, Any]) -> tuple[int, int] | None:

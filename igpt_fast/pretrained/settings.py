@@ -6,7 +6,7 @@ a sparse model's pattern.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from igpt_fast.config import Config
@@ -132,11 +132,25 @@ def grid_of(
     return height, width
 
 
-def write_settings(config: Config, dtype: str, headless: bool = False) -> dict[str, Any]:
+def read_class_names(settings: Mapping[str, Any], classes: int, where: str) -> tuple[str, ...] | None:
+    """The names in id2label, in the order of the head's rows; None, which is logged, where they do not fit its rows."""
+    found = settings.get("id2label")
+    if not classes or found is None:
+        return None
+    wanted = [str(row) for row in range(classes)]
+    if not isinstance(found, dict) or sorted(found) != sorted(wanted) or len({*map(str, found.values())}) < classes:
+        log.warning("%s: id2label does not name the %d classes of the head one by one, and is not used", where, classes)
+        return None
+    return tuple(str(found[row]) for row in wanted)
+
+
+def write_settings(
+    config: Config, dtype: str, headless: bool = False, class_names: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The config.json with which transformers' ImageGPT computes what a model of `config` computes.
 
-    headless: its output table is not among the weights. A BERT model has no sos: its vocab_size is one less than
-    transformers counts on, which therefore refuses its shapes.
+    headless: its output table is not among the weights. class_names: of a head; None: LABEL_0 and so on. A BERT model
+    has no sos: its vocab_size is one less than transformers counts on, which therefore refuses its shapes.
     """
     ours = {"objective": config.objective, "size": list(config.size)}
     if config.pattern is not None:
@@ -169,7 +183,7 @@ def write_settings(config: Config, dtype: str, headless: bool = False) -> dict[s
         OURS: ours,
     }
     if config.classes:
-        names = [f"LABEL_{index}" for index in range(config.classes)]
+        names = class_names or [f"LABEL_{index}" for index in range(config.classes)]
         settings |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     return settings
 

@@ -1,0 +1,123 @@
+"""`igpt-fast classify`: the classes of images, by a model with a classifier head."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from igpt_fast.classify import Score, score
+from igpt_fast.cli.inputs import (
+    ModelArgument,
+    ReadAsOption,
+    SkipOption,
+    described,
+    open_to_measure,
+    seen_among,
+    tokens_for,
+)
+from igpt_fast.cli.options import DataArgument, JsonOption, print_json
+from igpt_fast.console import number, say
+from igpt_fast.errors import InputError
+from igpt_fast.pictures import write_atomically
+from igpt_fast.predict import Answers, answers_csv, class_names, predict, table_png
+from igpt_fast.tokens import TokenDataset
+
+FEW = 10  # images whose answers are also said
+LISTED = 20  # classes whose counts are
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("classify")(classify)
+
+
+def classify(
+    model: ModelArgument,
+    data: DataArgument,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE.csv", help="A line an image: name, answer, probability.")
+    ] = Path("classes.csv"),
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write the probability of every class into FILE.csv.")
+    ] = False,
+    confusion: Annotated[
+        Path | None,
+        typer.Option(
+            "--confusion",
+            metavar="FILE.png",
+            show_default="none",
+            help="Where DATA has class folders: a picture of which class is taken for which.",
+        ),
+    ] = None,
+    resize: ReadAsOption = None,
+    on_error: SkipOption = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, metavar="B", show_default="by memory", help="Images side by side.")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="In bf16 autocast: faster, a little less exact.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Name the class of every image, by a model with a classifier head, as finetune makes one.
+
+    Where DATA has folders of the same classes, it is also said how many answers are right. DATA may also be tokens.
+
+    Example: igpt-fast classify run/ new-scans/ -o classes.csv
+    """
+    for path, ending in ((out, ".csv"), (confusion, ".png")):
+        if path is not None and (path.suffix.lower() != ending or path.is_dir()):
+            raise InputError(f"{path}: is to be a {ending} file; give a name that ends in it")
+    checkpoint = open_to_measure(model, device)
+    classes = class_names(checkpoint.model)
+    with tokens_for(checkpoint, data, resize, on_error) as dataset:
+        labels = _labels(dataset, classes)
+        if confusion is not None and (labels < 0).all():
+            raise InputError(f"{data}: has no folder of a class that the model knows; --confusion needs some")
+        answers = predict(checkpoint.model, dataset, batch=batch, amp=bf16)
+        seen, names = seen_among(checkpoint, dataset, answers.indices), dataset.names
+    known = labels >= 0
+    write_atomically(out, answers_csv(answers, names, labels if known.any() else None, probabilities))
+    counts = np.bincount(answers.best, minlength=len(classes))
+    found = score("classifier", int((answers.best == labels)[known].sum()), int(known.sum())) if known.any() else None
+    say(f"{described(checkpoint)}, on {number(len(names))} image{'s' * (len(names) > 1)} of {data.name}:")
+    for line in _summary(answers, names, counts, found):
+        say(line)
+    if seen:
+        say(f"the model had learned from {seen:,} of these images: on others it is right less often")
+    if confusion is not None:
+        table = Answers(answers.indices[known], answers.probabilities[known], classes).table(labels[known])
+        title = f"{found.accuracy:.1%} of {known.sum():,} images of {data.name} are right"
+        write_atomically(confusion, table_png(table, classes, title))
+        say(f"wrote {confusion}")
+    say(f"wrote {out}")
+    if as_json:
+        facts: dict[str, Any] = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "out": str(out)}
+        if found is not None:
+            facts |= {"labelled": int(known.sum()), "accuracy": found.accuracy, "low": found.low, "high": found.high}
+        of_each = dict(zip(classes, counts.tolist(), strict=True))
+        print_json(**facts, images=len(names), seen=seen, confusion=confusion and str(confusion), answers=of_each)
+
+
+def _labels(dataset: TokenDataset, classes: tuple[str, ...]) -> np.ndarray:
+    """The images' classes as the model numbers them, -1 where there is none or it knows none such: int64 [N]."""
+    number_of = {name: row for row, name in enumerate(classes)}
+    of_theirs = np.array([*(number_of.get(name, -1) for name in dataset.classes or []), -1])
+    return of_theirs[dataset.labels]
+
+
+def _summary(answers: Answers, names: list[str], counts: np.ndarray, found: Score | None) -> list[str]:
+    """The answers as lines for a person."""
+    lines = []
+    for name, row in zip(names, answers.probabilities, strict=True) if len(names) <= FEW else ():
+        likeliest = np.argsort(-row, kind="stable")[:3]
+        lines.append(f"  {name}: " + ", ".join(f"{answers.classes[k]} {100 * row[k]:.1f} %" for k in likeliest))
+    order = np.argsort(-counts, kind="stable")
+    if not lines:
+        lines = [f"  {counts[k]:>7,} {answers.classes[k]}" for k in order[:LISTED] if counts[k]]
+        rest = int((counts[order[LISTED:]] > 0).sum())
+        lines += [f"  and {rest} more classes"] if rest else []
+    if found is not None:
+        interval = f"95 % interval {100 * found.low:.1f} – {100 * found.high:.1f} %"
+        lines.append(f"  right where the class is known: {100 * found.accuracy:.1f} % ({interval})")
+    return lines

@@ -1,0 +1,64 @@
+"""The options of commands that learn: one spelling and one explanation for `train` and `finetune`."""
+
+from dataclasses import asdict, fields
+from enum import Enum
+from typing import Any
+
+import typer
+
+from igpt_fast.options import PRECISIONS, Options
+
+LEARNING, MACHINE, WATCHING = "Learning", "Speed and memory", "Validation, pictures and checkpoints"
+IMAGES_PANEL = "The images, unless DATA holds tokens already"
+
+# The fields of Options and of FinetuneOptions: panel, explanation, what is shown where None stands for something.
+FIELDS = {
+    "steps": (LEARNING, "Steps in all.", None),
+    "batch": (LEARNING, "Images a step.", None),
+    "lr": (LEARNING, "Peak learning rate.", "3e-3, less for batches below 128 or widths above 512"),
+    "warmup": (LEARNING, "Steps of linear warm-up.", "a twentieth of the steps"),
+    "clip": (LEARNING, "Largest gradient norm; 0: any.", None),
+    "ema": (LEARNING, "Decay of averaged weights, such as 0.999; 0: none.", None),
+    "flip": (LEARNING, "Mirror images at random.", "no-flip"),
+    "shift": (LEARNING, "Move images by up to so many pixels at random, their borders mirrored.", None),
+    "seed": (LEARNING, "The same seed gives the same result.", None),
+    "generative": (LEARNING, "Weight of the pixels' loss beside that of the classes; 0: classes alone.", None),
+    "patience": (LEARNING, "End after so many validations without a better one; 0: take all steps.", None),
+    "per_class": (LEARNING, "Learn from so many images of each class, those of validation included.", "all"),
+    "accumulate": (MACHINE, "Split each step's images into so many parts.", None),
+    "activation_checkpointing": (MACHINE, "Recompute activations: less memory, a third more time.", False),
+    "precision": (MACHINE, "Of the arithmetic; weights are float32.", None),
+    "val_fraction": (WATCHING, "Share of images held out, by name.", None),
+    "val_every": (WATCHING, "Steps between validations; 0: at the end.", None),
+    "val_images": (WATCHING, "Held-out images to look at; 0: all.", None),
+    "sample_every": (WATCHING, "Steps between sample pictures; 0: none.", None),
+    "save_every": (WATCHING, "Steps between checkpoints; 0: at the end.", None),
+    "log_every": (WATCHING, "Steps between lines of metrics.jsonl.", None),
+    "keep": (WATCHING, "Checkpoints to keep.", None),
+    "test_fraction": (WATCHING, "Share of the images, by their names, that is tested on at the end.", None),
+}
+FLAGS = {"flip": "--flip/--no-flip"}
+
+Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
+
+
+def option(panel: str, flags: str, text: str, shown: object = False, **more: Any) -> Any:
+    """An option that is None unless given: then a resumed run's own value counts, in a new run what is `shown`."""
+    shown = shown if isinstance(shown, bool) else str(shown)
+    return typer.Option(*flags.split(), help=text, rich_help_panel=panel, show_default=shown, **more)
+
+
+def field(name: str, standard: Options, text: str | None = None, shown: object = None, **more: Any) -> Any:
+    """The option of a field, whose value in a new run is that of `standard`. text, shown: others than in FIELDS."""
+    panel, usual, usually = FIELDS[name]
+    default = usually if shown is None else shown
+    default = getattr(standard, name) if default is None else default
+    return option(panel, FLAGS.get(name, f"--{name.replace('_', '-')}"), text or usual, default, **more)
+
+
+def chosen(standard: Options, saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an Options: as given, else as a resumed run has them, else those of `standard`, all checked."""
+    known = {**asdict(standard), **saved}
+    options = {each.name: given.get(each.name, known[each.name]) for each in fields(standard)}
+    type(standard)(**options)
+    return options

@@ -1,0 +1,137 @@
+"""Fine-tuning: `finetune(model, dataset, run, …)` teaches a model to tell the classes of labelled images apart.
+
+As the paper does it: a linear head, zero at first, on the mean over positions of the final norm's output; its
+cross-entropy and the loss of the pixels added; Adam at a constant rate, a tenth of that of training; the weights that
+are best in validation. A run is stopped, killed and resumed as one of `train`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from igpt_fast.batches import Batches
+from igpt_fast.checkpoint import Checkpoint, find_best, load_checkpoint
+from igpt_fast.classify import Score, score
+from igpt_fast.console import say
+from igpt_fast.data import TokenDataset
+from igpt_fast.errors import InputError
+from igpt_fast.joined import JoinedTokens
+from igpt_fast.labels import Labelled, choose_labelled, draw_validation
+from igpt_fast.model import ImageGPT
+from igpt_fast.options import FinetuneOptions
+from igpt_fast.predict import Answers, predict
+from igpt_fast.processes import Processes, together
+from igpt_fast.run import Result, refuse_differences
+from igpt_fast.task import ClassTask
+from igpt_fast.train import Prepared, carry_out, own_copy, refuse_other_images
+from igpt_fast.weights import reshaped
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """How fine-tuning ended. `model` has the weights that validation likes best, the last ones without validation."""
+
+    model: ImageGPT
+    run: Path
+    checkpoint: Path  # of those weights
+    step: int  # and their step
+    last_step: int  # that the run has come to
+    val_accuracy: float | None  # of those weights; None when no image is held out
+    test: Score | None  # of those weights on the test images, which nothing was chosen by; None: there are none
+    answers: Answers | None  # to the test images
+    chosen: Labelled
+    train: int  # images that were learned from
+    val: int  # and validated on
+    seconds: float
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "run": str(self.run),
+            "checkpoint": str(self.checkpoint),
+            "step": self.step,
+            "last_step": self.last_step,
+            "val_accuracy": self.val_accuracy,
+            "test": None if self.test is None else {key: asdict(self.test)[key] for key in ("accuracy", "low", "high")},
+            "classes": list(self.chosen.classes),
+            "left_out": self.chosen.left_out,
+            "unlabelled": self.chosen.unlabelled,
+            "images": {"train": self.train, "val": self.val, "test": int(self.chosen.test.sum())},
+            "parameters": self.model.num_parameters(),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def finetune(
+    model: ImageGPT | None,
+    dataset: TokenDataset | JoinedTokens,
+    run: str | Path,
+    *,
+    resume: bool = False,
+    device: str | torch.device | Processes = "auto",
+    command: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> FinetuneResult:
+    """Fine-tunes a copy of `model` on the images of `dataset` that have labels. All it makes lies under `run`.
+
+    model: of the dataset's size and colours; a head that it has is replaced; None when resuming. The test images are
+    `dataset.split("val", options.test_fraction)`, as `probe` has them, or the second part of JoinedTokens. Of the rest,
+    at most options.per_class of each class, validation keeps options.val_fraction of each. options: fields of
+    igpt_fast.options.FinetuneOptions. Otherwise as `igpt_fast.train.train`. In the processes that torchrun starts, the
+    first alone tests. Raises InputError as `train`, and for a dataset without labels, with one class, or too few.
+    """
+    chosen_options, run = FinetuneOptions(**options), Path(run)
+    if (model is None) != resume:
+        what = "a resumed run has its own weights: leave out the model" if resume else "give a model to begin with"
+        raise InputError(f"finetune: {what}")
+    o = chosen_options
+    chosen = choose_labelled(dataset, o.test_fraction, per_class=o.per_class, seed=o.seed, tests=False)
+    held_out = draw_validation(chosen, o.val_fraction, o.seed)
+    parts = chosen.indices[~chosen.test & ~held_out], chosen.indices[held_out]
+    labels = np.full(len(dataset), -1)
+    labels[chosen.indices] = chosen.labels
+
+    def prepare(checkpoint: Checkpoint | None) -> Prepared:
+        config = replace((checkpoint.model if checkpoint else model).config, classes=len(chosen.classes))
+        if checkpoint:
+            refuse_differences(run, checkpoint.model.config.to_dict(), config.to_dict())
+        refuse_other_images(dataset, config)
+        task = ClassTask(Batches(dataset, o, config.objective, parts, labels), o, chosen.classes)
+        if checkpoint:
+            return task, config, None
+        headless = reshaped(model, replace(config, classes=0))
+        start = own_copy(headless, config)
+        start.class_names = chosen.classes
+        return task, config, start
+
+    with together(device) as processes:
+        result = carry_out(prepare, run, o, processes, resume, command)
+        if result.step < o.steps:
+            say(f"no better validation since {o.patience} of them: ended at step {result.step}")
+        return _result(result, dataset, chosen, parts, test=processes.first)
+
+
+def _result(
+    result: Result,
+    dataset: TokenDataset | JoinedTokens,
+    chosen: Labelled,
+    parts: tuple[np.ndarray, np.ndarray],
+    test: bool,
+) -> FinetuneResult:
+    """What the run has come to, tested."""
+    best = load_checkpoint(find_best(result.run), result.model.wte.device)
+    measured = {row["step"]: row["val_accuracy"] for row in result.rows if "val_accuracy" in row}
+    found, answers = None, None
+    if test and chosen.test.any():
+        answers = predict(best.model, dataset, chosen.indices[chosen.test])
+        labels = chosen.labels[chosen.test]
+        found = score("fine-tuned", int((answers.best == labels).sum()), len(labels))
+    return FinetuneResult(
+        best.model, result.run, best.path, best.step, result.step, measured.get(best.step), found, answers, chosen,
+        len(parts[0]), len(parts[1]), result.seconds, result.rows,
+    )  # fmt: skip

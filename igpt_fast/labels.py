@@ -1,0 +1,82 @@
+"""Which labelled images are learned from, validated on and tested on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from igpt_fast.errors import InputError
+from igpt_fast.joined import JoinedTokens
+from igpt_fast.tokens import TokenDataset
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The images that take part, N of them, in the order of the dataset."""
+
+    indices: np.ndarray  # int64 [N], of the dataset
+    labels: np.ndarray  # int64 [N], indices into classes
+    test: np.ndarray  # bool [N]
+    classes: tuple[str, ...]
+    left_out: dict[str, int]  # classes with too few images, and how many they have
+    unlabelled: int  # images without a label
+
+
+def choose_labelled(
+    dataset: TokenDataset | JoinedTokens,
+    test_fraction: float,
+    limit: int | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+    tests: bool = True,
+) -> Labelled:
+    """The images that have labels, those to test on by `dataset.split("val", test_fraction)`.
+
+    limit: at most so many, and per_class: of each class at most so many to learn from, drawn by the seed. tests: a
+    class without an image to test on is left out, as is one with fewer than two to learn from. Raises InputError for
+    fewer than two classes.
+    """
+    known = np.flatnonzero(dataset.labels >= 0)
+    if not len(known) or dataset.classes is None:
+        raise InputError(
+            f"{dataset.origin}: no image has a label, or all are of one class; put each class into a folder of its "
+            "own, or labels into the .npz"
+        )
+    unlabelled = len(dataset) - len(known)
+    if limit is not None and limit < len(known):
+        known = np.sort(np.random.default_rng([seed, 0]).choice(known, limit, replace=False))
+    labels, test = dataset.labels[known], np.isin(known, dataset.split("val", test_fraction))
+    number = len(dataset.classes)
+    tested, learned = (np.bincount(labels[part], minlength=number) for part in (test, ~test))
+    # One image to learn from, one to choose by and one to test on.
+    good = (learned >= 2) & ((tested >= 1) | (not tests))
+    left_out = {
+        dataset.classes[k]: int(tested[k] + learned[k]) for k in range(number) if tested[k] + learned[k] and not good[k]
+    }
+    if good.sum() < 2:
+        present = int(((tested + learned) > 0).sum())
+        few = "only one class has images" if present < 2 else f"of {present} classes {good.sum()} have enough images"
+        one = " and 1 to test on" if tests else ""
+        raise InputError(
+            f"{dataset.origin}: {few} among {len(known):,}; it takes two classes, each with at least 2 images to learn "
+            f"from{one} (test fraction {test_fraction}): give more images or another fraction"
+        )
+    used = good[labels]
+    if per_class is not None:
+        random = np.random.default_rng([seed, 2])
+        for label in np.flatnonzero(good):
+            used[random.permutation(np.flatnonzero((labels == label) & ~test))[per_class:]] = False
+    compact = np.cumsum(good) - 1  # classes that take part, numbered without gaps
+    names = tuple(dataset.classes[label] for label in np.flatnonzero(good))
+    return Labelled(known[used], compact[labels[used]], test[used], names, left_out, unlabelled)
+
+
+def draw_validation(chosen: Labelled, fraction: float, seed: int) -> np.ndarray:
+    """bool [N]: the share of each class's images to learn from that validation keeps, one at least; none for 0.
+
+    Drawn by the seed. At least one of each class stays to learn from.
+    """
+    held_out, random = np.zeros(len(chosen.labels), bool), np.random.default_rng([seed, 3])
+    for label in range(len(chosen.classes) if fraction else 0):
+        mine = random.permutation(np.flatnonzero((chosen.labels == label) & ~chosen.test))
+        held_out[mine[: min(max(1, round(fraction * len(mine))), len(mine) - 1)]] = True
+    return held_out

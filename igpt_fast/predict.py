@@ -1,0 +1,132 @@
+"""What a classifier says of images: the probability of every class; how often it is right where labels are known."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from igpt_fast.console import progress
+from igpt_fast.errors import InputError
+from igpt_fast.joined import JoinedTokens
+from igpt_fast.model import ImageGPT
+from igpt_fast.pictures import set_title
+from igpt_fast.tokens import TokenDataset
+
+BATCH_BYTES = 256 << 20  # of activations at once, by the estimate in predict
+WRITTEN = 24  # classes up to which the cells of a picture hold their numbers
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of N images."""
+
+    indices: np.ndarray  # int64 [N], of the dataset
+    probabilities: np.ndarray  # float32 [N, classes], each row sums to 1
+    classes: tuple[str, ...]
+
+    @property
+    def best(self) -> np.ndarray:
+        """The likeliest class of each image, the first of equals: int64 [N]."""
+        return self.probabilities.argmax(1)
+
+    def table(self, labels: np.ndarray) -> np.ndarray:
+        """How many images of class i (`labels`, int64 [N], of `classes`) are said to be of class j: int64 [K, K]."""
+        count = len(self.classes)
+        return np.bincount(labels * count + self.best, minlength=count * count).reshape(count, count)
+
+
+def class_names(model: ImageGPT) -> tuple[str, ...]:
+    """The names of a model's classes, LABEL_0 and so on where it came without. InputError for one without a head."""
+    if not model.config.classes:
+        raise InputError("this model has no classifier head: igpt-fast finetune gives it one, probe needs none")
+    return model.class_names or tuple(f"LABEL_{row}" for row in range(model.config.classes))
+
+
+def predict(
+    model: ImageGPT,
+    dataset: TokenDataset | JoinedTokens,
+    indices: np.ndarray | None = None,
+    batch: int | None = None,
+    amp: bool = False,
+) -> Answers:
+    """Asks a model with a classifier head for the classes of images.
+
+    indices: which; None: all. batch: images side by side; None: what fits. amp: bf16 autocast. Progress is shown on
+    stderr. Raises InputError for a model without a head, tokens that do not fit it, no image at all, and
+    probabilities that are not finite.
+    """
+    classes, config, device = class_names(model), model.config, model.wte.device
+    if dataset.size != config.size or dataset.colors != config.colors:
+        is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, config))
+        raise InputError(f"{dataset.origin}: the images are {is_}, the model is made for {wants}; tokenise them for it")
+    indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+    if not len(indices):
+        raise InputError(f"{dataset.origin}: no image is left to classify")
+    found = np.empty((len(indices), len(classes)), np.float32)
+    # About 16 numbers a pixel and channel live at once inside a block.
+    size = batch or max(1, min(256, BATCH_BYTES // (16 * 4 * config.tokens * config.width)))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    with torch.inference_mode(), autocast, progress(len(indices), "images", "classifying") as bar:
+        for start in range(0, len(indices), size):
+            tokens = dataset.batch(indices[start : start + size]).to(device)
+            found[start : start + size] = model.classify(tokens).float().softmax(1).cpu().numpy()
+            bar.advance(len(tokens))
+    if not np.isfinite(found).all():
+        raise InputError(
+            "the model's probabilities are not finite: its weights are broken or overflow in this dtype; use another "
+            "checkpoint or float32"
+        )
+    return Answers(indices, found, classes)
+
+
+def answers_csv(answers: Answers, names: Sequence[str], labels: np.ndarray | None = None, whole: bool = False) -> bytes:
+    """A line an image: its name, the answer, its probability, its class where `labels` has it; a CSV file's bytes.
+
+    names: of all the dataset's images. labels: int64 [N], -1 where unknown. whole: the probability of every class too.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    known = [] if labels is None else ["class"]
+    writer.writerow(["image", "answer", "probability", *known, *(f"p({name})" for name in answers.classes if whole)])
+    for row, (index, best) in enumerate(zip(answers.indices, answers.best, strict=True)):
+        of_all = answers.probabilities[row]
+        label = [answers.classes[labels[row]] if labels[row] >= 0 else ""] if known else []
+        every = [f"{p:.6f}" for p in of_all] if whole else []
+        writer.writerow([names[index], answers.classes[best], f"{of_all[best]:.6f}", *label, *every])
+    return text.getvalue().encode("utf-8", "surrogateescape")  # a name that is no text in UTF-8 keeps its bytes
+
+
+def table_png(table: np.ndarray, classes: tuple[str, ...], title: str) -> bytes:
+    """`Answers.table` as the bytes of a PNG: a row a true class, a column an answer, dark where a row's images went."""
+    count = len(classes)
+    side = min(14.0, 3.0 + 0.42 * count)
+    figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shares = table / np.maximum(1, table.sum(1, keepdims=True))
+    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(image, label="share of the images of a class (%)", shrink=0.8)
+    if count <= WRITTEN:
+        for (row, column), number in np.ndenumerate(table):
+            colour = "white" if shares[row, column] > 0.5 else "#333333" if number else "#bbbbbb"
+            axes.text(column, row, str(number), ha="center", va="center", fontsize=8, color=colour)
+    shown = range(0, count, -(-count // 50))
+    names = [_shown(classes[index]) for index in shown]
+    axes.set_xticks(list(shown), names, rotation=90, parse_math=False)
+    axes.set_yticks(list(shown), names, parse_math=False)
+    axes.set(xlabel="answer", ylabel="class")
+    set_title(axes, title)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
+
+
+def _shown(name: str) -> str:
+    """A class's name, short, in what a picture can show."""
+    name = name.encode("utf-8", "replace").decode()
+    return name if len(name) <= 20 else name[:19] + "…"

@@ -1,4 +1,9 @@
-"""Where to compute."""
+"""Where to compute, and how much memory is there."""
+
+import contextlib
+import ctypes
+import os
+from pathlib import Path
 
 import torch
 
@@ -17,3 +22,47 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if torch.device(device).type not in ("cpu", "cuda"):
         raise InputError(f"device {str(device)!r} is none to train or sample on: use cpu or cuda")
     return torch.device(device)
+
+
+def memory_of(device: torch.device, limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Bytes of memory that the device has: a GPU's own, else the machine's, or the container's where that is less.
+
+    limit: the file with the container's, a whole number or "max".
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(machine, int(text)) if text.isdigit() else machine
+
+
+def free_memory_of(device: torch.device) -> int:
+    """Bytes of it that no other program holds: what is free, and what this process has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free, own = _kilobytes("/proc/meminfo", "MemAvailable"), _kilobytes("/proc/self/status", "VmRSS")
+    return min(memory_of(device), 1024 * (free + own))
+
+
+def restart_peak(device: torch.device) -> None:
+    """Has `peak_of` count from here. What the allocator keeps is given back first: it would hide what is needed."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(AttributeError):  # an allocator that has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_of(device: torch.device) -> int:
+    """Bytes: the most since `restart_peak`, on a GPU what torch held, else all of this process."""
+    return (
+        torch.cuda.max_memory_reserved(device)
+        if device.type == "cuda"
+        else 1024 * _kilobytes("/proc/self/status", "VmHWM")
+    )
+
+
+def _kilobytes(file: str, name: str) -> int:
+    return int(next(line for line in Path(file).read_text().splitlines() if line.startswith(name)).split()[1])

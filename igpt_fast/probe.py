@@ -7,7 +7,6 @@ the raw pixels, and the answer that is always the most frequent class.
 
 import io
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from igpt_fast.classify import Score, classify, draw_folds, load_sklearn, score
 from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
+from igpt_fast.device import memory_of
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import choose_labelled
@@ -152,7 +152,7 @@ def extract_features(
     amp: matrix products in bf16 autocast. Raises InputError when the machine's memory cannot hold them.
     """
     config, device = model.config, model.wte.device
-    needed, there = len(layers) * len(indices) * config.width * 4, _memory()
+    needed, there = len(layers) * len(indices) * config.width * 4, memory_of(torch.device("cpu"))
     if needed > there:
         raise InputError(
             f"the features of {len(indices):,} images at {len(layers)} layers take {needed / 1e9:.1f} GB and this "
@@ -212,8 +212,3 @@ def figure_png(result: ProbeResult, title: str) -> bytes:
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()
-
-
-def _memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -46,7 +46,7 @@ def test_the_first_step_has_the_given_weights(dataset, larger, tmp_path, fields)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "the given model stays as it is"
     with pytest.raises(InputError, match="init changes nothing when resuming"):
         train(larger, tmp_path / "run", resume=True, init=model, **OPTIONS)
-    other = Config.from_dict({**model.config.to_dict(), "layers": 3, "size": (6, 8)})
+    other = Config.from_dict({**model.config.to_dict(), "layers": 3, "size": (6, 8), "classes": 0})
     with pytest.raises(InputError, match="the weights to begin with have layers 2, not 3"):
         train(larger, tmp_path / "other", other, init=model, **OPTIONS)
     assert not (tmp_path / "other").exists()

@@ -10,6 +10,8 @@ from PIL import Image
 from test_docs import PAGES
 
 import igpt_fast as igpt
+from igpt_fast.checkpoint import save_checkpoint
+from igpt_fast.data import tokenize
 
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
@@ -23,6 +25,7 @@ SMALLER = {
     "randint(512, (4, 1023))": "randint(64, (4, 63))",
     "max_new_tokens=1024": "max_new_tokens=64",
     "layer=12": "layer=1",
+    "steps=500": "steps=2",
     "openai/imagegpt-small": "published",
 }
 
@@ -35,7 +38,7 @@ def blocks(text):
 
 @pytest.fixture
 def given(tmp_path, monkeypatch):
-    """What readers have: images, labels, a folder of classes, CIFAR-10, published weights; by name, or where we are."""
+    """What readers have: images, labels, a folder of classes, tokens, a run, CIFAR-10, published weights."""
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
     model = igpt.ImageGPT(igpt.Config(layers=2, width=16, heads=2, colors=64, size=8))
@@ -47,6 +50,10 @@ def given(tmp_path, monkeypatch):
     (tmp_path / "cifar-10-batches-bin").mkdir()
     for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
         np.zeros(2 * 3073, np.uint8).tofile(f"cifar-10-batches-bin/{name}.bin")
+    np.savez("labelled.npz", images=images.repeat(2, 0), labels=np.arange(24) % 2)
+    for name in ("tokens", "new-tokens"):
+        tokenize("labelled.npz", "published", name, (8, 8), resize="none", workers=0)
+    save_checkpoint("run", 1, model, igpt.Palette.load("published"))
     q = torch.randn(1, 2, 16, 8)
     return {"images": images, "labels": np.arange(12) % 2, "batch": torch.rand(2, 3, 20, 13), "q": q, "k": q, "v": q}
 

@@ -33,7 +33,7 @@ LAYERS = [
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},
     {"cached", "drawing", "sample", "classify", "options", "run", "batches", "labels", "task"},
-    {"train", "finetune", "loop", "processes", "probe", "predict", "evaluate", "sklearn"},
+    {"train", "finetune", "plan", "loop", "processes", "probe", "predict", "evaluate", "sklearn"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},
 ]

@@ -183,7 +183,7 @@ def test_a_broken_model(dataset):
 
 
 def test_features_that_no_memory_holds(monkeypatch, model, dataset):
-    monkeypatch.setattr(module, "_memory", lambda: 1000)
+    monkeypatch.setattr(module, "memory_of", lambda device: 1000)
     with pytest.raises(InputError, match=r"take fewer with --limit or --layers"):
         probe(model, dataset)
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from igpt_fast import __version__
-from igpt_fast.cli import classify, convert, data, evaluate, finetune, info, probe, sample, train
+from igpt_fast.cli import classify, convert, data, evaluate, finetune, info, plan, probe, sample, train
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import sigterm_exits
 
@@ -19,6 +19,7 @@ LESS = {
     "train": "a smaller --batch, --width, --layers or --size, more --accumulate, or --activation-checkpointing",
     "finetune": "a smaller --batch, more --accumulate, or --activation-checkpointing",
     "classify": "a smaller --batch",
+    "plan": "a smaller --width, --layers or --size, or --activation-checkpointing",
     "sample": "a smaller -n or --batch, or --dtype bfloat16",
     "complete": "fewer photos, a smaller -n or --batch, or --dtype bfloat16",
     "palette": "a smaller --size or --limit, or fewer --workers",
@@ -67,7 +68,7 @@ def _root(
     pass
 
 
-for _group in (data, train, sample, probe, finetune, classify, evaluate, convert, info):
+for _group in (data, plan, train, sample, probe, finetune, classify, evaluate, convert, info):
     _group.register(app)
 
 

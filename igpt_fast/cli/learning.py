@@ -1,11 +1,12 @@
-"""The options of commands that learn: one spelling and one explanation for `train` and `finetune`."""
+"""The options of commands that learn, or plan to: one spelling and one explanation for all of them."""
 
 from dataclasses import asdict, fields
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from igpt_fast.config import OBJECTIVES, POSITIONS, PRESETS
 from igpt_fast.options import PRECISIONS, Options
 
 LEARNING, MACHINE, WATCHING = "Learning", "Speed and memory", "Validation, pictures and checkpoints"
@@ -39,7 +40,14 @@ FIELDS = {
 }
 FLAGS = {"flip": "--flip/--no-flip"}
 
+SMALL = {"layers": 4, "width": 128, "heads": 4}  # when nothing is said: two cores take about a second a step
+# The options that are fields of Config, but for those that the data decide.
+SHAPE = ("layers", "width", "heads", "objective", "pattern", "positions")
+
 Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
+Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)
+Objective = Enum("Objective", {name: name for name in OBJECTIVES}, type=str)
+Positions = Enum("Positions", {name: name for name in POSITIONS}, type=str)
 
 
 def option(panel: str, flags: str, text: str, shown: object = False, **more: Any) -> Any:
@@ -62,3 +70,37 @@ def chosen(standard: Options, saved: dict[str, Any], given: dict[str, Any]) -> d
     options = {each.name: given.get(each.name, known[each.name]) for each in fields(standard)}
     type(standard)(**options)
     return options
+
+
+def read_pattern(given: dict[str, Any]) -> dict[str, Any]:
+    """The pattern of the options given, where there is one, as Config takes it: a/b are heads of one layer."""
+    return (
+        {"pattern": [text.split("/") if "/" in text else text for text in given["pattern"]]}
+        if "pattern" in given
+        else {}
+    )
+
+
+def _model(flags: str, text: str, shown: object = False, **more: Any) -> Any:
+    return option("The model", flags, text, shown, **more)
+
+
+PresetOption = Annotated[Preset | None, _model("--preset", "A published size.")]
+LayersOption = Annotated[int | None, _model("--layers", "Blocks.", SMALL["layers"])]
+WidthOption = Annotated[int | None, _model("--width", "Channels, a multiple of the heads.", SMALL["width"])]
+HeadsOption = Annotated[int | None, _model("--heads", "Attention heads.", SMALL["heads"])]
+ObjectiveOption = Annotated[
+    Objective | None, _model("--objective", "ar: predict the next pixel. bert: predict hidden pixels.", "ar")
+]
+PatternOption = Annotated[
+    list[str] | None,
+    _model(
+        "--pattern",
+        "Sparse attention, such as row|neighborhood(7), or dense. Repeated: layers alternate; a / b: heads do.",
+        "dense",
+        metavar="TEXT",
+    ),
+]
+PositionsOption = Annotated[
+    Positions | None, _model("--positions", "An embedding a pixel; axial: of its row plus of its column.", "learned")
+]

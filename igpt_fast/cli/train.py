@@ -1,16 +1,32 @@
 """`igpt-fast train`: from images, or tokens, to a model."""
 
 import shlex
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from igpt_fast.cli.learning import IMAGES_PANEL, MACHINE, Precision, chosen, field, option
+from igpt_fast.cli.learning import (
+    IMAGES_PANEL,
+    MACHINE,
+    SHAPE,
+    SMALL,
+    HeadsOption,
+    LayersOption,
+    ObjectiveOption,
+    PatternOption,
+    PositionsOption,
+    Precision,
+    PresetOption,
+    WidthOption,
+    chosen,
+    field,
+    option,
+    read_pattern,
+)
 from igpt_fast.cli.options import JsonOption, OnError, Resize, parse_size, print_json
 from igpt_fast.cli.start import open_start, refuse_changes
-from igpt_fast.config import OBJECTIVES, POSITIONS, PRESETS, Config
+from igpt_fast.config import PRESETS, Config
 from igpt_fast.console import duration, say
 from igpt_fast.data import open_tokens
 from igpt_fast.errors import InputError
@@ -23,24 +39,13 @@ from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
 from igpt_fast.weights import refuse_misfit
 
-SMALL = {"layers": 4, "width": 128, "heads": 4}  # when nothing is said: two cores take about a second a step
 IMAGES = {"size": None, "resize": "paper", "background": "white", "on_error": "raise", "palette": None, "colors": 512}
-# The options that are fields of Config, but for those that the data decide.
-SHAPE = ("layers", "width", "heads", "objective", "pattern", "positions")
 STANDARD = Options()
-
-Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)
-Objective = Enum("Objective", {name: name for name in OBJECTIVES}, type=str)
-Positions = Enum("Positions", {name: name for name in POSITIONS}, type=str)
 
 
 def register(app: typer.Typer) -> None:
     """Adds this module's command."""
     app.command("train")(train)
-
-
-def _model(*args: Any, **more: Any) -> Any:
-    return option("The model", *args, **more)
 
 
 def train(
@@ -60,33 +65,21 @@ def train(
     ] = False,
     init: Annotated[
         Path | None,
-        _model(
+        option(
+            "The model",
             "--init",
             "Begin with the weights of a run, or of any model that sample takes; --size and --pattern may be others.",
             "fresh weights",
             metavar="MODEL",
         ),
     ] = None,
-    preset: Annotated[Preset | None, _model("--preset", "A published size.")] = None,
-    layers: Annotated[int | None, _model("--layers", "Blocks.", SMALL["layers"])] = None,
-    width: Annotated[int | None, _model("--width", "Channels, a multiple of the heads.", SMALL["width"])] = None,
-    heads: Annotated[int | None, _model("--heads", "Attention heads.", SMALL["heads"])] = None,
-    objective: Annotated[
-        Objective | None, _model("--objective", "ar: predict the next pixel. bert: predict hidden pixels.", "ar")
-    ] = None,
-    pattern: Annotated[
-        list[str] | None,
-        _model(
-            "--pattern",
-            "Sparse attention, such as row|neighborhood(7), or dense. Repeated: layers alternate; a / b: heads do.",
-            "dense",
-            metavar="TEXT",
-        ),
-    ] = None,
-    positions: Annotated[
-        Positions | None,
-        _model("--positions", "An embedding a pixel; axial: of its row plus of its column.", "learned"),
-    ] = None,
+    preset: PresetOption = None,
+    layers: LayersOption = None,
+    width: WidthOption = None,
+    heads: HeadsOption = None,
+    objective: ObjectiveOption = None,
+    pattern: PatternOption = None,
+    positions: PositionsOption = None,
     size: Annotated[
         str | None, option(IMAGES_PANEL, "--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
     ] = None,
@@ -140,8 +133,7 @@ def train(
     Example: igpt-fast train photos/ --out run --layers 8 --width 256 --heads 4 --size 32 --steps 5000
     """
     given = {name: getattr(value, "value", value) for name, value in locals().items() if value not in (None, [])}
-    if pattern:
-        given["pattern"] = [text.split("/") if "/" in text else text for text in pattern]
+    given |= read_pattern(given)
     with together(device) as processes:
         with processes.first_goes_ahead():
             dataset, options = _prepare(data, out, given)

@@ -1,0 +1,128 @@
+"""`igpt-fast plan`: what a training run would take on this machine, before it is begun."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from igpt_fast.cli.inputs import described
+from igpt_fast.cli.learning import (
+    MACHINE,
+    SHAPE,
+    SMALL,
+    HeadsOption,
+    LayersOption,
+    ObjectiveOption,
+    PatternOption,
+    PositionsOption,
+    Precision,
+    PresetOption,
+    WidthOption,
+    chosen,
+    field,
+    option,
+    read_pattern,
+)
+from igpt_fast.cli.options import JsonOption, parse_size, print_json
+from igpt_fast.config import PRESETS, Config
+from igpt_fast.console import duration, number, say
+from igpt_fast.options import Options
+from igpt_fast.plan import Plan
+from igpt_fast.plan import plan as make_plan
+from igpt_fast.weights import open_model
+
+STANDARD = Options()
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("plan")(plan)
+
+
+def plan(
+    init: Annotated[
+        Path | None,
+        option(
+            "The model",
+            "--init",
+            "The shape of this model, as train and finetune begin with it.",
+            "none",
+            metavar="MODEL",
+        ),
+    ] = None,
+    preset: PresetOption = None,
+    layers: LayersOption = None,
+    width: WidthOption = None,
+    heads: HeadsOption = None,
+    objective: ObjectiveOption = None,
+    pattern: PatternOption = None,
+    positions: PositionsOption = None,
+    size: Annotated[
+        str | None, option("The model", "--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
+    ] = None,
+    colors: Annotated[int | None, option("The model", "--colors", "Colours of the palette.", 512)] = None,
+    steps: Annotated[int | None, field("steps", STANDARD)] = None,
+    batch: Annotated[int | None, field("batch", STANDARD)] = None,
+    ema: Annotated[float | None, field("ema", STANDARD)] = None,
+    accumulate: Annotated[int | None, field("accumulate", STANDARD)] = None,
+    activation_checkpointing: Annotated[bool | None, field("activation_checkpointing", STANDARD)] = None,
+    precision: Annotated[Precision | None, field("precision", STANDARD)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=MACHINE)] = "auto",
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=0.0, help="About how long to measure.")
+    ] = 30.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what train would take on this machine: time, memory, disk. Nothing is written.
+
+    The options are those of train. A few passes are done on images of noise, of one image and of ever more side by
+    side; a step and a run are reckoned from them.
+
+    Example: igpt-fast plan --preset S --batch 32 --accumulate 4 --steps 100000
+    """
+    given = {name: getattr(value, "value", value) for name, value in locals().items() if value not in (None, [])}
+    options = Options(**chosen(STANDARD, {}, given))
+    shape: dict[str, Any] = SMALL
+    if init is not None:
+        found = open_model(init)
+        shape = {**found.model.config.to_dict(), "classes": 0}
+        say(f"shaped as {described(found)}")
+        del found  # its memory is not the run's
+    shape = {**shape, **(PRESETS[preset] if preset else {})}
+    if size is not None:
+        given["size"] = parse_size(size)
+    given |= read_pattern(given)
+    config = Config.from_dict({**shape, **{name: given[name] for name in (*SHAPE, "size", "colors") if name in given}})
+    result = make_plan(config, options, device, seconds)
+    for line in report(config, options, result):
+        say(line)
+    if as_json:
+        print_json(config=config.to_dict(), **result.to_dict())
+
+
+def report(config: Config, options: Options, plan: Plan) -> list[str]:
+    """The plan as lines for a person."""
+    p, c = plan, config
+    shape = f"{c.layers} layers, width {c.width}, {c.heads} heads, {c.size[0]}×{c.size[1]} pixels of {c.colors} colours"
+    rate = (
+        f"{number(p.batch / p.step_seconds)} images/s, {p.flop_per_image * p.batch / p.step_seconds / 1e9:,.0f} GFLOP/s"
+    )
+    side = f"{p.part} image{'s' * (p.part > 1)} side by side"
+    guess = "" if p.measured == p.part else f", in proportion to {p.measured} that were measured"
+    lines = [
+        f"{c.objective} model of {p.parameters:,} parameters: {shape}",
+        f"  step         {number(p.step_seconds)} s of {p.batch} images, {side}{guess}: {rate}",
+        f"  run          {duration(p.seconds)} for {p.steps:,} steps, without validation and pictures",
+        f"  memory       {_bytes(p.peak_bytes)}, of {_bytes(p.device_bytes)} there {_bytes(p.free_bytes)} are free",
+        f"               an image side by side takes {_bytes(p.image_bytes)}: about {p.fits:,} fit",
+        f"  checkpoint   {_bytes(p.checkpoint_bytes)} on disk, and {options.keep + 1} of them while one is saved",
+    ]
+    if p.cache_bytes:
+        lines.append(f"  sampling     {_bytes(p.cache_bytes)} of keys and values an image, in bfloat16")
+    if p.part > p.fits:
+        lines.append("a step does not fit: more --accumulate, --activation-checkpointing or a smaller --batch helps")
+    return lines
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

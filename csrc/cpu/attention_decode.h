@@ -167,18 +167,12 @@ static inline void mix_all(float* row, const float* p, const Rows& v, int64_t D,
 #if defined(__AVX512BF16__)
 // The same for bf16, 32 columns at a time: keys are multiplied as the pairs that they are, by a query of bf16; the two
 // values of a pair become floats by a shift and a mask, which is half the work of widening them.
-constexpr int64_t kPairs = 32;
-static inline __m512i pairs(const bf16* p, int64_t n) {  // zeros behind the n-th
-  return n >= kPairs ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p);
-}
-
 template <class T, int dim, class Rows>
   requires std::is_same_v<T, bf16>
 static inline vf all_dots(float* score, float* query, const Rows& k, int64_t D, int64_t length, float scale) {
   constexpr int kMost = dim ? (dim + kPairs - 1) / kPairs : 4;
-  __m512bh q[kMost] = {};
-  for (int64_t c = 0; c < D; c += kPairs)
-    q[c / kPairs] = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(query + c + kLanes), _mm512_loadu_ps(query + c));
+  vp q[kMost] = {};
+  for (int64_t c = 0; c < D; c += kPairs) q[c / kPairs] = to_pairs(load(query + c), load(query + c + kLanes));
   vf tops = splat(-INFINITY);
   for (int64_t t = 0; t < length; t += kLanes) {
     vf acc[kLanes];
@@ -187,8 +181,7 @@ static inline vf all_dots(float* score, float* query, const Rows& k, int64_t D, 
       const bf16* row = k.row(std::min(t + j, length - 1));
       for (int64_t c = 0; c < D; c += kPairs) {
         k.ask(row, std::min(t + j, length - 1), c);
-        const auto kv = reinterpret_cast<__m512bh>(pairs(row + c, D - c));
-        acc[j] = reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[j]), q[c / kPairs], kv));
+        acc[j] = dot_pairs(acc[j], q[c / kPairs], load_pairs_n(row + c, D - c));
       }
     }
     const vf s = sums(acc) * scale;
@@ -207,7 +200,7 @@ static inline void mix_pairs(float* out, const float* p, const Rows& v, int64_t 
     const bf16* row = v.row(t);
     for (int b = 0; b < blocks; ++b) {
       v.ask(row, t, c + b * kPairs);
-      const __m512i two = pairs(row + c + b * kPairs, D - c - b * kPairs);
+      const auto two = reinterpret_cast<__m512i>(load_pairs_n(row + c + b * kPairs, D - c - b * kPairs));
       even[s][b] += p[t] * reinterpret_cast<vf>(_mm512_slli_epi32(two, 16));
       odd[s][b] += p[t] * reinterpret_cast<vf>(_mm512_and_si512(two, _mm512_set1_epi32(int(0xffff0000u))));
     }

@@ -57,12 +57,9 @@ struct Bf16Units {
 #endif
   static constexpr float kBase = kLog2e;
   static constexpr int64_t kChunk = 1 << 20;  // the inputs' own rounding outweighs that of the sums
-  using Vector = __m512bh;
-  static Vector load_b(const Unit* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
-  static vf dot(vf acc, Unit a, Vector b) {
-    const __m512bh av = reinterpret_cast<__m512bh>(_mm512_set1_epi32(int(a)));
-    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), av, b));
-  }
+  using Vector = vp;
+  static vp load_b(const Unit* p) { return reinterpret_cast<vp>(_mm512_loadu_si512(p)); }
+  static vf dot(vf acc, Unit a, vp b) { return dot_pairs(acc, reinterpret_cast<vp>(_mm512_set1_epi32(int(a))), b); }
   static Unit unit(const bf16* p) {
     Unit u;
     std::memcpy(&u, p, sizeof u);
@@ -84,10 +81,7 @@ struct Bf16Units {
     p = p * f + 1.f;
     return reinterpret_cast<vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), in));
   }
-  static __m512i both(vf low, vf high) {
-    return reinterpret_cast<__m512i>(
-        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
-  }
+  static __m512i both(vf low, vf high) { return reinterpret_cast<__m512i>(to_pairs(low, high)); }
   // The first half's elements and the second's in turn.
   static void store_interleaved(Unit* to, __m512i halves) {
     vs from;

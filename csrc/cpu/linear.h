@@ -27,18 +27,12 @@ struct Wide {
 #if defined(__AVX512BF16__)
 struct Pairs {
   using X = bf16;
-  using Vector = __m512bh;
-  static constexpr int kStep = 2 * kLanes;
-  static Vector load(const bf16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
-  static Vector load_n(const bf16* w, int64_t n) {
-    bf16 full[kStep] = {};
-    std::memcpy(full, w, size_t(n) * sizeof(bf16));
-    return load(full);
-  }
-  static Vector load_x(const bf16* x) { return load(x); }
-  static vf dot(vf acc, Vector x, Vector w) {
-    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), x, w));
-  }
+  using Vector = vp;
+  static constexpr int kStep = kPairs;
+  static vp load(const bf16* p) { return load_pairs(p); }
+  static vp load_n(const bf16* w, int64_t n) { return load_pairs_n(w, n); }
+  static vp load_x(const bf16* x) { return load_pairs(x); }
+  static vf dot(vf acc, vp x, vp w) { return dot_pairs(acc, x, w); }
 };
 #endif
 

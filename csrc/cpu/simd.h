@@ -89,6 +89,23 @@ static inline void store(bf16* p, vf v) {
 static inline float to_float(float x) {
   return x;
 }
+#if defined(__AVX512BF16__)
+// Neighbouring bf16, two a lane, and their instruction: each lane adds the products of both its pairs.
+typedef __m512bh vp;
+constexpr int kPairs = 2 * kLanes;
+static inline vp load_pairs(const bf16* p) {
+  return reinterpret_cast<vp>(_mm512_loadu_si512(p));
+}
+static inline vp load_pairs_n(const bf16* p, int64_t n) {  // zeros behind the n-th, 0 < n
+  return n >= kPairs ? load_pairs(p) : reinterpret_cast<vp>(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
+}
+static inline vp to_pairs(vf low, vf high) {
+  return _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
+}
+static inline vf dot_pairs(vf acc, vp x, vp y) {
+  return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), x, y));
+}
+#endif
 static inline float to_float(bf16 x) {
   const uint32_t u = uint32_t(x.bits) << 16;
   float f;

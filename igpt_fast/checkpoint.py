@@ -100,6 +100,14 @@ def save_checkpoint(
     return target
 
 
+def update_state(directory: Path, changes: Mapping[str, Any], best: int | None) -> None:
+    """Puts `changes` into the state of a checkpoint, and the run's best step, unless they stand there already."""
+    record = read_record(directory)
+    new = {**record, "state": {**record["state"], **changes}, **({} if best is None else {"best": best})}
+    if (new := json.loads(json.dumps(new, allow_nan=False))) != record:
+        write_atomically(directory / STATE, _encoded(new))
+
+
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """The newest checkpoint of a run, or the one whose directory is given, checked in full; the model is on `device`.
 
@@ -216,7 +224,11 @@ def _write_files(
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     record = {"format": FORMAT, **record, "files": files}
     record = json.loads(json.dumps(record, allow_nan=False))  # as a reader will see it: tuples become lists
-    write_atomically(directory / STATE, json.dumps({**record, "digest": _digest(record)}, indent=1).encode())
+    write_atomically(directory / STATE, _encoded(record))
+
+
+def _encoded(record: Mapping[str, Any]) -> bytes:
+    return json.dumps({**record, "digest": _digest(record)}, indent=1).encode()
 
 
 def _verify(directory: Path, record: dict[str, Any], name: str, contents: bool = True) -> None:

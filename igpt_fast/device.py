@@ -9,6 +9,8 @@ import torch
 
 from igpt_fast.errors import InputError
 
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """ "auto": the GPU when there is one, else the CPU; else what is named. InputError when this machine lacks it."""
@@ -24,7 +26,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return torch.device(device)
 
 
-def memory_of(device: torch.device, limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+def memory_of(device: torch.device, limit: Path = LIMIT) -> int:
     """Bytes of memory that the device has: a GPU's own, else the machine's, or the container's where that is less.
 
     limit: the file with the container's, a whole number or "max".
@@ -36,12 +38,14 @@ def memory_of(device: torch.device, limit: Path = Path("/sys/fs/cgroup/memory.ma
     return min(machine, int(text)) if text.isdigit() else machine
 
 
-def free_memory_of(device: torch.device) -> int:
-    """Bytes of it that no other program holds: what is free, and what this process has."""
+def free_memory_of(device: torch.device, limit: Path = LIMIT) -> int:
+    """Bytes of it that no other program holds: what is free, and what this process has. limit: as in `memory_of`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free, own = _kilobytes("/proc/meminfo", "MemAvailable"), _kilobytes("/proc/self/status", "VmRSS")
-    return min(memory_of(device), 1024 * (free + own))
+    used = limit.with_name("memory.current")  # the files that it has read included, which would make room
+    others = int(used.read_text()) - 1024 * own if used.is_file() else 0
+    return min(memory_of(device, limit) - max(0, others), 1024 * (free + own))
 
 
 def restart_peak(device: torch.device) -> None:
@@ -52,7 +56,10 @@ def restart_peak(device: torch.device) -> None:
         return
     with contextlib.suppress(AttributeError):  # an allocator that has no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise InputError(f"this system does not count how much memory a process takes at most ({error})") from error
 
 
 def peak_of(device: torch.device) -> int:

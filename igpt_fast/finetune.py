@@ -96,7 +96,10 @@ def finetune(
     labels = np.full(len(dataset), -1)
     labels[chosen.indices] = chosen.labels
 
+    task: ClassTask
+
     def prepare(checkpoint: Checkpoint | None) -> Prepared:
+        nonlocal task
         config = replace((checkpoint.model if checkpoint else model).config, classes=len(chosen.classes))
         if checkpoint:
             refuse_differences(run, checkpoint.model.config.to_dict(), config.to_dict())
@@ -113,25 +116,32 @@ def finetune(
         result = carry_out(prepare, run, o, processes, resume, command)
         if result.step < o.steps:
             say(f"no better validation since {o.patience} of them: ended at step {result.step}")
-        return _result(result, dataset, chosen, parts, test=processes.first)
+        return _result(result, task, dataset, chosen, test=processes.first)
 
 
 def _result(
-    result: Result,
-    dataset: TokenDataset | JoinedTokens,
-    chosen: Labelled,
-    parts: tuple[np.ndarray, np.ndarray],
-    test: bool,
+    result: Result, task: ClassTask, dataset: TokenDataset | JoinedTokens, chosen: Labelled, test: bool
 ) -> FinetuneResult:
     """What the run has come to, tested."""
     best = load_checkpoint(find_best(result.run), result.model.wte.device)
-    measured = {row["step"]: row["val_accuracy"] for row in result.rows if "val_accuracy" in row}
+    accuracy = None if task.record is None else task.record[0]
     found, answers = None, None
     if test and chosen.test.any():
         answers = predict(best.model, dataset, chosen.indices[chosen.test])
         labels = chosen.labels[chosen.test]
         found = score("fine-tuned", int((answers.best == labels).sum()), len(labels))
     return FinetuneResult(
-        best.model, result.run, best.path, best.step, result.step, measured.get(best.step), found, answers, chosen,
-        len(parts[0]), len(parts[1]), result.seconds, result.rows,
-    )  # fmt: skip
+        model=best.model,
+        run=result.run,
+        checkpoint=best.path,
+        step=best.step,
+        last_step=result.step,
+        val_accuracy=accuracy,
+        test=found,
+        answers=answers,
+        chosen=chosen,
+        train=len(task.batches.indices),
+        val=len(task.batches.held_out),
+        seconds=result.seconds,
+        rows=result.rows,
+    )

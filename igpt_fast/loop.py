@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast.batches import Batch, fingerprint
-from igpt_fast.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
+from igpt_fast.checkpoint import Checkpoint, list_checkpoints, save_checkpoint, update_state
 from igpt_fast.config import Config
 from igpt_fast.console import Bar, progress, say
 from igpt_fast.interrupt import Stop, Stopped
@@ -60,10 +60,13 @@ class Loop:
         if checkpoint:
             self.step, state = checkpoint.step, checkpoint.state
             refuse_differences(run, {"shift": 0, **state["fixed"]}, self.fixed)
-            refuse_idle_steps(run, self.step, self.options, state["free"])
             say(f"going on from {checkpoint.path}")
             say_differences(state["free"], self._circumstances())
             task.restore(state.get("task", {}))
+            refuse_idle_steps(run, self.step, self.options, state["free"], task.done)
+            if task.best is not None and not (checkpoint.path.with_name(f"step-{task.best:08d}")).is_dir():
+                say(f"the best weights so far, of step {task.best}, are gone: the best of what follows counts")
+                task.forget_best()
         self.window: list[Any] = [tuple(of_step) for of_step in state["window"]]  # losses, norm: since the last row
         self.began = time.monotonic() - state["elapsed"]
         self.timed = (0, 0.0)  # steps since the last row, and the seconds that they took
@@ -72,6 +75,7 @@ class Loop:
         if processes.first:
             drop_later_pictures(run, self.step)
             write_options(run, config, self.options, data, command)
+            task.write_images(run)
 
     def _build(self, checkpoint: Checkpoint | None, start: ImageGPT | None) -> None:
         """The model, its average when ema is on, and the optimizer: fresh by the seed, given, or as they were saved."""
@@ -170,7 +174,7 @@ class Loop:
         if last or self._due(options.log_every):
             self._log(bar)
         due = len(self.batches.held_out) and (last or self._due(options.val_every))
-        if due and not self.metrics.has(self.step, self.task.measures[0]):
+        if due and self.task.judged != self.step:
             self._validate(bar)
             if self.task.done and not last:
                 last = True
@@ -216,6 +220,9 @@ class Loop:
     @torch.no_grad()
     def _validate(self, bar: Bar) -> None:
         names = self.task.measures
+        if (row := self.metrics.of(self.step, names[0])) is not None:  # killed before a checkpoint could say so
+            self.task.judge(self.step, row)
+            return
         total = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(self.batches.validation(self.options.batch // self.options.accumulate)):
             self.stop.check()
@@ -249,6 +256,7 @@ class Loop:
         if not self.processes.first:
             return self.run
         if (saved := list_checkpoints(self.run)) and int(saved[-1].name[5:]) == self.step:
+            update_state(saved[-1], {"task": self.task.state()}, self.task.best)
             return saved[-1]
         tensors = state_tensors(self.optimizer, self.named)
         if self.options.ema:

@@ -21,6 +21,7 @@ from igpt_fast.patterns import compiled
 
 STATE_BYTES = 16  # of a parameter: itself, its gradient and Adam's two moments, in float32
 ENOUGH = 0.9  # of the memory is planned with: the rest is other programs'
+NOISE = 32 << 20  # bytes by which the peak of a process varies
 REPEATS = 3  # timings of the largest part; their median counts
 
 
@@ -40,7 +41,7 @@ class Plan:
     peak_bytes: int
     free_bytes: int  # what no other program holds
     device_bytes: int
-    image_bytes: int  # what one more image side by side takes; an estimate where only one was measured
+    image_bytes: int  # what one more image side by side takes; an estimate where too few were measured to tell
     fits: int  # images side by side that fit into nine tenths of what is free, by image_bytes
     checkpoint_bytes: int
     cache_bytes: int  # keys and values of an image while it is drawn in bfloat16; 0 for a model that draws none
@@ -76,7 +77,7 @@ def plan(config: Config, options: Options, device: str | torch.device = "auto", 
     with progress(part, "images", "side by side") as bar:
         found = _Measure(config, options, device, free).upto(part, seconds, bar)
     size = found.sizes[-1]
-    image = (found.peaks[-1] - found.peaks[0]) / (size - found.sizes[0]) if size > 1 else _image_bytes(config, options)
+    image = found.image()
     of_part, peak = found.times[-1] * part / size, found.peaks[-1] + image * (part - size)
     return Plan(
         parameters=count,
@@ -90,7 +91,7 @@ def plan(config: Config, options: Options, device: str | torch.device = "auto", 
         free_bytes=free,
         device_bytes=memory_of(device),
         image_bytes=round(image),
-        fits=size + max(0, math.floor((ENOUGH * free - found.peaks[-1]) / max(1.0, image))),
+        fits=max(1, size + math.floor((ENOUGH * free - found.peaks[-1]) / image)),
         checkpoint_bytes=count * (12 + 4 * bool(options.ema)),
         cache_bytes=2 * 2 * config.layers * config.width * cache_slots(config) if config.objective == "ar" else 0,
     )
@@ -128,6 +129,7 @@ class _Measure:
 
     def __init__(self, config: Config, options: Options, device: torch.device, free: int) -> None:
         self.options, self.device, self.free = options, device, free
+        self.estimate = _image_bytes(config, options)
         self.sizes, self.times, self.peaks, self.update = [], [], [], 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
@@ -176,10 +178,13 @@ class _Measure:
         return True
 
     def _has_room(self, size: int) -> bool:
-        if len(self.sizes) < 2:
-            return True
-        image = (self.peaks[-1] - self.peaks[0]) / (self.sizes[-1] - self.sizes[0])
+        image = self.image()
         return self.peaks[-1] + image * (size - self.sizes[-1]) < ENOUGH * self.free
+
+    def image(self) -> float:
+        """Bytes of one more image side by side: as measured, or, where that is lost in the noise, as estimated."""
+        grown = self.peaks[-1] - self.peaks[0]
+        return grown / (self.sizes[-1] - self.sizes[0]) if grown > NOISE else self.estimate
 
     def _passes(self, size: int) -> None:
         tokens = self.tokens[:size].to(self.device)

@@ -28,6 +28,7 @@ from igpt_fast.options import FinetuneOptions, Options
 from igpt_fast.pictures import write_atomically
 
 OPTIONS, METRICS = "train.json", "metrics.jsonl"
+LEARNED = "learned.npy"  # of fine-tuning: which of the images it learns from
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def read_options(run: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
         values = {key: dict(values[key]) for key in ("config", "options", "data", "command")}
-        kind = FinetuneOptions if values["config"].get("classes") else Options
+        kind = FinetuneOptions if learns_classes(values) else Options
         kind(**{f.name: values["options"][f.name] for f in fields(kind) if f.name in values["options"]})
         _check_images(values["command"].get("images", {}))
     except FileNotFoundError as error:
@@ -97,6 +98,11 @@ def read_options(run: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, error) from error
     return values
+
+
+def learns_classes(saved: Mapping[str, Any]) -> bool:
+    """Whether train.json is of fine-tuning."""
+    return "generative" in saved["options"]
 
 
 def damaged(path: Path, error: Exception) -> InputError:
@@ -128,12 +134,18 @@ def refuse_differences(run: Path, saved: Mapping[str, Any], now: Mapping[str, An
             )
 
 
-def refuse_idle_steps(run: Path, step: int, options: Options, saved: Mapping[str, Any]) -> None:
-    """InputError when a resumed run is beyond options.steps, or has no step left and a new way to take them."""
+def refuse_idle_steps(run: Path, step: int, options: Options, saved: Mapping[str, Any], done: bool) -> None:
+    """InputError when a resumed run is beyond options.steps, or has no step left and a new way to take them.
+
+    done: it has ended before its last step.
+    """
     if step > options.steps:
         raise InputError(f"--steps is {options.steps}, but {run} has come to step {step}: give as many or more")
     now = asdict(options)
     new = [name for name in ("lr", "warmup", "clip") if name in saved and saved[name] != now[name]]
+    if done and (new or saved["steps"] != options.steps):
+        name = new[0] if new else "steps"
+        raise InputError(f"--{name} changes nothing: {run} has ended, no validation was better; give more --patience")
     if step == options.steps and new:
         raise InputError(
             f"--{new[0]} changes nothing: {run} has taken its {step} steps; give more --steps, or leave it out"
@@ -227,9 +239,9 @@ class Metrics:
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())
 
-    def has(self, step: int, key: str) -> bool:
-        """Whether a row of that step holds `key`."""
-        return any(row["step"] == step and key in row for row in self.rows)
+    def of(self, step: int, key: str) -> dict[str, Any] | None:
+        """The row of that step that holds `key`."""
+        return next((row for row in self.rows if row["step"] == step and key in row), None)
 
     def last(self, key: str) -> float | None:
         """The newest value under `key`, None when there is none."""

@@ -1,10 +1,12 @@
 """What a run learns: what a step minimises, what validation measures, what is drawn of it. Pixels, or classes too."""
 
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,8 @@ from igpt_fast.config import Config
 from igpt_fast.console import number
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
-from igpt_fast.pictures import save_curve
+from igpt_fast.pictures import save_curve, write_atomically
+from igpt_fast.run import LEARNED
 
 CURVE, ACCURACY = "loss.png", "accuracy.png"
 
@@ -26,6 +29,7 @@ class PixelTask:
     losses: tuple[str, ...] = ("loss",)
     measures: tuple[str, ...] = ("val_loss",)
     best: int | None = None  # the step of the weights that are the best so far, where the task can tell
+    judged: int | None = None  # the step of the newest weights that validation has measured
     done = False  # whether more steps would help no more
 
     def __init__(self, batches: Batches) -> None:
@@ -41,6 +45,13 @@ class PixelTask:
 
     def judge(self, step: int, measured: Mapping[str, float]) -> None:
         """Hears what validation has measured of that step's weights."""
+        self.judged = step
+
+    def forget_best(self) -> None:
+        """The best weights are gone: others will be the best."""
+
+    def write_images(self, run: Path) -> None:
+        """Notes in the run which images it learns from, where their names do not say it."""
 
     def fixed(self) -> dict[str, Any]:
         """What a resumed run cannot change, beside the options."""
@@ -96,10 +107,22 @@ class ClassTask(PixelTask):
 
     def judge(self, step: int, measured: Mapping[str, float]) -> None:
         """The best has the highest accuracy, of equal ones the lowest loss."""
+        super().judge(step, measured)
         found = measured["val_accuracy"], -measured["val_class_loss"]
         self.since += 1
         if self.record is None or found > self.record:
             self.best, self.record, self.since = step, found, 0
+
+    def forget_best(self) -> None:
+        """The best weights are gone: the next that are measured will be the best."""
+        self.best = self.record = None
+
+    def write_images(self, run: Path) -> None:
+        """RUN/learned.npy: the dataset's indices of the images to learn from and of those that validation has."""
+        indices = np.sort(np.concatenate([self.batches.indices, self.batches.held_out]))
+        data = io.BytesIO()
+        np.save(data, indices)
+        write_atomically(run / LEARNED, data.getvalue())
 
     def fixed(self) -> dict[str, Any]:
         """The classes, in their order, and which image has which."""
@@ -107,11 +130,11 @@ class ClassTask(PixelTask):
 
     def state(self) -> dict[str, Any]:
         """The best so far."""
-        return {"best": self.best, "record": self.record, "since": self.since}
+        return {"best": self.best, "record": self.record, "since": self.since, "judged": self.judged}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from where `state` was taken."""
-        self.best, self.since = state["best"], state["since"]
+        self.best, self.since, self.judged = state["best"], state["since"], state["judged"]
         self.record = state["record"] and tuple(state["record"])
 
     def introduction(self, config: Config, options: Options) -> list[str]:

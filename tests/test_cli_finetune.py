@@ -18,9 +18,11 @@ from tiny import rows, same, weights
 
 from igpt_fast.checkpoint import list_checkpoints, save_checkpoint
 from igpt_fast.config import Config
+from igpt_fast.finetune import finetune
 from igpt_fast.model import ImageGPT
 from igpt_fast.run import read_metrics, read_options
-from igpt_fast.tokens import is_token_directory
+from igpt_fast.tokens import TokenDataset, is_token_directory
+from igpt_fast.weights import open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = ["--steps", "12", "--batch", "8", "--val-every", "4", "--save-every", "5", "--log-every", "3"]
@@ -54,7 +56,7 @@ def tuned(place):
 def test_all_that_a_run_leaves(place, tuned):
     run, answer, said = tuned
     assert answer["run"] == str(run) and answer["classes"] == ["a", "b", "c"] and answer["last_step"] == 12
-    assert answer["seen_unlabelled"] is None and answer["left_out"] == {}
+    assert answer["seen"] is None and answer["left_out"] == {}
     for name in ("loss.png", "accuracy.png", "confusion.png"):
         assert (run / name).read_bytes()[:4] == b"\x89PNG" and f"{run / name}\n" in said
     for line in (
@@ -113,6 +115,7 @@ def test_resume_goes_on_and_refuses_what_is_another_run(place, tuned, igpt):
         (["--workers", "2"], "holds tokens, which are read already; leave out --workers"),
         (["--resume"], "holds no checkpoint to go on from"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--patience", "3", "--val-fraction", "0"], "--patience changes nothing with --val-fraction 0"),
         (["--test", "TOKENS"], "holds the images that are learned from; give others to test on"),
     ],
 )
@@ -201,10 +204,10 @@ def test_classify_takes_what_convert_wrote(place, tuned, igpt, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["RUN", "--out", "c.txt"], "c.txt: is to be a .csv file"),
-        (["RUN", "--confusion", "c.jpg"], "c.jpg: is to be a .png file"),
+        (["RUN", "--out", "c.txt"], "c.txt: is written as a .csv file"),
+        (["RUN", "--confusion", "c.jpg"], "c.jpg: is written as a .png file"),
         (["MODEL"], "no classifier head: igpt-fast finetune gives it one"),
-        (["RUN", "--confusion", "c.png"], "has no folder of a class that the model knows"),
+        (["RUN", "--confusion", "c.png"], "has no labels that the model knows: --confusion needs"),
     ],
 )
 def test_classify_refuses_in_one_line(place, tuned, igpt, tmp_path, monkeypatch, words, message):
@@ -232,3 +235,61 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place, tmp_path):
     )
     last = [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row][-1]
     assert list_checkpoints(tmp_path / "run")[-1].name == f"step-{last:08d}"
+
+
+def test_what_the_model_and_the_run_have_seen(place, tuned, igpt, tmp_path):
+    run, answer, _ = tuned
+    again = [
+        place / "photos",
+        "--out",
+        tmp_path / "again",
+        "--resize",
+        "none",
+        *FAST,
+        "--test-fraction",
+        "0.5",
+        "--json",
+    ]
+    code, printed, said = igpt("finetune", run, *again)
+    tested = json.loads(printed)["images"]["test"]
+    seen = json.loads(printed)["seen"]
+    assert code == 0 and seen == tested - answer["images"]["test"] > 0
+    assert f"the model that this began with had learned from {seen} of the test images" in said
+    flat = np.load(place / "images.npz")["images"]
+    np.save(tmp_path / "flat.npy", flat)
+    words = [place / "run", place / "images.npz", "--out", tmp_path / "array", "--resize", "none", *FAST, "--json"]
+    learned = json.loads(igpt("finetune", *words)[1])["images"]
+    code, printed, said = igpt(
+        "classify", tmp_path / "array", tmp_path / "flat.npy", "-o", tmp_path / "c.csv", "--json"
+    )
+    assert code == 0 and json.loads(printed)["seen"] in (learned["train"] + learned["val"], None), said
+    assert "accuracy" not in json.loads(printed)
+
+
+def test_a_run_that_python_began(place, igpt, tmp_path):
+    dataset, model = TokenDataset(place / "images"), open_model(place / "run").model
+    finetune(model, dataset, tmp_path / "run", steps=4, batch=8, val_every=2)
+    words = [place / "run", place / "images", "--out", tmp_path / "run", "--resume", "--steps", "6", "--json"]
+    code, printed, said = igpt("finetune", *words)
+    assert code == 0 and json.loads(printed)["last_step"] == 6 and json.loads(printed)["seen"] is None
+    assert "was begun in Python: with which model it does not say" in said
+
+
+def test_images_without_labels_are_refused_before_anything_is_made(place, igpt, tmp_path):
+    np.save(tmp_path / "flat.npy", np.load(place / "images.npz")["images"])
+    new = ["--out", tmp_path / "run", "--resize", "none", *FAST]
+    for words in ([tmp_path / "flat.npy"], [place / "images.npz", "--test", tmp_path / "flat.npy"]):
+        code, _, said = igpt("finetune", place / "run", *words, *new)
+        assert code == 2 and f"error: {tmp_path / 'flat.npy'}: no image has a label" in said
+        assert not (tmp_path / "run").exists()
+    other = write_tokens(tmp_path, [-1] * 9, name="other")
+    code, _, said = igpt("finetune", place / "run", place / "images", "--test", other.path, *new[:2], *FAST)
+    assert code == 2 and f"{other.path}: no image has a label of the classes of {place / 'images'}" in said
+
+
+def test_a_remembered_test_leaves_no_fraction_to_choose(place, igpt, tmp_path):
+    test = write_tokens(tmp_path, np.arange(12) % 3, seed=4, name="test")
+    words = [place / "run", place / "images", "--out", tmp_path / "run"]
+    assert igpt("finetune", *words, "--test", test.path, *FAST)[0] == 0
+    code, _, said = igpt("finetune", *words, "--resume", "--test-fraction", "0.5")
+    assert code == 2 and "--test-fraction changes nothing with --test" in said

@@ -89,15 +89,15 @@ def test_images_are_tokenised_for_the_probe_and_leave_nothing(igpt, run, dataset
 
 def test_what_the_model_had_seen_is_said(igpt, run, dataset, tmp_path):
     out = ("--layers", "0", "--per-class", "4", "--json", "-o", tmp_path / "p.png")
-    assert json.loads(igpt("probe", run, dataset.path, *out)[1])["seen_unlabelled"] is None
+    assert json.loads(igpt("probe", run, dataset.path, *out)[1])["seen"] is None
     saved = {"config": {}, "options": {"val_fraction": 0.1}, "data": fingerprint(dataset), "command": {}}
     (run / "train.json").write_text(json.dumps(saved))
     wanted = len(dataset.split("val", 0.2)) - len(dataset.split("val", 0.1))
     _, printed, said = igpt("probe", run, dataset.path, *out)
-    assert json.loads(printed)["seen_unlabelled"] == wanted > 0 and json.loads(printed)["train"] == 12
+    assert json.loads(printed)["seen"] == wanted > 0 and json.loads(printed)["train"] == 12
     assert f"the model itself had learned from {wanted} of the images held out here, without their labels" in said
     _, printed, said = igpt("probe", run, dataset.path, *out, "--test-fraction", "0.1")
-    assert json.loads(printed)["seen_unlabelled"] == 0 and "had learned" not in said
+    assert json.loads(printed)["seen"] == 0 and "had learned" not in said
 
 
 @pytest.mark.parametrize(

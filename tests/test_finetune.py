@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from labelled import COLORS, SIZE, write_tokens
-from tiny import raise_at, rows, same, weights
+from labelled import FAST, make, write_tokens
 
 from igpt_fast.batches import Batch, Batches
 from igpt_fast.checkpoint import find_best, list_checkpoints, load_checkpoint
-from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.finetune import finetune
 from igpt_fast.joined import JoinedTokens
-from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
 from igpt_fast.probe import probe
 from igpt_fast.run import read_options
@@ -25,17 +22,11 @@ from igpt_fast.train import train
 from igpt_fast.weights import open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAST = {"steps": 24, "batch": 8, "log_every": 5, "val_every": 4, "save_every": 7}
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("classes"), np.r_[np.arange(240) * 7 % 3, [-1] * 5])
-
-
-def make(**fields) -> ImageGPT:
-    torch.manual_seed(0)
-    return ImageGPT(Config(**{"layers": 2, "width": 24, "heads": 3, "colors": COLORS, "size": SIZE, **fields}))
 
 
 @pytest.fixture(scope="module")
@@ -115,36 +106,6 @@ def test_a_step_learns_from_the_labels_of_its_images(dataset):
 
 def dataset_pairs(dataset):
     return dataset.batch(np.arange(240)), dataset.labels[:240]
-
-
-@pytest.mark.parametrize("more", [{}, {"ema": 0.9, "accumulate": 2, "shift": 1, "keep": 1}])
-@pytest.mark.parametrize("at", [6, 14, 22])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(dataset, tmp_path, monkeypatch, at, more):
-    options = {**FAST, **more, "lr": 3e-3}
-    straight = finetune(make(), dataset, tmp_path / "straight", **options)
-    run = tmp_path / "killed"
-    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-        raise_at(patched, at, lambda: 1 / 0)
-        finetune(make(), dataset, run, **options)
-    again = finetune(None, dataset, run, resume=True, **options)
-    assert rows(run) == rows(tmp_path / "straight") and same(weights(run), weights(tmp_path / "straight"))
-    assert again.step == straight.step and again.test == straight.test
-    assert np.array_equal(again.answers.probabilities, straight.answers.probabilities)
-    kept = [[path.name for path in list_checkpoints(tmp_path / name)] for name in ("straight", "killed")]
-    assert kept[0] == kept[1] and len(kept[0]) <= options.get("keep", 2) + 1
-
-
-def test_it_ends_when_validation_becomes_no_better_and_goes_on_with_more_patience(dataset, tmp_path):
-    still = {**FAST, "lr": 1e-12, "warmup": 0, "val_every": 2, "precision": "fp32"}
-    result = finetune(make(), dataset, tmp_path, **{**still, "steps": 400, "patience": 3})
-    measured = [row["step"] for row in result.rows if "val_accuracy" in row]
-    assert result.last_step == measured[-1] < 400 and measured[-1] - result.step == 6
-    assert result.rows[-1]["step"] == result.last_step, "what was learned last stands in metrics.jsonl"
-    assert sum("loss" in row for row in result.rows) == -(-result.last_step // 5)
-    again = finetune(None, dataset, tmp_path, resume=True, **{**still, "steps": 400, "patience": 3})
-    assert again.last_step == result.last_step and again.step == result.step
-    more = finetune(None, dataset, tmp_path, resume=True, **{**still, "steps": 400, "patience": 5})
-    assert more.last_step > result.last_step
 
 
 def test_without_validation_the_last_weights_count(dataset, tmp_path):

@@ -105,6 +105,17 @@ def test_memory_ends_it_before_it_ends_the_machine(monkeypatch):
         plan(SMALL, Options(batch=8), "cpu")
 
 
+def test_the_second_image_is_measured_only_where_there_is_room(monkeypatch):
+    monkeypatch.setattr(module, "_image_bytes", lambda config, options: 10**8)
+    monkeypatch.setattr(module, "peak_of", lambda device: 9 * 10**8)
+    monkeypatch.setattr(module, "free_memory_of", lambda device: 10**9)
+    found = plan(SMALL, Options(batch=8), "cpu", seconds=20)
+    assert found.measured == found.fits == 1 and found.peak_bytes == 16 * 10**8
+    monkeypatch.setattr(module, "peak_of", lambda device: 5 * 10**8)
+    found = plan(SMALL, Options(batch=2), "cpu", seconds=20)
+    assert (found.measured, found.fits, found.image_bytes) == (2, 6, 10**8), "what did not grow is estimated"
+
+
 def test_the_estimate_of_an_image_is_near_what_is_measured():
     config = Config(layers=8, width=256, heads=4, size=(32, 32))
     for options in (
@@ -124,6 +135,11 @@ def test_memory_of_this_machine(tmp_path):
     assert memory_of(CPU, limit) == whole
     limit.write_text("1000000\n")
     assert memory_of(CPU, limit) == 1000000 < free_memory_of(CPU) <= memory_of(CPU)
+    limit.write_text(f"{10**13}\n")
+    free = free_memory_of(CPU, limit)
+    limit.write_text(f"{whole}\n")
+    (tmp_path / "memory.current").write_text(f"{whole - 10**9}\n")
+    assert free_memory_of(CPU, limit) < 10**9 + 8 * 10**9 and free > 10**9
     restart_peak(CPU)
     before = peak_of(CPU)
     del_me = torch.ones(50 << 20, dtype=torch.uint8)
@@ -143,11 +159,14 @@ def test_the_command(igpt, tmp_path):
     assert not list(tmp_path.iterdir()) and math.isfinite(found["step_seconds"])
     code, printed, _ = igpt("plan", *words, "--objective", "bert", "--seconds", "1", "--json")
     assert code == 0 and json.loads(printed)["cache_bytes"] == 0
+    ImageGPT(SMALL).save_pretrained(tmp_path / "model")
     for wrong, message in (
         (["--layers", "0"], "layers is 0"),
         (["--batch", "6", "--accumulate", "4"], "--accumulate is 4; use a divisor of the batch (6)"),
         (["--preset", "XL", "--size", "64"], "6,810,875,904 parameters, their gradients"),
         (["--init", tmp_path / "none"], "is not there"),
+        (["--init", tmp_path / "model", "--layers", "3"], "the weights to begin with have layers 2, not 3"),
+        (["--init", tmp_path / "model", "--preset", "S"], "--preset changes nothing with --init"),
     ):
         code, printed, said = igpt("plan", *wrong)
         assert code == 2 and not printed and message in said, said

@@ -11,6 +11,8 @@ from igpt_fast.cli.inputs import (
     ModelArgument,
     ReadAsOption,
     SkipOption,
+    called,
+    check_place,
     described,
     open_to_measure,
     seen_among,
@@ -65,29 +67,29 @@ def classify(
 
     Example: igpt-fast classify run/ new-scans/ -o classes.csv
     """
-    for path, ending in ((out, ".csv"), (confusion, ".png")):
-        if path is not None and (path.suffix.lower() != ending or path.is_dir()):
-            raise InputError(f"{path}: is to be a {ending} file; give a name that ends in it")
+    check_place(out, ".csv")
+    if confusion is not None:
+        check_place(confusion, ".png")
     checkpoint = open_to_measure(model, device)
     classes = class_names(checkpoint.model)
     with tokens_for(checkpoint, data, resize, on_error) as dataset:
         labels = _labels(dataset, classes)
         if confusion is not None and (labels < 0).all():
-            raise InputError(f"{data}: has no folder of a class that the model knows; --confusion needs some")
+            raise InputError(f"{data}: has no labels that the model knows: --confusion needs a folder for each class")
         answers = predict(checkpoint.model, dataset, batch=batch, amp=bf16)
         seen, names = seen_among(checkpoint, dataset, answers.indices), dataset.names
     known = labels >= 0
     write_atomically(out, answers_csv(answers, names, labels if known.any() else None, probabilities))
     counts = np.bincount(answers.best, minlength=len(classes))
     found = score("classifier", int((answers.best == labels)[known].sum()), int(known.sum())) if known.any() else None
-    say(f"{described(checkpoint)}, on {number(len(names))} image{'s' * (len(names) > 1)} of {data.name}:")
-    for line in _summary(answers, names, counts, found):
+    say(f"{described(checkpoint)}, on {number(len(names))} image{'s' * (len(names) > 1)} of {called(data)}:")
+    for line in _summary(answers, names, counts, found, int(known.sum())):
         say(line)
     if seen:
         say(f"the model had learned from {seen:,} of these images: on others it is right less often")
     if confusion is not None:
         table = Answers(answers.indices[known], answers.probabilities[known], classes).table(labels[known])
-        title = f"{found.accuracy:.1%} of {known.sum():,} images of {data.name} are right"
+        title = f"{found.accuracy:.1%} of {known.sum():,} images of {called(data)} are right"
         write_atomically(confusion, table_png(table, classes, title))
         say(f"wrote {confusion}")
     say(f"wrote {out}")
@@ -106,7 +108,7 @@ def _labels(dataset: TokenDataset, classes: tuple[str, ...]) -> np.ndarray:
     return of_theirs[dataset.labels]
 
 
-def _summary(answers: Answers, names: list[str], counts: np.ndarray, found: Score | None) -> list[str]:
+def _summary(answers: Answers, names: list[str], counts: np.ndarray, found: Score | None, known: int) -> list[str]:
     """The answers as lines for a person."""
     lines = []
     for name, row in zip(names, answers.probabilities, strict=True) if len(names) <= FEW else ():
@@ -119,5 +121,6 @@ def _summary(answers: Answers, names: list[str], counts: np.ndarray, found: Scor
         lines += [f"  and {rest} more classes"] if rest else []
     if found is not None:
         interval = f"95 % interval {100 * found.low:.1f} – {100 * found.high:.1f} %"
-        lines.append(f"  right where the class is known: {100 * found.accuracy:.1f} % ({interval})")
+        of = f"{known:,} of them have a class that the model knows" if known < len(names) else "of all"
+        lines.append(f"  right: {100 * found.accuracy:.1f} % ({interval}); {of}")
     return lines

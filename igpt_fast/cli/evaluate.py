@@ -10,6 +10,7 @@ from igpt_fast.cli.inputs import (
     ModelArgument,
     ReadAsOption,
     SkipOption,
+    called,
     described,
     open_to_measure,
     seen_among,
@@ -73,11 +74,12 @@ def evaluate(
             indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
         result = evaluate_model(checkpoint.model, dataset, indices, batch, amp=bf16)
         seen = seen_among(checkpoint, dataset, indices)
-    say(f"{described(checkpoint)}, on {number(len(indices))} image{'s' * (len(indices) > 1)} of {data.name}:")
+    say(f"{described(checkpoint)}, on {number(len(indices))} image{'s' * (len(indices) > 1)} of {called(data)}:")
     for line in summary(result):
         say(line)
     if seen:
-        say(f"the model had learned from {seen:,} of these images; --split val leaves them out")
+        way = "" if checkpoint.model.config.classes or split is Split.val else "; --split val leaves them out"
+        say(f"the model had learned from {seen:,} of these images{way}")
     if as_json:
         facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split.value, "seen": seen}
         print_json(**facts, **result.to_dict())

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from igpt_fast.checkpoint import load_checkpoint
+from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.cli.inputs import (
     ModelArgument,
     ReadAsOption,
@@ -19,17 +19,19 @@ from igpt_fast.cli.inputs import (
 from igpt_fast.cli.learning import MACHINE, Precision, chosen, field, option
 from igpt_fast.cli.options import JsonOption, print_json
 from igpt_fast.console import duration, number, say
-from igpt_fast.data import open_tokens
+from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
 from igpt_fast.finetune import FinetuneResult
 from igpt_fast.finetune import finetune as finetune_model
 from igpt_fast.joined import JoinedTokens
+from igpt_fast.labels import choose_labelled
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions
 from igpt_fast.pictures import write_atomically
+from igpt_fast.pixels import as_source
 from igpt_fast.predict import answers_csv, table_png
 from igpt_fast.processes import together
-from igpt_fast.run import check_run, read_options
+from igpt_fast.run import check_run, learns_classes, read_options
 from igpt_fast.task import ACCURACY, CURVE
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
@@ -120,10 +122,10 @@ def finetune(
         result = finetune_model(start, dataset, out, device=processes, **options)
         if not processes.first:
             return
-    seen = options["command"]["seen"]
+    seen = options["command"].get("seen")
     _report(result, dataset, data, seen)
     if as_json:
-        print_json(**result.to_dict(), seen_unlabelled=seen)
+        print_json(**result.to_dict(), seen=seen)
 
 
 def _prepare(
@@ -134,39 +136,81 @@ def _prepare(
     check_run(out, resume)
     saved = read_options(out) if resume else {"config": {}, "options": {}, "command": {}}
     command = saved["command"]
-    if resume and not saved["config"].get("classes"):
+    if resume and not learns_classes(saved):
         way = command.get("resume", "igpt-fast train --resume")
         raise InputError(f"{out} is a run of train; go on with: {way}, or fine-tune it into another --out")
-    if "test" in given and "test_fraction" in given:
-        raise InputError("--test-fraction changes nothing with --test, which is all that is tested on; leave one out")
+    test = given.get("test", command.get("test"))
     options = chosen(STANDARD, saved["options"], given)  # finds mistakes before anything is read
-    init, test = command.get("init", str(model)), given.get("test", command.get("test"))
-    if Path(init).resolve() != model.resolve():
+    _refuse_idle(given, options, [data, *([Path(test)] if test else [])])
+    init = command.get("init") if resume else str(model)
+    if init is None:
+        say(f"{out} was begun in Python: with which model it does not say, so {model} is not compared with it")
+    elif Path(init).resolve() != model.resolve():
         raise InputError(f"--resume with another MODEL: {out} began with {init}; give that, or another --out")
-    refuse_reading([data, *([test] if test else [])], given, ("resize", "on_error", "workers"))
+    sources = [_with_labels(path) for path in (data, *([Path(test)] if test else []))]
     found = load_checkpoint(out) if resume else open_model(model)
     images = {**IMAGES, **reading_of(found), **command.get("images", {})}
     images |= {name: given[name] for name in images if name in given}
-    again = _again(model, data, out, given.get("test"))
-    more = {"workers": given.get("workers"), "remedy": f"give {out / 'tokens'} as DATA, or another --out"}
-
-    def tokens(of: Path, name: str) -> TokenDataset:
-        if found.palette is None and not is_token_directory(of):
-            raise InputError(f"{found.path} has no palette to read images with; give {of} as tokens of its palette")
-        return open_tokens(of, found.palette, out / name, size=found.model.config.size, **images, **more)
-
-    dataset: TokenDataset | JoinedTokens = tokens(data, "tokens")
-    if test:
-        dataset = JoinedTokens(dataset, tokens(Path(test), "test-tokens"))
-        options["test_fraction"] = 0.0
+    parts = [
+        _tokens(source, found, out / name, word, resume, given.get("workers"), images)
+        for source, name, word in zip(sources, ("tokens", "test-tokens"), ("DATA", "--test"), strict=False)
+    ]
+    dataset = JoinedTokens(*parts) if test else parts[0]
+    options["test_fraction"] = 0.0 if test else options["test_fraction"]
     if not resume:
         say(f"beginning with the weights of {described(found)}")
-        tested = dataset if not test else dataset.test
-        held_out = tested.split("all") if test else tested.split("val", options["test_fraction"])
-        command = {"data": str(data), "init": init, "images": images, "seen": seen_among(found, tested, held_out)}
-        command |= {"test": str(test)} if test else {}
-    command |= {"resume": again}
+        command = {"data": str(data), "init": init, "images": images} | ({"test": str(test)} if test else {})
+        command["seen"] = _seen(found, dataset, options)
+    command = {**command, "resume": _again(model, data, out, given.get("test"))}
     return None if resume else found.model, dataset, {"resume": resume, "command": command, **options}
+
+
+def _refuse_idle(given: dict[str, Any], options: dict[str, Any], data: list[Path]) -> None:
+    """InputError for an option that would change nothing."""
+    refuse_reading(data, given, ("resize", "on_error", "workers"))
+    if len(data) > 1 and "test_fraction" in given:
+        raise InputError("--test-fraction changes nothing with --test, which is all that is tested on; leave one out")
+    for name in ("val_fraction", "val_every"):
+        if "patience" in given and not options[name]:
+            raise InputError(f"--patience changes nothing with --{name.replace('_', '-')} 0; leave one of them out")
+
+
+def _with_labels(path: Path) -> Path | Source:
+    """The images, or tokens. InputError where they have no labels, before anything is made of them."""
+    source = path if is_token_directory(path) else as_source(path)
+    if isinstance(source, Source) and source.classes is None:
+        raise InputError(
+            f"{path}: no image has a label, or all are of one class; put each class into a folder of its own, or "
+            "labels into the .npz"
+        )
+    return source
+
+
+def _tokens(
+    source: Path | Source, found: Checkpoint, cache: Path, word: str, resume: bool, workers: int | None, images: dict
+) -> TokenDataset:
+    """Images as tokens of the model, made at `cache` first. word: what the command calls them."""
+    path = source.path if isinstance(source, Source) else source
+    if found.palette is None and isinstance(source, Source):
+        raise InputError(f"{found.path} has no palette to read images with; give {path} as tokens of its palette")
+    as_they_are = f"give {cache} as {word} to go on with them as they are"
+    remedy = as_they_are if resume else f"{as_they_are}, or delete that directory to make them anew"
+    size = found.model.config.size
+    tokens = open_tokens(source, found.palette, cache, size=size, workers=workers, remedy=remedy, **images)
+    tokens.origin = path
+    return tokens
+
+
+def _seen(found: Checkpoint, dataset: TokenDataset | JoinedTokens, options: dict[str, Any]) -> int | None:
+    """How many of the images that will be tested on the model has learned from. InputError where --test has none."""
+    by = {"per_class": options["per_class"], "seed": options["seed"], "tests": False}
+    labelled = choose_labelled(dataset, options["test_fraction"], **by)
+    tested = labelled.indices[labelled.test]
+    if not isinstance(dataset, JoinedTokens):
+        return seen_among(found, dataset, tested)
+    if not len(tested):
+        raise InputError(f"{dataset.test.origin}: no image has a label of the classes of {dataset.origin}")
+    return seen_among(found, dataset.test, tested - len(dataset.train))
 
 
 def _again(model: Path, data: Path, out: Path, test: Path | None) -> str:
@@ -196,7 +240,7 @@ def _report(result: FinetuneResult, dataset: TokenDataset | JoinedTokens, data: 
     else:
         say("no test: no image was kept for it")
     if seen:
-        say(f"the model itself had learned from {seen:,} of the test images, without their labels")
+        say(f"the model that this began with had learned from {seen:,} of the test images")
     if chosen_.unlabelled:
         say(f"left out {chosen_.unlabelled:,} images without a label")
     if chosen_.left_out:

@@ -1,5 +1,6 @@
 """What several commands read: a model from wherever it lies, and images or tokens as that model reads them."""
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,9 @@ from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.options import OnError, Resize
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.device import pick_device
-from igpt_fast.errors import InputError
-from igpt_fast.labels import choose_labelled
+from igpt_fast.errors import InputError, reading
 from igpt_fast.pixels import as_source
-from igpt_fast.run import OPTIONS, read_options
+from igpt_fast.run import LEARNED, OPTIONS, learns_classes, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
@@ -47,6 +47,20 @@ SkipOption = Annotated[
         help="A corrupt file ends the command (raise) or is skipped and listed (skip).",
     ),
 ]
+
+
+def check_place(out: Path, ending: str) -> None:
+    """Finds out before the work that a file can be written. Raises InputError."""
+    if out.suffix.lower() != ending or out.is_dir():
+        raise InputError(f"{out}: is written as a {ending} file; give a name ending in {ending}")
+    there = next(path for path in out.absolute().parents if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{out} cannot be written ({there} is no writable folder); choose another place")
+
+
+def called(data: Path) -> str:
+    """The images' name for a person, also where they are `.`."""
+    return data.name or str(data.resolve())
 
 
 def open_to_measure(model: Path, device: str) -> Checkpoint:
@@ -109,12 +123,10 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
     saved = read_options(run)
     if {**saved["data"], "test": None} != {**fingerprint(dataset), "test": None}:
         return None
-    options = saved["options"]
-    if not saved["config"].get("classes"):
-        return len(np.setdiff1d(indices, dataset.split("val", options["val_fraction"])))
-    by = {"per_class": options["per_class"], "seed": options["seed"], "tests": False}
-    chosen = choose_labelled(dataset, 0.0 if "test" in saved["data"] else options["test_fraction"], **by)
-    return len(np.intersect1d(indices, chosen.indices[~chosen.test]))
+    if learns_classes(saved):
+        with reading(f"{run / LEARNED}:", "put it back"):
+            return len(np.intersect1d(indices, np.load(run / LEARNED, allow_pickle=False)))
+    return len(np.setdiff1d(indices, dataset.split("val", saved["options"]["val_fraction"])))
 
 
 def _made_from(tokens: Path, source: Source) -> bool:

@@ -26,10 +26,11 @@ from igpt_fast.cli.learning import (
 from igpt_fast.cli.options import JsonOption, parse_size, print_json
 from igpt_fast.config import PRESETS, Config
 from igpt_fast.console import duration, number, say
+from igpt_fast.errors import InputError
 from igpt_fast.options import Options
 from igpt_fast.plan import Plan
 from igpt_fast.plan import plan as make_plan
-from igpt_fast.weights import open_model
+from igpt_fast.weights import open_model, refuse_misfit
 
 STANDARD = Options()
 
@@ -84,8 +85,12 @@ def plan(
     options = Options(**chosen(STANDARD, {}, given))
     shape: dict[str, Any] = SMALL
     if init is not None:
+        for name in ("preset", "colors"):
+            if name in given:
+                raise InputError(f"--{name} changes nothing with --init: the model is that of {init}; leave it out")
         found = open_model(init)
-        shape = {**found.model.config.to_dict(), "classes": 0}
+        base = found.model.config
+        shape = {**base.to_dict(), "classes": 0}
         say(f"shaped as {described(found)}")
         del found  # its memory is not the run's
     shape = {**shape, **(PRESETS[preset] if preset else {})}
@@ -93,6 +98,8 @@ def plan(
         given["size"] = parse_size(size)
     given |= read_pattern(given)
     config = Config.from_dict({**shape, **{name: given[name] for name in (*SHAPE, "size", "colors") if name in given}})
+    if init is not None:
+        refuse_misfit(base, config)
     result = make_plan(config, options, device, seconds)
     for line in report(config, options, result):
         say(line)

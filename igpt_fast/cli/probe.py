@@ -1,6 +1,5 @@
 """`igpt-fast probe` and `igpt-fast demo`: what a model has learned, measured and shown."""
 
-import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from igpt_fast.classify import Score, load_sklearn
-from igpt_fast.cli.inputs import ModelArgument, ReadAsOption, SkipOption, open_to_measure, seen_among, tokens_for
+from igpt_fast.cli.inputs import (
+    ModelArgument,
+    ReadAsOption,
+    SkipOption,
+    called,
+    check_place,
+    open_to_measure,
+    seen_among,
+    tokens_for,
+)
 from igpt_fast.cli.options import JsonOption, SeedOption, print_json
 from igpt_fast.console import say
 from igpt_fast.demo import demo as run_demo
@@ -92,7 +100,7 @@ def probe(
         raise InputError("--test-fraction changes nothing with --test, which is all that is tested on; leave one out")
     test_fraction = 0.2 if test_fraction is None else test_fraction
     load_sklearn()
-    _check_place(out)
+    check_place(out, ".png")
     checkpoint = open_to_measure(model, device)
     depth = checkpoint.model.config.layers
     chosen = parse_layers(layers, depth)
@@ -114,10 +122,10 @@ def probe(
         how = "with their labels" if checkpoint.model.config.classes else "without their labels"
         say(f"the model itself had learned from {seen:,} of the images held out here, {how}")
     if as_json:
-        facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen_unlabelled": seen}
+        facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen}
         print_json(figure=str(out), **facts, **result.to_dict())
     # Last: a picture that cannot be written must not take the figures along.
-    write_atomically(out, figure_png(result, f"Linear probe of {model.name or model}{step} on {(test or data).name}"))
+    write_atomically(out, figure_png(result, f"Linear probe of {model.name or model}{step} on {called(test or data)}"))
     say(f"wrote {out}")
 
 
@@ -186,12 +194,3 @@ def _row(score: Score, best: bool) -> tuple[str, ...]:
     strength = "" if score.strength is None else f"{score.strength:g}{'' if score.converged else ' †'}"
     interval = f"{100 * score.low:.1f} – {100 * score.high:.1f} %"
     return f"{score.name}{' *' if best else ''}", f"{100 * score.accuracy:.1f} %", interval, strength
-
-
-def _check_place(out: Path) -> None:
-    """Finds out before the work that the picture can be written. Raises InputError."""
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise InputError(f"{out}: the figure is written as a PNG file; give a name ending in .png to --out")
-    there = next(path for path in out.absolute().parents if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{out} cannot be written ({there} is no writable folder); choose another place")

@@ -33,7 +33,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.options import Options
 from igpt_fast.palette import Palette
 from igpt_fast.processes import together
-from igpt_fast.run import METRICS, Result, check_run, read_options
+from igpt_fast.run import METRICS, Result, check_run, learns_classes, read_options
 from igpt_fast.task import CURVE
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
@@ -150,7 +150,7 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
     resume, init, size, preset = (given.get(name) for name in ("resume", "init", "size", "preset"))
     check_run(out, resume)
     saved = read_options(out) if resume else {"config": {}, "options": {}, "command": {}}
-    if saved["config"].get("classes"):
+    if resume and learns_classes(saved):
         way = saved["command"].get("resume", "igpt-fast finetune --resume")
         raise InputError(f"{out} is a run of finetune; go on with: {way}")
     options = chosen(STANDARD, saved["options"], given)  # finds mistakes before the images are read

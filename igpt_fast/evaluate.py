@@ -12,6 +12,7 @@ import torch
 from igpt_fast import ops
 from igpt_fast.console import progress
 from igpt_fast.errors import InputError
+from igpt_fast.joined import refuse_misfit
 from igpt_fast.model import ImageGPT
 from igpt_fast.tokens import TokenDataset
 
@@ -70,9 +71,7 @@ def evaluate(
     began, config, device = time.monotonic(), model.config, model.wte.device
     if config.objective != "ar":
         raise InputError(f"an objective={config.objective!r} model gives whole images no likelihood; use an 'ar' model")
-    if dataset.size != config.size or dataset.colors != config.colors:
-        is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, config))
-        raise InputError(f"{dataset.origin}: the images are {is_}, the model is made for {wants}; tokenise them for it")
+    refuse_misfit(dataset, config)
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     if not len(indices):
         raise InputError(f"{dataset.origin}: no image is left to score; choose another split")

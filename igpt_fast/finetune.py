@@ -85,17 +85,15 @@ def finetune(
     igpt_fast.options.FinetuneOptions. Otherwise as `igpt_fast.train.train`. In the processes that torchrun starts, the
     first alone tests. Raises InputError as `train`, and for a dataset without labels, with one class, or too few.
     """
-    chosen_options, run = FinetuneOptions(**options), Path(run)
+    o, run = FinetuneOptions(**options), Path(run)
     if (model is None) != resume:
         what = "a resumed run has its own weights: leave out the model" if resume else "give a model to begin with"
         raise InputError(f"finetune: {what}")
-    o = chosen_options
     chosen = choose_labelled(dataset, o.test_fraction, per_class=o.per_class, seed=o.seed, tests=False)
     held_out = draw_validation(chosen, o.val_fraction, o.seed)
     parts = chosen.indices[~chosen.test & ~held_out], chosen.indices[held_out]
     labels = np.full(len(dataset), -1)
     labels[chosen.indices] = chosen.labels
-
     task: ClassTask
 
     def prepare(checkpoint: Checkpoint | None) -> Prepared:

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.tokens import TokenDataset
 
@@ -49,3 +50,10 @@ class JoinedTokens:
             if part.any():
                 out[torch.from_numpy(part)] = dataset.batch(indices[part] - start)
         return out
+
+
+def refuse_misfit(dataset: TokenDataset | JoinedTokens, config: Config) -> None:
+    """InputError where the images have another size or number of colours than a model of `config` reads."""
+    if dataset.size != config.size or dataset.colors != config.colors:
+        is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, config))
+        raise InputError(f"{dataset.origin}: the images are {is_}, the model is made for {wants}; tokenise them for it")

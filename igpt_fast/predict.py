@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from igpt_fast.console import progress
 from igpt_fast.errors import InputError
-from igpt_fast.joined import JoinedTokens
+from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.model import ImageGPT
 from igpt_fast.pictures import set_title
 from igpt_fast.tokens import TokenDataset
@@ -61,9 +61,7 @@ def predict(
     probabilities that are not finite.
     """
     classes, config, device = class_names(model), model.config, model.wte.device
-    if dataset.size != config.size or dataset.colors != config.colors:
-        is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, config))
-        raise InputError(f"{dataset.origin}: the images are {is_}, the model is made for {wants}; tokenise them for it")
+    refuse_misfit(dataset, config)
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     if not len(indices):
         raise InputError(f"{dataset.origin}: no image is left to classify")

@@ -22,7 +22,7 @@ from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
 from igpt_fast.device import memory_of
 from igpt_fast.errors import InputError
-from igpt_fast.joined import JoinedTokens
+from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.labels import choose_labelled
 from igpt_fast.model import ImageGPT
 from igpt_fast.pictures import COLOURS, set_title
@@ -85,9 +85,7 @@ def probe(
     began = time.monotonic()
     layers = check_options(model.config.layers, layers, test_fraction, limit, per_class, batch)
     load_sklearn()  # before any work
-    if dataset.size != model.config.size or dataset.colors != model.config.colors:
-        is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, model.config))
-        raise InputError(f"{dataset.origin}: the images are {is_}, the model is made for {wants}; tokenise them for it")
+    refuse_misfit(dataset, model.config)
     chosen = choose_labelled(dataset, test_fraction, limit, per_class, seed)
     indices, labels, test = chosen.indices, chosen.labels, chosen.test
     folds = draw_folds(labels, test, seed)

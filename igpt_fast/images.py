@@ -131,7 +131,8 @@ def resize_image(image: Image.Image, size: tuple[int, int], resize: str, where: 
     if resize == "none":
         if image.size != (width, height):
             has, wanted = f"{image.height}x{image.width}", f"{height}x{width}"
-            raise InputError(f"{where}: is {has}, not {wanted} (height x width); give --resize paper or --size {has}")
+            way = f"give --resize paper, or, where the size is yours to choose, --size {has}"
+            raise InputError(f"{where}: is {has}, not {wanted} (height x width); {way}")
         return np.asarray(image)
     if resize == "hf":
         return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))

@@ -60,10 +60,10 @@ class Loop:
         if checkpoint:
             self.step, state = checkpoint.step, checkpoint.state
             refuse_differences(run, {"shift": 0, **state["fixed"]}, self.fixed)
-            say(f"going on from {checkpoint.path}")
-            say_differences(state["free"], self._circumstances())
             task.restore(state.get("task", {}))
             refuse_idle_steps(run, self.step, self.options, state["free"], task.done)
+            say(f"going on from {checkpoint.path}")
+            say_differences(state["free"], self._circumstances())
             if task.best is not None and not (checkpoint.path.with_name(f"step-{task.best:08d}")).is_dir():
                 say(f"the best weights so far, of step {task.best}, are gone: the best of what follows counts")
                 task.forget_best()

@@ -120,7 +120,6 @@ def _summary(answers: Answers, names: list[str], counts: np.ndarray, found: Scor
         rest = int((counts[order[LISTED:]] > 0).sum())
         lines += [f"  and {rest} more classes"] if rest else []
     if found is not None:
-        interval = f"95 % interval {100 * found.low:.1f} – {100 * found.high:.1f} %"
         of = f"{known:,} of them have a class that the model knows" if known < len(names) else "of all"
-        lines.append(f"  right: {100 * found.accuracy:.1f} % ({interval}); {of}")
+        lines.append(f"  right: {found}; {of}")
     return lines

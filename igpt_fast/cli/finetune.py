@@ -228,12 +228,10 @@ def _report(result: FinetuneResult, dataset: TokenDataset | JoinedTokens, data: 
         say(f"validation likes step {result.step} of {result.last_step} best: {accuracy}")
         places.append(("validation", run / ACCURACY))
     if result.test is not None:
-        t = result.test
-        interval = f"95 % interval {100 * t.low:.1f} – {100 * t.high:.1f} %"
         images = number(len(result.answers.indices))
-        say(f"test: accuracy {100 * t.accuracy:.1f} % ({interval}) on {images} images, by which nothing was chosen")
+        say(f"test: accuracy {result.test} on {images} images, by which nothing was chosen")
         labels = chosen_.labels[chosen_.test]
-        title = f"{t.accuracy:.1%} of {images} test images are right, step {result.step} of {run.name}"
+        title = f"{result.test.accuracy:.1%} of {images} test images are right, step {result.step} of {run.name}"
         write_atomically(run / TABLE, table_png(result.answers.table(labels), result.answers.classes, title))
         write_atomically(run / ANSWERS, answers_csv(result.answers, dataset.names, labels))
         places += [("confusion", run / TABLE), ("answers", run / ANSWERS)]

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 
+BATCH_BYTES = 256 << 20  # of activations at once, by the estimate in images_at_once
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
@@ -46,6 +48,12 @@ def free_memory_of(device: torch.device, limit: Path = LIMIT) -> int:
     used = limit.with_name("memory.current")  # the files that it has read included, which would make room
     others = int(used.read_text()) - 1024 * own if used.is_file() else 0
     return min(memory_of(device, limit) - max(0, others), 1024 * (free + own))
+
+
+def images_at_once(config: Config, more: int = 0) -> int:
+    """How many images go through a model side by side when nobody says. more: numbers a pixel after its blocks."""
+    # About 16 numbers a pixel and channel live at once inside a block.
+    return max(1, min(256, BATCH_BYTES // (4 * config.tokens * (16 * config.width + more))))
 
 
 def restart_peak(device: torch.device) -> None:

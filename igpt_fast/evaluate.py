@@ -11,12 +11,11 @@ import torch
 
 from igpt_fast import ops
 from igpt_fast.console import progress
+from igpt_fast.device import images_at_once
 from igpt_fast.errors import InputError
 from igpt_fast.joined import refuse_misfit
 from igpt_fast.model import ImageGPT
 from igpt_fast.tokens import TokenDataset
-
-BATCH_BYTES = 256 << 20  # of activations at once, by the estimate in evaluate
 
 # Student's t: 95 % lies within so many standard errors, for 1 to 30 degrees of freedom.
 T95 = (
@@ -76,8 +75,7 @@ def evaluate(
     if not len(indices):
         raise InputError(f"{dataset.origin}: no image is left to score; choose another split")
     nats = np.empty(len(indices))
-    # About 16 numbers a pixel and channel live at once inside a block, and the logits after the last.
-    size = batch or max(1, min(256, BATCH_BYTES // (4 * config.tokens * (16 * config.width + 2 * config.colors))))
+    size = batch or images_at_once(config, 2 * config.colors)  # the logits, and what becomes of them
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     with torch.inference_mode(), autocast, progress(len(indices), "images", "scoring") as bar:
         for start in range(0, len(indices), size):

@@ -11,13 +11,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from igpt_fast.console import progress
+from igpt_fast.device import images_at_once
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.model import ImageGPT
 from igpt_fast.pictures import set_title
 from igpt_fast.tokens import TokenDataset
 
-BATCH_BYTES = 256 << 20  # of activations at once, by the estimate in predict
 WRITTEN = 24  # classes up to which the cells of a picture hold their numbers
 
 
@@ -66,8 +66,7 @@ def predict(
     if not len(indices):
         raise InputError(f"{dataset.origin}: no image is left to classify")
     found = np.empty((len(indices), len(classes)), np.float32)
-    # About 16 numbers a pixel and channel live at once inside a block.
-    size = batch or max(1, min(256, BATCH_BYTES // (16 * 4 * config.tokens * config.width)))
+    size = batch or images_at_once(config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     with torch.inference_mode(), autocast, progress(len(indices), "images", "classifying") as bar:
         for start in range(0, len(indices), size):

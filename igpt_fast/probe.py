@@ -20,14 +20,12 @@ from matplotlib.figure import Figure
 from igpt_fast.classify import Score, classify, draw_folds, load_sklearn, score
 from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
-from igpt_fast.device import memory_of
+from igpt_fast.device import images_at_once, memory_of
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.labels import choose_labelled
 from igpt_fast.model import ImageGPT
 from igpt_fast.pictures import COLOURS, set_title
-
-BATCH_BYTES = 256 << 20  # of activations at once, by the estimate in extract_features
 
 
 @dataclass(frozen=True)
@@ -157,8 +155,7 @@ def extract_features(
             f"machine has {there / 1e9:.1f} GB; take fewer with --limit or --layers"
         )
     pooled = np.empty((len(layers), len(indices), config.width), np.float32)
-    # About 16 numbers a pixel and channel live at once inside a block.
-    size = batch or max(1, min(256, BATCH_BYTES // (16 * 4 * config.tokens * config.width)))
+    size = batch or images_at_once(config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     with torch.inference_mode(), autocast, progress(len(indices), "images", "features") as bar:
         for start in range(0, len(indices), size):

@@ -8,8 +8,10 @@ import typer
 
 from igpt_fast.classify import Score, score
 from igpt_fast.cli.inputs import (
+    Bf16Option,
     ModelArgument,
     ReadAsOption,
+    SideBySideOption,
     SkipOption,
     called,
     check_place,
@@ -18,7 +20,7 @@ from igpt_fast.cli.inputs import (
     seen_among,
     tokens_for,
 )
-from igpt_fast.cli.options import DataArgument, JsonOption, print_json
+from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, print_json
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
 from igpt_fast.pictures import write_atomically
@@ -54,11 +56,9 @@ def classify(
     ] = None,
     resize: ReadAsOption = None,
     on_error: SkipOption = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, metavar="B", show_default="by memory", help="Images side by side.")
-    ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="In bf16 autocast: faster, a little less exact.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    batch: SideBySideOption = None,
+    bf16: Bf16Option = False,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Name the class of every image, by a model with a classifier head, as finetune makes one.

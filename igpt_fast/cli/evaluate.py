@@ -7,8 +7,11 @@ import numpy as np
 import typer
 
 from igpt_fast.cli.inputs import (
+    Bf16Option,
+    LimitOption,
     ModelArgument,
     ReadAsOption,
+    SideBySideOption,
     SkipOption,
     called,
     described,
@@ -16,7 +19,7 @@ from igpt_fast.cli.inputs import (
     seen_among,
     tokens_for,
 )
-from igpt_fast.cli.options import DataArgument, JsonOption, SeedOption, print_json
+from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
 from igpt_fast.evaluate import Likelihood
@@ -45,17 +48,12 @@ def evaluate(
     val_fraction: Annotated[
         float, typer.Option("--val-fraction", metavar="F", help="Share of the images, by their names, that is val.")
     ] = 0.1,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, metavar="N", show_default="all", help="At most N images, drawn by --seed."),
-    ] = None,
+    limit: LimitOption = None,
     resize: ReadAsOption = None,
     on_error: SkipOption = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, metavar="B", show_default="by memory", help="Images side by side.")
-    ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="In bf16 autocast: faster, a little less exact.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    batch: SideBySideOption = None,
+    bf16: Bf16Option = False,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:

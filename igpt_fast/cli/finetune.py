@@ -8,15 +8,17 @@ import typer
 
 from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.cli.inputs import (
+    LabelledArgument,
     ModelArgument,
     ReadAsOption,
     SkipOption,
+    TestOption,
     described,
     reading_of,
     refuse_reading,
     seen_among,
 )
-from igpt_fast.cli.learning import MACHINE, Precision, chosen, field, option
+from igpt_fast.cli.learning import Precision, ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, field
 from igpt_fast.cli.options import JsonOption, print_json
 from igpt_fast.console import duration, number, say
 from igpt_fast.data import Source, open_tokens
@@ -48,29 +50,10 @@ def register(app: typer.Typer) -> None:
 
 def finetune(
     model: ModelArgument,
-    data: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DATA",
-            help="Images with labels (class folders, also in a .zip or .tar, or an .npz), or tokens of them.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="RUN", help="The directory that everything is written to.")
-    ],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from RUN's newest checkpoint, with the options that RUN has.")
-    ] = False,
-    test: Annotated[
-        Path | None,
-        typer.Option(
-            "--test",
-            metavar="DATA",
-            show_default="a share of DATA",
-            help="Other images or tokens, with the same classes, to test on; all of DATA is then learned from.",
-        ),
-    ] = None,
+    data: LabelledArgument,
+    out: RunOption,
+    resume: ResumeOption = False,
+    test: TestOption = None,
     test_fraction: Annotated[float | None, field("test_fraction", STANDARD)] = None,
     per_class: Annotated[int | None, field("per_class", STANDARD)] = None,
     resize: ReadAsOption = None,
@@ -92,10 +75,8 @@ def finetune(
     accumulate: Annotated[int | None, field("accumulate", STANDARD)] = None,
     activation_checkpointing: Annotated[bool | None, field("activation_checkpointing", STANDARD)] = None,
     precision: Annotated[Precision | None, field("precision", STANDARD)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=MACHINE)] = "auto",
-    workers: Annotated[
-        int | None, option(MACHINE, "--workers", "Processes that decode images; 0: this one.", "one a core", min=0)
-    ] = None,
+    device: RunDeviceOption = "auto",
+    workers: RunWorkersOption = None,
     val_fraction: Annotated[
         float | None,
         field("val_fraction", STANDARD, "Share of each class that validation keeps of the images to learn from."),

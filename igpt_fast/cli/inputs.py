@@ -33,6 +33,31 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
+LabelledArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATA",
+        help="Images with labels (class folders, also in a .zip or .tar, or an .npz), or tokens of them.",
+        show_default=False,
+    ),
+]
+TestOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--test",
+        metavar="DATA",
+        show_default="a share of DATA",
+        help="Other images or tokens, with the same classes, to test on; all of DATA is then learned from.",
+    ),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, metavar="N", show_default="all", help="At most N images, drawn by --seed."),
+]
+SideBySideOption = Annotated[
+    int | None, typer.Option("--batch", min=1, metavar="B", show_default="by memory", help="Images side by side.")
+]
+Bf16Option = Annotated[bool, typer.Option("--bf16", help="In bf16 autocast: faster, a little less exact.")]
 ReadAsOption = Annotated[
     Resize | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, fields
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -104,3 +105,13 @@ PatternOption = Annotated[
 PositionsOption = Annotated[
     Positions | None, _model("--positions", "An embedding a pixel; axial: of its row plus of its column.", "learned")
 ]
+RunOption = Annotated[
+    Path, typer.Option("--out", "-o", metavar="RUN", help="The directory that everything is written to.")
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from RUN's newest checkpoint, with the options that RUN has.")
+]
+RunWorkersOption = Annotated[
+    int | None, option(MACHINE, "--workers", "Processes that decode images; 0: this one.", "one a core", min=0)
+]
+RunDeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=MACHINE)]

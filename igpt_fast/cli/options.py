@@ -54,6 +54,7 @@ WorkersOption = Annotated[
         help="Processes that decode images; 0 decodes in this one. The result is the same.",
     ),
 ]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 

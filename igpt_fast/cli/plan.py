@@ -7,7 +7,6 @@ import typer
 
 from igpt_fast.cli.inputs import described
 from igpt_fast.cli.learning import (
-    MACHINE,
     SHAPE,
     SMALL,
     HeadsOption,
@@ -17,6 +16,7 @@ from igpt_fast.cli.learning import (
     PositionsOption,
     Precision,
     PresetOption,
+    RunDeviceOption,
     WidthOption,
     chosen,
     field,
@@ -68,7 +68,7 @@ def plan(
     accumulate: Annotated[int | None, field("accumulate", STANDARD)] = None,
     activation_checkpointing: Annotated[bool | None, field("activation_checkpointing", STANDARD)] = None,
     precision: Annotated[Precision | None, field("precision", STANDARD)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=MACHINE)] = "auto",
+    device: RunDeviceOption = "auto",
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=0.0, help="About how long to measure.")
     ] = 30.0,

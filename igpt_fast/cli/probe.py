@@ -11,16 +11,20 @@ from rich.table import Table
 
 from igpt_fast.classify import Score, load_sklearn
 from igpt_fast.cli.inputs import (
+    LabelledArgument,
+    LimitOption,
     ModelArgument,
     ReadAsOption,
+    SideBySideOption,
     SkipOption,
+    TestOption,
     called,
     check_place,
     open_to_measure,
     seen_among,
     tokens_for,
 )
-from igpt_fast.cli.options import JsonOption, SeedOption, print_json
+from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.console import say
 from igpt_fast.demo import demo as run_demo
 from igpt_fast.errors import InputError
@@ -38,14 +42,7 @@ def register(app: typer.Typer) -> None:
 
 def probe(
     model: ModelArgument,
-    data: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DATA",
-            help="Images with labels (class folders, also in a .zip or .tar, or an .npz), or tokens of them.",
-            show_default=False,
-        ),
-    ],
+    data: LabelledArgument,
     layers: Annotated[str, typer.Option("--layers", metavar="L", help="all, or some as 3,5 or 2-6.")] = "all",
     test_fraction: Annotated[
         float | None,
@@ -57,32 +54,19 @@ def probe(
             "more never saw them.",
         ),
     ] = None,
-    test: Annotated[
-        Path | None,
-        typer.Option(
-            "--test",
-            metavar="DATA",
-            show_default="a share of DATA",
-            help="Other images or tokens, with the same classes, to test on; all of DATA is then learned from.",
-        ),
-    ] = None,
+    test: TestOption = None,
     resize: ReadAsOption = None,
     on_error: SkipOption = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, metavar="N", show_default="all", help="At most N images, drawn by --seed."),
-    ] = None,
+    limit: LimitOption = None,
     per_class: Annotated[
         int | None,
         typer.Option("--per-class", min=2, metavar="N", show_default="all", help="Learn from N images of each class."),
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, metavar="B", show_default="by memory", help="Images side by side.")
-    ] = None,
+    batch: SideBySideOption = None,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Features in bf16 autocast: faster, a little less exact.")
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE.png", help="Accuracy by layer, as a picture.")

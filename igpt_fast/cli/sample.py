@@ -13,7 +13,15 @@ from torch import Tensor
 
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import ModelArgument, described
-from igpt_fast.cli.options import BackgroundOption, JsonOption, Resize, ResizeOption, SeedOption, print_json
+from igpt_fast.cli.options import (
+    BackgroundOption,
+    DeviceOption,
+    JsonOption,
+    Resize,
+    ResizeOption,
+    SeedOption,
+    print_json,
+)
 from igpt_fast.console import progress, say
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
@@ -66,7 +74,6 @@ DTypeOption = Annotated[
         help="bfloat16 takes half the memory and less time; its images are others. A GPU has kernels for it alone.",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")]
 SingleOption = Annotated[
     Path | None,
     typer.Option(

@@ -8,7 +8,6 @@ import typer
 
 from igpt_fast.cli.learning import (
     IMAGES_PANEL,
-    MACHINE,
     SHAPE,
     SMALL,
     HeadsOption,
@@ -18,6 +17,10 @@ from igpt_fast.cli.learning import (
     PositionsOption,
     Precision,
     PresetOption,
+    ResumeOption,
+    RunDeviceOption,
+    RunOption,
+    RunWorkersOption,
     WidthOption,
     chosen,
     field,
@@ -57,12 +60,8 @@ def train(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="RUN", help="The directory that everything is written to.")
-    ],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from RUN's newest checkpoint, with the options that RUN has.")
-    ] = False,
+    out: RunOption,
+    resume: ResumeOption = False,
     init: Annotated[
         Path | None,
         option(
@@ -112,10 +111,8 @@ def train(
     accumulate: Annotated[int | None, field("accumulate", STANDARD)] = None,
     activation_checkpointing: Annotated[bool | None, field("activation_checkpointing", STANDARD)] = None,
     precision: Annotated[Precision | None, field("precision", STANDARD)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=MACHINE)] = "auto",
-    workers: Annotated[
-        int | None, option(MACHINE, "--workers", "Processes that decode images; 0: this one.", "one a core", min=0)
-    ] = None,
+    device: RunDeviceOption = "auto",
+    workers: RunWorkersOption = None,
     val_fraction: Annotated[float | None, field("val_fraction", STANDARD)] = None,
     val_every: Annotated[int | None, field("val_every", STANDARD)] = None,
     val_images: Annotated[int | None, field("val_images", STANDARD)] = None,

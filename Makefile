@@ -35,10 +35,10 @@ format: $(VENV)/dependencies
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# Every comparison, then the README's table of them.
+# Every comparison, then the tables of them: docs/benchmarks.md, summed up in the README.
 bench: $(VENV)/installed
 	$(BIN)/pytest benchmarks --benchmark-only
-	$(BIN)/python -m benchmarks.report --write README.md
+	$(BIN)/python -m benchmarks.report --write
 
 # Rebuilds the extension in the tree (the install is editable); what has not changed is not compiled again.
 build: $(VENV)/installed

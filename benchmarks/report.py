@@ -1,24 +1,27 @@
-"""The README's table, from benchmarks/results/*.json.
+"""What was measured, from benchmarks/results/*.json: the tables of docs/benchmarks.md, and the README's summary of them.
 
-python -m benchmarks.report                      # prints it
-python -m benchmarks.report --write README.md    # puts it between the file's two benchmarks: markers
+python -m benchmarks.report                # prints all tables
+python -m benchmarks.report --summary      # prints the summary
+python -m benchmarks.report --write        # puts each between the two benchmarks: markers of its page
 """
 
 import argparse
 import json
 import math
-import os
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import best_of
+from benchmarks.summary import summary
+from benchmarks.tables import ONCE, duration, figure, memory, once, ratio, table
+from igpt_fast.pictures import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-
-ONCE = "†"  # behind a ratio to a peer that ran a single time
 
 # What leads the table; all other ops follow in the order of their names.
 FIRST = (
@@ -31,32 +34,37 @@ FIRST = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints or writes the table; 2 when there is nothing to report or no place to write it to."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description="The README's table of benchmarks."
-    )
+    """Prints or writes the tables; 2 when there is nothing to report or no place to write it to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="What was measured, as tables.")
     parser.add_argument(
         "results", nargs="*", type=Path, help="result files (all of benchmarks/results, but quick.json)"
     )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace what stands between the markers in FILE")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--summary", action="store_true", help="print the README's table")
+    what.add_argument("--write", action="store_true", help="write both pages: docs/benchmarks.md and README.md")
     options = parser.parse_args(argv)
     found = [load(path) for path in options.results or sorted(RESULTS.glob("*.json"))]
     chosen = [data for data in found if data and (options.results or not data["quick"])]
     if not chosen:
         return _fail("there are no results yet; make some with `pytest benchmarks/ --benchmark-only`")
-    text = "\n\n".join([*map(section, chosen), legend(entry for data in chosen for entry in data["entries"].values())])
-    if options.write is None:
-        print(text)
+    if not options.write:
+        print(summary(chosen) if options.summary else everything(chosen))
         return 0
-    old = options.write.read_text(encoding="utf-8")
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        return _fail(f"{options.write} lacks {BEGIN} or, after it, {END}: put both where the table shall stand")
-    partial = options.write.with_name(options.write.name + ".partial")
-    partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-    os.replace(partial, options.write)
+    pages = {ROOT / "docs" / "benchmarks.md": everything(chosen), ROOT / "README.md": summary(chosen)}
+    for page in pages:
+        if not re.search(f"{BEGIN}.*{END}", page.read_text(encoding="utf-8"), re.S):
+            return _fail(f"{page} lacks {BEGIN} or, after it, {END}: put both where the tables shall stand")
+    for page, text in pages.items():
+        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        write_atomically(page, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
     return 0
+
+
+def everything(machines: Sequence[Mapping[str, Any]]) -> str:
+    """A section a machine, then what the columns mean."""
+    entries = [entry for data in machines for entry in data["entries"].values()]
+    return "\n\n".join([*map(section, machines), legend(entries)])
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -82,11 +90,6 @@ def settle(entries: Iterable[dict[str, Any]]) -> None:
         seconds = least[_work(name, entry)]
         entry["peers"][name] |= {"seconds": seconds, "ratio": seconds / entry["seconds"]}
         entry |= best_of(entry["peers"])
-
-
-def once(report: Mapping[str, Any]) -> bool:
-    """Whether a peer ran a single time, before the rounds."""
-    return report.get("rounds") == 1
 
 
 def _work(peer: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -153,13 +156,6 @@ def heading(data: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> st
     return quick + "".join(lines)
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; figures stand to the right."""
-    head = list(head)
-    lines = [head, ["---" if i < 2 else "---:" for i in range(len(head))], *map(list, rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def patterns(entries: Iterable[Mapping[str, Any]]) -> str:
     """The table of sparse patterns, a pattern and a size a row, by size; a peer's column says how often ours is faster.
 
@@ -175,27 +171,13 @@ def patterns(entries: Iterable[Mapping[str, Any]]) -> str:
                 f"{about['side']} × {about['side']}" + (f", {entry['device']}" if entry["device"] != "cpu" else ""),
                 f"{about['tiles']:.1%}",
                 duration(entry["seconds"]) if entry.get("seconds") else "",
-                *(_ratio(r) if r.get("right") and "ratio" in r else "" for r in found),
-                _memory(entry),
-                _memory(found[1]),
+                *(ratio(r) if r.get("right") and "ratio" in r else "" for r in found),
+                memory(entry),
+                memory(found[1]),
             ]
         )
     head = ("pattern", "pixels", "tiles", "igpt-fast", *peers, "peak memory", "dense SDPA's")
     return table(head, rows)
-
-
-def duration(seconds: float) -> str:
-    """Three digits in the unit that suits."""
-    unit, factor = next((u, f) for u, f in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if seconds * f >= 1 or u == "µs")
-    return f"{figure(seconds * factor)} {unit}"
-
-
-def figure(value: float) -> str:
-    """Three significant digits without an exponent."""
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - len(str(int(abs(value)))) + 1) if abs(value) >= 1 else 3
-    return f"{value:,.{digits}f}"
 
 
 def _rank(entry: Mapping[str, Any]) -> tuple[int, str]:
@@ -224,24 +206,15 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
         duration(entry["seconds"]) if entry.get("seconds") else "",
         "; ".join([f"{figure(value)} {unit}" for unit, value in entry.get("rates", {}).items()] + _floor(entry)),
         entry["best_peer"] or "none",
-        _ratio(best) if entry["ratio"] else "",
-        _memory(entry),
-        _memory(best),
+        ratio(best) if entry["ratio"] else "",
+        memory(entry),
+        memory(best),
     ]
-
-
-def _ratio(report: Mapping[str, Any]) -> str:
-    return f"{figure(report['ratio'])} ×" + f" {ONCE}" * once(report)
 
 
 def _floor(entry: Mapping[str, Any]) -> list[str]:
     least = entry.get("floor")
     return [f"{least['share']:.0%} of the floor by {least['by']}"] if least else []
-
-
-def _memory(report: Mapping[str, Any]) -> str:
-    peak = report.get("peak_memory_mb")
-    return "" if peak is None else f"{peak:,.1f} MB"
 
 
 def _absent(entry: Mapping[str, Any]) -> Iterable[str]:

@@ -36,15 +36,16 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-def test_tables_are_those_of_the_results():
+@pytest.mark.parametrize(("page", "options"), [("README.md", ["--summary"]), ("docs/benchmarks.md", [])])
+def test_tables_are_those_of_the_results(page, options):
     listed = subprocess.run(["git", "ls-files", "benchmarks/results/*.json"], cwd=ROOT, capture_output=True, text=True)
     if not listed.stdout:
         pytest.skip("git does not say here which results belong to the project")
-    command = [sys.executable, "-m", "benchmarks.report", *listed.stdout.split()]
+    command = [sys.executable, "-m", "benchmarks.report", *options, *listed.stdout.split()]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    shown = re.search("<!-- benchmarks:begin -->\n(.*)<!-- benchmarks:end -->", (ROOT / "README.md").read_text(), re.S)
-    assert shown[1] == made.stdout, "run: python -m benchmarks.report --write README.md"
+    shown = re.search("<!-- benchmarks:begin -->\n(.*)<!-- benchmarks:end -->", (ROOT / page).read_text(), re.S)
+    assert shown[1] == made.stdout, "run: python -m benchmarks.report --write"
 
 
 def test_kernels_that_no_gpu_has_run_are_named():

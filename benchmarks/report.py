@@ -1,4 +1,4 @@
-"""What was measured, from benchmarks/results/*.json: the tables of docs/benchmarks.md, and the README's summary of them.
+"""What was measured, from benchmarks/results/*.json: the tables of docs/benchmarks.md, and the README's one.
 
 python -m benchmarks.report                # prints all tables
 python -m benchmarks.report --summary      # prints the summary

@@ -1,4 +1,4 @@
-"""The README's table: what a user does most, machine by machine, each beside the best of the peers and Hugging Face's."""
+"""The README's table: what a user does most, by machine, beside the best of the peers and Hugging Face's."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -30,8 +30,8 @@ def summary(machines: Sequence[Mapping[str, Any]]) -> str:
     ]
     lines.append(["goals met, all comparisons", *(_goals(data["entries"].values()) for data, _ in found)])
     return table(("", *(_machine(data["machine"]) for data, _ in found)), lines) + (
-        "\n\nHow many times as fast as the best peer; behind it, where that is somebody else, as Hugging Face's ImageGPT "
-        "(HF). Memory: how many times as much they need."
+        "\n\nHow many times as fast as the best peer; behind it, where that is somebody else, as Hugging Face's "
+        "ImageGPT (HF). Memory: how many times as much they need."
     )
 
 

@@ -38,7 +38,14 @@ def silent() -> Iterator[None]:
 def say(text: str = "") -> None:
     """Prints one line (or several) for a person on stderr; above the bar when one is shown."""
     if not _silent:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text`, in which characters that a terminal would obey, such as those of a file's name, are spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def interactive() -> bool:

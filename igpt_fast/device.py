@@ -11,7 +11,10 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 
 BATCH_BYTES = 256 << 20  # of activations at once, by the estimate in images_at_once
-LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+# A container's limit, in the second version of control groups and in the first; beside each, what has been used.
+LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+USED = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
+LIMIT = next(filter(Path.is_file, LIMITS), LIMITS[0])
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -31,7 +34,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 def memory_of(device: torch.device, limit: Path = LIMIT) -> int:
     """Bytes of memory that the device has: a GPU's own, else the machine's, or the container's where that is less.
 
-    limit: the file with the container's, a whole number or "max".
+    limit: the file with the container's, named as one of USED: a whole number or "max".
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -45,7 +48,7 @@ def free_memory_of(device: torch.device, limit: Path = LIMIT) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free, own = _kilobytes("/proc/meminfo", "MemAvailable"), _kilobytes("/proc/self/status", "VmRSS")
-    used = limit.with_name("memory.current")  # the files that it has read included, which would make room
+    used = limit.with_name(USED[limit.name])  # the files that it has read included, which would make room
     others = int(used.read_text()) - 1024 * own if used.is_file() else 0
     return min(memory_of(device, limit) - max(0, others), 1024 * (free + own))
 

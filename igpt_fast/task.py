@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from igpt_fast.batches import Batch, Batches, digest
 from igpt_fast.config import Config
-from igpt_fast.console import number
+from igpt_fast.console import number, printable
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
 from igpt_fast.pictures import save_curve, write_atomically
@@ -139,7 +139,7 @@ class ClassTask(PixelTask):
 
     def introduction(self, config: Config, options: Options) -> list[str]:
         """The classes, and how they are learned."""
-        names = ", ".join(self.classes[:8]) + (", …" if len(self.classes) > 8 else "")
+        names = ", ".join(map(printable, self.classes[:8])) + (", …" if len(self.classes) > 8 else "")
         weight = f"{self.options.generative:g} × " if self.options.generative != 1 else ""
         loss = f"loss of the classes + {weight}loss of the pixels" if self.options.generative else "loss of the classes"
         lines = [f"{number(len(self.classes))} classes: {names}", loss]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from igpt_fast import console
-from igpt_fast.console import Bar, duration, number, progress, say
+from igpt_fast.console import Bar, duration, number, printable, progress, say
 from igpt_fast.errors import InputError
 from igpt_fast.pictures import curve_png_bytes, grid, save_curve, save_grid, to_png_bytes, write_atomically
 
@@ -183,3 +183,10 @@ def test_an_unknown_total_is_counted_without_a_time_left():
     bar = Bar(None, "images", "reading", 0)
     bar.to(7)
     assert bar.counts() == "7 images" and "left" not in bar.text()
+
+
+def test_a_terminal_obeys_no_name(capsys):
+    name = "a\nb\x1b[2J\udc80 Ä 猫"
+    assert printable(name) == "a\\nb\\x1b[2J\\udc80 Ä 猫"
+    say(name)
+    assert capsys.readouterr().err == "a\nb\\x1b[2J\\udc80 Ä 猫\n"

@@ -140,6 +140,10 @@ def test_memory_of_this_machine(tmp_path):
     limit.write_text(f"{whole}\n")
     (tmp_path / "memory.current").write_text(f"{whole - 10**9}\n")
     assert free_memory_of(CPU, limit) < 10**9 + 8 * 10**9 and free > 10**9
+    older = tmp_path / "memory.limit_in_bytes"  # as the first version of control groups has them
+    older.write_text(f"{whole}\n")
+    (tmp_path / "memory.usage_in_bytes").write_text(f"{whole - 10**9}\n")
+    assert memory_of(CPU, older) == whole and free_memory_of(CPU, older) < 10**9 + 8 * 10**9
     restart_peak(CPU)
     before = peak_of(CPU)
     del_me = torch.ones(50 << 20, dtype=torch.uint8)

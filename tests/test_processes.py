@@ -16,7 +16,7 @@ from labelled import write_tokens as write_labelled
 from tiny import CLASSES, CONFIG, FAST, FEW, VARIANTS, rows, same, variant, weights, write_tokens
 
 from igpt_fast import processes
-from igpt_fast.checkpoint import find_best, list_checkpoints
+from igpt_fast.checkpoint import find_best, list_checkpoints, load_checkpoint
 from igpt_fast.errors import InputError
 from igpt_fast.finetune import finetune
 from igpt_fast.interrupt import Stop, Stopped
@@ -105,6 +105,12 @@ def test_two_processes_learn_classes_as_one_would(labelled, trained, tmp_path):
     ]
     assert measured[0] == pytest.approx(measured[1], rel=1e-6)
     assert find_best(trained / "classes").name == alone.checkpoint.name
+
+
+def test_two_processes_end_early_at_one_step(trained):
+    run = trained / "early"
+    assert [row["step"] for row in rows(run) if "val_accuracy" in row] == [2, 4, 6]
+    assert load_checkpoint(run).step == 6 and find_best(run).name.endswith("2")
 
 
 def test_processes_that_were_given_different_things_say_so(trained):

@@ -58,6 +58,7 @@ def raise_at(monkeypatch, step: int, act) -> None:
 # Fine-tuning on the images of labelled.py.
 FEW = Config(layers=2, width=24, heads=3, colors=9, size=(4, 5))
 CLASSES = {"steps": 12, "batch": 6, "lr": 3e-3, "val_every": 5, "save_every": 6, "log_every": 4}
+EARLY = {**CLASSES, "lr": 1e-9, "val_every": 2, "patience": 2}  # which learns nothing, so that it ends at step 6
 
 # Runs whose steps go in two parts, for what must not change their numbers.
 VARIANTS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import CLASSES, FAST, FEW, VARIANTS, variant
+from tiny import CLASSES, EARLY, FAST, FEW, VARIANTS, variant
 
 from igpt_fast.errors import InputError
 from igpt_fast.finetune import finetune
@@ -15,7 +15,7 @@ from igpt_fast.train import train
 
 
 def main(tokens: str, labelled: str, out: Path) -> None:
-    """Into OUT/NAME of each variant, and of fine-tuning into OUT/classes.
+    """Into OUT/NAME of each variant, and of fine-tuning into OUT/classes and OUT/early.
 
     OUT/error-RANK.txt is what a process says that was given another seed.
     """
@@ -26,7 +26,8 @@ def main(tokens: str, labelled: str, out: Path) -> None:
         config, options = variant(name)
         train(dataset, out / name, config, device="cpu", **{**options, "accumulate": options["accumulate"] // 2})
     torch.manual_seed(0)
-    finetune(ImageGPT(FEW), TokenDataset(labelled), out / "classes", device="cpu", **CLASSES)
+    for name, options in (("classes", CLASSES), ("early", EARLY)):
+        finetune(ImageGPT(FEW), TokenDataset(labelled), out / name, device="cpu", **options)
     rank = dist.get_rank()
     for what, run, seed in (("seed", out / "seed", rank), ("sight", out / f"own-{rank}", 0)):
         try:

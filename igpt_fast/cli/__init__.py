@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from igpt_fast import __version__
 from igpt_fast.cli import classify, convert, data, evaluate, finetune, info, plan, probe, sample, train
+from igpt_fast.console import say
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import sigterm_exits
 
@@ -83,5 +84,5 @@ def main() -> None:
         if os.environ.get("IGPT_TRACEBACK") == "1":
             raise
         name = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
-        print(f"error: {name}", file=sys.stderr)
+        say(f"error: {name}")
         sys.exit(2)

@@ -21,7 +21,7 @@ from igpt_fast.cli.inputs import (
     tokens_for,
 )
 from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, print_json
-from igpt_fast.console import number, say
+from igpt_fast.console import number, printable, say
 from igpt_fast.errors import InputError
 from igpt_fast.pictures import write_atomically
 from igpt_fast.predict import Answers, answers_csv, class_names, predict, table_png
@@ -110,13 +110,13 @@ def _labels(dataset: TokenDataset, classes: tuple[str, ...]) -> np.ndarray:
 
 def _summary(answers: Answers, names: list[str], counts: np.ndarray, found: Score | None, known: int) -> list[str]:
     """The answers as lines for a person."""
-    lines = []
+    lines, classes = [], [printable(name) for name in answers.classes]
     for name, row in zip(names, answers.probabilities, strict=True) if len(names) <= FEW else ():
         likeliest = np.argsort(-row, kind="stable")[:3]
-        lines.append(f"  {name}: " + ", ".join(f"{answers.classes[k]} {100 * row[k]:.1f} %" for k in likeliest))
+        lines.append(f"  {printable(name)}: " + ", ".join(f"{classes[k]} {100 * row[k]:.1f} %" for k in likeliest))
     order = np.argsort(-counts, kind="stable")
     if not lines:
-        lines = [f"  {counts[k]:>7,} {answers.classes[k]}" for k in order[:LISTED] if counts[k]]
+        lines = [f"  {counts[k]:>7,} {classes[k]}" for k in order[:LISTED] if counts[k]]
         rest = int((counts[order[LISTED:]] > 0).sum())
         lines += [f"  and {rest} more classes"] if rest else []
     if found is not None:

@@ -66,6 +66,75 @@ def test_only_what_is_asked_for_gets_a_gradient(slow):
     assert dx.dtype is dw.dtype is torch.bfloat16
 
 
+PRODUCERS = {  # of x, from leaves of its shape and of its columns
+    "gelu": lambda z, _, w: ops.bias_quick_gelu(z, w),
+    "gelu without a bias": lambda z, _, w: ops.bias_quick_gelu(z) + 0 * w.sum(),
+    "norm": lambda z, _, w: ops.rms_norm(z, w),
+    "norm of a sum": lambda z, r, w: ops.rms_norm(z, w, residual=r)[0],
+    "norm in bfloat16": lambda z, r, w: ops.rms_norm(z, w, residual=r, dtype=torch.bfloat16)[0],
+}
+
+
+def gradients(producer, linear, leaves, autocast):
+    """y and all gradients; and how many tensors were kept for them."""
+    kept = set()
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        z, residual, w, weight, bias = leaves
+        y = linear(producer(z, residual, w), weight, bias)
+    probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    grads = torch.autograd.grad(y, leaves, probe, allow_unused=True, materialize_grads=True)
+    return [y, *grads], len(kept)
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
+)
+def test_what_can_be_made_again_is_not_kept(slow, name, dtype, autocast):
+    x, weight, bias = draw(dtype=dtype)
+    leaves = [x, torch.randn_like(x), torch.randn(x.shape[-1]).to(dtype), weight, bias]
+    if name == "norm in bfloat16" and not autocast:
+        leaves[3:] = weight.bfloat16(), bias.bfloat16()
+    ours, kept = gradients(PRODUCERS[name], ops.projection, leaves, autocast)
+
+    def forgetful(x, weight, bias):
+        return ops.projection(x.view_as(x), weight, bias)  # a view does not know what it was made of
+
+    theirs, kept_by_all = gradients(PRODUCERS[name], forgetful, leaves, autocast)
+    assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(ours, theirs, strict=True))
+    rounded = "norm " in name and dtype is torch.bfloat16  # the sum has lost what y was made of
+    assert kept == kept_by_all if rounded or "without" in name else kept < kept_by_all
+
+
+def test_what_was_changed_in_place_is_kept_as_it_is(slow):
+    x, weight, _ = draw()
+    y = ops.bias_quick_gelu(x).detach().requires_grad_()  # detached, it knows nothing
+    made = ops.bias_quick_gelu(x)
+    made.mul_(2)
+    (expected,) = torch.autograd.grad(ops.projection(2 * y, weight).sum(), weight)
+    (found,) = torch.autograd.grad(ops.projection(made, weight).sum(), weight)
+    assert torch.equal(found, expected)
+
+
+def test_a_steps_activations_take_a_third_less():
+    model = ImageGPT(Config(layers=2, width=64, heads=2, colors=16, size=(8, 8)))
+    tokens = torch.randint(16, (4, 64))
+    kept = {}
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model.loss(tokens)
+    # Of a pixel and a layer: q, k, v, attention's output, two sums, and what the activation reads.
+    floats = 2 * 4 * 64 * 64 * (3 + 1 + 2 + 4)
+    assert sum(count for at, count in kept.items() if at not in weights) < 1.1 * 4 * floats
+
+
 def test_the_model_compiles_under_autocast(slow):
     model = ImageGPT(Config(layers=1, width=16, heads=2, colors=8, size=(3, 3)))
     torch.nn.init.normal_(model.wtet)

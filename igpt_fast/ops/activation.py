@@ -1,10 +1,13 @@
 """Activations: checks, which backend runs, and how the gradient is attached."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
+from igpt_fast.ops._again import remember
 from igpt_fast.ops._native import backend_for, empty, multiprocessors, needs_grad, same_device, stream_of
 
 
@@ -24,7 +27,9 @@ def bias_quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     if native is None:
         return reference.activation.bias_quick_gelu(x, bias)
     if needs_grad(x, bias):
-        return _BiasQuickGelu.apply(native, x, bias)
+        y = _BiasQuickGelu.apply(native, x, bias)
+        remember(y, partial(_forward, native), x, bias)
+        return y
     return _forward(native, x, bias)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
+from igpt_fast.ops._again import remember
 from igpt_fast.ops._native import backend_for, empty, multiprocessors, needs_grad, same_device, stream_of
 
 
@@ -35,6 +36,8 @@ def rms_norm(
         return reference.norm.rms_norm(x, weight, eps, residual, dtype)
     if needs_grad(x, weight, residual):
         y, s = _RmsNorm.apply(native, x, weight, residual, eps, dtype)
+        if s is None or s.dtype is torch.float32:  # a sum that was rounded has lost what y was made of
+            remember(y, lambda of, by: _forward(native, of, by, None, eps, dtype)[0], x if s is None else s, weight)
     else:
         y, s, _ = _forward(native, x, weight, residual, eps, dtype)
     return y if residual is None else (y, s)

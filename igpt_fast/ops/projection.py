@@ -1,10 +1,11 @@
-"""The linear map of whole images: torch's own product, kept away from the one case in which torch has no fast one."""
+"""The linear maps of whole images: torch's own product, kept away from the one case in which torch has no fast one."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast.errors import InputError
+from igpt_fast.ops._again import recipe_of
 from igpt_fast.ops._native import needs_grad
 
 ROWS = 1024  # converted at a time: their floats stay in the cache
@@ -22,12 +23,12 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise InputError(f"projection: weight {list(weight.shape)} does not fit x {list(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"projection: bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
-    if not _in_float32(x):
+    recipe = recipe_of(x)
+    if recipe is None and not _in_float32(x):
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):
-        return _Projection.apply(x, weight, bias)
-    with torch.autocast("cpu", enabled=False):
-        return _forward(x, weight, bias)
+        return _Projection.apply(x, weight, bias, *((None, x) if recipe is None else (recipe.make, *recipe.parts)))
+    return _forward(x, weight, bias)
 
 
 def bf16_is_slow() -> bool:
@@ -46,44 +47,60 @@ def _in_float32(x: Tensor) -> bool:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    weight, bias = weight.float(), None if bias is None else bias.float()
-    if torch.compiler.is_compiling():  # the compiler cuts and fuses as it likes
-        return F.linear(x.float(), weight, bias).bfloat16()
-    rows = x.reshape(-1, x.shape[-1])
-    y = rows.new_empty(len(rows), len(weight), dtype=torch.bfloat16)
-    for out, part in zip(y.split(ROWS), rows.split(ROWS), strict=True):
-        out.copy_(F.linear(part.float(), weight, bias))
-    return y.view(*x.shape[:-1], len(weight))
+    if not _in_float32(x):
+        return F.linear(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        weight, bias = weight.float(), None if bias is None else bias.float()
+        if torch.compiler.is_compiling():  # the compiler cuts and fuses as it likes
+            return F.linear(x.float(), weight, bias).bfloat16()
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows.new_empty(len(rows), len(weight), dtype=torch.bfloat16)
+        for out, part in zip(y.split(ROWS), rows.split(ROWS), strict=True):
+            out.copy_(F.linear(part.float(), weight, bias))
+        return y.view(*x.shape[:-1], len(weight))
 
 
 class _Projection(torch.autograd.Function):
+    """Keeps what x can be made of: make(*parts), or, where make is None, the one part, x itself."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        with torch.autocast("cpu", enabled=False):
-            return _forward(x, weight, bias)
+    def forward(ctx, x, weight, bias, make, *parts):
+        ctx.save_for_backward(weight, *parts)
+        ctx.make, ctx.in_float32, ctx.dtypes = (
+            make,
+            _in_float32(x),
+            tuple(t if t is None else t.dtype for t in (x, weight, bias)),
+        )
+        return _forward(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        wide = weight.float()
-        dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        dweight, dbias = torch.zeros_like(wide), wide.new_zeros(len(wide))
+        weight, *parts = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
-            for begin in range(0, len(rows), ROWS):
-                part = slice(begin, begin + ROWS)
-                g = grads[part].float()
-                if dx is not None:
-                    dx[part] = g @ wide
-                if ctx.needs_input_grad[1]:
-                    dweight.addmm_(g.t(), rows[part].float())
-                if ctx.needs_input_grad[2]:
-                    dbias += g.sum(0)
-        return (
-            None if dx is None else dx.view(x.shape),
-            dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
-        )
+            x = ctx.make(*parts) if ctx.make else parts[0]
+            backward = _backward_in_float32 if ctx.in_float32 else _backward
+            found = backward(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), weight, ctx.needs_input_grad)
+        dx, *rest = (None if t is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True))
+        return None if dx is None else dx.view(x.shape), *rest, None, *(None for _ in parts)
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias, in dy's dtype.   dy [N, M]   x [N, K]"""
+    dweight = dy.t() @ x.to(dy.dtype) if wanted[1] else None
+    return dy @ weight.to(dy.dtype) if wanted[0] else None, dweight, dy.sum(0) if wanted[2] else None
+
+
+def _backward_in_float32(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    wide = weight.float()
+    dx, dweight, dbias = torch.empty_like(x) if wanted[0] else None, torch.zeros_like(wide), wide.new_zeros(len(wide))
+    for begin in range(0, len(x), ROWS):
+        part = slice(begin, begin + ROWS)
+        g = dy[part].float()
+        if dx is not None:
+            dx[part] = g @ wide
+        if wanted[1]:
+            dweight.addmm_(g.t(), x[part].float())
+        if wanted[2]:
+            dbias += g.sum(0)
+    return dx, dweight if wanted[1] else None, dbias if wanted[2] else None

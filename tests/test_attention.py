@@ -64,6 +64,17 @@ def test_shapes(backend, dtype, batch, count, tokens, head_dim, causal, scale):
     check(lambda q, k, v: ops.attention(q, k, v, None, causal, scale), dense(None, causal, scale), args, backend, dtype)
 
 
+# On the bench, which has 4 multiprocessors and 384 KB of L2: blocks take a place of a head after another, of all heads
+# or by head; at head dim 64 a warpgroup has one line, or two.
+@pytest.mark.parametrize(("backend", "dtype"), FEW)
+@pytest.mark.parametrize(
+    ("count", "tokens", "head_dim"), [(6, 65, 64), (12, 65, 64), (6, 300, 64), (7, 200, 96), (1, 700, 96), (9, 65, 128)]
+)
+def test_small_calls_and_large_ones(backend, dtype, count, tokens, head_dim):
+    args = heads(1, count, tokens, head_dim, seed=tokens)
+    check(lambda q, k, v: ops.attention(q, k, v), dense(), args, backend, dtype)
+
+
 @pytest.mark.parametrize(("backend", "dtype"), FEW)
 @settings(max_examples=5)
 @given(queries=st.integers(16, 150), keys=st.integers(16, 150), head_dim=st.sampled_from([32, 96]))

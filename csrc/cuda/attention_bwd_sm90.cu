@@ -279,9 +279,10 @@ void attention_bwd_sm90(View dq, View dk, View dv, View dout, View q, View k, Vi
     if constexpr (D >= 64) {
       using K = KeysShape<D>;
       using Q = QueriesShape<D>;
-      const int64_t heads = q.size[0] * q.size[1];
-      // The longest first: in causal attention the first keys, and the last queries.
-      const Work keys = Work::of<K>(heads, k.size[2], false), queries = Work::of<Q>(heads, q.size[2], true);
+      const int64_t heads = q.size[0] * q.size[1], row = 2 * D * int64_t(sizeof(T));  // of two tensors
+      // The longest are, in causal attention, the first keys and the last queries.
+      const Work keys = Work::of<K>(heads, k.size[2], false, q.size[2] * row);
+      const Work queries = Work::of<Q>(heads, q.size[2], true, k.size[2] * row);
       allow_shared(attention_dkdv_sm90_kernel<D, T>, K::kShared);
       allow_shared(attention_dq_sm90_kernel<D, T>, Q::kShared);
       const CUtensorMap mq = map_of<D>(q), mk = map_of<D>(k), mv = map_of<D>(v), mdout = map_of<D>(dout);

@@ -1,9 +1,10 @@
 // attention_fwd on Hopper: formulas, shapes and refusals of attention_fwd.cu, for head dims 64, 96 and 128.
 //
 // A block has two warpgroups. Each owns two lines, tiles of 64 queries one below the other (one line for D > 64, whose
-// registers are fewer). One thread beside them walks over the tiles of 64 keys that any line meets, and brings K and V
-// by TMA into a ring of stages, with a note of which line sees how much of the tile. Blocks are as many as
-// multiprocessors and take item after item: what the next one wants comes while this one ends.
+// registers are fewer, and where calls are so small that multiprocessors would be left without work). One thread beside
+// them walks over the tiles of 64 keys that any line meets, and brings K and V by TMA into a ring of stages, with a
+// note of which line sees how much of the tile. Blocks are as many as multiprocessors and take item after item: what
+// the next one wants comes while this one ends.
 //
 // A warpgroup waits for nobody but the copies. S = Q K^T by wgmma m64n64k16 with Q in registers: from shared memory it
 // would be read again for every tile, as many bytes as K. The online softmax is in registers, where two rows belong to
@@ -19,8 +20,9 @@
 // KB for 4.2 MFLOP: 2 TB/s of L2 at 500 TFLOP/s) and 128 beyond, which is twice that. Shared memory: 64 bytes a cycle
 // at the full rate, of 128.
 //
-// sass attention_fwd_sm90_kernel<64, bf16>: HGMMA = 16, LOCAL = 0
-// sass attention_fwd_sm90_kernel<128, bf16>: HGMMA = 24, LOCAL = 0
+// sass attention_fwd_sm90_kernel<64, 2, bf16>: HGMMA = 16, LOCAL = 0
+// sass attention_fwd_sm90_kernel<64, 1, bf16>: HGMMA = 16, LOCAL = 0
+// sass attention_fwd_sm90_kernel<128, 1, bf16>: HGMMA = 24, LOCAL = 0
 #include "attention_sm90.cuh"
 
 namespace igpt {
@@ -33,8 +35,8 @@ namespace {
 // Queries stay, K and V come.
 template <int D>
 constexpr int kBytes = Panels<D>::kTileBytes;
-template <int D>
-using Shape = Layout<2, D == 64 ? 2 : 1, kBytes<D>, 2,
+template <int D, int lines>
+using Shape = Layout<2, lines, kBytes<D>, 2,
                      D == 64   ? 8
                      : D == 96 ? 7
                                : 5,
@@ -101,15 +103,15 @@ __device__ inline void softmax(Rows<D>& rows, Weights& x, float scale2, Settle s
   }
 }
 
-template <int D, class T>
-__global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
+template <int D, int lines, class T>
+__global__ void __launch_bounds__(Shape<D, lines>::kThreads, Shape<D, lines>::kBlocks)
     attention_fwd_sm90_kernel(Heads<T> o,                             // [B, H, Tq, D]
                               float* lse,                             // [B, H, Tq]
                               const __grid_constant__ CUtensorMap q,  // [B, H, Tq, D]
                               const __grid_constant__ CUtensorMap k,  // [B, H, Tk, D]
                               const __grid_constant__ CUtensorMap v,  // [B, H, Tk, D]
                               Pattern pattern, Work work, float scale2) {
-  using L = Shape<D>;
+  using L = Shape<D, lines>;
   ATTENTION_RING(L, ring);
   ring.begin();
   if (threadIdx.x >= L::kMath) {
@@ -237,14 +239,26 @@ __global__ void __launch_bounds__(Shape<D>::kThreads, Shape<D>::kBlocks)
 
 void attention_fwd_sm90(View o, View lse, View q, View k, View v, BlockMaskView mask, bool causal, float scale,
                         Stream stream) {
+  const int64_t heads = q.size[0] * q.size[1], tiles = (q.size[2] + kTile - 1) / kTile;
   by_head(q, [&]<class T, int D>() {
-    if constexpr (D >= 64) {
-      using L = Shape<D>;
-      const Work work = Work::of<L>(q.size[0] * q.size[1], q.size[2], true);
-      allow_shared(attention_fwd_sm90_kernel<D, T>, L::kShared);
-      LAUNCH((attention_fwd_sm90_kernel<D, T>), work.blocks<L>(), L::kThreads, L::kShared, stream, Heads<T>(o),
+    const auto run = [&]<int lines>() {
+      using L = Shape<D, lines>;
+      const Work work = Work::of<L>(heads, q.size[2], true, k.size[2] * 2 * D * int64_t(sizeof(T)));
+      allow_shared(attention_fwd_sm90_kernel<D, lines, T>, L::kShared);
+      LAUNCH((attention_fwd_sm90_kernel<D, lines, T>), work.blocks<L>(), L::kThreads, L::kShared, stream, Heads<T>(o),
              lse.as<float>(), map_of<D>(q), map_of<D>(k), map_of<D>(v), Pattern(q.size[2], k.size[2], causal, mask),
              work, scale * kLog2e);
+    };
+    if constexpr (D > 64) {
+      run.template operator()<1>();
+    } else if constexpr (D == 64) {
+      // Of causal attention the longest item of two lines meets 4 tiles of keys a tile of the head, and all items of
+      // all heads (tiles + 1) / 2. Where the former is by a quarter more than a multiprocessor's share, items are
+      // halved.
+      if (heads * (tiles + 1) * 5 >= 32 * Work::slots<Shape<D, 2>>())
+        run.template operator()<2>();
+      else
+        run.template operator()<1>();
     }
   });
 }

@@ -36,17 +36,19 @@ struct alignas(8) Item {
 };
 constexpr int kNoMore = -1;
 
-// What the blocks of a call share out. Where there is work for many, a long place and the short one from the other end
-// of the head make one portion, so that portions are alike. A multiprocessor has no more blocks than it runs at a time:
-// they take portion after portion, and bring what the next one wants while this one ends.
+// What the blocks of a call share out, as many blocks as run at a time: each takes portion after portion, and brings
+// what the next one wants while this one ends. Where the L2 cache holds all that comes, a portion is a place: the
+// longest places of all heads first, and every other round from the last block on, so that loads come out even. Else a
+// head is read while it is there: a portion is a long place and the short one from the other end of the head.
 struct Work {
-  int places, items, portions;  // of a head; places of a portion; portions in all
-  bool last_first;              // from the last place on where those are the long ones
+  int heads, places, portions;  // places of a head; portions in all
+  bool pairs, last_first;       // last_first: the last place is the longest, not the first
+  // `bytes`: what a head's items bring.
   template <class L>
-  static Work of(int64_t heads, int64_t rows, bool last_first) {
-    const int places = int((rows + L::kAll * kTile - 1) / (L::kAll * kTile));
-    const int items = heads * places >= 4 * slots<L>() ? 2 : 1;
-    return {places, items, int(heads * ((places + items - 1) / items)), last_first};
+  static Work of(int64_t heads, int64_t rows, bool last_first, int64_t bytes) {
+    const int64_t places = (rows + L::kAll * kTile - 1) / (L::kAll * kTile);
+    const bool pairs = heads * bytes > int64_t(device_attribute(cudaDevAttrL2CacheSize)) / 3 * 2;
+    return {int(heads), int(places), int(heads * (pairs ? (places + 1) / 2 : places)), pairs, last_first};
   }
   template <class L>
   static int64_t slots() {
@@ -60,11 +62,19 @@ struct Work {
   // Calls f(item) for each of this block's.
   template <class F>
   __device__ void each(F f) const {
-    const int of_head = (places + items - 1) / items;
-    for (int portion = blockIdx.x; portion < portions; portion += gridDim.x) {
-      const int head = portion / of_head, at = portion % of_head, other = places - 1 - at;
-      f(Item{head, last_first ? other : at});
-      if (items == 2 && at != other) f(Item{head, last_first ? at : other});
+    if (pairs) {
+      const int of_head = (places + 1) / 2;
+      for (int portion = blockIdx.x; portion < portions; portion += gridDim.x) {
+        const int head = portion / of_head, at = portion % of_head, other = places - 1 - at;
+        f(Item{head, last_first ? other : at});
+        if (at != other) f(Item{head, last_first ? at : other});
+      }
+      return;
+    }
+    bool back = false;
+    for (int first = 0; first < portions; first += gridDim.x, back = !back) {
+      const int portion = first + int(back ? gridDim.x - 1 - blockIdx.x : blockIdx.x), at = portion / heads;
+      if (portion < portions) f(Item{portion % heads, last_first ? places - 1 - at : at});
     }
   }
 };

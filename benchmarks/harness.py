@@ -140,6 +140,11 @@ class Case:
     extra: Callable[[str, Any], dict[str, Any]] = field(default=lambda side, result: {})  # more fields from a result
 
 
+def steps_served_by(t: Tensor) -> str:
+    """Who serves a decoding step of that dtype, there: on a CPU one call, on a GPU the kernels of its ops."""
+    return served_by("attention_decode" if t.is_cuda else "decode_step", t)
+
+
 def served_by(op: str, *tensors: Tensor) -> str:
     """The backend that serves this op (a field of csrc/ops.h) for such tensors, by name; "reference" when none does."""
     backend = backend_for(op, tensors)

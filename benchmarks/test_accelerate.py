@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import igpt_fast as igpt
-from benchmarks.harness import Call, Case, Close, Goal, Missing, Score, served_by
+from benchmarks.harness import Call, Case, Close, Goal, Missing, Score, served_by, steps_served_by
 from benchmarks.peer_models import generate
 from benchmarks.peers import optional
 
@@ -158,7 +158,7 @@ def test_generate(compare, device, quick, dtype):
             shape=shape_of(hf, 4),
             dtype=name,
             device=device,
-            backend=served_by("decode_step", torch.empty(0, dtype=dtype, device=device)),
+            backend=steps_served_by(torch.empty(0, dtype=dtype, device=device)),
             ours=generate(ours, nothing, steps),
             peers={HF: generate(theirs, nothing, steps)},
             judge=Score(wrong, 0.0, 0.0),

@@ -8,7 +8,7 @@ import torch
 
 import igpt_fast as igpt
 from benchmarks import peer_models, peers
-from benchmarks.harness import Case, Close, Goal, Missing, Score, dtype_name, served_by
+from benchmarks.harness import Case, Close, Goal, Missing, Score, dtype_name, served_by, steps_served_by
 from benchmarks.training import BATCH, describe, small_model, tokens_for
 from igpt_fast import ops
 from igpt_fast.cached import Decoder, decode_one_token, prefill
@@ -98,7 +98,7 @@ def test_step(compare, device, quick, dtype):
             shape=f"{describe(model.config)}, pixel {half}",
             dtype=dtype_name(dtype),
             device=device,
-            backend=served_by("decode_step", pixel.to(dtype)),
+            backend=steps_served_by(pixel.to(dtype)),
             ours=ours,
             peers={
                 **in_dtypes(PLAIN, dtype, device, lambda d: peer_models.plain_step(cast(plain, d), known, pixel)),
@@ -134,7 +134,7 @@ def compare_images(compare, model, dtype, device, op, known, ours, goals=()):
             shape=f"{describe(config, count)}, {steps} steps{where}",
             dtype=dtype_name(dtype),
             device=device,
-            backend=served_by("decode_step", torch.empty(0, device=device, dtype=dtype)),
+            backend=steps_served_by(torch.empty(0, device=device, dtype=dtype)),
             ours=partial(ours, mine),
             peers={
                 **in_dtypes(PLAIN, dtype, device, lambda d: peer_models.plain_images(cast(plain, d), known)),

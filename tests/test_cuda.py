@@ -3,6 +3,7 @@
 The ops' tests proper run on a GPU by check.backends(), on copies of CPU tensors.
 """
 
+import copy
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 from test_backends import calls
 
 from igpt_fast import Config, ImageGPT, InputError, accelerate, ops, replay
+from igpt_fast.cached import Decoder, prefill
 from igpt_fast.ops._native import BACKENDS, use_backend
 from igpt_fast.sample import complete, sample
 
@@ -123,7 +125,17 @@ def step_in_bytes(x, y):
     return step(x, y, in_bytes=True)
 
 
-FUNCTIONS = [norm, gelu, loss, draw, nearest, lloyd, head, attend, step, step_in_bytes]
+def one_linear(x, y):
+    x, y = (t.detach()[:64].bfloat16() for t in (x, y))
+    return (ops.linear(x, y, y[:, 0].contiguous(), norm=y[0], residual=x[:, :64].contiguous(), gelu=True),)
+
+
+def drop(x, y):
+    qkv = torch.stack((x, y, x), 1).bfloat16().view(1, len(x), 3, -1, 64)
+    return (ops.attention_dropout(qkv, 0.25, 7),)
+
+
+FUNCTIONS = [norm, gelu, loss, draw, nearest, lloyd, head, attend, drop, one_linear, step, step_in_bytes]
 
 
 def both_passes(fn, x, y):
@@ -184,6 +196,27 @@ def test_images_are_drawn_by_a_cuda_graph(pattern, caplog, monkeypatch):
     monkeypatch.setattr(replay, "recorded", lambda step, device: step)
     assert torch.equal(sample(model, n=3, seed=1), replayed)
     assert torch.equal(complete(model, replayed, keep=0.5, n=2, seed=1), completed)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pattern", [None, "neighborhood(3)"])
+def test_steps_whose_slots_the_device_counts_give_the_models_logits(pattern, device="cuda"):
+    """Of bfloat16, as those of whole images at once: no farther from float64 than twice that."""
+    torch.manual_seed(0)
+    model = ImageGPT(Config(layers=2, width=64, heads=2, colors=16, size=(40, 8), pattern=pattern)).bfloat16()
+    torch.nn.init.normal_(model.wtet, std=0.2)
+    pixels = torch.randint(16, (3, 320))
+    with use_backend("reference"):
+        truth = copy.deepcopy(model).double()(pixels)
+        whole = (model(pixels) - truth).abs().max()
+    model, pixels = model.to(device), pixels.to(device)
+    _, cache = prefill(model, pixels[:, :250])
+    decoder = Decoder(model, cache)
+    for t in range(250, 270):
+        at = torch.full((1,), t + 1, device=device)
+        held = decoder.weights, at, model.config.eps, decoder.masks, cache.pages, cache.prefix
+        logits = ops.decode_step(cache.data, pixels[:, t], *held)
+        assert (logits.double().cpu() - truth[:, t + 1]).abs().max() <= 2 * whole
 
 
 def test_a_graph_generates_what_transformers_generates(caplog, monkeypatch):

@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kResident<D, E>)
                             Cache<E> cache,           // [B, H, T, D], scales [B, H, pages]
                             Mask mask, bool split, float scale2) {
   using Warp = Worker<D, E, 1>;
-  STATIC_SMEM(float, records, (kRound + 1) * (D + 2));  // the first: what earlier rounds add up to
+  STATIC_SMEM(float2, pairs, (kRound + 1) * (D + 2) / 2);  // they are written two floats at a time
+  float* const records = reinterpret_cast<float*>(pairs);  // the first: what earlier rounds add up to
   STATIC_SMEM(uint64_t, seen, kRound* kTilesOfChunk);
   const int of_head = split ? sequence.chunks - sequence.given : 1;  // blocks
   const int bh = int(blockIdx.x / of_head), warps = blockDim.x / 32, warp = threadIdx.x / 32;
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(D) attention_decode_merge_kernel(Heads<uint16_
   const int slots = sequence.lengths[bh / sequence.heads], chunks = (slots + kDecodeChunk - 1) / kDecodeChunk;
   const float* kept = sequence.partials + int64_t(bh) * sequence.chunks * (D + 2);
   Total<D> total;
-  for (int i = 0; i < sequence.given + chunks; ++i) total.add(kept + i * (D + 2));
+  total.template add<8>(kept, sequence.given + chunks);  // from L2: each by itself would wait for it
   total.store(o[bh].row(0), dtype);
 }
 

@@ -255,16 +255,40 @@ struct Worker {
 template <int D>
 struct Total {
   float top = -INFINITY, sum = 0.f, o[D / 32] = {};
-  __device__ void add(const float* record) {
-    const float part = record[D + 1];
-    if (part == 0.f) return;  // a chunk of which nothing was seen has no o
-    const float next = fmaxf(top, record[D]), fade = ptx::ex2(top - next), share = ptx::ex2(record[D] - next);
-    top = next, sum = fmaf(sum, fade, __fmul_rn(part, share));
+  // A record's; of a chunk of which nothing was seen the sum is zero, and there is nothing else.
+  struct Chunk {
+    float sum = 0.f, top = 0.f, o[D / 32] = {};
+    __device__ void read(const float* record) {
+      top = record[D];
 #pragma unroll
-    for (int i = 0; i < D / 32; ++i) {
-      const int d = i * blockDim.x + threadIdx.x;
-      if (d < D) o[i] = fmaf(o[i], fade, __fmul_rn(record[d], share));
+      for (int i = 0; i < D / 32; ++i) {
+        const int d = i * blockDim.x + threadIdx.x;
+        if (d < D) o[i] = record[d];
+      }
     }
+  };
+  __device__ void add(const float* records) { add<1>(records, 1); }
+  // So many records in their order, of which kAhead are on their way at a time.
+  template <int kAhead>
+  __device__ void add(const float* records, int count) {
+    for (int first = 0; first < count; first += kAhead, records += kAhead * (D + 2)) {
+      Chunk chunk[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (first + i < count) chunk[i].sum = records[i * (D + 2) + D + 1];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (chunk[i].sum != 0.f) chunk[i].read(records + i * (D + 2));
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (chunk[i].sum != 0.f) add(chunk[i]);
+    }
+  }
+  __device__ void add(const Chunk& x) {
+    const float next = fmaxf(top, x.top), fade = ptx::ex2(top - next), share = ptx::ex2(x.top - next);
+    top = next, sum = fmaf(sum, fade, __fmul_rn(x.sum, share));
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) o[i] = fmaf(o[i], fade, __fmul_rn(x.o[i], share));
   }
   // As a record: adding it to nothing gives it back.
   __device__ void keep(float* record) const {

@@ -192,8 +192,9 @@ inline void check_mask_rows(const BlockMaskView& mask, const View& q, int64_t sl
 }
 inline void check_partials(const View& partials, const View& q, const char* op) {
   IGPT_CHECK(partials.dtype == DType::f32 && partials.ndim == 4 && partials.dense() && partials.size[0] == q.size[0] &&
-                 partials.size[1] == q.size[1] && partials.size[3] == q.size[3] + 2,
-             "%s: partials must be dense float32 [B, H, chunks, D + 2]", op);
+                 partials.size[1] == q.size[1] && partials.size[3] == q.size[3] + 2 &&
+                 reinterpret_cast<uintptr_t>(partials.data) % alignof(float2) == 0,
+             "%s: partials must be dense float32 [B, H, chunks, D + 2], at a multiple of 8 bytes", op);
 }
 
 }  // namespace decode

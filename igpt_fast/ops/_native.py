@@ -235,7 +235,12 @@ def check_range(op: str, name: str, indices: Tensor, limit: int, on_cpu: bool = 
 
     on_cpu: there too, where no kernel looks.
     """
-    asked = _debug if indices.is_cuda else on_cpu and not torch.compiler.is_compiling()
+    if (
+        indices.is_cuda
+    ):  # the host does not wait within a CUDA graph: the calls before it was recorded have been checked
+        asked = _debug and not torch.cuda.is_current_stream_capturing()
+    else:
+        asked = on_cpu and not torch.compiler.is_compiling()
     if asked and ((indices < 0) | (indices >= limit)).any():
         raise InputError(f"{op}: {name} hold a value outside 0..{limit - 1}")
 

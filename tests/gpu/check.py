@@ -57,15 +57,15 @@ print(json.dumps({"gpu": p.name, "capability": [p.major, p.minor], "memory_gib":
 # ---- tests, layouts, benchmarks: pytest in the tree ----
 
 
-def pytest(clock: Clock, name: str, *arguments: str | Path, **env: str) -> dict[str, Any]:
-    """One run of pytest → its counts, and the names of what failed."""
+def pytest(clock: Clock, name: str, *arguments: str | Path, limit: float | None = None, **env: str) -> dict[str, Any]:
+    """One run of pytest → its counts, and the names of what failed. limit: as Clock.command's."""
     xml = SCRATCH / f"{name}.xml"
     xml.unlink(missing_ok=True)
     line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "gpu.hardware", f"--junitxml={xml}"]
     if find_spec("pytest_benchmark") is None:  # which the project's settings mention
         line += ["-o", "addopts=-q --strict-markers"]
     bench = str(SCRATCH / "simt") if bench_built() else "none"
-    done = clock.command(name, [*line, *arguments], TREE, IGPT_SIMT_DIR=bench, **env)
+    done = clock.command(name, [*line, *arguments], TREE, limit, IGPT_SIMT_DIR=bench, **env)
     found = {"status": done.status, **counts(xml)}
     if done.code == 5:  # pytest's word for nothing collected
         found["status"] = NOT_RUN
@@ -102,7 +102,7 @@ def apart(clock: Clock, tests: Mapping[str, str], skip: str, env: Callable[[str]
     return worst({name: f["status"] for name, f in found.items()}) | {"files": found}
 
 
-LONG = ("test_attention",)  # whose tests run side by side
+LONG = ("test_cuda", "test_attention_decode", "test_attention")  # whose tests run side by side, and first
 
 
 def tests(machine: Machine, clock: Clock) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def tests(machine: Machine, clock: Clock) -> dict[str, Any]:
     chosen = [p for p in sorted((TREE / "tests").glob("test_*.py")) if "\nfrom check import" in p.read_text()]
     chosen.append(TREE / "tests" / "test_cuda.py")
     nodes: dict[str, str] = {}
-    for path in chosen:
+    for path in sorted(chosen, key=lambda p: p.stem not in LONG):
         nodes |= by_function(path) if path.stem in LONG else {path.stem: str(path)}
     agreements = {name: SCRATCH / f"{name}.json" for name in nodes}
     for path in agreements.values():
@@ -144,15 +144,27 @@ def of_kernels(files: list[Path]) -> list[Path]:
     return [p for p, name in zip(files, names, strict=True) if any(f"{k}_".startswith(name) for k in kernels)]
 
 
+def by_need(files: list[Path]) -> list[Path]:
+    """Those first whose kernels no hardware has seen, and what is built of them."""
+    kernels = json.loads((ROOT / report.VERIFIED).read_text())["kernels"]
+    new = [name for name, entry in kernels.items() if not entry["commit"]]
+    rank = {p: not any(f"{k}_".startswith(f"{p.stem.removeprefix('test_')}_") for k in new) for p in files}
+    return sorted(files, key=lambda p: (rank[p] and p.stem != "test_sampling", len(p.read_text())))
+
+
 def benchmarks(machine: Machine, clock: Clock) -> dict[str, Any]:
     if find_spec("pytest_benchmark") is None:
         return {"status": NOT_RUN, "reason": "pytest-benchmark is not here"}
-    files = of_kernels(sorted((TREE / "benchmarks").glob("test_*.py")))
     results = machine.out.resolve() / "benchmarks.json"
     results.unlink(missing_ok=True)
     options = ["--benchmark-only", "--served-by", "cuda", "-k", "cuda", f"--results={results}"]
-    found = pytest(clock, "benchmarks", *files, *options)
-    return found | {"entries": len(json.loads(results.read_text())["entries"]) if results.exists() else 0}
+    files = by_need(of_kernels(sorted((TREE / "benchmarks").glob("test_*.py"))))
+    found: dict[str, dict] = {}
+    for i, path in enumerate(files):  # one after the other, in processes of their own: what breaks one hides no other
+        share = clock.left() / (len(files) - i) * (2 if i + 1 < len(files) else 1)
+        found[path.stem] = pytest(clock, f"benchmark-{path.stem}", path, *options, limit=share)
+    entries = len(json.loads(results.read_text())["entries"]) if results.exists() else 0
+    return worst({name: f["status"] for name, f in found.items()}) | {"files": found, "entries": entries}
 
 
 def rates(machine: Machine, clock: Clock) -> dict[str, Any]:
@@ -172,7 +184,7 @@ def sanitizer(machine: Machine, clock: Clock) -> dict[str, Any]:
     program = machine.tools["compute-sanitizer"]
     if not program:
         return {"status": NOT_RUN, "reason": "compute-sanitizer is not here"}
-    line = [sys.executable, "-m", "simt.calls", CALLS]
+    line = [sys.executable, "-m", "simt.calls", CALLS, "gpu"]
     if clock.command("calls", line, TREE, IGPT_SIMT_DIR="none").code != 0:
         return {"status": FAILED, "reason": "the calls could not be recorded: see logs/calls.txt"}
     ops = list(json.loads((TREE / "benchmarks/results/verified.json").read_text())["kernels"])

@@ -1,7 +1,8 @@
 """A plugin of pytest (-p gpu.hardware) for the machine that has a GPU.
 
 IGPT_HARDWARE=libhardware.so: the bench's layout tests run each kernel on the GPU too, and both must give the same bits.
-IGPT_AGREEMENT=file.json: which op of the CUDA backend was called in how many tests that passed, and that failed.
+IGPT_AGREEMENT=file.json: which op of the CUDA backend was called in how many tests that passed, in how many that failed
+with no other op called ("failed"), and in how many that failed beside others, any of which may be why ("unclear").
 """
 
 import ctypes
@@ -97,7 +98,7 @@ class Counted:
 
 
 class Agreement:
-    """Counts, for each op, the tests that called it and passed, and those that failed."""
+    """Counts, for each op, the tests that called it: those that passed, that failed, and that tell nothing of it."""
 
     def __init__(self, counted: Counted, path: Path):
         self.counted, self.path, self.ops = counted, path, {}
@@ -110,9 +111,9 @@ class Agreement:
     def pytest_runtest_logreport(self, report):
         if report.when != "call" or report.skipped:
             return
+        what = "passed" if report.passed else "failed" if len(self.counted.called) == 1 else "unclear"
         for op in self.counted.called:
-            counts = self.ops.setdefault(op, {"passed": 0, "failed": 0})
-            counts["passed" if report.passed else "failed"] += 1
+            self.ops.setdefault(op, {"passed": 0, "failed": 0, "unclear": 0})[what] += 1
         self.path.write_text(json.dumps(self.ops))
 
 

@@ -62,7 +62,7 @@ def driver() -> dict[str, Any]:
 def kernels(report: Mapping[str, Any], root: Path) -> dict[str, dict[str, Any]]:
     """Of each kernel of verified.json: how many tests it passed, what compute-sanitizer said, whether all agreed.
 
-    agreed is None where the tests never called it.
+    agreed is None where the tests never called it, or failed only where they called others too.
     """
     found = {}
     ran = report["parts"].get("tests", {}).get("ops", {})
@@ -71,11 +71,13 @@ def kernels(report: Mapping[str, Any], root: Path) -> dict[str, dict[str, Any]]:
         asked = op.removesuffix("_sm90")  # kernels that the op chooses on Hopper
         if asked != op and report["machine"].get("capability") != [9, 0]:
             asked = ""
-        counts = ran.get(asked, {"passed": 0, "failed": 0})
+        counts = {"passed": 0, "failed": 0, "unclear": 0} | ran.get(asked, {})
         tools = {which: checked.get(f"{which} {asked}", "not run") for which in ("memcheck", "racecheck")}
         agreed = None
-        if counts["passed"] + counts["failed"]:
-            agreed = not counts["failed"] and not {"failed", "timed out"} & set(tools.values())
+        if counts["failed"] or "failed" in tools.values():
+            agreed = False
+        elif counts["passed"] and not counts["unclear"]:
+            agreed = "timed out" not in tools.values()
         found[op] = {"agreed": agreed, **counts, **tools}
     return found
 
@@ -96,10 +98,10 @@ def table(report: Mapping[str, Any], out: Path) -> str:
     for what, rate in report["parts"].get("rates", {}).get("cycles", {}).items():
         lines.append(f"  {what:60}{rate['cycles']:8.1f} cycles  {rate['mhz']:.0f} MHz")
     lines.append("kernel                  agreed   tests   memcheck   racecheck")
-    words = {True: "yes", False: "NO", None: "not run"}
     for op, k in report.get("kernels", {}).items():
-        lines.append(f"  {op:22}{words[k['agreed']]:8}{k['passed']:4}/{k['passed'] + k['failed']:<5}"
-                     f"{k['memcheck']:11}{k['racecheck']}")  # fmt: skip
+        word = {True: "yes", False: "NO", None: "unclear" if k["unclear"] else "not run"}[k["agreed"]]
+        total = k["passed"] + k["failed"] + k["unclear"]
+        lines.append(f"  {op:22}{word:8}{k['passed']:4}/{total:<5}{k['memcheck']:11}{k['racecheck']}")
     if (out / "benchmarks.json").exists():
         lines += _comparisons(json.loads((out / "benchmarks.json").read_text())["entries"].values())
     return "\n".join(lines)

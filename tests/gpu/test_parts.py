@@ -173,7 +173,8 @@ def test_rates_are_read_where_the_program_could_measure(clock, finished, tmp_pat
 def finished():
     """A report as of a run on which one kernel agreed, one failed a test and one a sanitizer."""
     ops = {"rms_norm_fwd": {"passed": 9, "failed": 0}, "rms_norm_bwd": {"passed": 8, "failed": 1},
-           "sample_tokens": {"passed": 3, "failed": 0}}  # fmt: skip
+           "sample_tokens": {"passed": 3, "failed": 0},
+           "palette_assign": {"passed": 3, "failed": 0, "unclear": 1}}  # fmt: skip
     pieces = {"memcheck rms_norm_fwd": "passed", "racecheck sample_tokens": "failed"}
     made = {
         "machine": {"gpu": "NVIDIA H200", "driver": "580.1", "cuda": "13.0", "torch": "2.11.0"},
@@ -192,6 +193,7 @@ def test_a_kernel_agrees_when_tests_and_sanitizer_do(finished, tmp_path):
     agreed = {op: k["agreed"] for op, k in finished["kernels"].items()}
     assert agreed["rms_norm_fwd"] is True and agreed["cross_entropy_fwd"] is None
     assert agreed["rms_norm_bwd"] is False and agreed["sample_tokens"] is False
+    assert agreed["palette_assign"] is None  # what failed beside others erases nothing
     entry = {"op": "rms_norm", "shape": "32768 × 512", "dtype": "bfloat16", "seconds": 2e-5, "rates": {"GB/s": 3355.4},
              "best_peer": "torch.compile", "ratio": 1.5, "goals": []}  # fmt: skip
     (tmp_path / "benchmarks.json").write_text(json.dumps({"entries": {"x": entry}}))
@@ -256,3 +258,15 @@ def test_benchmarks_are_those_of_the_kernels():
         "sampling",
     }
     assert not chosen & {"train", "accelerate"}
+
+
+def test_benchmarks_begin_with_what_no_hardware_has_seen(monkeypatch, tmp_path):
+    kernels = {"norm_fwd": {"commit": "a"}, "linear_fwd": {"commit": None}, "attention_fwd": {"commit": "a"}}
+    (tmp_path / report.VERIFIED).parent.mkdir(parents=True)
+    (tmp_path / report.VERIFIED).write_text(json.dumps({"kernels": kernels}))
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    files = [tmp_path / f"test_{name}.py" for name in ("attention", "norm", "sampling", "linear")]
+    for path in files:
+        path.write_text("#" * len(path.stem))
+    names = [path.stem.removeprefix("test_") for path in check.by_need(files)]
+    assert names == ["linear", "sampling", "norm", "attention"]

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import types
 
 import copies
 import numpy as np
@@ -97,6 +98,17 @@ def test_calls_are_counted_by_op():
     assert counted.called == {"sample_tokens"} and counted.name == "simt" and counted.has("kmeans_step")
 
 
+def test_a_test_that_fails_beside_others_accuses_nobody(tmp_path):
+    counted = types.SimpleNamespace(called=set())
+    agreement = hardware.Agreement(counted, tmp_path / "ops.json")
+    for called, passed in (({"a"}, True), ({"a"}, False), ({"a", "b"}, False)):
+        agreement.pytest_runtest_setup()
+        counted.called |= called
+        agreement.pytest_runtest_logreport(types.SimpleNamespace(when="call", skipped=False, passed=passed))
+    expected = {"a": {"passed": 1, "failed": 1, "unclear": 1}, "b": {"passed": 0, "failed": 0, "unclear": 1}}
+    assert json.loads((tmp_path / "ops.json").read_text()) == expected
+
+
 def test_every_kernel_waits_for_its_verdict():
     assert set(json.loads((report.ROOT / report.VERIFIED).read_text())["kernels"]) >= set(CASES)
 
@@ -104,4 +116,4 @@ def test_every_kernel_waits_for_its_verdict():
 def test_every_case_becomes_calls(tmp_path):
     assert calls.main(str(tmp_path / "calls")) == 0
     data = (tmp_path / "calls").read_bytes()
-    assert all(data.count(struct.pack("=I", len(op)) + op.encode()) == len(calls.SHAPES) for op in CASES)
+    assert all(data.count(struct.pack("=I", len(op)) + op.encode()) == len(calls.shapes(op)) for op in CASES)

@@ -1,6 +1,6 @@
 """Writes every op's calls of test_schedules.CASES into a file that drive.cpp replays, on the bench or on a GPU.
 
-    PYTHONPATH=tests python -m simt.calls FILE
+    PYTHONPATH=tests python -m simt.calls FILE [gpu]
 
 So a new op comes under the sanitizers by having a case there. A call: its name and its arguments, each
 as a number, a tensor or several tensors, in native byte order; drive.cpp knows how many there are from struct Ops.
@@ -22,6 +22,19 @@ DTYPES = (
     torch.float8_e4m3fn,
 )  # fmt: skip
 SHAPES = [(3, 128, torch.bfloat16), (2, 129, torch.float32)]  # in vectors of 16 bytes, and one element at a time
+# Where an op has kernels that these do not reach: few and many rows, caches of bytes; and for a GPU, heads enough for
+# all its multiprocessors.
+BYTES = [(2, 129, torch.float16)]
+MORE = {
+    "linear_fwd": [(1, 128, torch.bfloat16), (9, 128, torch.bfloat16)],
+    "attention_decode": BYTES, "attention_prefix": BYTES, "cache_append": BYTES,
+}  # fmt: skip
+HEADS = {"attention_fwd": [(430, 64, torch.bfloat16)], "attention_bwd": [(430, 64, torch.bfloat16)]}
+
+
+def shapes(op: str, gpu: bool = False) -> list[tuple]:
+    """Those that a case of the op is recorded with."""
+    return SHAPES + MORE.get(op, []) + (HEADS.get(op, []) if gpu else [])
 
 
 def argument(a: Any) -> bytes:
@@ -45,11 +58,13 @@ def call(op: str, outputs: list, inputs: list) -> bytes:
     return struct.pack("=I", len(op)) + op.encode() + b"".join(map(argument, arguments))
 
 
-def main(path: str) -> int:
+def main(path: str, where: str = "bench") -> int:
     torch.manual_seed(0)
-    Path(path).write_bytes(b"".join(call(op, *case(*shape)) for op, case in CASES.items() for shape in SHAPES))
+    Path(path).write_bytes(
+        b"".join(call(op, *case(*shape)) for op, case in CASES.items() for shape in shapes(op, where == "gpu"))
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -51,6 +51,7 @@ def tokenize(
     progress: Progress | None = None,
     fit: dict | None = None,
     shard_images: int | None = None,
+    gray_bits: int = 16,
 ) -> TokenDataset:
     """Writes a source's images as tokens to the directory `out` (see igpt_fast.tokens), and opens it.
 
@@ -61,9 +62,10 @@ def tokenize(
     "hf" or "none". background: seen through transparent pixels. on_error: "raise", or "skip" to leave corrupt files out
     and list them in meta["skipped"]. workers: processes that decode; 0: this one; None: one a core. overwrite:
     replace `out` when it holds tokens. progress: called as progress(done, total). fit: how the palette was made, noted
-    in meta. shard_images: images in one file, 128 MiB when None. Raises InputError, leaving nothing behind.
+    in meta. shard_images: images in one file, 128 MiB when None. gray_bits: those that grayscale of 16 bits holds.
+    Raises InputError, leaving nothing behind.
     """
-    check_options(size, resize, background, on_error)
+    check_options(size, resize, background, on_error, gray_bits)
     out = Path(out)
     _refuse_existing(out, overwrite)
     source = as_source(source)
@@ -75,7 +77,7 @@ def tokenize(
             writer = ShardWriter(work, len(source), size, shard_images)
             failures: list[tuple[int, str]] = []
             done = 0
-            for part in decode(source, size, resize, background, on_error, workers):
+            for part in decode(source, size, resize, background, on_error, workers, gray_bits=gray_bits):
                 if len(part.indices):
                     writer.write(part.indices, np.asarray(palette.encode(part.pixels)).astype(np.uint16))
                 failures += part.failures
@@ -96,6 +98,7 @@ def tokenize(
                 "class_counts": source.classes and {c: int((labels == k).sum()) for k, c in enumerate(source.classes)},
                 "resize": resize,
                 "background": background,
+                "gray_bits": gray_bits,
                 "source": str(source.path.absolute()),
                 "source_stamp": source.stamp,
                 "ignored": source.ignored,
@@ -132,6 +135,7 @@ def open_tokens(
     workers: int | None = None,
     colors: int = 512,
     seed: int = 0,
+    gray_bits: int = 16,
     kept: bool = True,
     remedy: str = "delete that directory to make them anew",
 ) -> TokenDataset:
@@ -150,7 +154,7 @@ def open_tokens(
         _refuse_other(tokens, {} if size is None else {"size": list(size)}, palette, "give tokens that fit, or images")
         return tokens
     size = size or (32, 32)
-    check_options(size, resize, background, on_error)
+    check_options(size, resize, background, on_error, gray_bits)
     source = as_source(path)
     if cache_dir is None:
         raise InputError(f"{source.path}: holds images, not tokens; run igpt-fast tokenize first, or say cache_dir")
@@ -158,6 +162,7 @@ def open_tokens(
     if is_token_directory(cache_dir):
         tokens = TokenDataset(cache_dir)
         wanted = {"size": list(size), "resize": resize, "background": background, "source_stamp": source.stamp}
+        wanted |= {"gray_bits": gray_bits}
         wanted |= {"skipped": []} if on_error == "raise" else {}
         wanted |= {"palette_fit": fit} if palette is None else {}
         _refuse_other(tokens, wanted, palette, remedy)
@@ -165,6 +170,7 @@ def open_tokens(
         return tokens
     _refuse_existing(Path(cache_dir), overwrite=False)
     options = {"size": size, "resize": resize, "background": background, "on_error": on_error, "workers": workers}
+    options |= {"gray_bits": gray_bits}
     if palette is None:
         with show_progress(min(len(source), FIT_LIMIT), "images", "palette") as bar:
             palette, _, _ = fit_palette(
@@ -200,11 +206,10 @@ def _summary(tokens: TokenDataset) -> str:
 
 def _refuse_other(tokens: TokenDataset, wanted: dict, palette: Palette | None, remedy: str) -> None:
     """Raises InputError, saying what differs, when tokens were not made as `wanted` and with `palette`."""
+    made = {"gray_bits": 16, **tokens.meta}  # older ones do not say
     words = {"source_stamp": "the images have changed since, or are others", "skipped": "corrupt images were skipped"}
     differs = [
-        words.get(key, f"{key} is {tokens.meta[key]}, not {value}")
-        for key, value in wanted.items()
-        if tokens.meta[key] != value
+        words.get(key, f"{key} is {made[key]}, not {value}") for key, value in wanted.items() if made[key] != value
     ]
     if palette is not None and not np.array_equal(np.asarray(palette.centers), np.asarray(tokens.palette.centers)):
         differs.append(f"the palette is another ({tokens.colors} colours, the one given has {len(palette)})")

@@ -5,10 +5,12 @@ parent however that ends, and has one job at a time, so memory does not grow wit
 the order of the jobs: what is yielded does not depend on the number of workers.
 """
 
+import logging
 import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +18,22 @@ from pathlib import Path
 import numpy as np
 
 from igpt_fast.errors import InputError
-from igpt_fast.images import RESIZES, parse_background, read_image, resize_image
+from igpt_fast.images import DARK, DIM, PAGES, RESIZES, parse_background, read_image, resize_image
 from igpt_fast.sources import Reader, Source, fetch
 
 CHUNK = 64  # images a job: seconds of work for large photos, and at 32×32 a result of 196 kB
 FEW = 500  # images: below, starting workers takes longer than they save
 MOST_WORKERS = 32  # beyond, the pipes and not the decoders are the limit
+# What read_image notes: images that it is about, and what to know.
+LOST = {
+    DARK: (
+        f"grayscale images of 16 bits hold no value from {DIM:,} on, and come out almost black",
+        "--gray-bits (gray_bits) says how many bits they hold, 12 in most scans",
+    ),
+    PAGES: ("files hold several pages or frames", "the first of each is read"),
+}
+_told: set[str] = set()
+log = logging.getLogger("igpt_fast")
 
 
 @dataclass(frozen=True)
@@ -32,22 +44,26 @@ class Decoder:
     size: tuple[int, int]
     resize: str
     background: str
+    gray_bits: int = 16
 
-    def __call__(self, items: list[tuple[str, object]]) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    def __call__(self, items: list[tuple[str, object]]) -> tuple[np.ndarray, list[tuple[int, str]], Counter[str]]:
         """items: (name for errors, what Reader.fetch takes, or what it gave or raised) for each image.
 
-        Returns uint8 [n, H, W, 3] of those that could be decoded, and (place in items, message) of the others.
+        Returns uint8 [n, H, W, 3] of those that could be decoded, (place in items, message) of the others, and how
+        often read_image has noted what.
         """
-        pixels, failures = [], []
+        pixels, failures, notes = [], [], Counter()
         for place, (where, item) in enumerate(items):
             try:
                 if isinstance(item, InputError):
                     raise item
                 data = item if isinstance(item, (bytes, np.ndarray)) else fetch(self.reader, item, where)
-                pixels.append(resize_image(read_image(data, where, self.background), self.size, self.resize, where))
+                image = read_image(data, where, self.background, self.gray_bits)
+                pixels.append(resize_image(image, self.size, self.resize, where))
+                notes.update(image.info)
             except InputError as error:
                 failures.append((place, str(error)))
-        return np.array(pixels, np.uint8).reshape(-1, *self.size, 3), failures
+        return np.array(pixels, np.uint8).reshape(-1, *self.size, 3), failures, notes
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ def default_workers(images: int) -> int:
     return 0 if images < FEW else min(cores, MOST_WORKERS)
 
 
-def check_options(size: tuple[int, int], resize: str, background: str, on_error: str) -> None:
+def check_options(size: tuple[int, int], resize: str, background: str, on_error: str, gray_bits: int = 16) -> None:
     """Raises InputError when an option of `decode` is impossible, before any work is done."""
     if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in size):
         raise InputError(f"size {size!r} is not a size; give (height, width) in pixels, each at least 1")
@@ -78,6 +94,8 @@ def check_options(size: tuple[int, int], resize: str, background: str, on_error:
         raise InputError(f"resize {resize!r} is not known; give one of {', '.join(RESIZES)}")
     if on_error not in ("raise", "skip"):
         raise InputError(f"on_error {on_error!r} is not known; give raise or skip")
+    if not 8 <= gray_bits <= 16:
+        raise InputError(f"gray_bits {gray_bits} is not from 8 to 16, the bits that grayscale of 16 bits can hold")
     parse_background(background)
 
 
@@ -89,31 +107,43 @@ def decode(
     on_error: str = "raise",
     workers: int | None = None,
     indices: np.ndarray | None = None,
+    gray_bits: int = 16,
 ) -> Iterator[Decoded]:
     """Decodes and resizes a source's images part by part; memory holds at most 64 of them a worker.
 
     size: (height, width). resize: "paper", "hf" or "none", see igpt_fast.images.resize_image. background: behind
     transparent pixels. on_error: "raise" raises InputError for the first corrupt image, "skip" reports it in
-    `failures`. workers: processes, 0 for none, None for one a core. indices: which images, all when None. They come in
-    the order in which the source reads fast: that of names, but for compressed tars and .npz that of the file.
+    `failures`. workers: processes, 0 for none, None for one a core. indices: which images, all when None. gray_bits:
+    see igpt_fast.images.read_image. They come in the order in which the source reads fast: that of names, but for
+    compressed tars and .npz that of the file. What is lost on the way, of several pages or of 16 bits, is logged.
     """
-    check_options(size, resize, background, on_error)
+    check_options(size, resize, background, on_error, gray_bits)
     wanted = np.arange(len(source)) if indices is None else np.unique(indices)
     order = source.reading_order()
     order = order[np.isin(order, wanted)]
     chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
     workers = default_workers(len(order)) if workers is None else workers
-    decoder = Decoder(source.reader, tuple(size), resize, background)
+    decoder, notes = Decoder(source.reader, tuple(size), resize, background, gray_bits), Counter()
     jobs = ([_item(source, int(index)) for index in chunk] for chunk in chunks)
     try:
         results = _in_workers(decoder, jobs, min(workers, len(chunks))) if workers else map(decoder, jobs)
-        for chunk, (pixels, failures) in zip(chunks, results, strict=True):
+        for chunk, (pixels, failures, noted) in zip(chunks, results, strict=True):
+            notes.update(noted)
             if failures and on_error == "raise":
                 raise InputError(f"{failures[0][1]}, or leave such files out with --on-error skip")
             good = np.delete(chunk, [place for place, _ in failures])
             yield Decoded(good, pixels, [(int(chunk[place]), message) for place, message in failures])
+        _tell(source, notes)
     finally:
         source.reader.close()
+
+
+def _tell(source: Source, notes: Counter[str]) -> None:
+    for what, (text, remedy) in LOST.items():
+        message = f"{source.path}: {notes[what]:,} {text}: {remedy}"
+        if notes[what] and message not in _told:  # a palette is fitted to images that are then tokenised
+            _told.add(message)
+            log.warning(message)
 
 
 def _item(source: Source, index: int) -> tuple[str, object]:
@@ -174,7 +204,7 @@ class _Worker:
             raise self._ended() from error
         return True
 
-    def receive(self) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    def receive(self) -> tuple[np.ndarray, list[tuple[int, str]], Counter[str]]:
         try:
             return pickle.load(self._process.stdout)
         except (EOFError, pickle.UnpicklingError) as error:

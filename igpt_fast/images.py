@@ -2,9 +2,10 @@
 
 Every kind of image becomes 8-bit RGB: grayscale is repeated; alpha (RGBA, LA, palettes and colours with transparency)
 is composited on a background; CMYK, YCbCr and HSV are converted; 1-bit is black and white; 16-bit grayscale is divided
-by 257 and rounded, in a TIFF also where 0 is white (16-bit colour is cut to its high byte by Pillow); an EXIF rotation
-is applied; of an animation the first frame counts; colour profiles are not applied. 32-bit and LAB images are refused
-by name, as are images larger than Pillow's limit against decompression bombs.
+by 257 and rounded, or by as much as the bits that it holds ask for, in a TIFF also where 0 is white (16-bit colour is
+cut to its high byte by Pillow); an EXIF rotation is applied; of several pages or frames the first counts; colour
+profiles are not applied. 32-bit and LAB images are refused by name, as are images larger than Pillow's limit against
+decompression bombs.
 """
 
 import io
@@ -25,6 +26,8 @@ SUFFIXES = frozenset(
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 RESIZES = ("paper", "hf", "none")
 SHORT_SIDE = 224  # pixels: the paper's evaluation crop
+DARK, PAGES = "dark", "pages"  # keys of what read_image notes in `.info`
+DIM = 1 << 13  # an image of 16 bits with no value from here on comes out almost black
 
 REMEDY = "mend or remove the file"
 
@@ -44,11 +47,13 @@ def parse_background(text: str) -> tuple[int, int, int]:
     return colour
 
 
-def read_image(data: bytes | np.ndarray, where: str, background: str = "white") -> Image.Image:
+def read_image(data: bytes | np.ndarray, where: str, background: str = "white", gray_bits: int = 16) -> Image.Image:
     """Decodes one image to Pillow's RGB mode, as the head of this module says.
 
     data: the bytes of an image file, or uint8 [H, W] or [H, W, 1..4 channels]. where: names the image in errors.
-    background: a colour name or #rrggbb, seen behind transparent pixels. Raises InputError when it cannot be decoded.
+    background: a colour name or #rrggbb, seen behind transparent pixels. gray_bits: those that grayscale of 16 bits
+    holds, 12 in most scans. `.info` has PAGES where there are several, and DARK for 16 bits of which few are used.
+    Raises InputError when it cannot be decoded.
     """
     colour = parse_background(background)
     if not len(data):
@@ -57,8 +62,10 @@ def read_image(data: bytes | np.ndarray, where: str, background: str = "white") 
         # Between its limit and twice its limit Pillow only warns.
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _from_array(data) if isinstance(data, np.ndarray) else _from_bytes(data)
-        return _to_rgb(image, colour)
+            image, notes = (_from_array(data), {}) if isinstance(data, np.ndarray) else _from_bytes(data, gray_bits)
+        image = _to_rgb(image, colour)
+        image.info = notes
+        return image
     except Exception as error:  # a damaged file makes decoders raise nearly anything, and all of it is this file's
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
@@ -72,15 +79,20 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _from_bytes(data: bytes) -> Image.Image:
+def _from_bytes(data: bytes, gray_bits: int) -> tuple[Image.Image, dict[str, bool]]:
     image = Image.open(io.BytesIO(data), formats=_formats())
+    notes = {PAGES: True} if getattr(image, "is_animated", False) else {}
     image.load()
+    # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     white_is_0 = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if white_is_0 and image.mode.startswith("I;16"):
-        image = Image.fromarray(65535 - np.asarray(image))  # of 8 bits Pillow does it itself
-    return image
+    if wide:
+        largest = int(np.asarray(image).max())
+        notes |= {DARK: True} if gray_bits == 16 and largest < DIM else {}
+        image = _from_16_bit(image, gray_bits, largest, white_is_0)  # of 8 bits Pillow turns white itself
+    return image, notes
 
 
 def _from_array(data: np.ndarray) -> Image.Image:
@@ -91,9 +103,6 @@ def _from_array(data: np.ndarray) -> Image.Image:
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any mode to RGB; alpha is composited: round((alpha·colour + (255 - alpha)·background) / 255)."""
-    # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        image = _from_16_bit(image)
     if image.mode in ("I", "F") or image.mode == "LAB":
         kind = {"I": "32-bit integer", "F": "32-bit float", "LAB": "LAB"}[image.mode]
         raise ValueError(f"{kind} pixels are not supported, convert the image to 8-bit RGB or 16-bit grayscale")
@@ -105,10 +114,16 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     return image.convert("RGB")
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grayscale to L (or LA where one gray value is marked transparent): v/257, rounded, so 65535 gives 255."""
-    values = np.asarray(image).astype(np.uint32)
-    gray = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+def _from_16_bit(image: Image.Image, bits: int, largest: int, white_is_0: bool) -> Image.Image:
+    """16-bit grayscale to L (or LA where one gray value is marked transparent): the largest of so many bits gives 255.
+
+    Halves are rounded up; of 16 bits v/257.
+    """
+    top, values = (1 << bits) - 1, np.asarray(image).astype(np.uint32)
+    if largest > top:
+        raise ValueError(f"a gray value of {largest:,} takes more than {bits} bits")
+    values = top - values if white_is_0 else values
+    gray = Image.fromarray(((values * 510 + top) // (2 * top)).astype(np.uint8))
     marked = image.info.get("transparency")
     if marked is None:
         return gray

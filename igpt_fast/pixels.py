@@ -28,6 +28,7 @@ def fit_palette(
     seed: int = 0,
     progress: Progress | None = None,
     fitting: Progress | None = None,
+    gray_bits: int = 16,
 ) -> tuple[Palette, int, list[tuple[str, str]]]:
     """Palette.fit on a source's images, part by part. Returns the palette, how many images it saw, and (name, why) of
     those skipped.
@@ -42,7 +43,7 @@ def fit_palette(
 
     def batches() -> Iterator[np.ndarray]:
         done = 0
-        for part in decode(source, size, resize, background, on_error, workers, chosen):
+        for part in decode(source, size, resize, background, on_error, workers, chosen, gray_bits):
             yield part.pixels
             failures.extend(part.failures)
             done += part.seen
@@ -64,6 +65,7 @@ def load_pixels(
     limit: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    gray_bits: int = 16,
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
     """Images as pixels in memory: uint8 [n, H, W, 3], labels int64 [n] (-1: unknown), and (name, why) of skipped ones.
 
@@ -71,12 +73,12 @@ def load_pixels(
     arguments as for `tokenize`. Raises InputError when the source cannot be read or no image is left.
     """
     source = as_source(source)
-    check_options(size, resize, background, on_error)
+    check_options(size, resize, background, on_error, gray_bits)
     chosen = _draw(source, limit, seed)
     pixels = np.empty((len(chosen), *size, 3), np.uint8)
     failures: list[tuple[int, str]] = []
     done = 0
-    for part in decode(source, size, resize, background, on_error, workers, chosen):
+    for part in decode(source, size, resize, background, on_error, workers, chosen, gray_bits):
         pixels[np.searchsorted(chosen, part.indices)] = part.pixels
         failures += part.failures
         done += part.seen

@@ -118,7 +118,7 @@ def _check_images(images: object) -> None:
     if size is not None and (not isinstance(size, list) or [type(n) for n in size] != [int, int]):
         raise TypeError(f"size is {size!r}")
     for name, value in images.items():
-        kind = {"colors": int, "palette": (str, type(None))}.get(name, str)
+        kind = {"colors": int, "gray_bits": int, "palette": (str, type(None))}.get(name, str)
         if name != "size" and not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r}")
 

@@ -31,6 +31,8 @@ from igpt_fast.made import MADE, made_here
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 KINDS = "a folder, a .zip, .tar or .tar.gz, a .npy or .npz array, or an image file"
 HIDDEN, OTHER, REPLACED = "hidden", "not an image", "replaced by a later entry of the same name"
+SCAN_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz")
+SCANS = "DICOM or NIfTI, which is not read (export it as 16-bit PNG)"
 
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
 
@@ -119,10 +121,10 @@ class Source:
         """int64 [N]: the images by their place in the file when that is the fast way to read them, else as they are."""
         return np.argsort([ref[0] for ref in self.refs], kind="stable") if self.sequential else np.arange(len(self))
 
-    def read(self, index: int, background: str = "white") -> np.ndarray:
+    def read(self, index: int, background: str = "white", gray_bits: int = 16) -> np.ndarray:
         """Image `index` at its own size: uint8 [H, W, 3]. Raises InputError, naming the file, when it is corrupt."""
         where = self.where(index)
-        return np.asarray(read_image(fetch(self.reader, self.refs[index], where), where, background))
+        return np.asarray(read_image(fetch(self.reader, self.refs[index], where), where, background, gray_bits))
 
 
 def fetch(reader: Reader, ref: object, where: str) -> bytes | np.ndarray:
@@ -148,6 +150,8 @@ def open_source(path: str | Path) -> Source:
         return _open_folder(path)
     openers = {".zip": _open_zip, ".npy": _open_array, ".npz": _open_array}
     opener = _open_tar if name.endswith(TAR_SUFFIXES) else openers.get(path.suffix.lower())
+    if name.endswith(SCAN_SUFFIXES):
+        raise InputError(f"{path}: {SCANS}")
     if opener is None and path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: not a kind of file that holds images; give {KINDS}")
     info = path.stat()
@@ -176,7 +180,8 @@ def _ignore(name: str, ignored: Counter[str], refs: dict) -> bool:
     if any(map(_hidden, name.split("/"))):
         reason = HIDDEN
     else:
-        reason = None if os.path.splitext(name)[1].lower() in SUFFIXES else OTHER
+        other = SCANS if name.lower().endswith(SCAN_SUFFIXES) else OTHER
+        reason = None if os.path.splitext(name)[1].lower() in SUFFIXES else other
     ignored.update([reason] if reason else [REPLACED] if name in refs else [])
     return reason is not None
 

@@ -99,6 +99,10 @@ def test_options_reach_the_images(folder, tmp_path):
         data = TokenDataset("t")
         assert (data.shards[0] == token).all()
         assert (data.meta["background"], data.meta["resize"]) == (background, "hf")
+    Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(tmp_path / "scan.png")
+    for bits, token in (((), 0), (("--gray-bits", 12), 1)):  # black, or white
+        call("tokenize", "scan.png", "--palette", "p.npy", "-o", "t", "--size", 4, "--overwrite", *bits)
+        assert (TokenDataset("t").shards[0] == token).all()
     with pytest.raises(InputError, match=r"clear\.png: is 8x4, not 4x4"):
         call("tokenize", "clear.png", "--palette", "p.npy", "-o", "t2", "--resize", "none", "--size", 4)
 

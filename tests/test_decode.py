@@ -154,6 +154,20 @@ def test_workers_end_when_decoding_does(tmp_path):
     assert children() == before
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_lost_is_told_once(tmp_path, caplog, workers):
+    for k in range(70):
+        Image.fromarray(np.full((4, 4), 16 * k, np.uint16)).save(tmp_path / f"{k}.png")
+    source = open_source(tmp_path)
+    for _ in range(2):
+        parts = list(decode(source, (4, 4), workers=workers))
+    told = [r.getMessage() for r in caplog.records]
+    assert len(told) == 1 and "70 grayscale images of 16 bits hold no value from 8,192 on" in told[0]
+    assert "--gray-bits" in told[0] and sum(len(p.indices) for p in parts) == 70
+    bright = np.concatenate([p.pixels for p in decode(source, (4, 4), workers=workers, gray_bits=11)])
+    assert bright.max() == round(16 * 69 / 2047 * 255)
+
+
 def test_a_worker_that_dies_is_reported(tmp_path):
     source = open_source(make_folder(tmp_path / "x"))
     worker = module._Worker(Decoder(source.reader, (8, 8), "paper", "white"))

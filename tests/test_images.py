@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from igpt_fast.errors import InputError
-from igpt_fast.images import FORMATS, parse_background, read_image, resize_image
+from igpt_fast.images import DARK, FORMATS, PAGES, parse_background, read_image, resize_image
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)  # neither square nor symmetric: a turned image shows
@@ -98,6 +98,32 @@ def test_sixteen_bit_is_scaled_not_clipped():
     marked = read(Image.fromarray(values), transparency=300, background="#010203")
     assert marked[0, 4].tolist() == [1, 2, 3]
     assert marked[0, 3].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_sixteen_bits_that_hold_fewer(bits):
+    top = (1 << bits) - 1
+    values = np.array([[0, 1, top // 3, top - 1, top]], np.uint16)
+    expected = np.floor(values / top * 255 + 0.5)[..., None].repeat(3, 2)
+    for kind in ("PNG", "TIFF", "PPM"):
+        seen = read_image(encode(Image.fromarray(values), kind), "x", gray_bits=bits)
+        assert (np.asarray(seen) == expected).all() and not seen.info
+    turned = read_image(encode(Image.fromarray(values), "TIFF", tiffinfo={262: 0}), "x", gray_bits=bits)
+    assert (np.asarray(turned) == 255 - expected).all()
+    if bits < 16:
+        with pytest.raises(InputError, match=f"a gray value of {top:,} takes more than {bits - 1} bits"):
+            read_image(encode(Image.fromarray(values)), "scan.png", gray_bits=bits - 1)
+
+
+def test_what_is_lost_is_noted():
+    def noted(values: list, **options: int) -> dict:
+        return read_image(encode(Image.fromarray(np.array([values], np.uint16))), "x", **options).info
+
+    assert noted([0, 4095]) == {DARK: True} and noted([0, 8192]) == {} == noted([0, 4095], gray_bits=12)
+    pages = [Image.new("L", (4, 4), gray) for gray in (9, 200)]
+    stack = read_image(encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]), "x")
+    assert stack.info == {PAGES: True} and (np.asarray(stack) == 9).all()
+    assert read_image(encode(pages[0], "TIFF"), "x").info == {}
 
 
 def test_cmyk_jpeg():

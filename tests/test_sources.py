@@ -14,7 +14,7 @@ from PIL import Image
 from igpt_fast.errors import InputError
 from igpt_fast.made import MADE
 from igpt_fast.palette import Palette
-from igpt_fast.sources import HIDDEN, OTHER, REPLACED, Source, label_by_folder, open_source
+from igpt_fast.sources import HIDDEN, OTHER, REPLACED, SCANS, Source, label_by_folder, open_source
 
 NAMES = ["b/zebra.png", "b/ant.PNG", "a/x/deep.png", "a/one.png", "c/ü n.png"]
 SORTED = ["a/one.png", "a/x/deep.png", "b/ant.PNG", "b/zebra.png", "c/ü n.png"]
@@ -169,6 +169,14 @@ def test_links(folder, tmp_path):
         archive.add(folder / "a/one.png", "one.png")
         archive.add(folder / "c/lost.png", "lost.png")
     assert open_source(tmp_path / "links.tar").ignored == {OTHER: 1}
+
+
+def test_scans_in_files_of_their_own_kind_are_named(folder):
+    for name in ("a.dcm", "b.nii.gz"):
+        (folder / name).write_bytes(b"x")
+        with pytest.raises(InputError, match=f"{name}: DICOM or NIfTI, which is not read .export it as 16-bit PNG"):
+            open_source(folder / name)
+    assert open_source(folder).ignored[SCANS] == 2
 
 
 def test_single_file(folder):

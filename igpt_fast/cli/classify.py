@@ -9,6 +9,7 @@ import typer
 from igpt_fast.classify import Score, score
 from igpt_fast.cli.inputs import (
     Bf16Option,
+    GrayAsOption,
     ModelArgument,
     ReadAsOption,
     SideBySideOption,
@@ -55,6 +56,7 @@ def classify(
         ),
     ] = None,
     resize: ReadAsOption = None,
+    gray_bits: GrayAsOption = None,
     on_error: SkipOption = None,
     batch: SideBySideOption = None,
     bf16: Bf16Option = False,
@@ -72,7 +74,7 @@ def classify(
         check_place(confusion, ".png")
     checkpoint = open_to_measure(model, device)
     classes = class_names(checkpoint.model)
-    with tokens_for(checkpoint, data, resize, on_error) as dataset:
+    with tokens_for(checkpoint, data, resize, gray_bits, on_error) as dataset:
         labels = _labels(dataset, classes)
         if confusion is not None and (labels < 0).all():
             raise InputError(f"{data}: has no labels that the model knows: --confusion needs a folder for each class")

@@ -12,6 +12,7 @@ import typer
 from igpt_fast.cli.options import (
     BackgroundOption,
     DataArgument,
+    GrayBitsOption,
     JsonOption,
     OnError,
     OnErrorOption,
@@ -47,6 +48,7 @@ def palette(
     size: SizeOption = "32",
     resize: ResizeOption = Resize.paper,
     background: BackgroundOption = "white",
+    gray_bits: GrayBitsOption = 16,
     on_error: OnErrorOption = OnError.error,
     limit: Annotated[
         int, typer.Option("--limit", min=0, metavar="N", help="Look at no more than N images, drawn by --seed; 0: all.")
@@ -66,6 +68,7 @@ def palette(
     grid, source = parse_size(size), as_source(data)
     say(f"{data}: {_count(source)}")
     options = {"resize": resize.value, "background": background, "on_error": on_error.value, "workers": workers}
+    options |= {"gray_bits": gray_bits}
     with progress(min(len(source), limit or len(source)), "images", "palette") as bar:
         options |= {"progress": bar.to, "fitting": partial(show_steps, bar)}
         fitted, images, skipped = fit_palette(source, colors, grid, **options, limit=limit or None, seed=seed)
@@ -99,6 +102,7 @@ def tokenize(
     size: SizeOption = "32",
     resize: ResizeOption = Resize.paper,
     background: BackgroundOption = "white",
+    gray_bits: GrayBitsOption = 16,
     on_error: OnErrorOption = OnError.error,
     workers: WorkersOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokens that DIR holds.")] = False,
@@ -114,6 +118,7 @@ def tokenize(
     grid, colours, source = parse_size(size), Palette.load(palette_path), as_source(data)
     say(f"{data}: {_count(source)}")
     options = {"resize": resize.value, "background": background, "on_error": on_error.value, "workers": workers}
+    options |= {"gray_bits": gray_bits}
     with progress(len(source), "images", "tokenising") as bar:
         tokens = tokenize_images(source, colours, out, grid, **options, overwrite=overwrite, progress=bar.to)
     seconds = time.monotonic() - began

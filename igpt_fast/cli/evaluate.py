@@ -8,6 +8,7 @@ import typer
 
 from igpt_fast.cli.inputs import (
     Bf16Option,
+    GrayAsOption,
     LimitOption,
     ModelArgument,
     ReadAsOption,
@@ -50,6 +51,7 @@ def evaluate(
     ] = 0.1,
     limit: LimitOption = None,
     resize: ReadAsOption = None,
+    gray_bits: GrayAsOption = None,
     on_error: SkipOption = None,
     batch: SideBySideOption = None,
     bf16: Bf16Option = False,
@@ -66,7 +68,7 @@ def evaluate(
     if not 0 <= val_fraction <= 1:  # also catches NaN
         raise InputError(f"--val-fraction is {val_fraction}; use a fraction from 0 to 1")
     checkpoint = open_to_measure(model, device)
-    with tokens_for(checkpoint, data, resize, on_error) as dataset:
+    with tokens_for(checkpoint, data, resize, gray_bits, on_error) as dataset:
         indices = dataset.split(split.value, val_fraction)
         if limit is not None and limit < len(indices):
             indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))

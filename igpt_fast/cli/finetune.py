@@ -8,6 +8,7 @@ import typer
 
 from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.cli.inputs import (
+    GrayAsOption,
     LabelledArgument,
     ModelArgument,
     ReadAsOption,
@@ -39,7 +40,7 @@ from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
 STANDARD = FinetuneOptions()
-IMAGES = {"resize": "paper", "background": "white", "on_error": "raise"}
+IMAGES = {"resize": "paper", "background": "white", "gray_bits": 16, "on_error": "raise"}
 TABLE, ANSWERS = "confusion.png", "test.csv"  # of the images that are tested on, in RUN
 
 
@@ -57,6 +58,7 @@ def finetune(
     test_fraction: Annotated[float | None, field("test_fraction", STANDARD)] = None,
     per_class: Annotated[int | None, field("per_class", STANDARD)] = None,
     resize: ReadAsOption = None,
+    gray_bits: GrayAsOption = None,
     on_error: SkipOption = None,
     steps: Annotated[int | None, field("steps", STANDARD)] = None,
     batch: Annotated[int | None, field("batch", STANDARD)] = None,
@@ -148,7 +150,7 @@ def _prepare(
 
 def _refuse_idle(given: dict[str, Any], options: dict[str, Any], data: list[Path]) -> None:
     """InputError for an option that would change nothing."""
-    refuse_reading(data, given, ("resize", "on_error", "workers"))
+    refuse_reading(data, given, ("resize", "gray_bits", "on_error", "workers"))
     if len(data) > 1 and "test_fraction" in given:
         raise InputError("--test-fraction changes nothing with --test, which is all that is tested on; leave one out")
     for name in ("val_fraction", "val_every"):

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import typer
 
 from igpt_fast.batches import fingerprint
 from igpt_fast.checkpoint import Checkpoint
-from igpt_fast.cli.options import OnError, Resize
+from igpt_fast.cli.options import GRAY_BITS, OnError, Resize
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError, reading
@@ -22,7 +22,7 @@ from igpt_fast.run import LEARNED, OPTIONS, learns_classes, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
-READING = ("resize", "background", "on_error")  # of a run's images, as train.json has them
+READING = ("resize", "background", "gray_bits", "on_error")  # of a run's images, as train.json has them
 
 ModelArgument = Annotated[
     Path,
@@ -64,6 +64,17 @@ ReadAsOption = Annotated[
         "--resize", show_default="as the run read its own, else paper", help="How images come to the model's size."
     ),
 ]
+GrayAsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gray-bits",
+        metavar="B",
+        min=8,
+        max=16,
+        show_default="as the run read its own, else 16",
+        help=GRAY_BITS,
+    ),
+]
 SkipOption = Annotated[
     OnError | None,
     typer.Option(
@@ -103,11 +114,12 @@ def described(checkpoint: Checkpoint) -> str:
 
 @contextmanager
 def tokens_for(
-    checkpoint: Checkpoint, data: Path, resize: Resize | None = None, on_error: OnError | None = None
+    checkpoint: Checkpoint, data: Path, resize: Resize | None, gray_bits: int | None, on_error: OnError | None
 ) -> Iterator[TokenDataset]:
     """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the command."""
     size, palette = checkpoint.model.config.size, checkpoint.palette
-    given = {name: value.value for name, value in (("resize", resize), ("on_error", on_error)) if value is not None}
+    options = {"resize": resize, "gray_bits": gray_bits, "on_error": on_error}
+    given = {name: getattr(value, "value", value) for name, value in options.items() if value is not None}
     refuse_reading([data], given, READING)
     if is_token_directory(data):
         yield open_tokens(data, palette, size=size)
@@ -130,7 +142,7 @@ def refuse_reading(data: list[Path], given: Mapping[str, object], names: Sequenc
         raise InputError(f"{data[0]}: holds tokens, which are read already; leave out {words}, or give the images")
 
 
-def reading_of(checkpoint: Checkpoint) -> dict[str, str]:
+def reading_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """How the run of the checkpoint read its images, of READING; nothing where there is none."""
     run = _run_of(checkpoint)
     reading = {} if run is None else read_options(run)["command"].get("images", {})

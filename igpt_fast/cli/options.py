@@ -42,6 +42,8 @@ ResizeOption = Annotated[
 BackgroundOption = Annotated[
     str, typer.Option("--background", metavar="COLOUR", help="Behind transparent pixels: a name or #rrggbb.")
 ]
+GRAY_BITS = "Bits that 16-bit grayscale holds: 12 in most scans."
+GrayBitsOption = Annotated[int, typer.Option("--gray-bits", metavar="B", min=8, max=16, help=GRAY_BITS)]
 OnErrorOption = Annotated[
     OnError, typer.Option("--on-error", help="A corrupt file ends the command (raise) or is skipped and listed (skip).")
 ]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from igpt_fast.classify import Score, load_sklearn
 from igpt_fast.cli.inputs import (
+    GrayAsOption,
     LabelledArgument,
     LimitOption,
     ModelArgument,
@@ -56,6 +57,7 @@ def probe(
     ] = None,
     test: TestOption = None,
     resize: ReadAsOption = None,
+    gray_bits: GrayAsOption = None,
     on_error: SkipOption = None,
     limit: LimitOption = None,
     per_class: Annotated[
@@ -90,9 +92,11 @@ def probe(
     chosen = parse_layers(layers, depth)
     check_options(depth, chosen, test_fraction, limit, per_class, batch)
     with ExitStack() as stack:
-        dataset = stack.enter_context(tokens_for(checkpoint, data, resize, on_error))
+        dataset = stack.enter_context(tokens_for(checkpoint, data, resize, gray_bits, on_error))
         if test is not None:
-            dataset = JoinedTokens(dataset, stack.enter_context(tokens_for(checkpoint, test, resize, on_error)))
+            dataset = JoinedTokens(
+                dataset, stack.enter_context(tokens_for(checkpoint, test, resize, gray_bits, on_error))
+            )
             test_fraction = len(dataset.test) / len(dataset)
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
         result = probe_model(checkpoint.model, dataset, layers=chosen, **options, amp=bf16)

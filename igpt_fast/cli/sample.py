@@ -16,6 +16,7 @@ from igpt_fast.cli.inputs import ModelArgument, described
 from igpt_fast.cli.options import (
     BackgroundOption,
     DeviceOption,
+    GrayBitsOption,
     JsonOption,
     Resize,
     ResizeOption,
@@ -137,6 +138,7 @@ def complete(
     batch: BatchOption = None,
     resize: ResizeOption = Resize.paper,
     background: BackgroundOption = "white",
+    gray_bits: GrayBitsOption = 16,
     dtype: DTypeOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
@@ -161,7 +163,7 @@ def complete(
             raise InputError(f"there is no file {photo}; give image files to complete")
     checkpoint, palette = _load(model, dtype, device)
     config, where = checkpoint.model.config, checkpoint.model.wte.device
-    originals = np.stack([_read(photo, config.size, resize, background) for photo in photos])
+    originals = np.stack([_read(photo, config.size, resize, background, gray_bits) for photo in photos])
     tokens = torch.from_numpy(palette.encode(originals)).to(where)
     count = kept_pixels(config, keep)
     with progress(len(photos) * n * (config.tokens - count), "pixels", "completing") as bar:
@@ -186,8 +188,9 @@ def _load(model: Path, dtype: DType | None, device: str) -> tuple[Checkpoint, Pa
     return checkpoint, checkpoint.palette
 
 
-def _read(photo: Path, size: tuple[int, int], resize: Resize, background: str) -> np.ndarray:
-    return resize_image(read_image(photo.read_bytes(), str(photo), background), size, resize.value, str(photo))
+def _read(photo: Path, size: tuple[int, int], resize: Resize, background: str, gray_bits: int) -> np.ndarray:
+    image = read_image(photo.read_bytes(), str(photo), background, gray_bits)
+    return resize_image(image, size, resize.value, str(photo))
 
 
 def _decode(palette: Palette, tokens: Tensor) -> np.ndarray:

@@ -27,7 +27,7 @@ from igpt_fast.cli.learning import (
     option,
     read_pattern,
 )
-from igpt_fast.cli.options import JsonOption, OnError, Resize, parse_size, print_json
+from igpt_fast.cli.options import GRAY_BITS, JsonOption, OnError, Resize, parse_size, print_json
 from igpt_fast.cli.start import open_start, refuse_changes
 from igpt_fast.config import PRESETS, Config
 from igpt_fast.console import duration, say
@@ -42,7 +42,10 @@ from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
 from igpt_fast.weights import refuse_misfit
 
-IMAGES = {"size": None, "resize": "paper", "background": "white", "on_error": "raise", "palette": None, "colors": 512}
+IMAGES = {"size": None, "resize": "paper", "background": "white", "gray_bits": 16, "on_error": "raise"} | {
+    "palette": None,
+    "colors": 512,
+}
 STANDARD = Options()
 
 
@@ -94,6 +97,10 @@ def train(
     ] = None,
     background: Annotated[
         str | None, option(IMAGES_PANEL, "--background", "Behind transparent pixels.", "white", metavar="COLOUR")
+    ] = None,
+    gray_bits: Annotated[
+        int | None,
+        option(IMAGES_PANEL, "--gray-bits", GRAY_BITS, 16, metavar="B", min=8, max=16),
     ] = None,
     on_error: Annotated[
         OnError | None,
@@ -183,7 +190,7 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
 def _refuse_idle(given: dict[str, Any], data: Path) -> None:
     """InputError for an option that would change nothing."""
     if is_token_directory(data):
-        for name in ("colors", "resize", "background", "on_error", "workers"):
+        for name in ("colors", "resize", "background", "gray_bits", "on_error", "workers"):
             if name in given:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} changes nothing: {data} holds tokens already; leave it out, or give images")

@@ -147,13 +147,16 @@ def native_for(q: Tensor, k: Tensor, v: Tensor, op: str, scale: float = 1.0):
     return backend_for(op, (q, k, v), refusal(q.dtype, q.size(-1), scale) if alike else "q, k and v differ in dtype")
 
 
-@torch.compiler.assume_constant_result
 def _goes_without_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether plain torch is the best for such heads, asked while torch.compile traces a call."""
     if is_reference():
         return False
     like = torch.empty(0, dtype=dtype, device=device)
     return backend_for("attention_bwd", (like,), refusal(dtype, head_dim)) is None
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler: two seconds at every start.
+_goes_without_kernel._dynamo_marked_constant = True
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool, scale: float) -> Tensor:

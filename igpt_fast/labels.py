@@ -1,5 +1,6 @@
 """Which labelled images are learned from, validated on and tested on."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,8 @@ import numpy as np
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.tokens import TokenDataset
+
+log = logging.getLogger("igpt_fast")
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ def choose_labelled(
     """The images that have labels, those to test on by `dataset.split("val", test_fraction)`.
 
     limit: at most so many, and per_class: of each class at most so many to learn from, drawn by the seed. tests: a
-    class without an image to test on is left out, as is one with fewer than two to learn from. Raises InputError for
-    fewer than two classes.
+    class without an image to test on is left out, as is one with fewer than two to learn from. One that has fewer than
+    per_class is named in the log. Raises InputError for fewer than two classes.
     """
     known = np.flatnonzero(dataset.labels >= 0)
     if not len(known) or dataset.classes is None:
@@ -62,6 +65,10 @@ def choose_labelled(
         )
     used = good[labels]
     if per_class is not None:
+        few = [f"{dataset.classes[k]} has {learned[k]}" for k in np.flatnonzero(good & (learned < per_class))]
+        if few:
+            more = f" and {len(few) - 5} more classes have fewer" if len(few) > 5 else ""
+            log.warning("fewer than %d images to learn from: %s%s; all are used", per_class, ", ".join(few[:5]), more)
         random = np.random.default_rng([seed, 2])
         for label in np.flatnonzero(good):
             used[random.permutation(np.flatnonzero((labels == label) & ~test))[per_class:]] = False

@@ -208,7 +208,7 @@ class ImageGPT(nn.Module):
             tokens = torch.from_numpy(tokens).to(self.wte.device)
         c, shape = self.config, tuple(tokens.shape)
         if len(shape) not in (2, 3) or shape[1:] not in (c.size, (c.tokens,)):
-            raise InputError(f"tokens are shaped {list(shape)}; the model reads [N, {c.tokens}] or {['N', *c.size]}")
+            raise InputError(f"tokens have shape {list(shape)}, not [N, {c.tokens}] or [N, {str(c.size)[1:-1]}]")
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise InputError(f"tokens are {tokens.dtype}; give integers, such as Palette.encode returns")
         tokens = tokens.flatten(1).long()

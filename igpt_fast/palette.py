@@ -89,12 +89,17 @@ class Palette:
             path = there[0]
         if not path.exists():
             raise InputError(f"there is no palette {path}; make one with `igpt-fast palette`")
+        if path.suffix not in (".npy", ".npz", ".json"):
+            raise InputError(f"{path} is no palette: give one as .npy or {HF_CONFIG}")
         with reading(path, f"give a palette as .npy or {HF_CONFIG}"):
             values = _clusters(path) if path.suffix == ".json" else np.load(path, allow_pickle=False)
         if not isinstance(values, np.ndarray) or values.dtype.kind != "f":
             what = f"{values.dtype} values" if isinstance(values, np.ndarray) else "an archive of arrays"
             raise InputError(f"{path} holds {what}; {FORM}")
-        return cls(_checked(torch.from_numpy(values.astype(np.float32)), str(path)))
+        centers = _checked(torch.from_numpy(values.astype(np.float32)), str(path))
+        if centers.min() >= 0:
+            log.warning("%s: no colour is darker than mid-gray: is it in [0, 1]? a palette is 8 bits / 127.5 - 1", path)
+        return cls(centers)
 
     def save(self, path: str | Path) -> None:
         """Writes float32 [K, 3] to a path ending in .npy, or Hugging Face's settings (32×32 images) to one ending in
@@ -174,8 +179,24 @@ def _pixels(images: Any, reader: str) -> Tensor:
         raise InputError(f"{reader} reads numpy arrays and tensors, not {type(images).__name__}")
     dtype = str(images.dtype).removeprefix("torch.")
     if dtype != "uint8" or images.shape[-1:] != (3,):
-        raise InputError(f"{reader} reads uint8 [..., 3], not {dtype} {list(images.shape)}; convert to 8-bit RGB")
+        raise InputError(f"{reader} reads uint8 [..., 3], not {dtype} {list(images.shape)}; {_recipe(images, dtype)}")
     return images if isinstance(images, Tensor) else torch.from_numpy(np.require(images, requirements=["C", "W"]))
+
+
+def _recipe(images: np.ndarray | Tensor, dtype: str) -> str:
+    """How to make RGB bytes, colours last, of what was given instead."""
+    steps, shape = [], images.shape
+    if len(shape) >= 3 and shape[-1] != 3 and shape[-3] == 3:
+        steps.append("channels come last: images.swapaxes(-3, -2).swapaxes(-2, -1)")
+    elif shape[-1:] == (4,):
+        steps.append("leave out alpha: images[..., :3]")
+    elif shape[-1:] != (3,):
+        steps.append("gray is repeated: np.stack([images] * 3, -1)")
+    if dtype.startswith("float"):
+        steps.append("values from 0 to 1 become bytes: (images * 255).round() as uint8")
+    elif dtype != "uint8":
+        steps.append("values become bytes: 16 bits are divided by 257")
+    return "; ".join(steps)
 
 
 _HF_SETTINGS = {

@@ -6,6 +6,7 @@ on its neighbours.
 """
 
 from collections.abc import Callable, Iterator
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def check_options(
         raise InputError(f"n is {n}; ask for at least 1 image")
     if n > MOST:
         raise InputError(f"n is {n}; ask for at most {MOST:,} images at once, and for others by another seed")
-    if not 0 <= seed < 1 << 64:
+    if not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
         raise InputError(f"seed is {seed}; use a whole number from 0 to 2**64 - 1")
     if batch is not None and batch < 1:
         raise InputError(f"batch is {batch}; use at least 1")

@@ -52,7 +52,7 @@ def test_runs_become_directories_that_transformers_loads(igpt, tmp_path, dataset
     found = ImageGPT.from_pretrained(tmp_path / "w")
     assert same(found, load_checkpoint(run).model.bfloat16()) and len(found.palette) == 16
     code, _, said = igpt("convert", run, tmp_path / "w")
-    assert code == 2 and "holds files already" in said
+    assert code == 2 and "holds weights already" in said
     assert igpt("convert", run, tmp_path / "w", "--overwrite")[0] == 0
     assert ImageGPT.from_pretrained(tmp_path / "w").wte.dtype == torch.float32
 

@@ -72,3 +72,13 @@ def test_one_class_is_too_few(tmp_path):
     two = write_tokens(tmp_path, [0] * 9 + [1], name="two")
     with pytest.raises(InputError, match=r"of 2 classes 1 have enough images among 10; it takes two"):
         choose_labelled(two, 0.0, tests=False)
+
+
+def test_classes_with_fewer_labels_than_were_asked_for_are_named(dataset, caplog):
+    chosen = choose_labelled(dataset, 0.2, per_class=42)
+    learned = np.bincount(chosen.labels[~chosen.test])
+    short = [f"{chosen.classes[k]} has {count}" for k, count in enumerate(learned) if count < 42]
+    assert 0 < len(short) < len(learned) and f"to learn from: {', '.join(short)}; all are used" in caplog.text
+    caplog.clear()
+    choose_labelled(dataset, 0.2, per_class=2)
+    assert not caplog.text

@@ -184,3 +184,28 @@ def test_centres_are_checked_and_kept():
     palette = Palette(centers)
     centers += 9
     assert palette.centers.max() == 0 and len(palette) == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "way"),
+    [
+        (np.zeros((2, 3, 4, 5), np.uint8), "channels come last"),
+        (np.zeros((2, 4, 5, 4), np.uint8), "leave out alpha"),
+        (np.zeros((2, 4, 5), np.uint8), "gray is repeated"),
+        (np.zeros((2, 4, 5, 3), np.float32), "values from 0 to 1 become bytes"),
+        (np.zeros((2, 4, 5, 3), np.uint16), "16 bits are divided by 257"),
+    ],
+)
+def test_other_images_are_told_the_way(images, way):
+    with pytest.raises(InputError, match=way):
+        Palette(np.zeros((1, 3), np.float32)).encode(images)
+
+
+def test_a_palette_that_seems_to_be_in_0_to_1_is_named(tmp_path, caplog):
+    np.save(tmp_path / "p.npy", np.array([[0, 0.5, 1], [0.25, 0, 0]]))
+    Palette.load(tmp_path / "p.npy")
+    assert "is it in [0, 1]?" in caplog.text
+    caplog.clear()
+    np.save(tmp_path / "p.npy", np.array([[-0.1, 0.5, 1], [0.25, 0, 0]]))
+    Palette.load(tmp_path / "p.npy")
+    assert not caplog.text

@@ -166,7 +166,9 @@ def test_biases_may_be_left_out_all_together(saved):
 
 def test_saving_is_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     model, before = make(), {file: file.read_bytes() for file in saved.iterdir()}
-    with pytest.raises(InputError, match="holds files already; choose another place, or replace them with overwrite"):
+    with pytest.raises(
+        InputError, match="holds weights already; choose another place, or replace them with --overwrite"
+    ):
         model.save_pretrained(saved)
 
     def full(*_, **__):
@@ -183,7 +185,7 @@ def test_saving_is_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     model.save_pretrained(saved, overwrite=True)
     assert same(ImageGPT.from_pretrained(saved), model) and ImageGPT.from_pretrained(saved).palette is None
     (saved / "diary.txt").write_text("dear diary")
-    with pytest.raises(InputError, match=r"also holds diary\.txt, which would be lost"):
+    with pytest.raises(InputError, match=r"holds diary\.txt, which would be lost"):
         model.save_pretrained(saved, overwrite=True)
     with pytest.raises(InputError, match="is there and is no directory"):
         model.save_pretrained(saved / "diary.txt", overwrite=True)

@@ -18,10 +18,10 @@ from igpt_fast.cli.inputs import (
     check_place,
     described,
     open_to_measure,
-    seen_among,
     tokens_for,
 )
 from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, print_json
+from igpt_fast.cli.seen import say_seen, seen_among
 from igpt_fast.console import number, printable, say
 from igpt_fast.errors import InputError
 from igpt_fast.pictures import write_atomically
@@ -87,8 +87,8 @@ def classify(
     say(f"{described(checkpoint)}, on {number(len(names))} image{'s' * (len(names) > 1)} of {called(data)}:")
     for line in _summary(answers, names, counts, found, int(known.sum())):
         say(line)
-    if seen:
-        say(f"the model had learned from {seen:,} of these images: on others it is right less often")
+    less = "on others it is right less often"
+    say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images: {less}")
     if confusion is not None:
         table = Answers(answers.indices[known], answers.probabilities[known], classes).table(labels[known])
         title = f"{found.accuracy:.1%} of {known.sum():,} images of {called(data)} are right"

@@ -17,10 +17,10 @@ from igpt_fast.cli.inputs import (
     called,
     described,
     open_to_measure,
-    seen_among,
     tokens_for,
 )
 from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, SeedOption, print_json
+from igpt_fast.cli.seen import say_seen, seen_among
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
 from igpt_fast.evaluate import Likelihood
@@ -77,9 +77,8 @@ def evaluate(
     say(f"{described(checkpoint)}, on {number(len(indices))} image{'s' * (len(indices) > 1)} of {called(data)}:")
     for line in summary(result):
         say(line)
-    if seen:
-        way = "" if checkpoint.model.config.classes or split is Split.val else "; --split val leaves them out"
-        say(f"the model had learned from {seen:,} of these images{way}")
+    way = "" if checkpoint.model.config.classes or split is Split.val else "; --split val leaves them out"
+    say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images{way}")
     if as_json:
         facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split.value, "seen": seen}
         print_json(**facts, **result.to_dict())

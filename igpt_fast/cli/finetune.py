@@ -17,10 +17,10 @@ from igpt_fast.cli.inputs import (
     described,
     reading_of,
     refuse_reading,
-    seen_among,
 )
 from igpt_fast.cli.learning import Precision, ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, field
 from igpt_fast.cli.options import JsonOption, print_json
+from igpt_fast.cli.seen import seen_among
 from igpt_fast.console import duration, number, say
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
@@ -231,4 +231,4 @@ def _report(result: FinetuneResult, dataset: TokenDataset | JoinedTokens, data: 
     for name, path in places:
         say(f"  {name:<12}{path}")
     quoted = shlex.quote(str(run))
-    say(f"try next:\n  igpt-fast classify {quoted} {shlex.quote(str(data))}\n  igpt-fast convert {quoted} classifier/")
+    say(f"try next:\n  igpt-fast classify {quoted} {shlex.quote(str(data))}\n  igpt-fast convert {quoted} {quoted}-hf")

@@ -7,18 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 
-from igpt_fast.batches import fingerprint
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.options import GRAY_BITS, OnError, Resize
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.device import pick_device
-from igpt_fast.errors import InputError, reading
+from igpt_fast.errors import InputError
 from igpt_fast.pixels import as_source
-from igpt_fast.run import LEARNED, OPTIONS, learns_classes, read_options
+from igpt_fast.run import OPTIONS, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
@@ -126,7 +124,7 @@ def tokens_for(
         return
     if palette is None:
         raise InputError(f"{checkpoint.path} has no palette to read images with; give DATA as tokens of its palette")
-    source, run, options = as_source(data), _run_of(checkpoint), {**reading_of(checkpoint), **given}
+    source, run, options = as_source(data), run_of(checkpoint), {**reading_of(checkpoint), **given}
     if not given and run is not None and _made_from(own := run / "tokens", source):
         yield open_tokens(source, palette, own, size=size, **options)
         return
@@ -144,33 +142,16 @@ def refuse_reading(data: list[Path], given: Mapping[str, object], names: Sequenc
 
 def reading_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """How the run of the checkpoint read its images, of READING; nothing where there is none."""
-    run = _run_of(checkpoint)
+    run = run_of(checkpoint)
     reading = {} if run is None else read_options(run)["command"].get("images", {})
     return {name: reading[name] for name in READING if name in reading}
-
-
-def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarray) -> int | None:
-    """How many of the images the model was trained on; None when that was, as far as known, other data.
-
-    Of a fine-tuned model's last run, in which the images of validation count as seen: the weights were chosen by them.
-    """
-    run = _run_of(checkpoint)
-    if run is None:
-        return None
-    saved = read_options(run)
-    if {**saved["data"], "test": None} != {**fingerprint(dataset), "test": None}:
-        return None
-    if learns_classes(saved):
-        with reading(f"{run / LEARNED}:", "put it back"):
-            return len(np.intersect1d(indices, np.load(run / LEARNED, allow_pickle=False)))
-    return len(np.setdiff1d(indices, dataset.split("val", saved["options"]["val_fraction"])))
 
 
 def _made_from(tokens: Path, source: Source) -> bool:
     return is_token_directory(tokens) and TokenDataset(tokens).meta["source_stamp"] == source.stamp
 
 
-def _run_of(checkpoint: Checkpoint) -> Path | None:
+def run_of(checkpoint: Checkpoint) -> Path | None:
     """The run that a checkpoint belongs to, when it is one and lies there."""
     run = checkpoint.path.parent.parent
     return run if checkpoint.step is not None and (run / OPTIONS).is_file() else None

@@ -22,10 +22,10 @@ from igpt_fast.cli.inputs import (
     called,
     check_place,
     open_to_measure,
-    seen_among,
     tokens_for,
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
+from igpt_fast.cli.seen import say_seen, seen_among
 from igpt_fast.console import say
 from igpt_fast.demo import demo as run_demo
 from igpt_fast.errors import InputError
@@ -106,9 +106,8 @@ def probe(
             seen = seen_among(checkpoint, dataset.test, dataset.test.split("all"))
     step = "" if checkpoint.step is None else f", step {checkpoint.step},"
     show(result)
-    if seen:
-        how = "with their labels" if checkpoint.model.config.classes else "without their labels"
-        say(f"the model itself had learned from {seen:,} of the images held out here, {how}")
+    how = "with their labels" if checkpoint.model.config.classes else "without their labels"
+    say_seen(checkpoint, seen, f"the model itself had learned from {seen or 0:,} of the images held out here, {how}")
     if as_json:
         facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen}
         print_json(figure=str(out), **facts, **result.to_dict())

@@ -160,7 +160,8 @@ def complete(
     _check_places(out, single)
     for photo in photos:
         if not photo.is_file():
-            raise InputError(f"there is no file {photo}; give image files to complete")
+            what = f"{photo} is a folder" if photo.is_dir() else f"there is no file {photo}"
+            raise InputError(f"{what}; give image files to complete")
     checkpoint, palette = _load(model, dtype, device)
     config, where = checkpoint.model.config, checkpoint.model.wte.device
     originals = np.stack([_read(photo, config.size, resize, background, gray_bits) for photo in photos])

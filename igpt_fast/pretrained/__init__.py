@@ -67,6 +67,9 @@ def read_pretrained(source: str | Path, size: tuple[int, int] | None = None, hea
         config, tensors = read_openai(prefix, heads, size)
         return _checked(config, tensors, _palette_beside(prefix), str(prefix), size)
     if path.exists() or not is_hub_name(str(source)):
+        if (path / "checkpoints").is_dir():
+            way = f"igpt_fast.weights.open_model({str(source)!r}).model, or `igpt-fast convert {source} DIR` first"
+            raise InputError(f"{source} is a training run: {way}")
         what = f"has no {CONFIG}" if path.is_dir() else "is no directory" if path.exists() else "is not there"
         raise InputError(
             f"{source} {what}; give a directory with {CONFIG} and {SAFETENSORS}, a name on the Hugging Face hub such "
@@ -177,7 +180,9 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
         return
     if not path.is_dir() or path.is_symlink():
         raise InputError(f"{path} is there and is no directory; choose another place")
-    if not overwrite:
-        raise InputError(f"{path} holds files already; choose another place, or replace them with overwrite")
     if others := sorted(file.name for file in path.iterdir() if file.name not in (CONFIG, HF_CONFIG, SAFETENSORS)):
-        raise InputError(f"{path} also holds {', '.join(others[:3])}, which would be lost; choose another place")
+        raise InputError(f"{path} holds {', '.join(others[:3])}, which would be lost; choose another place")
+    if not overwrite:
+        raise InputError(
+            f"{path} holds weights already; choose another place, or replace them with --overwrite (overwrite=True)"
+        )

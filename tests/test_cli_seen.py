@@ -1,0 +1,41 @@
+"""Commands say which images a model has learned from, also where they lie among others, and where nobody can know."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from igpt_fast.tokens import TokenDataset
+
+SHAPE = ("--layers", "1", "--width", "16", "--heads", "2", "--size", "6", "--resize", "none", "--colors", "8")
+
+
+@pytest.fixture
+def learned(igpt, tmp_path):
+    """A run on 40 images, and which of them it learns from."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    code, _, said = igpt("train", tmp_path / "images.npy", "--out", tmp_path / "run", *SHAPE, "--steps", "1")
+    assert code == 0, said
+    return images, TokenDataset(tmp_path / "run" / "tokens").split("train")
+
+
+def test_images_among_others_are_found(igpt, tmp_path, learned):
+    images, indices = learned
+    others = np.random.default_rng(1).integers(0, 256, (7, 6, 6, 3), dtype=np.uint8)
+    np.save(tmp_path / "more.npy", np.concatenate([others, images[::-1][:25]]))
+    code, printed, said = igpt("eval", tmp_path / "run", tmp_path / "more.npy", "--json")
+    wanted = int((indices >= 15).sum())
+    assert code == 0 and json.loads(printed)["seen"] == wanted > 0
+    assert f"had learned from {wanted} of these images" in said
+    np.save(tmp_path / "others.npy", others)
+    code, printed, said = igpt("eval", tmp_path / "run", tmp_path / "others.npy", "--json")
+    assert code == 0 and json.loads(printed)["seen"] == 0 and "learned from" not in said
+
+
+def test_what_nobody_can_know_is_said(igpt, tmp_path, learned):
+    np.save(tmp_path / "some.npy", learned[0][:5])
+    shutil.rmtree(tmp_path / "run" / "tokens")
+    code, printed, said = igpt("eval", tmp_path / "run", tmp_path / "some.npy", "--json")
+    assert code == 0 and json.loads(printed)["seen"] is None and "cannot be told" in said

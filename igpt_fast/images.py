@@ -121,7 +121,7 @@ def _from_16_bit(image: Image.Image, bits: int, largest: int, white_is_0: bool) 
     """
     top, values = (1 << bits) - 1, np.asarray(image).astype(np.uint32)
     if largest > top:
-        raise ValueError(f"a gray value of {largest:,} takes more than {bits} bits")
+        raise ValueError(f"a gray value of {largest:,} takes more than {bits} bits, as --gray-bits (gray_bits) has it")
     values = top - values if white_is_0 else values
     gray = Image.fromarray(((values * 510 + top) // (2 * top)).astype(np.uint8))
     marked = image.info.get("transparency")

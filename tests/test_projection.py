@@ -1,5 +1,6 @@
 """projection: torch's linear, and on a CPU without bf16 instructions float32's product for bf16 numbers."""
 
+import io
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from igpt_fast import Config, ImageGPT, InputError, ops
+from igpt_fast.ops import _again
 
 module = sys.modules["igpt_fast.ops.projection"]
 
@@ -106,6 +108,16 @@ def test_what_can_be_made_again_is_not_kept(slow, name, dtype, autocast):
     assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(ours, theirs, strict=True))
     rounded = "norm " in name and dtype is torch.bfloat16  # the sum has lost what y was made of
     assert kept == kept_by_all if rounded or "without" in name else kept < kept_by_all
+
+
+def test_an_output_may_be_saved_and_forgotten():
+    y = ops.rms_norm(torch.randn(3, 8, requires_grad=True), torch.ones(8))
+    torch.save(y, file := io.BytesIO())
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), y)
+    many = len(_again._recipes)
+    del y
+    assert len(_again._recipes) == many - 1
 
 
 def test_what_was_changed_in_place_is_kept_as_it_is(slow):

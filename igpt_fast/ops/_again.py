@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-_NAME = "_igpt_recipe"
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Recipe(NamedTuple):
@@ -22,13 +21,16 @@ class Recipe(NamedTuple):
     version: int  # of the output: one that was changed in place since is not what it was made as
 
 
+_recipes = WeakTensorKeyDictionary()  # not an attribute: a tensor that is saved or copied takes its attributes along
+
+
 def remember(y: Tensor, make: Callable[..., Tensor], *parts: Tensor | None) -> None:
     """Notes on y, where it is worth it, that make(*parts) gives its values; parts are what the op keeps anyway."""
     if y.device.type == "cpu":
-        setattr(y, _NAME, Recipe(make, tuple(None if t is None else t.detach() for t in parts), y._version))
+        _recipes[y] = Recipe(make, tuple(None if t is None else t.detach() for t in parts), y._version)
 
 
 def recipe_of(y: Tensor) -> Recipe | None:
     """How y can be made again; None when nobody knows."""
-    found = None if torch.compiler.is_compiling() else getattr(y, _NAME, None)
+    found = None if torch.compiler.is_compiling() else _recipes.get(y)
     return found if found is not None and found.version == y._version else None

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from igpt_fast.console import progress
 from igpt_fast.device import images_at_once
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.model import ImageGPT
-from igpt_fast.pictures import set_title
+from igpt_fast.pictures import figure_png_bytes, new_figure, set_title
 from igpt_fast.tokens import TokenDataset
 
 WRITTEN = 24  # classes up to which the cells of a picture hold their numbers
@@ -102,9 +100,7 @@ def table_png(table: np.ndarray, classes: tuple[str, ...], title: str) -> bytes:
     """`Answers.table` as the bytes of a PNG: a row a true class, a column an answer, dark where a row's images went."""
     count = len(classes)
     side = min(14.0, 3.0 + 0.42 * count)
-    figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(side + 0.8, side)
     shares = table / np.maximum(1, table.sum(1, keepdims=True))
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     figure.colorbar(image, label="share of the images of a class (%)", shrink=0.8)
@@ -118,9 +114,7 @@ def table_png(table: np.ndarray, classes: tuple[str, ...], title: str) -> bytes:
     axes.set_yticks(list(shown), names, parse_math=False)
     axes.set(xlabel="answer", ylabel="class")
     set_title(axes, title)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    return figure_png_bytes(figure)
 
 
 def _shown(name: str) -> str:

@@ -5,7 +5,6 @@ scikit-learn's L-BFGS logistic regression. Beside the layers stand two scores th
 the raw pixels, and the answer that is always the most frequent class.
 """
 
-import io
 import math
 import time
 from collections.abc import Sequence
@@ -14,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from igpt_fast.classify import Score, classify, draw_folds, load_sklearn, score
 from igpt_fast.console import progress
@@ -25,7 +22,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.labels import choose_labelled
 from igpt_fast.model import ImageGPT
-from igpt_fast.pictures import COLOURS, set_title
+from igpt_fast.pictures import COLOURS, figure_png_bytes, new_figure, set_title
 
 
 @dataclass(frozen=True)
@@ -176,9 +173,7 @@ def extract_features(
 
 def figure_png(result: ProbeResult, title: str) -> bytes:
     """Accuracy by layer with 95 % intervals and both baselines, as the bytes of a PNG. title: what of what."""
-    figure = Figure(figsize=(8.0, 5.0), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(8.0, 5.0)
     blue, orange = COLOURS[:2]
     pixels, majority, best = result.pixels, 100 * result.majority.accuracy, result.best
     axes.axhspan(100 * pixels.low, 100 * pixels.high, color=orange, alpha=0.12, linewidth=0)
@@ -204,6 +199,4 @@ def figure_png(result: ProbeResult, title: str) -> bytes:
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(framealpha=0.85, edgecolor="none", loc="best")
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    return figure_png_bytes(figure)

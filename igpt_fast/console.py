@@ -3,7 +3,9 @@
 Everything goes to stderr, so that stdout stays clean for --json.
 """
 
+import logging
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -21,7 +23,17 @@ LINE_EVERY = (
 LINE_AT_LEAST = 600.0  # and never less often than this
 
 
+# Control characters, line separators, those that turn the direction of writing, and what of a name is no UTF-8.
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 _silent = False
+
+
+class Said(logging.Handler):
+    """What the package logs, as a line for a person."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
 
 
 @contextmanager
@@ -43,9 +55,7 @@ def say(text: str = "") -> None:
 
 def printable(text: str, keep: str = "") -> str:
     """`text`, in which characters that a terminal would obey, such as those of a file's name, are spelled out."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return _OBEYED.sub(lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), text)
 
 
 def interactive() -> bool:

@@ -94,7 +94,7 @@ def check_options(size: tuple[int, int], resize: str, background: str, on_error:
         raise InputError(f"resize {resize!r} is not known; give one of {', '.join(RESIZES)}")
     if on_error not in ("raise", "skip"):
         raise InputError(f"on_error {on_error!r} is not known; give raise or skip")
-    if not 8 <= gray_bits <= 16:
+    if not isinstance(gray_bits, int) or not 8 <= gray_bits <= 16:
         raise InputError(f"gray_bits {gray_bits} is not from 8 to 16, the bits that grayscale of 16 bits can hold")
     parse_background(background)
 
@@ -133,14 +133,15 @@ def decode(
                 raise InputError(f"{failures[0][1]}, or leave such files out with --on-error skip")
             good = np.delete(chunk, [place for place, _ in failures])
             yield Decoded(good, pixels, [(int(chunk[place]), message) for place, message in failures])
-        _tell(source, notes)
+        tell_lost(str(source.path), notes)
     finally:
         source.reader.close()
 
 
-def _tell(source: Source, notes: Counter[str]) -> None:
+def tell_lost(where: str, notes: Counter[str]) -> None:
+    """Logs, once, how many images read_image has noted something about."""
     for what, (text, remedy) in LOST.items():
-        message = f"{source.path}: {notes[what]:,} {text}: {remedy}"
+        message = f"{where}: {notes[what]:,} {text}: {remedy}"
         if notes[what] and message not in _told:  # a palette is fitted to images that are then tokenised
             _told.add(message)
             log.warning(message)

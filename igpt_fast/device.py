@@ -38,7 +38,7 @@ def memory_of(device: torch.device, limit: Path = LIMIT) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = _machine()
     text = limit.read_text().strip() if limit.is_file() else ""
     return min(machine, int(text)) if text.isdigit() else machine
 
@@ -48,9 +48,11 @@ def free_memory_of(device: torch.device, limit: Path = LIMIT) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free, own = _kilobytes("/proc/meminfo", "MemAvailable"), _kilobytes("/proc/self/status", "VmRSS")
-    used = limit.with_name(USED[limit.name])  # the files that it has read included, which would make room
-    others = int(used.read_text()) - 1024 * own if used.is_file() else 0
-    return min(memory_of(device, limit) - max(0, others), 1024 * (free + own))
+    used, whole = limit.with_name(USED[limit.name]), memory_of(device, limit)
+    # Of a container without a limit of its own, what is used is that of all others, too.
+    counted = used.is_file() and whole < _machine()
+    others = int(used.read_text()) - 1024 * own if counted else 0  # the files that it has read included
+    return min(whole - max(0, others), 1024 * (free + own))
 
 
 def images_at_once(config: Config, more: int = 0) -> int:
@@ -80,6 +82,10 @@ def peak_of(device: torch.device) -> int:
         if device.type == "cuda"
         else 1024 * _kilobytes("/proc/self/status", "VmHWM")
     )
+
+
+def _machine() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _kilobytes(file: str, name: str) -> int:

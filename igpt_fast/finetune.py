@@ -20,7 +20,7 @@ from igpt_fast.console import say
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
-from igpt_fast.labels import Labelled, choose_labelled, draw_validation
+from igpt_fast.labels import Labelled, choose_labelled, draw_validation, warn_of_few
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions
 from igpt_fast.predict import Answers, predict
@@ -90,6 +90,7 @@ def finetune(
         what = "a resumed run has its own weights: leave out the model" if resume else "give a model to begin with"
         raise InputError(f"finetune: {what}")
     chosen = choose_labelled(dataset, o.test_fraction, per_class=o.per_class, seed=o.seed, tests=False)
+    warn_of_few(chosen, o.per_class)
     held_out = draw_validation(chosen, o.val_fraction, o.seed)
     parts = chosen.indices[~chosen.test & ~held_out], chosen.indices[held_out]
     labels = np.full(len(dataset), -1)

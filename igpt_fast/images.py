@@ -81,18 +81,27 @@ def _formats() -> list[str]:
 
 def _from_bytes(data: bytes, gray_bits: int) -> tuple[Image.Image, dict[str, bool]]:
     image = Image.open(io.BytesIO(data), formats=_formats())
-    notes = {PAGES: True} if getattr(image, "is_animated", False) else {}
     image.load()
+    notes = {PAGES: True} if _has_pages(image) else {}
     # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    white_is_0 = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
+    kind = image.format
+    white_is_0 = kind == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if wide:
-        largest = int(np.asarray(image).max())
-        notes |= {DARK: True} if gray_bits == 16 and largest < DIM else {}
-        image = _from_16_bit(image, gray_bits, largest, white_is_0)  # of 8 bits Pillow turns white itself
+        bits = 16 if kind == "PPM" else gray_bits  # a PGM says itself what its largest value is
+        image, largest = _from_16_bit(image, bits, white_is_0)  # of 8 bits Pillow turns white itself
+        notes |= {DARK: True} if bits == 16 and largest < DIM else {}
     return image, notes
+
+
+def _has_pages(image: Image.Image) -> bool:
+    """Whether there is more than the page or frame that was read; MPO has pictures of the same beside it."""
+    try:
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # what lies behind the first frame is damaged, and nobody has asked for it
+        return True
 
 
 def _from_array(data: np.ndarray) -> Image.Image:
@@ -114,20 +123,19 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     return image.convert("RGB")
 
 
-def _from_16_bit(image: Image.Image, bits: int, largest: int, white_is_0: bool) -> Image.Image:
-    """16-bit grayscale to L (or LA where one gray value is marked transparent): the largest of so many bits gives 255.
-
-    Halves are rounded up; of 16 bits v/257.
+def _from_16_bit(image: Image.Image, bits: int, white_is_0: bool) -> tuple[Image.Image, int]:
+    """16-bit grayscale to L (or LA where one gray value is marked transparent): the largest of so many bits gives 255,
+    halves are rounded up; of 16 bits v/257. And its largest value, where 0 is black.
     """
     top, values = (1 << bits) - 1, np.asarray(image).astype(np.uint32)
-    if largest > top:
-        raise ValueError(f"a gray value of {largest:,} takes more than {bits} bits, as --gray-bits (gray_bits) has it")
+    if (most := int(values.max())) > top:
+        raise ValueError(f"a gray value of {most:,} takes more than {bits} bits, as --gray-bits (gray_bits) has it")
     values = top - values if white_is_0 else values
     gray = Image.fromarray(((values * 510 + top) // (2 * top)).astype(np.uint8))
     marked = image.info.get("transparency")
-    if marked is None:
-        return gray
-    return Image.merge("LA", (gray, Image.fromarray(np.where(values == marked, 0, 255).astype(np.uint8))))
+    if marked is not None:
+        gray = Image.merge("LA", (gray, Image.fromarray(np.where(values == marked, 0, 255).astype(np.uint8))))
+    return gray, int(values.max())
 
 
 def resize_image(image: Image.Image, size: tuple[int, int], resize: str, where: str) -> np.ndarray:

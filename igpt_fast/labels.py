@@ -35,8 +35,8 @@ def choose_labelled(
     """The images that have labels, those to test on by `dataset.split("val", test_fraction)`.
 
     limit: at most so many, and per_class: of each class at most so many to learn from, drawn by the seed. tests: a
-    class without an image to test on is left out, as is one with fewer than two to learn from. One that has fewer than
-    per_class is named in the log. Raises InputError for fewer than two classes.
+    class without an image to test on is left out, as is one with fewer than two to learn from. Raises InputError for
+    fewer than two classes.
     """
     known = np.flatnonzero(dataset.labels >= 0)
     if not len(known) or dataset.classes is None:
@@ -65,16 +65,22 @@ def choose_labelled(
         )
     used = good[labels]
     if per_class is not None:
-        few = [f"{dataset.classes[k]} has {learned[k]}" for k in np.flatnonzero(good & (learned < per_class))]
-        if few:
-            more = f" and {len(few) - 5} more classes have fewer" if len(few) > 5 else ""
-            log.warning("fewer than %d images to learn from: %s%s; all are used", per_class, ", ".join(few[:5]), more)
         random = np.random.default_rng([seed, 2])
         for label in np.flatnonzero(good):
             used[random.permutation(np.flatnonzero((labels == label) & ~test))[per_class:]] = False
     compact = np.cumsum(good) - 1  # classes that take part, numbered without gaps
     names = tuple(dataset.classes[label] for label in np.flatnonzero(good))
     return Labelled(known[used], compact[labels[used]], test[used], names, left_out, unlabelled)
+
+
+def warn_of_few(chosen: Labelled, per_class: int | None) -> None:
+    """Names, in the log, the classes that have fewer images to learn from than were asked for."""
+    learned = np.bincount(chosen.labels[~chosen.test], minlength=len(chosen.classes))
+    counts, asked = zip(chosen.classes, learned, strict=True), per_class or 0
+    few = [f"{name} has {count}" for name, count in counts if count < asked]
+    if few:
+        more = f" and {len(few) - 5} more classes have fewer" if len(few) > 5 else ""
+        log.warning("fewer than %d images to learn from: %s%s; all are used", per_class, ", ".join(few[:5]), more)
 
 
 def draw_validation(chosen: Labelled, fraction: float, seed: int) -> np.ndarray:

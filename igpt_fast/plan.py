@@ -66,7 +66,7 @@ def plan(config: Config, options: Options, device: str | torch.device = "auto", 
     device = pick_device(device)
     count, free = parameters(config), free_memory_of(device)
     state = count * (STATE_BYTES + 4 * bool(options.ema))
-    least = state + _image_bytes(config, options)
+    least = state + _image_bytes(config, options, device)
     if least > ENOUGH * free:
         one = (least - state) / 1e9
         raise InputError(
@@ -115,13 +115,15 @@ def forward_flop(config: Config) -> float:
     return 2 * c.tokens * linears + 4 * c.head_dim * pairs
 
 
-def _image_bytes(config: Config, options: Options) -> int:
-    """About what the activations of one image take that the backward pass reads."""
-    # By the width: norm 1 and its input 1, q, k and v 3, attention 1, again a norm 2, and the MLP's two of its width.
-    numbers = 8 + 2 * config.mlp_width / config.width
-    kept = 2.0 if options.activation_checkpointing else numbers  # of each block; of one, all
+def _image_bytes(config: Config, options: Options, device: torch.device) -> int:
+    """About what the activations of one image take that the backward pass reads, and the gradients of one block."""
     wide = 4 if options.precision == "fp32" else 2
-    return round(wide * config.tokens * (config.width * (kept * config.layers + numbers) + 2 * config.colors))
+    stream, mlp = 4 // wide, config.mlp_width // config.width  # in numbers of the width; the stream is float32
+    # What two norms read, q, k and v, attention's output, what the activation reads; on a GPU also what norms and
+    # activation write, which a CPU makes again.
+    numbers = 2 * stream + 3 + 1 + mlp + (0 if device.type == "cpu" else 2 + mlp)
+    kept = stream + 1 if options.activation_checkpointing else numbers  # of each block; of one, all
+    return round(wide * config.tokens * (config.width * (kept * config.layers + 2 * numbers) + 2 * config.colors))
 
 
 class _Measure:
@@ -129,7 +131,7 @@ class _Measure:
 
     def __init__(self, config: Config, options: Options, device: torch.device, free: int) -> None:
         self.options, self.device, self.free = options, device, free
-        self.estimate = _image_bytes(config, options)
+        self.estimate = _image_bytes(config, options, device)
         self.sizes, self.times, self.peaks, self.update = [], [], [], 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)

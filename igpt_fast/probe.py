@@ -20,7 +20,7 @@ from igpt_fast.data import TokenDataset
 from igpt_fast.device import images_at_once, memory_of
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
-from igpt_fast.labels import choose_labelled
+from igpt_fast.labels import choose_labelled, warn_of_few
 from igpt_fast.model import ImageGPT
 from igpt_fast.pictures import COLOURS, figure_png_bytes, new_figure, set_title
 
@@ -82,6 +82,7 @@ def probe(
     load_sklearn()  # before any work
     refuse_misfit(dataset, model.config)
     chosen = choose_labelled(dataset, test_fraction, limit, per_class, seed)
+    warn_of_few(chosen, per_class)
     indices, labels, test = chosen.indices, chosen.labels, chosen.test
     folds = draw_folds(labels, test, seed)
     pooled = extract_features(model, dataset, indices, layers, batch, amp)

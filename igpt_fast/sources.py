@@ -275,6 +275,7 @@ def _by_name(
     if not refs:
         count = sum(ignored.values())
         what = f"no image among its {count} files (.png, .jpg and the like)" if count else "empty"
+        what += f", of which {ignored[SCANS]} are {SCANS}" if ignored[SCANS] else ""
         raise InputError(f"{path}: {what}; give {KINDS}")
     names = sorted(refs)
     labels, classes = label_by_folder(names)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from labelled import write_tokens
 
 from igpt_fast.errors import InputError
-from igpt_fast.labels import Labelled, choose_labelled, draw_validation
+from igpt_fast.labels import Labelled, choose_labelled, draw_validation, warn_of_few
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,11 @@ def test_one_class_is_too_few(tmp_path):
 
 def test_classes_with_fewer_labels_than_were_asked_for_are_named(dataset, caplog):
     chosen = choose_labelled(dataset, 0.2, per_class=42)
+    warn_of_few(chosen, 42)
     learned = np.bincount(chosen.labels[~chosen.test])
     short = [f"{chosen.classes[k]} has {count}" for k, count in enumerate(learned) if count < 42]
     assert 0 < len(short) < len(learned) and f"to learn from: {', '.join(short)}; all are used" in caplog.text
     caplog.clear()
-    choose_labelled(dataset, 0.2, per_class=2)
+    warn_of_few(choose_labelled(dataset, 0.2, per_class=2), 2)
+    warn_of_few(choose_labelled(dataset, 0.2), None)
     assert not caplog.text

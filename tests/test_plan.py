@@ -106,7 +106,7 @@ def test_memory_ends_it_before_it_ends_the_machine(monkeypatch):
 
 
 def test_the_second_image_is_measured_only_where_there_is_room(monkeypatch):
-    monkeypatch.setattr(module, "_image_bytes", lambda config, options: 10**8)
+    monkeypatch.setattr(module, "_image_bytes", lambda config, options, device: 10**8)
     monkeypatch.setattr(module, "peak_of", lambda device: 9 * 10**8)
     monkeypatch.setattr(module, "free_memory_of", lambda device: 10**9)
     found = plan(SMALL, Options(batch=8), "cpu", seconds=20)
@@ -125,7 +125,7 @@ def test_the_estimate_of_an_image_is_near_what_is_measured():
     ):
         found = plan(config, options, "cpu", seconds=60)
         assert found.measured == 8
-        assert found.image_bytes / 2.5 < module._image_bytes(config, options) < 2.5 * found.image_bytes, options
+        assert found.image_bytes / 2.5 < module._image_bytes(config, options, CPU) < 2.5 * found.image_bytes, options
 
 
 def test_memory_of_this_machine(tmp_path):
@@ -137,13 +137,16 @@ def test_memory_of_this_machine(tmp_path):
     assert memory_of(CPU, limit) == 1000000 < free_memory_of(CPU) <= memory_of(CPU)
     limit.write_text(f"{10**13}\n")
     free = free_memory_of(CPU, limit)
-    limit.write_text(f"{whole}\n")
+    limit.write_text(f"{whole - 1}\n")
     (tmp_path / "memory.current").write_text(f"{whole - 10**9}\n")
     assert free_memory_of(CPU, limit) < 10**9 + 8 * 10**9 and free > 10**9
     older = tmp_path / "memory.limit_in_bytes"  # as the first version of control groups has them
-    older.write_text(f"{whole}\n")
     (tmp_path / "memory.usage_in_bytes").write_text(f"{whole - 10**9}\n")
-    assert memory_of(CPU, older) == whole and free_memory_of(CPU, older) < 10**9 + 8 * 10**9
+    for bound, least in ((whole - 1, 0), (2**63 - 4096, free - 10**9)):  # the second is none: all that is used counts
+        older.write_text(f"{bound}\n")
+        assert memory_of(CPU, older) == min(bound, whole) and free_memory_of(CPU, older) > least
+    older.write_text(f"{whole - 1}\n")
+    assert free_memory_of(CPU, older) < 10**9 + 8 * 10**9
     restart_peak(CPU)
     before = peak_of(CPU)
     del_me = torch.ones(50 << 20, dtype=torch.uint8)

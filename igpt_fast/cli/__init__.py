@@ -1,6 +1,7 @@
 """The command line: `igpt-fast COMMAND`. One module per group; this file wires them."""
 
 import io
+import logging
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from typer.core import TyperGroup
 
 from igpt_fast import __version__
 from igpt_fast.cli import classify, convert, data, evaluate, finetune, info, plan, probe, sample, train
-from igpt_fast.console import say
+from igpt_fast.console import Said, say
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import sigterm_exits
 
@@ -77,6 +78,7 @@ def main() -> None:
     """Entry point of `igpt-fast`. Bad input: one `error:` line, exit code 2. IGPT_TRACEBACK=1: the traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that we print; stderr knows a way
+    logging.getLogger("igpt_fast").addHandler(Said())
     try:
         with sigterm_exits():
             app()

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +60,15 @@ ReadAsOption = Annotated[
     Resize | None,
     typer.Option(
         "--resize", show_default="as the run read its own, else paper", help="How images come to the model's size."
+    ),
+]
+BackgroundAsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--background",
+        metavar="COLOUR",
+        show_default="as the run read its own, else white",
+        help="Behind transparent pixels: a name or #rrggbb.",
     ),
 ]
 GrayAsOption = Annotated[
@@ -148,7 +157,9 @@ def reading_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _made_from(tokens: Path, source: Source) -> bool:
-    return is_token_directory(tokens) and TokenDataset(tokens).meta["source_stamp"] == source.stamp
+    with suppress(InputError):  # broken ones are of no use, and no reason to end
+        return is_token_directory(tokens) and TokenDataset(tokens).meta["source_stamp"] == source.stamp
+    return False
 
 
 def run_of(checkpoint: Checkpoint) -> Path | None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -12,18 +13,17 @@ import typer
 from torch import Tensor
 
 from igpt_fast.checkpoint import Checkpoint
-from igpt_fast.cli.inputs import ModelArgument, described
-from igpt_fast.cli.options import (
-    BackgroundOption,
-    DeviceOption,
-    GrayBitsOption,
-    JsonOption,
-    Resize,
-    ResizeOption,
-    SeedOption,
-    print_json,
+from igpt_fast.cli.inputs import (
+    BackgroundAsOption,
+    GrayAsOption,
+    ModelArgument,
+    ReadAsOption,
+    described,
+    reading_of,
 )
+from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.console import progress, say
+from igpt_fast.decode import tell_lost
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.images import parse_background, read_image, resize_image
@@ -35,6 +35,7 @@ from igpt_fast.sample import sample as sample_tokens
 from igpt_fast.weights import open_model
 
 GRAY = 128  # what stands for the pixels that the model does not see
+READ = {"resize": "paper", "background": "white", "gray_bits": 16}  # unless the run read its images in another way
 
 
 class DType(str, Enum):
@@ -136,9 +137,9 @@ def complete(
     top_p: TopPOption = None,
     seed: SeedOption = 0,
     batch: BatchOption = None,
-    resize: ResizeOption = Resize.paper,
-    background: BackgroundOption = "white",
-    gray_bits: GrayBitsOption = 16,
+    resize: ReadAsOption = None,
+    background: BackgroundAsOption = None,
+    gray_bits: GrayAsOption = None,
     dtype: DTypeOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
@@ -156,7 +157,7 @@ def complete(
     began = time.monotonic()
     options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
     check_options(**options, keep=keep)
-    parse_background(background)
+    parse_background(background or "white")
     _check_places(out, single)
     for photo in photos:
         if not photo.is_file():
@@ -164,7 +165,15 @@ def complete(
             raise InputError(f"{what}; give image files to complete")
     checkpoint, palette = _load(model, dtype, device)
     config, where = checkpoint.model.config, checkpoint.model.wte.device
-    originals = np.stack([_read(photo, config.size, resize, background, gray_bits) for photo in photos])
+    given = {"resize": resize and resize.value, "background": background, "gray_bits": gray_bits}
+    reading = {**READ, **reading_of(checkpoint), **{name: value for name, value in given.items() if value is not None}}
+    originals, notes = [], Counter()
+    for photo in photos:
+        image = read_image(photo.read_bytes(), str(photo), reading["background"], reading["gray_bits"])
+        notes.update(image.info)
+        originals.append(resize_image(image, config.size, reading["resize"], str(photo)))
+    originals = np.stack(originals)
+    tell_lost("the photos", notes)
     tokens = torch.from_numpy(palette.encode(originals)).to(where)
     count = kept_pixels(config, keep)
     with progress(len(photos) * n * (config.tokens - count), "pixels", "completing") as bar:
@@ -187,11 +196,6 @@ def _load(model: Path, dtype: DType | None, device: str) -> tuple[Checkpoint, Pa
         )
     checkpoint.model.to(drawing_dtype(where) if dtype is None else getattr(torch, dtype.value))
     return checkpoint, checkpoint.palette
-
-
-def _read(photo: Path, size: tuple[int, int], resize: Resize, background: str, gray_bits: int) -> np.ndarray:
-    image = read_image(photo.read_bytes(), str(photo), background, gray_bits)
-    return resize_image(image, size, resize.value, str(photo))
 
 
 def _decode(palette: Palette, tokens: Tensor) -> np.ndarray:

@@ -14,23 +14,30 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Recipe(NamedTuple):
-    """make(*parts) is the output, to the bit."""
+    """make(*parts) is the output, to the bit, while neither it nor a part has been changed in place (but by .data)."""
 
     make: Callable[..., Tensor]
     parts: tuple[Tensor | None, ...]
-    version: int  # of the output: one that was changed in place since is not what it was made as
+    versions: tuple[int | None, ...]  # of the output and the parts
 
 
 _recipes = WeakTensorKeyDictionary()  # not an attribute: a tensor that is saved or copied takes its attributes along
 
 
 def remember(y: Tensor, make: Callable[..., Tensor], *parts: Tensor | None) -> None:
-    """Notes on y, where it is worth it, that make(*parts) gives its values; parts are what the op keeps anyway."""
+    """Notes, where it is worth it, that make(*parts) gives y's values. parts, which live as y does, are what the op
+    keeps for its own backward pass anyway.
+    """
     if y.device.type == "cpu":
-        _recipes[y] = Recipe(make, tuple(None if t is None else t.detach() for t in parts), y._version)
+        parts = tuple(None if t is None else t.detach() for t in parts)
+        _recipes[y] = Recipe(make, parts, _versions(y, *parts))
 
 
 def recipe_of(y: Tensor) -> Recipe | None:
     """How y can be made again; None when nobody knows."""
     found = None if torch.compiler.is_compiling() else _recipes.get(y)
-    return found if found is not None and found.version == y._version else None
+    return found if found is not None and found.versions == _versions(y, *found.parts) else None
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
+    return tuple(None if t is None else t._version for t in tensors)

@@ -35,6 +35,7 @@ def rms_norm(
     if native is None:
         return reference.norm.rms_norm(x, weight, eps, residual, dtype)
     if needs_grad(x, weight, residual):
+        x = x.contiguous()  # here, so that nobody keeps what it is a view of
         y, s = _RmsNorm.apply(native, x, weight, residual, eps, dtype)
         if s is None or s.dtype is torch.float32:  # a sum that was rounded has lost what y was made of
             remember(y, lambda of, by: _forward(native, of, by, None, eps, dtype)[0], x if s is None else s, weight)

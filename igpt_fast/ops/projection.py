@@ -16,14 +16,15 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x [..., K]   weight [M, K]   bias [M] or None   → [..., M]
     On a CPU without bf16 instructions torch multiplies bf16 far slower than float32. There the product of bf16 numbers
-    is float32's, rounded at the end; float32 weights under autocast then keep all their bits.
+    is float32's, rounded at the end; float32 weights under autocast then keep all their bits. There, and of a norm's or
+    an activation's output on any CPU, gradients are of the first order only.
     Raises InputError for shapes that do not fit.
     """
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise InputError(f"projection: weight {list(weight.shape)} does not fit x {list(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"projection: bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
-    recipe = recipe_of(x)
+    recipe = recipe_of(x) if weight.requires_grad else None  # else x is not wanted for the backward pass
     if recipe is None and not _in_float32(x):
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):

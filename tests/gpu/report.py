@@ -62,7 +62,7 @@ def driver() -> dict[str, Any]:
 def kernels(report: Mapping[str, Any], root: Path) -> dict[str, dict[str, Any]]:
     """Of each kernel of verified.json: how many tests it passed, what compute-sanitizer said, whether all agreed.
 
-    agreed is None where the tests never called it, or failed only where they called others too.
+    agreed is None where the tests never called it, or where those that failed called others too and some passed.
     """
     found = {}
     ran = report["parts"].get("tests", {}).get("ops", {})
@@ -74,7 +74,7 @@ def kernels(report: Mapping[str, Any], root: Path) -> dict[str, dict[str, Any]]:
         counts = {"passed": 0, "failed": 0, "unclear": 0} | ran.get(asked, {})
         tools = {which: checked.get(f"{which} {asked}", "not run") for which in ("memcheck", "racecheck")}
         agreed = None
-        if counts["failed"] or "failed" in tools.values():
+        if counts["failed"] or "failed" in tools.values() or (counts["unclear"] and not counts["passed"]):
             agreed = False
         elif counts["passed"] and not counts["unclear"]:
             agreed = "timed out" not in tools.values()

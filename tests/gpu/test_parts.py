@@ -174,7 +174,8 @@ def finished():
     """A report as of a run on which one kernel agreed, one failed a test and one a sanitizer."""
     ops = {"rms_norm_fwd": {"passed": 9, "failed": 0}, "rms_norm_bwd": {"passed": 8, "failed": 1},
            "sample_tokens": {"passed": 3, "failed": 0},
-           "palette_assign": {"passed": 3, "failed": 0, "unclear": 1}}  # fmt: skip
+           "palette_assign": {"passed": 3, "failed": 0, "unclear": 1},
+           "attention_bwd": {"passed": 0, "failed": 0, "unclear": 9}}  # fmt: skip
     pieces = {"memcheck rms_norm_fwd": "passed", "racecheck sample_tokens": "failed"}
     made = {
         "machine": {"gpu": "NVIDIA H200", "driver": "580.1", "cuda": "13.0", "torch": "2.11.0"},
@@ -194,6 +195,7 @@ def test_a_kernel_agrees_when_tests_and_sanitizer_do(finished, tmp_path):
     assert agreed["rms_norm_fwd"] is True and agreed["cross_entropy_fwd"] is None
     assert agreed["rms_norm_bwd"] is False and agreed["sample_tokens"] is False
     assert agreed["palette_assign"] is None  # what failed beside others erases nothing
+    assert agreed["attention_bwd"] is False  # unless nothing ever passed
     entry = {"op": "rms_norm", "shape": "32768 × 512", "dtype": "bfloat16", "seconds": 2e-5, "rates": {"GB/s": 3355.4},
              "best_peer": "torch.compile", "ratio": 1.5, "goals": []}  # fmt: skip
     (tmp_path / "benchmarks.json").write_text(json.dumps({"entries": {"x": entry}}))

@@ -1,6 +1,7 @@
 """Pictures: whole or absent, each image in its place, pixels enlarged, never smoothed; and progress as it is shown."""
 
 import io
+import logging
 import math
 import subprocess
 import sys
@@ -190,3 +191,7 @@ def test_a_terminal_obeys_no_name(capsys):
     assert printable(name) == "a\\nb\\x1b[2J\\udc80 Ä 猫"
     say(name)
     assert capsys.readouterr().err == "a\nb\\x1b[2J\\udc80 Ä 猫\n"
+    assert printable("a\u00a0👩\u200d🔬") == "a\u00a0👩\u200d🔬"  # which no terminal obeys
+    said = console.Said()
+    said.emit(logging.LogRecord("igpt_fast", logging.WARNING, "", 0, "%s is here", (name,), None))
+    assert capsys.readouterr().err == "a\nb\\x1b[2J\\udc80 Ä 猫 is here\n"

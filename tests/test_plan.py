@@ -72,7 +72,7 @@ def test_what_cannot_be_measured_is_in_proportion(monkeypatch):
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))  # whatever is timed takes a second
     found = plan(SMALL, Options(batch=64), "cpu", seconds=5)
     assert found.measured == 1 and found.step_seconds == 64 + 1
-    assert found.image_bytes == module._image_bytes(SMALL, Options())
+    assert found.image_bytes == module._image_bytes(SMALL, Options(), CPU)
 
 
 def test_memory_ends_it_before_it_ends_the_machine(monkeypatch):

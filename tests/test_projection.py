@@ -130,6 +130,28 @@ def test_what_was_changed_in_place_is_kept_as_it_is(slow):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("op", [ops.bias_quick_gelu, lambda h: ops.rms_norm(h, torch.ones(24))])
+def test_what_was_made_of_something_that_changed_since_is_kept_as_it_is(slow, op):
+    x, weight, _ = draw()
+    h = x.detach() * 1
+    h.requires_grad_()
+    y = op(h)
+    wanted = torch.autograd.grad(ops.projection(y.detach(), weight).sum(), weight)
+    with torch.no_grad():
+        h.add_(1)
+    assert torch.equal(*torch.autograd.grad(ops.projection(y, weight).sum(), weight), *wanted)
+
+
+def test_a_frozen_weight_asks_for_no_input(monkeypatch):
+    x, weight, _ = draw()
+    calls = []
+    y = ops.bias_quick_gelu(x)
+    forward = sys.modules["igpt_fast.ops.activation"]._forward
+    monkeypatch.setattr(sys.modules["igpt_fast.ops.activation"], "_forward", lambda *a: calls.append(1) or forward(*a))
+    torch.autograd.grad(ops.projection(y, weight.detach()).sum(), x)
+    assert not calls
+
+
 def test_a_steps_activations_take_a_third_less():
     model = ImageGPT(Config(layers=2, width=64, heads=2, colors=16, size=(8, 8)))
     tokens = torch.randint(16, (4, 64))

@@ -100,6 +100,24 @@ def test_complete_shows_original_kept_part_and_completions(igpt, run, model, pho
     assert (said["images"], said["kept_pixels"], said["keep"]) == (6, 24, 0.5)
 
 
+def test_complete_reads_photos_as_the_run_read_its_images(igpt, run, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(commands, "save_grid", lambda path, images, columns: shown.append(images[0]))
+    values = np.arange(48, dtype=np.uint16).reshape(6, 8) * 87  # to 4,089
+    Image.fromarray(values).save(tmp_path / "scan.png")
+    words = ("complete", run, tmp_path / "scan.png", "-n", 1)
+    code, _, said = igpt(*words)
+    assert code == 0 and "hold no value from 8,192 on" in said and shown.pop().max() == round(4089 / 257)
+    images = {"resize": "hf", "background": "white", "gray_bits": 12, "on_error": "raise"}
+    saved = {"config": {}, "options": {}, "data": {}, "command": {"images": images}}
+    (run / "train.json").write_text(json.dumps(saved))
+    code, _, said = igpt(*words)
+    whole = read_image((tmp_path / "scan.png").read_bytes(), "x", gray_bits=12)
+    assert code == 0 and np.array_equal(shown.pop(), resize_image(whole, SIZE, "hf", "x"))
+    assert igpt(*words, "--gray-bits", 13)[0] == 0 and shown.pop().max() == round(4089 / 8191 * 255)
+    (run / "train.json").unlink()
+
+
 def test_complete_writes_a_picture(igpt, run, photos, tmp_path):
     assert igpt("complete", run, photos[0], "-n", 2, "--keep", 1, "-o", tmp_path / "c.png")[0] == 0
     assert Image.open(tmp_path / "c.png").size[0] > 4 * SIZE[1]

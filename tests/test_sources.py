@@ -177,6 +177,10 @@ def test_scans_in_files_of_their_own_kind_are_named(folder):
         with pytest.raises(InputError, match=f"{name}: DICOM or NIfTI, which is not read .export it as 16-bit PNG"):
             open_source(folder / name)
     assert open_source(folder).ignored[SCANS] == 2
+    (folder / "alone").mkdir()
+    (folder / "alone" / "a.dcm").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"no image among its 1 files .*, of which 1 are DICOM or NIfTI"):
+        open_source(folder / "alone")
 
 
 def test_single_file(folder):

@@ -78,7 +78,7 @@ def main() -> None:
     """Entry point of `igpt-fast`. Bad input: one `error:` line, exit code 2. IGPT_TRACEBACK=1: the traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that we print; stderr knows a way
-    logging.getLogger("igpt_fast").addHandler(Said())
+    logging.getLogger("igpt_fast").addHandler(said := Said())
     try:
         with sigterm_exits():
             app()
@@ -88,3 +88,5 @@ def main() -> None:
         name = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
         say(f"error: {name}")
         sys.exit(2)
+    finally:
+        logging.getLogger("igpt_fast").removeHandler(said)

@@ -67,11 +67,8 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, make, *parts):
         ctx.save_for_backward(weight, *parts)
-        ctx.make, ctx.in_float32, ctx.dtypes = (
-            make,
-            _in_float32(x),
-            tuple(t if t is None else t.dtype for t in (x, weight, bias)),
-        )
+        ctx.make, ctx.in_float32 = make, _in_float32(x)
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
         return _forward(x, weight, bias)
 
     @staticmethod

@@ -161,8 +161,8 @@ def open_tokens(
     fit = {"colors": colors, "seed": seed, "limit": FIT_LIMIT} if palette is None else None
     if is_token_directory(cache_dir):
         tokens = TokenDataset(cache_dir)
-        wanted = {"size": list(size), "resize": resize, "background": background, "source_stamp": source.stamp}
-        wanted |= {"gray_bits": gray_bits}
+        wanted = {"size": list(size), "resize": resize, "background": background, "gray_bits": gray_bits}
+        wanted |= {"source_stamp": source.stamp}
         wanted |= {"skipped": []} if on_error == "raise" else {}
         wanted |= {"palette_fit": fit} if palette is None else {}
         _refuse_other(tokens, wanted, palette, remedy)

@@ -118,7 +118,7 @@ def forward_flop(config: Config) -> float:
 def _image_bytes(config: Config, options: Options, device: torch.device) -> int:
     """About what the activations of one image take that the backward pass reads, and the gradients of one block."""
     wide = 4 if options.precision == "fp32" else 2
-    stream, mlp = 4 // wide, config.mlp_width // config.width  # in numbers of the width; the stream is float32
+    stream, mlp = 4 // wide, config.mlp_width / config.width  # in numbers of the width; the stream is float32
     # What two norms read, q, k and v, attention's output, what the activation reads; on a GPU also what norms and
     # activation write, which a CPU makes again.
     numbers = 2 * stream + 3 + 1 + mlp + (0 if device.type == "cpu" else 2 + mlp)

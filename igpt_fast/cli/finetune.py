@@ -8,6 +8,7 @@ import typer
 
 from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.cli.inputs import (
+    READING,
     GrayAsOption,
     LabelledArgument,
     ModelArgument,
@@ -40,7 +41,6 @@ from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
 STANDARD = FinetuneOptions()
-IMAGES = {"resize": "paper", "background": "white", "gray_bits": 16, "on_error": "raise"}
 TABLE, ANSWERS = "confusion.png", "test.csv"  # of the images that are tested on, in RUN
 
 
@@ -132,7 +132,7 @@ def _prepare(
         raise InputError(f"--resume with another MODEL: {out} began with {init}; give that, or another --out")
     sources = [_with_labels(path) for path in (data, *([Path(test)] if test else []))]
     found = load_checkpoint(out) if resume else open_model(model)
-    images = {**IMAGES, **reading_of(found), **command.get("images", {})}
+    images = {**READING, **reading_of(found), **command.get("images", {})}
     images |= {name: given[name] for name in images if name in given}
     parts = [
         _tokens(source, found, out / name, word, resume, given.get("workers"), images)

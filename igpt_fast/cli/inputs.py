@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,8 @@ from igpt_fast.run import OPTIONS, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
-READING = ("resize", "background", "gray_bits", "on_error")  # of a run's images, as train.json has them
+# How images are read, as a run's train.json has it, and unless it or the options say otherwise.
+READING = {"resize": "paper", "background": "white", "gray_bits": 16, "on_error": "raise"}
 
 ModelArgument = Annotated[
     Path,
@@ -125,8 +126,7 @@ def tokens_for(
 ) -> Iterator[TokenDataset]:
     """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the command."""
     size, palette = checkpoint.model.config.size, checkpoint.palette
-    options = {"resize": resize, "gray_bits": gray_bits, "on_error": on_error}
-    given = {name: getattr(value, "value", value) for name, value in options.items() if value is not None}
+    given = given_of(resize=resize, gray_bits=gray_bits, on_error=on_error)
     refuse_reading([data], given, READING)
     if is_token_directory(data):
         yield open_tokens(data, palette, size=size)
@@ -141,12 +141,17 @@ def tokens_for(
         yield open_tokens(source, palette, Path(folder) / "tokens", size=size, **options, kept=False)
 
 
-def refuse_reading(data: list[Path], given: Mapping[str, object], names: Sequence[str]) -> None:
+def refuse_reading(data: list[Path], given: Mapping[str, object], names: Iterable[str]) -> None:
     """InputError for those of `names` among the options given, which say how to read images, where all is tokens."""
     idle = [f"--{name.replace('_', '-')}" for name in names if name in given]
     if idle and all(map(is_token_directory, data)):
         words = " and ".join(idle)
         raise InputError(f"{data[0]}: holds tokens, which are read already; leave out {words}, or give the images")
+
+
+def given_of(**options: Any) -> dict[str, Any]:
+    """Those options that were given, as plain values."""
+    return {name: getattr(value, "value", value) for name, value in options.items() if value is not None}
 
 
 def reading_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import (
+    READING,
     BackgroundAsOption,
     GrayAsOption,
     ModelArgument,
     ReadAsOption,
     described,
+    given_of,
     reading_of,
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
@@ -35,7 +37,6 @@ from igpt_fast.sample import sample as sample_tokens
 from igpt_fast.weights import open_model
 
 GRAY = 128  # what stands for the pixels that the model does not see
-READ = {"resize": "paper", "background": "white", "gray_bits": 16}  # unless the run read its images in another way
 
 
 class DType(str, Enum):
@@ -165,8 +166,8 @@ def complete(
             raise InputError(f"{what}; give image files to complete")
     checkpoint, palette = _load(model, dtype, device)
     config, where = checkpoint.model.config, checkpoint.model.wte.device
-    given = {"resize": resize and resize.value, "background": background, "gray_bits": gray_bits}
-    reading = {**READ, **reading_of(checkpoint), **{name: value for name, value in given.items() if value is not None}}
+    given = given_of(resize=resize, background=background, gray_bits=gray_bits)
+    reading = {**READING, **reading_of(checkpoint), **given}
     originals, notes = [], Counter()
     for photo in photos:
         image = read_image(photo.read_bytes(), str(photo), reading["background"], reading["gray_bits"])

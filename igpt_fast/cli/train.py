@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from igpt_fast.cli.inputs import READING
 from igpt_fast.cli.learning import (
     IMAGES_PANEL,
     SHAPE,
@@ -42,10 +43,7 @@ from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
 from igpt_fast.weights import refuse_misfit
 
-IMAGES = {"size": None, "resize": "paper", "background": "white", "gray_bits": 16, "on_error": "raise"} | {
-    "palette": None,
-    "colors": 512,
-}
+IMAGES = {"size": None, **READING, "palette": None, "colors": 512}
 STANDARD = Options()
 
 

@@ -1,6 +1,6 @@
 """What a person sees while something long runs: a bar with rate and time left on a terminal, plain lines elsewhere.
 
-Everything goes to stderr, so that stdout stays clean for --json.
+Everything goes to stderr, so that stdout holds what was asked for and nothing else.
 """
 
 import logging
@@ -51,6 +51,12 @@ def say(text: str = "") -> None:
     """Prints one line (or several) for a person on stderr; above the bar when one is shown."""
     if not _silent:
         print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
+
+
+def answer(text: str, as_json: bool = False) -> None:
+    """Prints what a command was asked for on stdout; on stderr where stdout is a program's that reads --json."""
+    if not _silent:
+        print(printable(text, keep="\n\t"), file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -181,7 +187,7 @@ def progress(total: int | None, unit: str = "images", description: str = "", sta
         BarColumn(),
         *map(_plain, ("counts", "text")),
     )
-    # stdout is left alone: it belongs to --json.
+    # stdout is left alone: it belongs to the answer.
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as live:
         bar = _Live(total, unit, description, start, live)
         yield bar

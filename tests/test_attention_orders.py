@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_attention import dense, heads
 
 from igpt_fast import BlockMask, ops
-from igpt_fast.ops._native import use_backend
+from igpt_fast.ops._native import CPU_TABLES, use_backend
 from igpt_fast.patterns import compiled
 from igpt_fast.patterns.orders import ORDERS
 
@@ -94,3 +94,28 @@ def test_the_order_that_a_pattern_takes_changes_nothing_but_rounding(backend, dt
         for a, b, again in zip(*found, strict=True):
             assert torch.equal(a, again)
             assert (a - b).abs().max() <= (1e-5 if dtype is torch.float32 else 0.02) * b.abs().max()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [c for c in CASES if c[0] in CPU_TABLES])
+@pytest.mark.parametrize("kind", ["causal", "more queries", "more keys", "pattern", "blind", "parts"])
+def test_heads_that_threads_share_out_have_the_same_gradients(backend, dtype, kind):
+    """The backward pass divides a head where there are fewer of them than threads: the same sums, to the bit."""
+    queries, keys = {"more queries": (500, 300), "more keys": (300, 500)}.get(kind, (300, 300))
+    seen = torch.rand(300, 300, generator=torch.Generator().manual_seed(0)) < 0.3
+    seen[70:200], seen[:, 60:140] = False, False
+    masks = {"pattern": compiled("column | local(5)", (15, 20)), "blind": BlockMask.from_dense(seen)}
+    mask = in_parts(seen, 1) if kind == "parts" else masks.get(kind)
+    q, dout = (torch.cat(heads(1, 1, queries, 32, seed)[:2], 0).to(dtype) for seed in (1, 2))
+    k, v = (torch.cat(heads(1, 1, keys, 32, seed)[:2], 0).to(dtype) for seed in (3, 4))
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    before, found = torch.get_num_threads(), []
+    try:
+        with use_backend(backend, poison=True):
+            for threads in (1, 2, 3, 9):  # of two heads: whole twice, then in shares
+                torch.set_num_threads(threads)
+                out = ops.attention(q, k, v, mask, kind in ("causal", "pattern"))
+                found.append([out, *torch.autograd.grad(out, (q, k, v), dout)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -87,6 +87,14 @@ def test_images_are_tokenised_for_the_probe_and_leave_nothing(igpt, run, dataset
     assert json.loads(printed)["layers"][0]["accuracy"] == result.layers[1].accuracy
 
 
+def test_the_answer_is_on_stdout_and_all_else_on_stderr(igpt, run, dataset, tmp_path):
+    code, printed, said = igpt("probe", run, dataset.path, "--layers", "0", "--out", tmp_path / "p.png")
+    assert code == 0 and "raw pixels" in printed and "* the layer that validation prefers" in printed
+    assert "raw pixels" not in said and "wrote" in said and "wrote" not in printed
+    code, printed, said = igpt("eval", run, dataset.path)
+    assert code == 0 and "nats per pixel" in printed and "nats per pixel" not in said
+
+
 def test_what_the_model_had_seen_is_said(igpt, run, dataset, tmp_path):
     out = ("--layers", "0", "--per-class", "4", "--json", "-o", tmp_path / "p.png")
     assert json.loads(igpt("probe", run, dataset.path, *out)[1])["seen"] is None

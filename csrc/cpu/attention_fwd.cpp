@@ -89,6 +89,16 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
   std::fill_n(w.m.get(), kTile, kEmptyLse);
   std::fill_n(w.l.get(), kTile, 0.f);
   std::fill_n(w.o.get(), kTile * Dp, 0.f);
+  const Head<T> o(out, bh, tiles.order());
+  float* const lse_bh = lse.as<float>() + bh * tiles.Tq;
+  // What other parts have found is where this one goes on: their keys weigh exp(lse) together, or 1 beside m = lse.
+  for (int64_t r = 0; add && r < rows; ++r) {
+    o.ask(t + r + kRowsAhead, t + rows, D);
+    const float known = lse_bh[o.slot(t + r)];
+    if (known == kEmptyLse) continue;
+    w.m[r] = known * E::kBase, w.l[r] = 1.f;
+    load_row(w.o.get() + r * Dp, o.row(t + r), out.dtype, D);
+  }
   for (int64_t n = 0; n < tiles.row_count(i); ++n) {
     const auto tile = tiles.row_tile(i, n);
     const int64_t j = tile.index;
@@ -118,23 +128,14 @@ static void query_tile(FwdScratch<E>& w, const View& out, const View& lse, const
                     Dp);
     });
   }
-  const Head<T> o(out, bh, tiles.order());
   for (int64_t r = 0; r < rows; ++r) {
     o.ask(t + r + kRowsAhead, t + rows, D);
-    const float l = w.l[r], here = l == 0.f ? kEmptyLse : w.m[r] / E::kBase + std::log(l);
-    if (add && l == 0.f) continue;
-    float& known = lse.as<float>()[bh * tiles.Tq + o.slot(t + r)];
-    const float share = add ? 1.f / (1.f + std::exp(known - here)) : 1.f;  // of these keys in all of them
-    const float factor = l == 0.f ? 0.f : share / l;
+    const float l = w.l[r], factor = l == 0.f ? 0.f : 1.f / l;
     T* to = o.row(t + r);
-    float* row = w.o.get() + r * Dp;
-    for (int64_t c = 0; c < Dp; c += kLanes) {
-      vf x = load(row + c) * factor;
-      if (add && c < D) x += load_upto(to + c, std::min<int64_t>(kLanes, D - c)) * (1.f - share);
-      store(row + c, x);
-    }
-    store_row(to, row, out.dtype, D);
-    known = add ? std::max(known, here) + std::log1p(std::exp(-std::abs(known - here))) : here;
+    const float* row = w.o.get() + r * Dp;
+    for (int64_t c = 0; c < D; c += kLanes)
+      store_upto(to + c, load(row + c) * factor, std::min<int64_t>(kLanes, D - c));
+    lse_bh[o.slot(t + r)] = l == 0.f ? kEmptyLse : w.m[r] / E::kBase + std::log(l);
   }
 }
 

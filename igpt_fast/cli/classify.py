@@ -22,7 +22,7 @@ from igpt_fast.cli.inputs import (
 )
 from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_among
-from igpt_fast.console import number, printable, say
+from igpt_fast.console import answer, number, printable, say
 from igpt_fast.errors import InputError
 from igpt_fast.pictures import write_atomically
 from igpt_fast.predict import Answers, answers_csv, class_names, predict, table_png
@@ -84,9 +84,12 @@ def classify(
     write_atomically(out, answers_csv(answers, names, labels if known.any() else None, probabilities))
     counts = np.bincount(answers.best, minlength=len(classes))
     found = score("classifier", int((answers.best == labels)[known].sum()), int(known.sum())) if known.any() else None
-    say(f"{described(checkpoint)}, on {number(len(names))} image{'s' * (len(names) > 1)} of {called(data)}:")
-    for line in _summary(answers, names, counts, found, int(known.sum())):
-        say(line)
+    images = f"{number(len(names))} image{'s' * (len(names) > 1)} of {called(data)}"
+    for line in (
+        f"{described(checkpoint)}, on {images}:",
+        *_summary(answers, names, counts, found, int(known.sum())),
+    ):
+        answer(line, as_json)
     less = "on others it is right less often"
     say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images: {less}")
     if confusion is not None:

@@ -21,7 +21,7 @@ from igpt_fast.cli.inputs import (
 )
 from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_among
-from igpt_fast.console import number, say
+from igpt_fast.console import answer, number
 from igpt_fast.errors import InputError
 from igpt_fast.evaluate import Likelihood
 from igpt_fast.evaluate import evaluate as evaluate_model
@@ -74,9 +74,9 @@ def evaluate(
             indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
         result = evaluate_model(checkpoint.model, dataset, indices, batch, amp=bf16)
         seen = seen_among(checkpoint, dataset, indices)
-    say(f"{described(checkpoint)}, on {number(len(indices))} image{'s' * (len(indices) > 1)} of {called(data)}:")
-    for line in summary(result):
-        say(line)
+    images = f"{number(len(indices))} image{'s' * (len(indices) > 1)} of {called(data)}"
+    for line in (f"{described(checkpoint)}, on {images}:", *summary(result)):
+        answer(line, as_json)
     way = "" if checkpoint.model.config.classes or split is Split.val else "; --split val leaves them out"
     say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images{way}")
     if as_json:

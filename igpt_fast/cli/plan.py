@@ -25,7 +25,7 @@ from igpt_fast.cli.learning import (
 )
 from igpt_fast.cli.options import JsonOption, parse_size, print_json
 from igpt_fast.config import PRESETS, Config
-from igpt_fast.console import duration, number, say
+from igpt_fast.console import answer, duration, number, say
 from igpt_fast.errors import InputError
 from igpt_fast.options import Options
 from igpt_fast.plan import Plan
@@ -102,7 +102,7 @@ def plan(
         refuse_misfit(base, config)
     result = make_plan(config, options, device, seconds)
     for line in report(config, options, result):
-        say(line)
+        answer(line, as_json)
     if as_json:
         print_json(config=config.to_dict(), **result.to_dict())
 

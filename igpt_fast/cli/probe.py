@@ -26,7 +26,7 @@ from igpt_fast.cli.inputs import (
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_among
-from igpt_fast.console import say
+from igpt_fast.console import answer, say
 from igpt_fast.demo import demo as run_demo
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
@@ -105,7 +105,7 @@ def probe(
         else:
             seen = seen_among(checkpoint, dataset.test, dataset.test.split("all"))
     step = "" if checkpoint.step is None else f", step {checkpoint.step},"
-    show(result)
+    show(result, as_json)
     how = "with their labels" if checkpoint.model.config.classes else "without their labels"
     say_seen(checkpoint, seen, f"the model itself had learned from {seen or 0:,} of the images held out here, {how}")
     if as_json:
@@ -141,8 +141,8 @@ def demo(
         print_json(page=str(result.page), **result.numbers)
 
 
-def show(result: ProbeResult) -> None:
-    """Prints the result as a table on stderr, with a line for everything that a reader must know beside it."""
+def show(result: ProbeResult, as_json: bool) -> None:
+    """Prints the result as a table, with a line for everything that a reader must know beside it."""
     table = Table("", "accuracy", "95 % interval", "C")
     for score in (*result.layers, result.pixels, result.majority):
         if score is result.pixels:
@@ -151,17 +151,21 @@ def show(result: ProbeResult) -> None:
         table.add_row(*_row(score, score is result.best), style=style)
     for column in table.columns[1:]:
         column.justify = "right"
-    Console(stderr=True).print(table)
-    say(f"{result.train:,} images to learn from, {result.test:,} to test on, {len(result.classes)} classes")
-    say(f"{result.feature_bytes / 1e6:,.1f} MB of features, {result.seconds:.1f} s")
-    say(f"* the layer that validation prefers ({100 * result.best.validation:.1f} % there)")
+    Console(stderr=as_json).print(table)
+    lines = [
+        f"{result.train:,} images to learn from, {result.test:,} to test on, {len(result.classes)} classes",
+        f"{result.feature_bytes / 1e6:,.1f} MB of features, {result.seconds:.1f} s",
+        f"* the layer that validation prefers ({100 * result.best.validation:.1f} % there)",
+    ]
     if result.unlabelled:
-        say(f"left out {result.unlabelled:,} images without a label")
+        lines.append(f"left out {result.unlabelled:,} images without a label")
     if result.left_out:
         few = ", ".join(f"{name} ({count})" for name, count in result.left_out.items())
-        say(f"left out classes with too few images to learn from and test on: {few}")
+        lines.append(f"left out classes with too few images to learn from and test on: {few}")
     if slow := [score.name for score in (*result.layers, result.pixels) if not score.converged]:
-        say(f"L-BFGS had not converged when it was stopped for {', '.join(slow)}: a little more may be in it")
+        lines.append(f"L-BFGS had not converged when it was stopped for {', '.join(slow)}: a little more may be in it")
+    for line in lines:
+        answer(line, as_json)
 
 
 def parse_layers(text: str, top: int) -> list[int]:

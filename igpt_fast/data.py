@@ -20,10 +20,10 @@ from igpt_fast.console import progress as show_progress
 from igpt_fast.decode import check_options, decode
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
-from igpt_fast.pictures import move_into_place, work_directory
+from igpt_fast.pictures import move_into_place, refuse_others, work_directory
 from igpt_fast.pixels import FIT_LIMIT, Progress, as_source, by_name, fit_palette, load_pixels, refuse_none_left
 from igpt_fast.sources import Source, open_source
-from igpt_fast.tokens import FORMAT, VERSION, ShardWriter, TokenDataset, is_token_directory
+from igpt_fast.tokens import FORMAT, TOKEN_FILES, VERSION, ShardWriter, TokenDataset, is_token_directory
 
 __all__ = [
     "Source",
@@ -65,7 +65,7 @@ def tokenize(
     in meta. shard_images: images in one file, 128 MiB when None. gray_bits: those that grayscale of 16 bits holds.
     Raises InputError, leaving nothing behind.
     """
-    check_options(size, resize, background, on_error, gray_bits)
+    check_options(size, resize, background, on_error, gray_bits, workers)
     out = Path(out)
     _refuse_existing(out, overwrite)
     source = as_source(source)
@@ -224,3 +224,4 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out}: exists and holds no tokens; choose another place for the tokens")
     if not overwrite:
         raise InputError(f"{out}: holds tokens already; choose another place, or replace them with --overwrite")
+    refuse_others(out, TOKEN_FILES)

@@ -86,7 +86,14 @@ def default_workers(images: int) -> int:
     return 0 if images < FEW else min(cores, MOST_WORKERS)
 
 
-def check_options(size: tuple[int, int], resize: str, background: str, on_error: str, gray_bits: int = 16) -> None:
+def check_options(
+    size: tuple[int, int],
+    resize: str,
+    background: str,
+    on_error: str,
+    gray_bits: int = 16,
+    workers: int | None = None,
+) -> None:
     """Raises InputError when an option of `decode` is impossible, before any work is done."""
     if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in size):
         raise InputError(f"size {size!r} is not a size; give (height, width) in pixels, each at least 1")
@@ -96,6 +103,8 @@ def check_options(size: tuple[int, int], resize: str, background: str, on_error:
         raise InputError(f"on_error {on_error!r} is not known; give raise or skip")
     if not isinstance(gray_bits, int) or not 8 <= gray_bits <= 16:
         raise InputError(f"gray_bits {gray_bits} is not from 8 to 16, the bits that grayscale of 16 bits can hold")
+    if workers is not None and workers < 0:
+        raise InputError(f"workers is {workers}; use 0 for none, or how many processes decode")
     parse_background(background)
 
 
@@ -117,7 +126,7 @@ def decode(
     see igpt_fast.images.read_image. They come in the order in which the source reads fast: that of names, but for
     compressed tars and .npz that of the file. What is lost on the way, of several pages or of 16 bits, is logged.
     """
-    check_options(size, resize, background, on_error, gray_bits)
+    check_options(size, resize, background, on_error, gray_bits, workers)
     wanted = np.arange(len(source)) if indices is None else np.unique(indices)
     order = source.reading_order()
     order = order[np.isin(order, wanted)]
@@ -125,8 +134,8 @@ def decode(
     workers = default_workers(len(order)) if workers is None else workers
     decoder, notes = Decoder(source.reader, tuple(size), resize, background, gray_bits), Counter()
     jobs = ([_item(source, int(index)) for index in chunk] for chunk in chunks)
+    results = _in_workers(decoder, jobs, min(workers, len(chunks))) if workers else (decoder(job) for job in jobs)
     try:
-        results = _in_workers(decoder, jobs, min(workers, len(chunks))) if workers else map(decoder, jobs)
         for chunk, (pixels, failures, noted) in zip(chunks, results, strict=True):
             notes.update(noted)
             if failures and on_error == "raise":
@@ -135,6 +144,7 @@ def decode(
             yield Decoded(good, pixels, [(int(chunk[place]), message) for place, message in failures])
         tell_lost(str(source.path), notes)
     finally:
+        results.close()  # now: whoever keeps an exception keeps this frame
         source.reader.close()
 
 

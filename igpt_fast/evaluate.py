@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from igpt_fast import ops
-from igpt_fast.console import progress
 from igpt_fast.device import images_at_once
 from igpt_fast.errors import InputError
 from igpt_fast.joined import refuse_misfit
 from igpt_fast.model import ImageGPT
+from igpt_fast.over_images import over_images
 from igpt_fast.tokens import TokenDataset
 
 # Student's t: 95 % lies within so many standard errors, for 1 to 30 degrees of freedom.
@@ -65,7 +65,7 @@ def evaluate(
 
     indices: which images; None: all. batch: images side by side; None: what fits. amp: bf16 autocast. Progress is shown
     on stderr. Raises InputError for a BERT model, which gives images no likelihood, for tokens that do not fit the
-    model, for no image at all, and for a result that is not finite.
+    model, for no image at all, for a batch below 1, and for a result that is not finite.
     """
     began, config, device = time.monotonic(), model.config, model.wte.device
     if config.objective != "ar":
@@ -75,19 +75,15 @@ def evaluate(
     if not len(indices):
         raise InputError(f"{dataset.origin}: no image is left to score; choose another split")
     nats = np.empty(len(indices))
-    size = batch or images_at_once(config, 2 * config.colors)  # the logits, and what becomes of them
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
-    with torch.inference_mode(), autocast, progress(len(indices), "images", "scoring") as bar:
-        for start in range(0, len(indices), size):
-            tokens = dataset.batch(indices[start : start + size]).to(device).flatten(1)
-            losses = ops.linear_cross_entropy(model.hidden(tokens), model.wtet, tokens)
-            nats[start : start + size] = losses.reshape(tokens.shape).double().mean(1).cpu().numpy()
-            bar.advance(len(tokens))
-    if not np.isfinite(nats).all():
-        raise InputError(
-            "the model's likelihoods are not finite: its weights are broken or overflow in this dtype; use another "
-            "checkpoint or float32"
-        )
+    if batch is None:
+        batch = images_at_once(config, 2 * config.colors)  # the logits, and what becomes of them
+
+    def nats_of(tokens: Tensor) -> Tensor:
+        tokens = tokens.flatten(1)
+        losses = ops.linear_cross_entropy(model.hidden(tokens), model.wtet, tokens)
+        return losses.reshape(tokens.shape).double().mean(1)
+
+    over_images(nats_of, nats, dataset, indices, batch, device, amp, "scoring", "likelihoods")
     mean, reach = float(nats.mean()), interval(nats)
     low, high = (None, None) if reach is None else (mean - reach, mean + reach)
     return Likelihood(mean, low, high, nats, config.tokens, config.colors, time.monotonic() - began)

@@ -1,8 +1,8 @@
 """Fine-tuning: `finetune(model, dataset, run, …)` teaches a model to tell the classes of labelled images apart.
 
 As the paper does it: a linear head, zero at first, on the mean over positions of the final norm's output; its
-cross-entropy and the loss of the pixels added; Adam at a constant rate, a tenth of that of training; the weights that
-are best in validation. A run is stopped, killed and resumed as one of `train`.
+cross-entropy and the loss of the pixels added; Adam at a constant rate, at the paper's widths a tenth of that of
+training; the weights that are best in validation. A run is stopped, killed and resumed as one of `train`.
 """
 
 from collections.abc import Mapping

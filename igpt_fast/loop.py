@@ -13,6 +13,7 @@ from igpt_fast.batches import Batch, fingerprint
 from igpt_fast.checkpoint import Checkpoint, list_checkpoints, save_checkpoint, update_state
 from igpt_fast.config import Config
 from igpt_fast.console import Bar, progress, say
+from igpt_fast.errors import InputError
 from igpt_fast.interrupt import Stop, Stopped
 from igpt_fast.model import ImageGPT
 from igpt_fast.optimizer import adam, restore, state_tensors
@@ -59,6 +60,8 @@ class Loop:
         self.step, state = 0, {"fixed": self.fixed, "window": [], "elapsed": 0.0}
         if checkpoint:
             self.step, state = checkpoint.step, checkpoint.state
+            if "fixed" not in state:
+                raise InputError(f"{checkpoint.path} holds weights alone: begin a run with them, as --init (init=)")
             refuse_differences(run, {"shift": 0, **state["fixed"]}, self.fixed)
             task.restore(state.get("task", {}))
             refuse_idle_steps(run, self.step, self.options, state["free"], task.done)

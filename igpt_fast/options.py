@@ -48,6 +48,8 @@ class Options:
             good = isinstance(value, NUMBERS.get(kind, kind)) and isinstance(value, bool) == (kind is bool)
             if not good and not (none and value is None):
                 raise InputError(f"--{field.name.replace('_', '-')} is {value!r}; use {WORDS[kind]}")
+            if value is not None:
+                object.__setattr__(self, field.name, kind(value))  # files of a run hold Python's own
             if kind is int:
                 most = MOST.get(field.name, 10**12)
                 self._require(field.name, value is None or value <= most, f"at most {most:,}")
@@ -70,7 +72,8 @@ class Options:
     def peak_lr(self, width: int) -> float:
         """The learning rate after warm-up: as given, else PEAK for width 512 and batch 128, for others in proportion.
 
-        Less with the width, at most 3e-3; less with the root of the batch below 128, where gradients are noisier.
+        Less with the width, more for widths below 512 up to 3e-3; less with the root of the batch below 128, where
+        gradients are noisier.
         """
         if self.lr is not None:
             return self.lr
@@ -89,7 +92,7 @@ class Options:
 
 @dataclass(frozen=True)
 class FinetuneOptions(Options):
-    """How to learn classes: as Options, at a tenth of the learning rate, which stays, and with an early end."""
+    """How to learn classes: as Options, with an early end, at a constant learning rate, a tenth at width 512."""
 
     FIXED: ClassVar[tuple[str, ...]] = (*Options.FIXED, "generative", "test_fraction", "per_class")
     PEAK: ClassVar[float] = 3e-4

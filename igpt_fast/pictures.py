@@ -1,10 +1,12 @@
 """Pictures for people: grids of images and curves, as PNG; and how files and directories appear whole or not at all."""
 
+import ctypes
 import fcntl
 import glob
 import io
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,18 +97,41 @@ def _lock(folder: Path) -> int | None:
 
 
 def move_into_place(work: Path, out: Path) -> None:
-    """Renames a directory. An old out is moved aside before and deleted after, so one of them is there in whole."""
-    aside = work.with_name(work.name + ".old")
-    replaced = out.exists()
-    if replaced:
-        os.rename(out, aside)
-    try:
+    """Renames a directory of `work_directory`. At `out` is the old one or the new one, in whole, at any moment.
+
+    Only a file system that cannot exchange two names (some of the network's) has a moment without either.
+    """
+    if not os.path.lexists(out):
         os.rename(work, out)
-    except BaseException:
-        if replaced:
-            os.rename(aside, out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        return
+    old = work
+    if not _exchange(work, out):
+        old = work.with_name(work.name + ".old")
+        os.rename(out, old)
+        try:
+            os.rename(work, out)
+        except BaseException:
+            os.rename(old, out)
+            raise
+    if old.is_symlink():
+        old.unlink()
+    else:  # what a process that is killed now leaves of it goes with the next work_directory
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_others(folder: Path, ours: str) -> None:
+    """InputError where a directory that is to be replaced holds names other than `ours`, a regular expression."""
+    if others := sorted(name for name in os.listdir(folder) if not re.fullmatch(ours, name)):
+        raise InputError(f"{folder} holds {', '.join(others[:3])}, which would be lost; choose another place")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False where the system cannot."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is None:
+        return False
+    here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange(here, os.fsencode(one), here, os.fsencode(other), flag) == 0
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:

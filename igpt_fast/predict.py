@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from igpt_fast.console import progress
 from igpt_fast.device import images_at_once
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.model import ImageGPT
+from igpt_fast.over_images import over_images
 from igpt_fast.pictures import figure_png_bytes, new_figure, set_title
 from igpt_fast.tokens import TokenDataset
 
@@ -55,8 +54,8 @@ def predict(
     """Asks a model with a classifier head for the classes of images.
 
     indices: which; None: all. batch: images side by side; None: what fits. amp: bf16 autocast. Progress is shown on
-    stderr. Raises InputError for a model without a head, tokens that do not fit it, no image at all, and
-    probabilities that are not finite.
+    stderr. Raises InputError for a model without a head, tokens that do not fit it, no image at all, a
+    batch below 1, and probabilities that are not finite.
     """
     classes, config, device = class_names(model), model.config, model.wte.device
     refuse_misfit(dataset, config)
@@ -64,18 +63,9 @@ def predict(
     if not len(indices):
         raise InputError(f"{dataset.origin}: no image is left to classify")
     found = np.empty((len(indices), len(classes)), np.float32)
-    size = batch or images_at_once(config)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
-    with torch.inference_mode(), autocast, progress(len(indices), "images", "classifying") as bar:
-        for start in range(0, len(indices), size):
-            tokens = dataset.batch(indices[start : start + size]).to(device)
-            found[start : start + size] = model.classify(tokens).float().softmax(1).cpu().numpy()
-            bar.advance(len(tokens))
-    if not np.isfinite(found).all():
-        raise InputError(
-            "the model's probabilities are not finite: its weights are broken or overflow in this dtype; use another "
-            "checkpoint or float32"
-        )
+    batch = images_at_once(config) if batch is None else batch
+    shares = lambda tokens: model.classify(tokens).float().softmax(1)  # noqa: E731
+    over_images(shares, found, dataset, indices, batch, device, amp, "classifying", "probabilities")
     return Answers(indices, found, classes)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from igpt_fast.classify import Score, classify, draw_folds, load_sklearn, score
 from igpt_fast.console import progress
@@ -22,6 +23,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.labels import choose_labelled, warn_of_few
 from igpt_fast.model import ImageGPT
+from igpt_fast.over_images import over_images
 from igpt_fast.pictures import COLOURS, figure_png_bytes, new_figure, set_title
 
 
@@ -153,22 +155,14 @@ def extract_features(
             f"machine has {there / 1e9:.1f} GB; take fewer with --limit or --layers"
         )
     pooled = np.empty((len(layers), len(indices), config.width), np.float32)
-    size = batch or images_at_once(config)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
-    with torch.inference_mode(), autocast, progress(len(indices), "images", "features") as bar:
-        for start in range(0, len(indices), size):
-            tokens = dataset.batch(indices[start : start + size]).to(device)
-            if len(layers) == 1:
-                found = model.features(tokens, layers[0])[None]  # the blocks above need not run
-            else:
-                found = model.features(tokens)[list(layers)]
-            pooled[:, start : start + size] = found.float().cpu().numpy()
-            bar.advance(len(tokens))
-    if not np.isfinite(pooled).all():
-        raise InputError(
-            "the model's features are not finite: its weights are broken or overflow in this dtype; use another "
-            "checkpoint or float32"
-        )
+    batch = images_at_once(config) if batch is None else batch
+
+    def features(tokens: Tensor) -> Tensor:
+        if len(layers) == 1:
+            return model.features(tokens, layers[0])[:, None].float()  # the blocks above need not run
+        return model.features(tokens)[list(layers)].transpose(0, 1).float()
+
+    over_images(features, pooled.swapaxes(0, 1), dataset, indices, batch, device, amp, "features", "features")
     return pooled
 
 

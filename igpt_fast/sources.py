@@ -189,13 +189,13 @@ def _ignore(name: str, ignored: Counter[str], refs: dict) -> bool:
 def _open_folder(path: Path) -> Source:
     stamps: dict[str, str] = {}
     ignored: Counter[str] = Counter()
-    seen, pending = set(), [("", False)]
+    pending: list[tuple[str, bool, frozenset]] = [("", False, frozenset())]
     while pending:
-        folder, made = pending.pop()
-        here = os.stat(path / folder)
-        if (here.st_dev, here.st_ino) in seen:  # a link that leads back up
+        folder, made, above = pending.pop()
+        info = os.stat(path / folder)
+        here = info.st_dev, info.st_ino
+        if here in above:  # a link that leads back up; folders that are there twice are read twice
             continue
-        seen.add((here.st_dev, here.st_ino))
         with os.scandir(path / folder) as scan:
             entries = list(scan)
         ours = made_here(path / folder, {entry.name for entry in entries}, given=not folder)
@@ -204,7 +204,7 @@ def _open_folder(path: Path) -> Source:
             # Of a link that leads to itself, is_dir raises and isdir says no.
             inner = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
             if inner and not _hidden(entry.name):
-                pending.append((name, own))
+                pending.append((name, own, above | {here}))
             elif own:
                 ignored[MADE] += 1
             elif not _ignore(name, ignored, stamps):

@@ -57,6 +57,23 @@ def test_runs_become_directories_that_transformers_loads(igpt, tmp_path, dataset
     assert ImageGPT.from_pretrained(tmp_path / "w").wte.dtype == torch.float32
 
 
+def test_a_converted_run_takes_nothings_place(igpt, tmp_path, dataset, weights):
+    run = train(dataset, tmp_path / "run", CONFIG, **{**FAST, "steps": 2, "save_every": 1}).run
+    before = sorted(run.rglob("*"))
+    for more in ((), ("--overwrite",)):
+        code, _, said = igpt("convert", weights, run, "--to", "run", *more)
+        assert code == 2 and "which would be lost; choose another place" in said
+    assert sorted(run.rglob("*")) == before
+    assert igpt("convert", run, tmp_path / "new", "--to", "run")[0] == 0
+    code, _, said = igpt("convert", weights, tmp_path / "new", "--to", "run")
+    assert code == 2 and "holds weights already; choose another place, or replace them with --overwrite" in said
+    assert igpt("convert", weights, tmp_path / "new", "--to", "run", "--overwrite")[0] == 0
+    found = load_checkpoint(tmp_path / "new")
+    assert found.step == 0 and same(found.model, ImageGPT.from_pretrained(weights))
+    assert os.listdir(tmp_path / "new" / "checkpoints") == ["step-00000000"]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
 def test_bert_weights_are_converted_and_probed(igpt, tmp_path, dataset):
     save_checkpoint(tmp_path / "run", 1, make(colors=16, size=(4, 6), objective="bert"), dataset.palette)
     code, _, said = igpt("convert", tmp_path / "run", tmp_path / "w")

@@ -151,6 +151,9 @@ def test_what_is_there_is_not_replaced_unasked(folder, tmp_path):
     assert digests(out) == before
     assert tokenize(folder, PALETTE, out, (2, 2), overwrite=True).size == (2, 2)
     assert entries(tmp_path) == ["photos", "t"]
+    (out / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"t holds notes\.txt, which would be lost"):
+        tokenize(folder, PALETTE, out, SIZE, overwrite=True)
     with pytest.raises(InputError, match="exists and holds no tokens"):  # somebody's photos, above all
         tokenize(folder, PALETTE, folder, SIZE, overwrite=True)
     assert len(open_source(folder)) == COUNT

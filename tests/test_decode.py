@@ -148,10 +148,16 @@ def test_workers_end_when_decoding_does(tmp_path):
     assert len(workers) == 2
     for pid in workers:
         assert "torch" not in Path(f"/proc/{pid}/maps").read_text()  # light: no decoder needs it
-    parts.close()  # as an exception in the loop, or Ctrl-C, would
+    parts.close()  # as Ctrl-C would
     assert children() == before
     collect(source, workers=2)
     assert children() == before
+    (tmp_path / "x" / sorted(os.listdir(tmp_path / "x"))[0]).write_bytes(b"no image")
+    with pytest.raises(InputError) as kept:  # and with it the frame that started workers
+        list(decode(open_source(tmp_path / "x"), (8, 8), workers=2))
+    assert kept and children() == before
+    with pytest.raises(InputError, match="workers is -1; use 0 for none"):
+        next(decode(source, (8, 8), workers=-1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -52,7 +52,7 @@ def test_what_json_holds(dataset):
 
 def test_bf16_is_near(dataset):
     exact, near = (evaluate(model(), dataset, amp=amp).nats_per_pixel for amp in (False, True))
-    assert near == pytest.approx(exact, rel=0.02)
+    assert near == pytest.approx(exact, rel=0.02) and near != exact
 
 
 @pytest.mark.parametrize("count", [2, 5, 31, 40, 200])
@@ -70,6 +70,9 @@ def test_what_cannot_be_scored(dataset):
         evaluate(make(), dataset)
     with pytest.raises(InputError, match="no image is left to score"):
         evaluate(model(), dataset, [])
+    for batch in (0, -1):
+        with pytest.raises(InputError, match=f"batch is {batch}; use at least 1"):
+            evaluate(model(), dataset, batch=batch)
     broken = model()
     broken.wtet.data[0, 0] = math.nan
     with pytest.raises(InputError, match="likelihoods are not finite"):

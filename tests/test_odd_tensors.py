@@ -122,3 +122,16 @@ def test_nothing_times_something():
     for n, k, m in ((2, 0, 3), (2, 3, 0), (0, 3, 2)):
         x, w = torch.ones(n, k), torch.ones(m, k)
         assert torch.equal(ops.linear(x, w), reference.linear.linear(x, w))
+    assert ops.rms_norm(torch.ones(3, 0), torch.ones(0)).shape == (3, 0)
+
+
+def test_a_single_number_has_a_gradient():
+    x = torch.tensor(0.5, requires_grad=True)
+    (dx,) = torch.autograd.grad(ops.bias_quick_gelu(x), x)
+    (wanted,) = torch.autograd.grad(reference.activation.bias_quick_gelu(x, None), x)
+    assert torch.allclose(dx, wanted)
+
+
+def test_dropout_of_integers_is_refused():
+    with pytest.raises(InputError, match=r"dropout: x is torch\.int64; use a floating dtype"):
+        ops.dropout(torch.ones(3, dtype=torch.int64), 0.5, 0)

@@ -131,6 +131,8 @@ def test_parts_that_look_ahead_are_found_in_unions():
         ("row(3)", r"row\(3\): row takes no numbers"),
         ("local(far=3)", r"local takes window \(128\)"),
         ("strided(1, 2)", r"strided takes stride \(the width\)"),
+        ("|".join(["row"] * 3000), r"pattern 'row\|row.* has 11,999 characters; use at most 1,000"),
+        (f"{'(' * 400}row{')' * 400}", "cannot be read"),
     ],
 )
 def test_texts_that_are_no_pattern(text, message):

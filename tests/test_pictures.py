@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import subprocess
 import sys
 
@@ -13,10 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from igpt_fast import console
+from igpt_fast import console, pictures
 from igpt_fast.console import Bar, duration, number, printable, progress, say
 from igpt_fast.errors import InputError
-from igpt_fast.pictures import curve_png_bytes, grid, save_curve, save_grid, to_png_bytes, write_atomically
+from igpt_fast.pictures import (
+    curve_png_bytes,
+    grid,
+    move_into_place,
+    refuse_others,
+    save_curve,
+    save_grid,
+    to_png_bytes,
+    work_directory,
+    write_atomically,
+)
 
 
 def random_images(n: int, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -104,6 +115,35 @@ def test_pyplot_is_not_used():
     """It keeps every figure for ever and looks for a display."""
     script = "import sys, igpt_fast.pictures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_directory_is_replaced_in_one_step(tmp_path, monkeypatch, exchanges):
+    out, names = tmp_path / "out", lambda: sorted(os.listdir(tmp_path))
+    if not exchanges:
+        monkeypatch.setattr(pictures, "_exchange", lambda *_: False)
+    for text in ("old", "new"):
+        with work_directory(out) as work:
+            (work / text).touch()
+            move_into_place(work, out)
+        assert os.listdir(out) == [text] and names() == ["out"]
+    with work_directory(out) as work:  # as if killed before what is old was removed
+        (work / "newest").touch()
+        monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+        move_into_place(work, out)
+    monkeypatch.undo()
+    assert os.listdir(out) == ["newest"] and len(names()) == 2
+    if exchanges:
+        with work_directory(out):
+            assert len(names()) == 2, "what the killed one left is gone"
+
+
+def test_refuse_others_names_them(tmp_path):
+    for name in ("ours-1", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"holds notes\.txt, which would be lost"):
+        refuse_others(tmp_path, r"ours-\d")
+    refuse_others(tmp_path, r"ours-\d|notes\.txt")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CONFIG, FAST, write_tokens
 
-from igpt_fast.checkpoint import load_checkpoint
+from igpt_fast.checkpoint import load_checkpoint, save_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
+from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
 from igpt_fast.run import check_run, locked, read_metrics, read_options
 from igpt_fast.tokens import TokenDataset
@@ -75,6 +76,13 @@ def test_options_that_make_no_sense(options, what):
     assert what in str(caught.value)
 
 
+def test_numbers_of_numpy_are_numbers(dataset, tmp_path):
+    given = {"steps": np.int64(1), "seed": np.int32(3), "lr": np.float32(0.01), "clip": 1}
+    train(dataset, tmp_path, CONFIG, **{**FAST, **given})
+    saved = read_options(tmp_path)["options"]
+    assert [saved[name] for name in given] == [1, 3, float(np.float32(0.01)), 1.0] and type(saved["lr"]) is float
+
+
 def test_a_loss_that_is_not_finite_names_step_and_remedy_and_keeps_the_last_good_checkpoint(dataset, tmp_path):
     with pytest.raises(InputError) as caught:
         train(dataset, tmp_path, CONFIG, **{**FAST, "lr": 1e30, "warmup": 0, "save_every": 1})
@@ -131,6 +139,9 @@ def test_a_model_that_does_not_fit_the_data(dataset, tmp_path):
 def test_runs_that_cannot_be_started_or_resumed(dataset, tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint to go on from"):
         train(dataset, tmp_path, CONFIG, resume=True, **FAST)
+    save_checkpoint(tmp_path / "weights", 3, ImageGPT(CONFIG), dataset.palette)
+    with pytest.raises(InputError, match=r"step-00000003 holds weights alone: begin a run with them, as --init"):
+        train(dataset, tmp_path / "weights", CONFIG, resume=True, **FAST)
     train(dataset, tmp_path, CONFIG, **{**FAST, "steps": 1})
     with pytest.raises(InputError, match="already holds step-00000001: add --resume"):
         train(dataset, tmp_path, CONFIG, **FAST)

@@ -157,12 +157,13 @@ def test_links(folder, tmp_path):
     elsewhere.mkdir()
     (elsewhere / "far.png").write_bytes(png(pixels_of("far")))
     (folder / "d").symlink_to(elsewhere)
+    (folder / "0d").symlink_to("d")  # is there under each of its names
     (folder / "a" / "up").symlink_to(folder)  # a ring
     (folder / "a" / "self").symlink_to("self")
     (folder / "c" / "lost.png").symlink_to(tmp_path / "nothing")
     os.mkfifo(folder / "pipe.png")  # reading it would wait for ever
     source = open_source(folder)
-    assert source.names == sorted([*SORTED, "d/far.png", "c/lost.png"])
+    assert source.names == sorted([*SORTED, "0d/far.png", "d/far.png", "c/lost.png"])
     with pytest.raises(InputError, match=r"c/lost\.png: cannot be read \(No such file"):
         source.read(source.names.index("c/lost.png"))
     with tarfile.open(tmp_path / "links.tar", "w") as archive:

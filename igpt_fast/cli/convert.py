@@ -8,13 +8,14 @@ from typing import Annotated
 import torch
 import typer
 
-from igpt_fast.checkpoint import save_checkpoint
+from igpt_fast.checkpoint import FOLDER, save_checkpoint
 from igpt_fast.cli.inputs import ModelArgument
 from igpt_fast.cli.options import JsonOption, parse_size, print_json
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.palette import Palette
+from igpt_fast.pictures import move_into_place, refuse_others, work_directory
 from igpt_fast.weights import open_model
 
 
@@ -91,7 +92,7 @@ def convert(
     if to is Layout.hf:
         found.save_pretrained(out, colours, overwrite)
     else:
-        save_checkpoint(out, _step(checkpoint.step, model), found, colours)
+        _save_run(out, overwrite, _step(checkpoint.step, model), found, colours)
     shape = f"{config.layers} layers, width {config.width}, {config.heads} heads"
     grid = f"{config.size[0]}x{config.size[1]} pixels of {config.colors} colours"
     say(f"{config.objective} model of {number(found.num_parameters())} parameters: {shape}, {grid}")
@@ -110,6 +111,19 @@ def convert(
             dtype=str(found.wte.dtype).removeprefix("torch."),
             config=config.to_dict(),
         )
+
+
+def _save_run(out: Path, overwrite: bool, step: int, model: ImageGPT, palette: Palette | None) -> None:
+    """Writes a checkpoint, and no training, as all that `out` holds. InputError where something else would be lost."""
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        if not out.is_dir() or out.is_symlink():
+            raise InputError(f"{out} is there and is no directory; choose another place")
+        refuse_others(out, FOLDER)  # a run that was trained holds more
+        if not overwrite:
+            raise InputError(f"{out} holds weights already; choose another place, or replace them with --overwrite")
+    with work_directory(out) as work:
+        save_checkpoint(work, step, model, palette)
+        move_into_place(work, out)
 
 
 def _cast(model: ImageGPT, dtype: torch.dtype) -> ImageGPT:

@@ -45,7 +45,7 @@ def _forward(native, x, bias):
 
 
 def _backward(native, dy, x, bias):
-    columns = max(1, x.size(-1))
+    columns = max(1, x.shape[-1:].numel())
     groups = min(
         2 * multiprocessors(x) * 1024 // columns, 1024, x.numel() // columns // 32
     )  # of rows, each with room for its own dbias

@@ -15,8 +15,10 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     x [...] floats   p in [0, 1)   seed 0 to 2^63 - 1   → [...] in x's dtype, contiguous
     The seed and an element's index decide whether it is kept, as the reference says: the same seed keeps the same
     elements anywhere. p is taken down to a multiple of 2^-24. There is a kernel for CPUs; a GPU's torch has its own.
-    Raises InputError for p or a seed out of range.
+    Raises InputError for x of integers, and for p or a seed out of range.
     """
+    if not x.is_floating_point():
+        raise InputError(f"dropout: x is {x.dtype}; use a floating dtype")
     p = checked("dropout", p, seed)
     if torch.compiler.is_compiling():
         return torch.ops.igpt.dropout(x, p, seed)

@@ -45,6 +45,8 @@ def rms_norm(
 
 
 def _native(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype):
+    if not weight.numel():
+        return None  # rows of nothing
     given = (x, weight) if residual is None else (x, weight, residual)
     return backend_for("rms_norm_fwd", given if dtype is x.dtype else (*given, x.new_empty(0, dtype=dtype)))
 

@@ -6,16 +6,20 @@ import difflib
 from igpt_fast.errors import InputError
 from igpt_fast.patterns.predicates import PATTERNS, Pattern
 
+MOST = 1000  # characters: a text may come with a stranger's weights
 _EXAMPLE = "write names joined by | and &, such as row|neighborhood(7)"
 
 
 def parse(text: str) -> Pattern:
     """The pattern that `text` names. Raises InputError that shows what is wrong and the nearest valid form."""
+    if len(text) > MOST:
+        raise InputError(f"pattern {text[:40]!r}… has {len(text):,} characters; use at most {MOST:,}")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, ValueError):
+        return _pattern(ast.parse(text.strip(), mode="eval").body, text)
+    except InputError:
+        raise
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # of too many brackets, the last two
         raise InputError(f"pattern {text!r} cannot be read; {_EXAMPLE}") from None
-    return _pattern(tree.body, text)
 
 
 def _pattern(node: ast.AST, text: str) -> Pattern:

@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.palette import FILES as PALETTES
 from igpt_fast.palette import HF_CONFIG, Palette
-from igpt_fast.pictures import move_into_place, work_directory, write_atomically
+from igpt_fast.pictures import move_into_place, refuse_others, work_directory, write_atomically
 from igpt_fast.positions import resized
 from igpt_fast.pretrained.bundle import find_bundle
 from igpt_fast.pretrained.files import CONFIG, SAFETENSORS, Find, read_json, read_weights
@@ -180,8 +181,7 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
         return
     if not path.is_dir() or path.is_symlink():
         raise InputError(f"{path} is there and is no directory; choose another place")
-    if others := sorted(file.name for file in path.iterdir() if file.name not in (CONFIG, HF_CONFIG, SAFETENSORS)):
-        raise InputError(f"{path} holds {', '.join(others[:3])}, which would be lost; choose another place")
+    refuse_others(path, "|".join(map(re.escape, (CONFIG, HF_CONFIG, SAFETENSORS))))
     if not overwrite:
         raise InputError(
             f"{path} holds weights already; choose another place, or replace them with --overwrite (overwrite=True)"

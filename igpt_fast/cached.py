@@ -9,6 +9,7 @@ from igpt_fast import ops
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
+from igpt_fast.modules import refuse_changed
 from igpt_fast.ops.decode_step import LayerWeights, StepMasks, StepWeights, reads_prefixes
 from igpt_fast.patterns import TILE, Pages, masks_of, pages_of
 
@@ -93,7 +94,7 @@ def prefill(model: ImageGPT, pixels: Tensor) -> tuple[Tensor, KVCache]:
 
     Raises InputError when there is no pixel left to predict, and for a BERT model.
     """
-    check_order(model.config)
+    check_model(model)
     slots = pixels.shape[1] + 1
     if slots > model.config.tokens:
         raise InputError(f"{slots - 1} pixels are known of {model.config.tokens}: there is none left to predict")
@@ -110,11 +111,11 @@ class Decoder:
     """A model and a cache, ready to step: the model's own weights as plain tensors, looked up once; no copies are made,
     but of axial positions the sum.
 
-    Raises InputError for a BERT model.
+    Raises InputError for a BERT model, and for one whose modules were replaced or have hooks.
     """
 
     def __init__(self, model: ImageGPT, cache: KVCache) -> None:
-        check_order(model.config)
+        check_model(model)
         self.config, self.cache = model.config, cache
         own = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -148,9 +149,10 @@ def decode_one_token(decoder: Decoder, pixel: Tensor) -> Tensor:
     return logits
 
 
-def check_order(config: Config) -> None:
-    """Raise InputError for a model that defines no order to draw pixels in."""
-    if config.objective != "ar":
+def check_model(model: ImageGPT) -> None:
+    """InputError for a model that defines no order to draw pixels in, or of which steps would leave something out."""
+    if model.config.objective != "ar":
         raise InputError(
-            f"an objective={config.objective!r} model cannot be sampled from; train one with objective='ar'"
+            f"an objective={model.config.objective!r} model cannot be sampled from; train one with objective='ar'"
         )
+    refuse_changed(model)

@@ -29,6 +29,7 @@ from torch import Tensor
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
+from igpt_fast.modules import tensors_to_save
 from igpt_fast.palette import Palette
 from igpt_fast.pictures import work_directory, write_atomically
 
@@ -117,9 +118,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     directory = find_checkpoint(path)
     record = read_record(directory)
     for name in record["files"]:
-        _verify(
-            directory, record, name, contents=name != OPTIMIZER
-        )  # the optimizer's are hashed when they are asked for
+        _verify(directory, record, name, contents=name != OPTIMIZER)  # whose are hashed when they are asked for
     config = Config.from_dict(json.loads((directory / CONFIG).read_bytes()))
     with torch.device("meta"):  # no time for numbers that are overwritten, and the random state stays as it is
         model = ImageGPT(config)
@@ -207,7 +206,7 @@ def _write_files(
     palette: Palette | None,
     optimizer_tensors: Mapping[str, Tensor] | None,
 ) -> None:
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, directory / MODEL)
+    save_file({name: p.detach().contiguous() for name, p in tensors_to_save(model).items()}, directory / MODEL)
     if optimizer_tensors:
         save_file({name: t.detach().contiguous() for name, t in optimizer_tensors.items()}, directory / OPTIMIZER)
     if palette is not None:

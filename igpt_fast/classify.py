@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,24 +62,54 @@ def draw_folds(labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
     return folds
 
 
-def classify(name: str, features: np.ndarray, labels: np.ndarray, folds: np.ndarray, layer: int | None = None) -> Score:
+def count_fits(folds: np.ndarray) -> int:
+    """How many regressions `classify` fits."""
+    return len(STRENGTHS) * len(_parts(folds)) + 1
+
+
+def classify(
+    name: str,
+    features: np.ndarray,
+    labels: np.ndarray,
+    folds: np.ndarray,
+    layer: int | None = None,
+    fitted: Callable[[], object] = lambda: None,
+) -> Score:
     """Chooses the strength by validation among the images to learn from, learns from all of them, and tests.
 
     features: float32 [N, D], standardised here by what is learned from. labels: int64 [N], at least two of every class
-    to learn from. folds: as draw_folds gives them. Raises InputError when scikit-learn is missing.
+    to learn from. folds: as draw_folds gives them. fitted: called behind each fit. Raises InputError when scikit-learn
+    is missing.
     """
     small = features.size * len(np.unique(labels)) < SMALL
     with load_sklearn()[2](1 if small else None):
-        return _classify(name, features, labels, folds, layer)
+        return _classify(name, features, labels, folds, layer, fitted)
 
 
-def _classify(name: str, features: np.ndarray, labels: np.ndarray, folds: np.ndarray, layer: int | None) -> Score:
+def _parts(folds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each part of the validation what is learned from and what is asked."""
     test = folds < 0
     answered = range(FOLDS if (~test).sum() <= FEW else 1)
-    parts = [(~test & (folds != fold), folds == fold) for fold in answered if (folds == fold).any()]
-    found = [sum(_right(features, labels, *part, strength)[0] for part in parts) for strength in STRENGTHS]
+    return [(~test & (folds != fold), folds == fold) for fold in answered if (folds == fold).any()]
+
+
+def _classify(
+    name: str,
+    features: np.ndarray,
+    labels: np.ndarray,
+    folds: np.ndarray,
+    layer: int | None,
+    fitted: Callable[[], object],
+) -> Score:
+    def fit(*part: np.ndarray, strength: float) -> tuple[int, bool]:
+        found = _right(features, labels, *part, strength)
+        fitted()
+        return found
+
+    test, parts = folds < 0, _parts(folds)
+    found = [sum(fit(*part, strength=strength)[0] for part in parts) for strength in STRENGTHS]
     best = int(np.argmax(found))
-    right, converged = _right(features, labels, ~test, test, STRENGTHS[best])
+    right, converged = fit(~test, test, strength=STRENGTHS[best])
     validation = found[best] / sum(int(ask.sum()) for _, ask in parts)
     chosen = {"strength": STRENGTHS[best], "validation": validation, "converged": converged}
     return score(name, right, int(test.sum()), layer=layer, **chosen)

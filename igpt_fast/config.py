@@ -94,6 +94,12 @@ class Config:
         return of_layer(self.pattern, layer)
 
     @property
+    def shape_text(self) -> str:
+        """`8 layers, width 256, 4 heads, 32×32 pixels of 512 colours`."""
+        grid = f"{self.size[0]}×{self.size[1]} pixels of {self.colors} colours"
+        return f"{self.layers} layers, width {self.width}, {self.heads} heads, {grid}"
+
+    @property
     def pattern_text(self) -> str:
         """The pattern for a person: layers apart by commas, heads by slashes."""
         return described(self.pattern)

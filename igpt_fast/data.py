@@ -112,7 +112,9 @@ def tokenize(
             for name in ("palette.npy", "labels.npy", "names.json", "meta.json"):
                 with open(work / name, "rb") as file:
                     os.fsync(file.fileno())
-            _refuse_existing(out, overwrite)  # another process may have been faster
+            if os.path.lexists(out) and not overwrite and any(out.iterdir()):
+                raise InputError(f"{out}: another process has written tokens there meanwhile; start again to use them")
+            _refuse_existing(out, overwrite)
             move_into_place(work, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # None: cut short in NumPy

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from igpt_fast.errors import InputError
-from igpt_fast.images import DARK, DIM, PAGES, RESIZES, parse_background, read_image, resize_image
+from igpt_fast.images import DARK, DARK_COLOUR, DIM, PAGES, RESIZES, parse_background, read_image, resize_image
 from igpt_fast.sources import Reader, Source, fetch
 
 CHUNK = 64  # images a job: seconds of work for large photos, and at 32×32 a result of 196 kB
@@ -29,6 +29,10 @@ LOST = {
     DARK: (
         f"grayscale images of 16 bits hold no value from {DIM:,} on, and come out almost black",
         "--gray-bits (gray_bits) says how many bits they hold, 12 in most scans",
+    ),
+    DARK_COLOUR: (
+        f"colour images of 16 bits hold no value from {DIM:,} on, and come out almost black",
+        "stretch them to 8 bits first (--gray-bits is for grayscale)",
     ),
     PAGES: ("files hold several pages or frames", "the first of each is read"),
 }

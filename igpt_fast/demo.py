@@ -26,6 +26,7 @@ from igpt_fast.config import Config
 from igpt_fast.console import progress, say
 from igpt_fast.data import TokenDataset, tokenize
 from igpt_fast.demo_page import Findings, Stage, render
+from igpt_fast.device import processor
 from igpt_fast.errors import InputError
 from igpt_fast.ops._native import backend_for
 from igpt_fast.palette import Palette
@@ -169,7 +170,7 @@ def machine(device: torch.device) -> dict[str, str]:
     versions |= {name: version(name) for name in ("torch", "numpy", "scikit-learn")}
     backend = backend_for("rms_norm_fwd", [torch.empty(1, device=device)])
     return {
-        "processor": f"{_processor()}; cores: {cores}, threads used: {torch.get_num_threads()}",
+        "processor": f"{processor()}; cores: {cores}, threads used: {torch.get_num_threads()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "kernels": backend.name if backend else "plain torch",
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -223,16 +224,6 @@ def _loss_png(rows: list[dict[str, Any]], colors: int, frequencies: float) -> by
         curves[name] = ([x for x, _ in points], [y for _, y in points])
     levels = {f"chance: ln {colors}": math.log(colors), "how often each place has each colour": frequencies}
     return curve_png_bytes(curves, "step", "loss (nats per pixel)", "How well the next pixel is guessed", levels)
-
-
-def _processor() -> str:
-    """The processor's name as Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _write(out: Path, findings: Findings) -> DemoResult:

@@ -211,9 +211,7 @@ def _timings(f: Findings) -> str:
 
 
 def _machine(f: Findings) -> str:
-    c = f.config
-    shape = f"{c.layers} layers, width {c.width}, {c.heads} heads, {c.size[0]}×{c.size[1]} pixels of {c.colors} colours"
-    facts = {**f.machine, "model": f"{shape}, {f.parameters:,} weights", "seed": str(f.seed)}
+    facts = {**f.machine, "model": f"{f.config.shape_text}, {f.parameters:,} weights", "seed": str(f.seed)}
     rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>\n" for name, value in facts.items())
     return section("machine", "On what", f"<dl>{rows}</dl>")
 

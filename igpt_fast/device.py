@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -53,6 +54,14 @@ def free_memory_of(device: torch.device, limit: Path = LIMIT) -> int:
     counted = used.is_file() and whole < _machine()
     others = int(used.read_text()) - 1024 * own if counted else 0  # the files that it has read included
     return min(whole - max(0, others), 1024 * (free + own))
+
+
+def processor() -> str:
+    """The processor's name as Linux tells it, else its architecture."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def images_at_once(config: Config, more: int = 0) -> int:

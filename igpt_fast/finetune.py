@@ -19,7 +19,7 @@ from igpt_fast.classify import Score, score
 from igpt_fast.console import say
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
-from igpt_fast.joined import JoinedTokens
+from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.labels import Labelled, choose_labelled, draw_validation, warn_of_few
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions
@@ -27,7 +27,7 @@ from igpt_fast.predict import Answers, predict
 from igpt_fast.processes import Processes, together
 from igpt_fast.run import Result, refuse_differences
 from igpt_fast.task import ClassTask
-from igpt_fast.train import Prepared, carry_out, own_copy, refuse_other_images
+from igpt_fast.train import Prepared, carry_out, own_copy
 from igpt_fast.weights import reshaped
 
 
@@ -102,7 +102,7 @@ def finetune(
         config = replace((checkpoint.model if checkpoint else model).config, classes=len(chosen.classes))
         if checkpoint:
             refuse_differences(run, checkpoint.model.config.to_dict(), config.to_dict())
-        refuse_other_images(dataset, config)
+        refuse_misfit(dataset, config)
         task = ClassTask(Batches(dataset, o, config.objective, parts, labels), o, chosen.classes)
         if checkpoint:
             return task, config, None

@@ -17,7 +17,7 @@ def tokens_of(images: Tensor, palette: Palette, size: tuple[int, int], resize: s
     Raises InputError for another shape or dtype, and for floats outside [0, 1], as after a normalisation.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
-        shape = list(images.shape) if hasattr(images, "shape") else type(images).__name__
+        shape = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise InputError(f"the images are {shape}; give a tensor [B, 3, H, W], uint8 or float in [0, 1]")
     pixels = _bytes(images.detach().to(device)).permute(0, 2, 3, 1)
     if tuple(pixels.shape[1:3]) != tuple(size):

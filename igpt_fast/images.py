@@ -9,6 +9,7 @@ decompression bombs.
 """
 
 import io
+import logging
 import math
 import warnings
 from functools import cache
@@ -26,11 +27,14 @@ SUFFIXES = frozenset(
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 RESIZES = ("paper", "hf", "none")
 SHORT_SIDE = 224  # pixels: the paper's evaluation crop
-DARK, PAGES = "dark", "pages"  # keys of what read_image notes in `.info`
+DARK, DARK_COLOUR, PAGES = "dark", "dark colour", "pages"  # keys of what read_image notes in `.info`
 DIM = 1 << 13  # an image of 16 bits with no value from here on comes out almost black
 
 REMEDY = "mend or remove the file"
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or else its words stand on stderr, without a file's name
+
+_TIFF = b"II*\0", b"MM\0*"  # how one begins
 _ORIENTATION = 0x0112  # the EXIF tag
 _PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
 _ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by the number of channels
@@ -52,7 +56,8 @@ def read_image(data: bytes | np.ndarray, where: str, background: str = "white", 
 
     data: the bytes of an image file, or uint8 [H, W] or [H, W, 1..4 channels]. where: names the image in errors.
     background: a colour name or #rrggbb, seen behind transparent pixels. gray_bits: those that grayscale of 16 bits
-    holds, 12 in most scans. `.info` has PAGES where there are several, and DARK for 16 bits of which few are used.
+    holds, 12 in most scans. `.info` has PAGES where there are several, and DARK or DARK_COLOUR for 16 bits of which few
+    are used.
     Raises InputError when it cannot be decoded.
     """
     colour = parse_background(background)
@@ -67,10 +72,15 @@ def read_image(data: bytes | np.ndarray, where: str, background: str = "white", 
         image.info = notes
         return image
     except Exception as error:  # a damaged file makes decoders raise nearly anything, and all of it is this file's
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
+        reason, remedy = " ".join(str(error).split()) or type(error).__name__, REMEDY
+        if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+            remedy = "cut it into smaller ones, or remove the file"
+        elif isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image that can be read"
-        raise InputError(f"{where}: {reason}; {REMEDY}") from error
+            if bytes(data[:4]) in _TIFF:
+                reason = "a TIFF of a kind that is not read (several bands, or floats), or a damaged one"
+                remedy = "make it 8-bit RGB, or remove the file"
+        raise InputError(f"{where}: {reason}; {remedy}") from error
 
 
 @cache
@@ -81,8 +91,11 @@ def _formats() -> list[str]:
 
 def _from_bytes(data: bytes, gray_bits: int) -> tuple[Image.Image, dict[str, bool]]:
     image = Image.open(io.BytesIO(data), formats=_formats())
+    deep = image.mode == "RGB" and any(";16" in str(tile[-1]) for tile in image.tile)  # Pillow keeps the high bytes
     image.load()
     notes = {PAGES: True} if _has_pages(image) else {}
+    if deep and max(high for _, high in image.getextrema()) < DIM >> 8:
+        notes[DARK_COLOUR] = True
     # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     kind = image.format
@@ -113,7 +126,7 @@ def _from_array(data: np.ndarray) -> Image.Image:
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any mode to RGB; alpha is composited: round((alpha·colour + (255 - alpha)·background) / 255)."""
     if image.mode in ("I", "F") or image.mode == "LAB":
-        kind = {"I": "32-bit integer", "F": "32-bit float", "LAB": "LAB"}[image.mode]
+        kind = {"I": "32-bit or signed integer", "F": "32-bit float", "LAB": "LAB"}[image.mode]
         raise ValueError(f"{kind} pixels are not supported, convert the image to 8-bit RGB or 16-bit grayscale")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

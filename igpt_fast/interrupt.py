@@ -1,4 +1,7 @@
-"""Stopping well: the first Ctrl-C or SIGTERM is noted and acted on at a good moment, a second one stops at once."""
+"""Stopping well: the first Ctrl-C or SIGTERM is noted and acted on at a good moment, a second one stops at once.
+
+So are SIGUSR1, by which a cluster's scheduler warns of the end of a job, and the SIGHUP of a terminal that goes.
+"""
 
 import signal
 import threading
@@ -7,13 +10,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
+
 
 class Stopped(Exception):
     """A signal has asked to stop."""
 
 
 class Stop:
-    """Within a `with`, notes the first SIGINT or SIGTERM; a second one does what it always does.
+    """Within a `with`, notes the first signal of STOPPING; a second one does what it always does. What the process was
+    started to ignore, as nohup has it of SIGHUP, it ignores.
 
     Signals reach the main thread only: in another thread nothing is noted. agree: the largest of the signals that
     several processes have noted, 0 for none, by the one noted here: then all of them stop at the same `check`.
@@ -25,7 +31,8 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            self._before = {which: signal.signal(which, self._note) for which in (signal.SIGINT, signal.SIGTERM)}
+            heard = [which for which in STOPPING if signal.getsignal(which) is not signal.SIG_IGN]
+            self._before = {which: signal.signal(which, self._note) for which in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,8 +56,8 @@ class Stop:
             raise Stopped
 
     def leave(self) -> None:
-        """Raises what the noted signal means to a caller: KeyboardInterrupt or SystemExit(143)."""
-        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+        """Raises what the noted signal means to a caller: KeyboardInterrupt, or SystemExit(143) of SIGTERM."""
+        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 
 @contextmanager

@@ -130,7 +130,8 @@ class Loop:
                     self.stop.check()
         except Stopped:
             say(f"stopped at step {self.step} of {options.steps}: saved in {self._save()}")
-            say(f"go on with: {self.command.get('resume', 'resume=True')}")
+            several = f", by torchrun as before ({self.processes.count} processes)" if self.processes.count > 1 else ""
+            say(f"go on with: {self.command.get('resume', 'resume=True')}{several}")
             self.processes.meet()  # whoever started them may end all when one ends
             self.stop.leave()
         self.processes.meet()  # the last checkpoint is written

@@ -23,6 +23,7 @@ from igpt_fast import ops
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.image_tensors import tokens_of
+from igpt_fast.modules import is_plain, tensors_to_save
 from igpt_fast.palette import Palette
 from igpt_fast.patterns import masks_of
 from igpt_fast.positions import summed
@@ -87,8 +88,7 @@ class ImageGPT(nn.Module):
         as learned ones. A pattern is written for `from_pretrained`; transformers would compute dense attention, of
         which a warning is logged. Raises InputError.
         """
-        tensors = dict(self.named_parameters())
-        write_pretrained(path, self.config, tensors, palette or self.palette, overwrite, self.class_names)
+        write_pretrained(path, self.config, tensors_to_save(self), palette or self.palette, overwrite, self.class_names)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits [N, T, colors]; row i predicts pixel i.   tokens [N, H, W] or [N, T], integers of torch or NumPy
@@ -111,8 +111,8 @@ class ImageGPT(nn.Module):
         tokens = self.check_tokens(tokens)
         bert = self.config.objective == "bert"
         if bert and keep is None:
-            device = tokens.device if generator is None else generator.device
-            keep = torch.rand(tokens.shape, generator=generator, device=device) > MASKED
+            where = getattr(generator, "device", tokens.device)
+            keep = torch.rand(tokens.shape, generator=generator, device=where) > MASKED
         hidden = self.hidden(tokens, keep) if hidden is None else hidden
         if not bert:
             return ops.linear_cross_entropy(hidden, self.wtet, tokens).mean()
@@ -186,8 +186,7 @@ class ImageGPT(nn.Module):
         h = F.embedding(pixels, self.wte)
         if self.config.objective == "ar":
             h = torch.cat((self.sos.expand(len(pixels), 1, -1), h), dim=1)
-        if keep is not None:
-            h = h * keep.unsqueeze(-1)
+        h = h if keep is None else h * keep.unsqueeze(-1)
         return h + self.position_table()[: h.shape[1]]
 
     def position_table(self) -> Tensor:
@@ -214,8 +213,7 @@ class ImageGPT(nn.Module):
         tokens = tokens.flatten(1).long()
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             low, high = (int(end) for end in tokens.aminmax())
-            if low < 0 or high >= c.colors:
-                bad = low if low < 0 else high
+            if (bad := low if low < 0 else high) not in range(c.colors):
                 raise InputError(f"token {bad} is out of range: a palette of {c.colors} has tokens 0 to {c.colors - 1}")
         return tokens
 
@@ -265,7 +263,9 @@ class MLP(nn.Module):
         self.proj = Linear(config.mlp_width, config.width, config.bias, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(ops.bias_quick_gelu(ops.projection(x, self.fc.weight), self.fc.bias))
+        plain = is_plain(self.fc)  # or else it is to be called
+        x, bias = (ops.projection(x, self.fc.weight), self.fc.bias) if plain else (self.fc(x), None)
+        return self.proj(ops.bias_quick_gelu(x, bias))
 
 
 class Linear(nn.Linear):

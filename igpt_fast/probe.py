@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.classify import Score, classify, draw_folds, load_sklearn, score
+from igpt_fast.classify import Score, classify, count_fits, draw_folds, load_sklearn, score
 from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
 from igpt_fast.device import images_at_once, memory_of
@@ -89,13 +89,12 @@ def probe(
     folds = draw_folds(labels, test, seed)
     pooled = extract_features(model, dataset, indices, layers, batch, amp)
     scores = []
-    with progress(len(layers) + 1, "classifiers", "fit") as bar:
+    with progress((len(layers) + 1) * count_fits(folds), "regressions", "fit") as bar:
         for layer, features in zip((*layers, None), (*pooled, None), strict=True):
             if features is None:  # made last and late: pixels can be far larger than a layer
                 features = np.asarray(dataset.palette.centers)[dataset.batch(indices).numpy()].reshape(len(indices), -1)
             name = "raw pixels" if layer is None else f"layer {layer}"
-            scores.append(classify(name, features, labels, folds, layer))
-            bar.advance()
+            scores.append(classify(name, features, labels, folds, layer, bar.advance))
     most_frequent = np.bincount(labels[~test]).argmax()
     return ProbeResult(
         layers=tuple(scores[:-1]),

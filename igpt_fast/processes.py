@@ -96,6 +96,14 @@ class Processes:
         self.largest(0)
 
 
+def world_size() -> int:
+    """How many processes torchrun has started, this one included. InputError where WORLD_SIZE is no such number."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"WORLD_SIZE is {text!r}, not a number of processes; unset it, or start them by torchrun")
+    return int(text)
+
+
 @contextmanager
 def together(device: "str | torch.device | Processes") -> Iterator[Processes]:
     """This process and those that torchrun has started beside it, until it ends; all but the first are silent.
@@ -108,7 +116,7 @@ def together(device: "str | torch.device | Processes") -> Iterator[Processes]:
         yield device
         return
     there = dist.is_available() and dist.is_initialized()
-    if not there and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not there and world_size() == 1:
         yield Processes(pick_device(device))
         return
     if missing := [] if there else [name for name in TORCHRUN if name not in os.environ]:

@@ -172,12 +172,11 @@ def introduction(
 ) -> str:
     """What is about to be trained, on what, how and where: a few lines for a person. more: of the task."""
     c, o = config, options
-    shape = f"{c.layers} layers, width {c.width}, {c.heads} heads, {c.size[0]}×{c.size[1]} pixels of {c.colors} colours"
     epochs, rate = f"{o.steps * o.batch / images:.1f} epochs", f"learning rate {o.peak_lr(c.width):.2g}"
     kinds = [f"attention by {c.pattern_text}"] if c.pattern else []
     kinds += ["axial positions"] if c.positions == "axial" else []
     return "\n".join([
-        f"{c.objective} model of {number(parameters)} parameters: {shape}",
+        f"{c.objective} model of {number(parameters)} parameters: {c.shape_text}",
         *kinds,
         f"{number(images)} images to learn from, {number(held_out)} to validate on, {o.batch} a step",
         f"{number(o.steps)} steps ({epochs}), {rate}, {o.precision} {where}",
@@ -190,7 +189,9 @@ def diverged(run: Path, what: str, options: Options, width: int, step: int) -> I
     saved = list_checkpoints(run)
     back = f"go on from {saved[-1].name} with --resume and" if saved else "start again with"
     how = f"learning rate {options.rate(step - 1, width):.3g}, {options.precision}"
-    return InputError(f"{what} ({how}): {back} a smaller --lr, a longer --warmup or --precision fp32")
+    wider = " or --precision fp32" if options.precision != "fp32" else ""
+    ways = f"a smaller --lr{'' if wider else ' or'}{',' if wider else ''} a longer --warmup{wider}"
+    return InputError(f"{what} ({how}): {back} {ways}")
 
 
 def broken_off(run: Path, error: OSError) -> InputError:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.cached import Decoder, KVCache, cache_slots, check_order, prefill, shared_slots
+from igpt_fast.cached import Decoder, KVCache, cache_slots, check_model, prefill, shared_slots
 from igpt_fast.config import Config
 from igpt_fast.drawing import Options, draw
 from igpt_fast.errors import InputError
@@ -121,7 +121,7 @@ def _generate(
     Each index has equally many rows, side by side.
     """
     c, count = model.config, known.shape[1]
-    check_order(c)
+    check_model(model)
     out = known.new_empty(len(rows), c.tokens)
     out[:, :count] = known[[row[0] for row in rows]]
     if not rows:

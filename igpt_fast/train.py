@@ -20,7 +20,7 @@ from igpt_fast.config import Config
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import Stop
-from igpt_fast.joined import JoinedTokens
+from igpt_fast.joined import refuse_misfit
 from igpt_fast.loop import Loop
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
@@ -109,18 +109,10 @@ def _beginning(
         raise InputError(f"classes is {config.classes}: train learns pixels; igpt_fast.finetune learns classes too")
     if checkpoint:
         refuse_differences(run, checkpoint.model.config.to_dict(), config.to_dict())
-    refuse_other_images(dataset, config)
+    refuse_misfit(dataset, config)
     if init is None:
         return config, None
     return config, own_copy(init, config)
-
-
-def refuse_other_images(dataset: TokenDataset | JoinedTokens, config: Config) -> None:
-    """InputError where the images have another size or palette than a model of `config` reads."""
-    for name in ("size", "colors"):
-        has, wants = getattr(dataset, name), getattr(config, name)
-        if has != wants:
-            raise InputError(f"the data have {name} {has}, the model {wants}: give them the same {name}")
 
 
 def own_copy(init: ImageGPT, config: Config) -> ImageGPT:

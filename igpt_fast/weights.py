@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from igpt_fast.checkpoint import CONFIG, FOLDER, STATE, Checkpoint, find_best, load_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
+from igpt_fast.made import is_run
 from igpt_fast.model import ImageGPT
+from igpt_fast.modules import tensors_to_save
 from igpt_fast.positions import resized
 from igpt_fast.pretrained import refuse_heads
 from igpt_fast.pretrained.names import WPE, Theirs, infer_config, to_ours, to_theirs
@@ -66,7 +68,7 @@ def to_hf_state_dict(model: ImageGPT) -> dict[str, Tensor]:
         raise InputError("transformers' ImageGPT has no BERT mode; only objective='ar' models can be converted")
     if model.config.pattern is not None:
         log.warning("transformers has no patterns: with these weights it computes dense attention")
-    return to_theirs(dict(model.named_parameters()), model.config)
+    return to_theirs(tensors_to_save(model), model.config)
 
 
 def open_model(
@@ -88,6 +90,8 @@ def open_model(
         found = load_checkpoint(find_best(path), device)
         config = replace(found.model.config, size=size or found.model.config.size)
         return replace(found, model=reshaped(found.model, config))
+    if is_run(path):
+        raise InputError(f"{source} is a run that has saved no checkpoint yet; start it again (see --save-every)")
     model = ImageGPT.from_pretrained(source, size=size, heads=heads, device=device)
     return Checkpoint(model, model.palette, state={}, step=None, path=path)
 
@@ -101,7 +105,7 @@ def reshaped(model: ImageGPT, config: Config) -> ImageGPT:
     if model.config == config:
         return model
     refuse_misfit(model.config, config)
-    tensors = dict(model.named_parameters())
+    tensors = tensors_to_save(model)
     if model.config.size != config.size:
         tensors = resized(tensors, model.config.size, config.size)
     with torch.device("meta"):

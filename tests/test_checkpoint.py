@@ -17,6 +17,7 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.palette import Palette
+from igpt_fast.weights import open_model
 
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "palette.npy", "state.json")
 
@@ -227,3 +228,10 @@ def _python(script: str, run: Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": f"{Path(tests).parent}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-c", script, str(run), tests]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_a_run_without_a_checkpoint_is_called_that(tmp_path):
+    for name in ("train.json", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match="is a run that has saved no checkpoint yet; start it again"):
+        open_model(tmp_path)

@@ -49,6 +49,21 @@ def test_other_errors_of_torch_keep_their_traceback(igpt, tmp_path, monkeypatch)
         igpt("sample", tmp_path, "-o", tmp_path / "s.png")
 
 
+def test_one_process_is_enough_for_most_commands(igpt, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    words = {"plan": 0, "demo": 0, "sample": 1, "palette": 1}
+    for command in [*words, "tokenize", "complete", "probe", "classify", "eval", "convert"]:
+        code, printed, said = igpt(command, *["x"] * words.get(command, 2))
+        wanted = f"error: {command} runs in one process, of several only train, finetune, info"
+        assert code == 2 and not printed and said == f"{wanted}: start it without torchrun\n"
+    monkeypatch.setenv("RANK", "1")
+    assert igpt("plan") == (2, "", ""), "one of them says it"
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    code, _, said = igpt("plan")
+    assert code == 2 and "WORLD_SIZE is 'many', not a number of processes" in said
+
+
 def test_a_model_that_no_memory_holds(igpt, tmp_path):
     data = write_tokens(tmp_path)
     code, _, said = igpt("train", data.path, "--out", tmp_path / "run", "--width", 10**5, "--layers", 10**3)

@@ -104,6 +104,8 @@ def test_what_the_model_had_seen_is_said(igpt, run, dataset, tmp_path):
     _, printed, said = igpt("probe", run, dataset.path, *out)
     assert json.loads(printed)["seen"] == wanted > 0 and json.loads(printed)["train"] == 12
     assert f"the model itself had learned from {wanted} of the images held out here, without their labels" in said
+    few = json.loads(igpt("probe", run, dataset.path, *out, "--limit", "24")[1])
+    assert 0 < few["seen"] <= few["test"] < wanted + len(dataset.split("val", 0.1))
     _, printed, said = igpt("probe", run, dataset.path, *out, "--test-fraction", "0.1")
     assert json.loads(printed)["seen"] == 0 and "had learned" not in said
 

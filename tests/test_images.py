@@ -1,6 +1,8 @@
 """Every kind of image becomes the RGB pixels that it shows; resizing does what its docstring says; damage is named."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from igpt_fast.errors import InputError
-from igpt_fast.images import DARK, FORMATS, PAGES, parse_background, read_image, resize_image
+from igpt_fast.images import DARK, DARK_COLOUR, FORMATS, PAGES, parse_background, read_image, resize_image
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)  # neither square nor symmetric: a turned image shows
@@ -119,6 +121,18 @@ def test_what_is_lost_is_noted():
     def noted(values: list, **options: int) -> dict:
         return read_image(encode(Image.fromarray(np.array([values], np.uint16))), "x", **options).info
 
+    def colours(largest: int, depth: int) -> dict:
+        """What is noted of a PNG of one colour pixel, which Pillow does not write in 16 bits."""
+
+        def chunk(kind: bytes, body: bytes) -> bytes:
+            return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+        head = struct.pack(">IIBBBBB", 1, 1, depth, 2, 0, 0, 0)
+        line = struct.pack(">B3H" if depth == 16 else ">B3B", 0, 0, 7, largest)
+        png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
+        return read_image(png, "x").info
+
+    assert colours(4095, 16) == {DARK_COLOUR: True} and colours(8192, 16) == {} == colours(31, 8)
     assert noted([0, 4095]) == {DARK: True} and noted([0, 8192]) == {} == noted([0, 4095], gray_bits=12)
     pages = [Image.new("L", (4, 4), gray) for gray in (9, 200)]
     stack = read_image(encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]), "x")
@@ -175,7 +189,7 @@ def test_array_rows(shape):
         (encode(Image.fromarray(RGB))[:60], "some/file.png"),
         (encode(Image.fromarray(np.tile(RGB, (20, 20, 1))), "JPEG")[:900], "truncated"),
         (encode(Image.new("F", (2, 2)), "TIFF"), "32-bit float"),
-        (encode(Image.new("I", (2, 2)), "TIFF"), "32-bit integer"),
+        (encode(Image.new("I", (2, 2)), "TIFF"), "32-bit or signed integer"),
         (encode(Image.new("LAB", (2, 2)), "TIFF"), "LAB"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # would start another program
     ],
@@ -186,6 +200,11 @@ def test_what_cannot_be_decoded_is_named(data, reason):
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
     assert "EPS" not in FORMATS
+
+
+def test_a_tiff_of_another_kind_is_called_that():
+    with pytest.raises(InputError, match=r"some/file\.png: a TIFF of a kind that is not read .*; make it 8-bit RGB"):
+        read(b"II*\0" + bytes(40))
 
 
 @settings(deadline=None, max_examples=60)
@@ -206,7 +225,7 @@ def test_decompression_bombs_are_refused(monkeypatch):
     data = encode(Image.new("L", (40, 30)))
     for limit in (700, 300):  # Pillow itself only warns about 1200 pixels at a limit of 700, and raises at 300
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(InputError, match="bomb"):
+        with pytest.raises(InputError, match=r"bomb.*; cut it into smaller ones, or remove the file"):
             read(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1200)
     assert read(data).shape == (30, 40, 3)

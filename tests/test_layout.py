@@ -28,7 +28,7 @@ LAYERS = [
         "positions",
     },
     {"ops", "replay"},
-    {"palette", "kmeans", "images", "decode", "arrays", "made", "sources", "pixels", "tokens"},
+    {"modules", "palette", "kmeans", "images", "decode", "arrays", "made", "sources", "pixels", "tokens"},
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "over_images", "weights", "checkpoint"},
     {"cached", "drawing", "sample", "classify", "options", "run", "batches", "labels", "task"},

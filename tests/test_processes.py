@@ -19,7 +19,7 @@ from igpt_fast import processes
 from igpt_fast.checkpoint import find_best, list_checkpoints, load_checkpoint
 from igpt_fast.errors import InputError
 from igpt_fast.finetune import finetune
-from igpt_fast.interrupt import Stop, Stopped
+from igpt_fast.interrupt import STOPPING, Stop, Stopped
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
 from igpt_fast.run import locked, read_metrics, refuse_unequal_shares
@@ -177,6 +177,29 @@ def test_a_signal_that_comes_while_processes_agree_is_not_forgotten():
             stop.check()
         with pytest.raises(SystemExit):
             stop.leave()
+
+
+@pytest.mark.parametrize("which", STOPPING)
+def test_every_signal_that_ends_a_job_stops_a_run(which):
+    with Stop() as stop:
+        os.kill(os.getpid(), which)
+        with pytest.raises(Stopped):
+            stop.check()
+        ends = KeyboardInterrupt if which == signal.SIGINT else SystemExit
+        with pytest.raises(ends) as ended:
+            stop.leave()
+    assert which == signal.SIGINT or ended.value.code == 128 + which
+
+
+def test_what_a_process_was_started_to_ignore_it_ignores():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.check()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_step_is_shared_evenly_or_refused():

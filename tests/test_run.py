@@ -129,7 +129,7 @@ def test_resuming_with_something_else_names_it(dataset, tmp_path, field, change)
 
 def test_a_model_that_does_not_fit_the_data(dataset, tmp_path):
     for fields in ({"colors": 32}, {"size": (6, 4)}):
-        with pytest.raises(InputError, match=f"the data have {next(iter(fields))}"):
+        with pytest.raises(InputError, match="the images are 4x6 in 16 colours, the model is made for"):
             train(dataset, tmp_path / "run", Config.from_dict({**CONFIG.to_dict(), **fields}), **FAST)
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="needs a config"):

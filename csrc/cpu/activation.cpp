@@ -13,14 +13,10 @@ namespace IGPT_ISA {
 
 constexpr int64_t kRows = 32;
 
-struct Gelu {
-  vf z, dy;
-  vf forward() const { return quick_gelu(z); }
-  vf backward() const {
-    const vf s = sigmoid(z);
-    return dy * s * (1.f + kQuickGelu * z * (1.f - s));
-  }
-};
+static inline vf gradient(vf dy, vf z) {
+  const vf s = sigmoid(z);
+  return dy * s * (1.f + kQuickGelu * z * (1.f - s));
+}
 
 static void check_gelu(const View& y, const View& x, const View& bias) {
   IGPT_CHECK(is_float(x.dtype) && (!bias || is_float(bias.dtype)), "bias_quick_gelu: float32 or bfloat16 only");
@@ -38,16 +34,15 @@ static Scratch<float> float_bias(const View& bias, int64_t C) {
 template <class T>
 static void fwd_row(T* y, const T* x, const float* b, int64_t C) {
   int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) store(y + c, Gelu{load(x + c) + load(b + c), {}}.forward());
-  if (c < C) store_n(y + c, Gelu{load_n(x + c, C - c) + load(b + c), {}}.forward(), C - c);
+  for (; c + kLanes <= C; c += kLanes) store(y + c, quick_gelu(load(x + c) + load(b + c)));
+  if (c < C) store_n(y + c, quick_gelu(load_n(x + c, C - c) + load(b + c)), C - c);
 }
 
 template <class T>
 static void bwd_row(T* dx, float* dbias, const T* dy, const T* x, const float* b, int64_t C) {
   for (int64_t c = 0; c < C; c += kLanes) {
     const int64_t n = std::min<int64_t>(kLanes, C - c);
-    const Gelu g{load_upto(x + c, n) + load(b + c), load_upto(dy + c, n)};
-    const vf d = g.backward();
+    const vf d = gradient(load_upto(dy + c, n), load_upto(x + c, n) + load(b + c));
     if (dbias) store(dbias + c, load(dbias + c) + d);
     store_upto(dx + c, d, n);
   }

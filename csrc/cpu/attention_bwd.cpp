@@ -320,11 +320,7 @@ static void dispatch(const View& dq, const View& dk, const View& dv, const View&
              "attention_bwd: lse must be dense float32 [B, H, Tq]");
   const auto parts = tiles_of(q, k, causal, mask);
   if (q.dtype == DType::f32) return backward<F32Units, float>(dq, dk, dv, dout, q, k, v, o, lse, parts, scale, dropout);
-#if defined(__AVX512BF16__)
-  backward<Bf16Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, parts, scale, dropout);
-#else
-  backward<F32Units, bf16>(dq, dk, dv, dout, q, k, v, o, lse, parts, scale, dropout);
-#endif
+  backward<HalfUnits, bf16>(dq, dk, dv, dout, q, k, v, o, lse, parts, scale, dropout);
 }
 
 static void attention_bwd(View dq, View dk, View dv, View dout, View q, View k, View v, View o, View lse, View,

@@ -177,11 +177,7 @@ static void dispatch(const View& o, const View& lse, const View& q, const View& 
              "attention: o must be shaped like q and lse float32 [B, H, Tq]");
   const auto parts = tiles_of(q, k, causal, mask);
   if (q.dtype == DType::f32) return forward<F32Units, float>(o, lse, q, k, v, parts, scale, dropout);
-#if defined(__AVX512BF16__)
-  forward<Bf16Units, bf16>(o, lse, q, k, v, parts, scale, dropout);
-#else
-  forward<F32Units, bf16>(o, lse, q, k, v, parts, scale, dropout);
-#endif
+  forward<HalfUnits, bf16>(o, lse, q, k, v, parts, scale, dropout);
 }
 
 static void attention_fwd(View o, View lse, View q, View k, View v, MaskParts mask, bool causal, float scale, Stream) {

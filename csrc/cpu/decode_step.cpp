@@ -244,11 +244,7 @@ static void decode_step(View logits, View cache, View prefix, View pixels, View 
   if (s.B == 0) return;
   if (cache.dtype == DType::f32)
     return run_step<Wide<float>, float>(logits, cache, prefix, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
-#if defined(__AVX512BF16__)
-  run_step<Pairs, bf16>(logits, cache, prefix, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
-#else
-  run_step<Wide<bf16>, bf16>(logits, cache, prefix, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
-#endif
+  run_step<HalfRows, bf16>(logits, cache, prefix, pixels, wte, wpe, layers, ln_f, wtet, sights, s, eps);
 }
 
 void fill_decode_step(Ops& t) {

@@ -98,6 +98,9 @@ struct Bf16Units {
     store_interleaved(b + k * N + c, both(even, odd));
   }
 };
+using HalfUnits = Bf16Units;  // what bf16 is multiplied in
+#else
+using HalfUnits = F32Units;
 #endif
 
 #if defined(__AVX512F__)

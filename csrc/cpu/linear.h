@@ -34,6 +34,9 @@ struct Pairs {
   static vp load_x(const bf16* x) { return load_pairs(x); }
   static vf dot(vf acc, vp x, vp w) { return dot_pairs(acc, x, w); }
 };
+using HalfRows = Pairs;  // what rows of bf16 are multiplied in
+#else
+using HalfRows = Wide<bf16>;
 #endif
 
 // Columns of x, with the zeros behind them that dots() reads.

@@ -15,6 +15,7 @@ from igpt_fast.cli import classify, convert, data, evaluate, finetune, info, pla
 from igpt_fast.console import Said, say
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import sigterm_exits
+from igpt_fast.processes import world_size
 
 # What takes less memory, by command.
 LESS = {
@@ -27,6 +28,10 @@ LESS = {
     "palette": "a smaller --size or --limit, or fewer --workers",
     "tokenize": "a smaller --size, or fewer --workers",
 }
+
+
+# Commands that share their work among the processes of torchrun; info has none.
+SEVERAL = ("train", "finetune", "info")
 
 
 class _Group(TyperGroup):
@@ -65,9 +70,15 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    pass
+    command = context.invoked_subcommand
+    if command in SEVERAL or "RANK" not in os.environ or world_size() == 1:
+        return
+    if os.environ["RANK"] != "0":  # the first one says it
+        raise typer.Exit(2)
+    raise InputError(f"{command} runs in one process, of several only {', '.join(SEVERAL)}: start it without torchrun")
 
 
 for _group in (data, plan, train, sample, probe, finetune, classify, evaluate, convert, info):

@@ -93,9 +93,7 @@ def convert(
         found.save_pretrained(out, colours, overwrite)
     else:
         _save_run(out, overwrite, _step(checkpoint.step, model), found, colours)
-    shape = f"{config.layers} layers, width {config.width}, {config.heads} heads"
-    grid = f"{config.size[0]}x{config.size[1]} pixels of {config.colors} colours"
-    say(f"{config.objective} model of {number(found.num_parameters())} parameters: {shape}, {grid}")
+    say(f"{config.objective} model of {number(found.num_parameters())} parameters: {config.shape_text}")
     if colours is None:
         say("without a palette: tokens can be read and drawn, images cannot (--palette stores one)")
     if to is Layout.hf and config.objective == "bert":

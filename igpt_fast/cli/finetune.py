@@ -21,7 +21,7 @@ from igpt_fast.cli.inputs import (
 )
 from igpt_fast.cli.learning import Precision, ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, field
 from igpt_fast.cli.options import JsonOption, print_json
-from igpt_fast.cli.seen import seen_among
+from igpt_fast.cli.seen import seen_in_test
 from igpt_fast.console import duration, number, say
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
@@ -188,12 +188,9 @@ def _seen(found: Checkpoint, dataset: TokenDataset | JoinedTokens, options: dict
     """How many of the images that will be tested on the model has learned from. InputError where --test has none."""
     by = {"per_class": options["per_class"], "seed": options["seed"], "tests": False}
     labelled = choose_labelled(dataset, options["test_fraction"], **by)
-    tested = labelled.indices[labelled.test]
-    if not isinstance(dataset, JoinedTokens):
-        return seen_among(found, dataset, tested)
-    if not len(tested):
+    if isinstance(dataset, JoinedTokens) and not labelled.test.any():
         raise InputError(f"{dataset.test.origin}: no image has a label of the classes of {dataset.origin}")
-    return seen_among(found, dataset.test, tested - len(dataset.train))
+    return seen_in_test(found, dataset, labelled)
 
 
 def _again(model: Path, data: Path, out: Path, test: Path | None) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from igpt_fast import __version__
 from igpt_fast.cli.options import JsonOption, print_json
+from igpt_fast.device import processor
 from igpt_fast.ops import _native
 
 # What a backend lacks and nobody misses: ops that other ops, each with what serves it, make up; one of a GPU alone.
@@ -79,7 +80,7 @@ def gather() -> dict:
         "igpt_fast": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "cpu backend": cpu or "plain torch",
         "better cpu backends": better,
@@ -119,12 +120,3 @@ def _served(backend: str | None, op: str, missing: str) -> str:
         return UNMISSED[op]
     reason = _native.why_not(backend, op) if backend in _native.BACKENDS else missing
     return backend if reason is None else f"plain torch: {reason}"
-
-
-def _processor() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

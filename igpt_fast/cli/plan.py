@@ -110,14 +110,13 @@ def plan(
 def report(config: Config, options: Options, plan: Plan) -> list[str]:
     """The plan as lines for a person."""
     p, c = plan, config
-    shape = f"{c.layers} layers, width {c.width}, {c.heads} heads, {c.size[0]}×{c.size[1]} pixels of {c.colors} colours"
     rate = (
         f"{number(p.batch / p.step_seconds)} images/s, {p.flop_per_image * p.batch / p.step_seconds / 1e9:,.0f} GFLOP/s"
     )
     side = f"{p.part} image{'s' * (p.part > 1)} side by side"
     guess = "" if p.measured == p.part else f", in proportion to {p.measured} that were measured"
     lines = [
-        f"{c.objective} model of {p.parameters:,} parameters: {shape}",
+        f"{c.objective} model of {p.parameters:,} parameters: {c.shape_text}",
         f"  step         {number(p.step_seconds)} s of {p.batch} images, {side}{guess}: {rate}",
         f"  run          {duration(p.seconds)} for {p.steps:,} steps, without validation and pictures",
         f"  memory       {_bytes(p.peak_bytes)}, of {_bytes(p.device_bytes)} there {_bytes(p.free_bytes)} are free",

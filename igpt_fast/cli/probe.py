@@ -25,11 +25,12 @@ from igpt_fast.cli.inputs import (
     tokens_for,
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
-from igpt_fast.cli.seen import say_seen, seen_among
+from igpt_fast.cli.seen import say_seen, seen_in_test
 from igpt_fast.console import answer, say
 from igpt_fast.demo import demo as run_demo
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
+from igpt_fast.labels import choose_labelled
 from igpt_fast.pictures import write_atomically
 from igpt_fast.probe import ProbeResult, check_options, figure_png
 from igpt_fast.probe import probe as probe_model
@@ -100,10 +101,7 @@ def probe(
             test_fraction = len(dataset.test) / len(dataset)
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
         result = probe_model(checkpoint.model, dataset, layers=chosen, **options, amp=bf16)
-        if test is None:
-            seen = seen_among(checkpoint, dataset, dataset.split("val", test_fraction))
-        else:
-            seen = seen_among(checkpoint, dataset.test, dataset.test.split("all"))
+        seen = seen_in_test(checkpoint, dataset, choose_labelled(dataset, test_fraction, limit, per_class, seed))
     step = "" if checkpoint.step is None else f", step {checkpoint.step},"
     show(result, as_json)
     how = "with their labels" if checkpoint.model.config.classes else "without their labels"

@@ -14,6 +14,8 @@ from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import run_of
 from igpt_fast.console import say
 from igpt_fast.errors import InputError, reading
+from igpt_fast.joined import JoinedTokens
+from igpt_fast.labels import Labelled
 from igpt_fast.run import LEARNED, learns_classes, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 
@@ -47,6 +49,14 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
     except InputError:  # a remark is not worth ending for
         return None
     return sum(digest in known for digest in _digests(dataset, indices))
+
+
+def seen_in_test(checkpoint: Checkpoint, dataset: TokenDataset | JoinedTokens, labelled: Labelled) -> int | None:
+    """`seen_among`, of the images that are tested on."""
+    tested = labelled.indices[labelled.test]
+    if isinstance(dataset, JoinedTokens):
+        return seen_among(checkpoint, dataset.test, tested - len(dataset.train))
+    return seen_among(checkpoint, dataset, tested)
 
 
 def say_seen(checkpoint: Checkpoint, seen: int | None, words: str) -> None:

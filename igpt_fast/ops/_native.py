@@ -86,6 +86,8 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: Refusal
     """Why backend `name` cannot serve this call of `op`; None when it can."""
     if name not in BACKENDS:
         return WHY_NO_EXTENSION or f"there is no backend {name} here"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records torch's own operations alone"
     if not BACKENDS[name].has(op):
         return f"{name} has no {op}"
     device, dtypes = _SERVES[name]
@@ -235,9 +237,7 @@ def check_range(op: str, name: str, indices: Tensor, limit: int, on_cpu: bool = 
 
     on_cpu: there too, where no kernel looks.
     """
-    if (
-        indices.is_cuda
-    ):  # the host does not wait within a CUDA graph: the calls before it was recorded have been checked
+    if indices.is_cuda:  # within a CUDA graph the host does not wait: the calls before it was recorded were checked
         asked = _debug and not torch.cuda.is_current_stream_capturing()
     else:
         asked = on_cpu and not torch.compiler.is_compiling()

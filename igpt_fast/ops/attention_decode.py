@@ -168,7 +168,7 @@ def _decode(
     mask: Tensors,
     prefix: Tensors,
     scales: Tensors,
-    pages: Tensor | None,
+    pages: Tensor | None = None,
 ) -> Tensor:
     P = prefix[0].size(2) if prefix else 0
 
@@ -225,20 +225,7 @@ def _append(
         native.cache_append(k_cache, v_cache, *(scales or (None, None)), k, v, starts, slot, stream_of(k))
 
 
-@torch.library.custom_op("igpt::attention_decode", mutates_args=())
-def _attention_decode_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    length: int,
-    scale: float,
-    lengths: Tensor | None,
-    mask: Tensors,
-    prefix: Tensors,
-    scales: Tensors,
-    pages: Tensor | None = None,
-) -> Tensor:
-    return _decode(q, k, v, length, scale, lengths, mask, prefix, scales, pages)
+_attention_decode_op = torch.library.custom_op("igpt::attention_decode", mutates_args=())(_decode)
 
 
 @_attention_decode_op.register_fake
@@ -246,11 +233,7 @@ def _(q, k, v, length, scale, lengths, mask, prefix, scales, pages=None):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("igpt::cache_append", mutates_args=("k_cache", "v_cache", "scales"))
-def _cache_append_op(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot: int, lengths: Tensor | None, scales: Tensors
-) -> None:
-    _append(k_cache, v_cache, k, v, slot, lengths, scales)
+_cache_append_op = torch.library.custom_op("igpt::cache_append", mutates_args=("k_cache", "v_cache", "scales"))(_append)
 
 
 @_cache_append_op.register_fake

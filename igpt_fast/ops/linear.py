@@ -48,10 +48,10 @@ def _linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    gelu: bool,
+    norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    gelu: bool = False,
 ) -> Tensor:
     given = [t for t in (x, weight, bias, norm, residual) if t is not None]
 
@@ -72,17 +72,7 @@ def _linear(
     return y
 
 
-@torch.library.custom_op("igpt::linear", mutates_args=())
-def _linear_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None = None,
-    residual: Tensor | None = None,
-    eps: float = 1e-5,
-    gelu: bool = False,
-) -> Tensor:
-    return _linear(x, weight, bias, norm, residual, eps, gelu)
+_linear_op = torch.library.custom_op("igpt::linear", mutates_args=())(_linear)
 
 
 @_linear_op.register_fake

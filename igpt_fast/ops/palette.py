@@ -172,9 +172,7 @@ def _step(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tensor, Ten
         raise InputError(str(error)) from None
 
 
-@torch.library.custom_op("igpt::palette_assign", mutates_args=())
-def _palette_assign_op(pixels: Tensor, palette: Tensor, dtype: torch.dtype) -> Tensor:
-    return _assign(pixels, palette, dtype)
+_palette_assign_op = torch.library.custom_op("igpt::palette_assign", mutates_args=())(_assign)
 
 
 @_palette_assign_op.register_fake
@@ -182,9 +180,7 @@ def _(pixels, palette, dtype):
     return pixels.new_empty(pixels.shape[:-1], dtype=dtype)
 
 
-@torch.library.custom_op("igpt::kmeans_step", mutates_args=())
-def _kmeans_step_op(colors: Tensor, weights: Tensor, palette: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _step(colors, weights, palette)
+_kmeans_step_op = torch.library.custom_op("igpt::kmeans_step", mutates_args=())(_step)
 
 
 @_kmeans_step_op.register_fake
@@ -193,9 +189,7 @@ def _(colors, weights, palette):
     return weights.new_empty(palette.shape), counts, weights.new_empty((), dtype=torch.float64)
 
 
-@torch.library.custom_op("igpt::palette_decode", mutates_args=())
-def _palette_decode_op(tokens: Tensor, colors: Tensor) -> Tensor:
-    return _decode(tokens, colors)
+_palette_decode_op = torch.library.custom_op("igpt::palette_decode", mutates_args=())(_decode)
 
 
 @_palette_decode_op.register_fake

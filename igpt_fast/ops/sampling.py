@@ -61,11 +61,7 @@ def _sample_tokens(
     return tokens
 
 
-@torch.library.custom_op("igpt::sample_tokens", mutates_args=())
-def _sample_tokens_op(
-    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None, top_p: float | None
-) -> Tensor:
-    return _sample_tokens(logits, uniforms, temperature, top_k, top_p)
+_sample_tokens_op = torch.library.custom_op("igpt::sample_tokens", mutates_args=())(_sample_tokens)
 
 
 @_sample_tokens_op.register_fake

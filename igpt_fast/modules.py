@@ -1,0 +1,51 @@
+"""Whether the modules of a model are its own: what computes with their weights alone leaves out what others added.
+
+An adapter, a pruning or a quantisation replaces modules or hooks onto them. Whoever calls the modules computes with
+it; what is saved, and the steps of sampling, know tensors only.
+"""
+
+from torch import Tensor, nn
+
+from igpt_fast.errors import InputError
+
+HOOKS = "_forward_hooks", "_forward_pre_hooks"
+HOME = "igpt_fast.model"  # where the classes of our modules are
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nobody would notice that a module of ours is computed with its weights, and not called."""
+    return type(module).__module__ == HOME and not any(getattr(module, kind) for kind in HOOKS)
+
+
+def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
+    """An ImageGPT's parameters by name. Raises InputError where some are not its own, or where own ones are gone."""
+    for name, module in model.named_modules():
+        if module is not model and (reason := _replaced(module)):
+            raise InputError(f"{name} {reason}, which no file of an ImageGPT has room for; {_REMEDY}")
+    return dict(model.named_parameters())
+
+
+def refuse_changed(model: nn.Module) -> None:
+    """InputError that names a module of the blocks whose call the steps of sampling would leave out."""
+    for name, module in model.blocks.named_modules():
+        reason = _replaced(module)
+        if reason is None and any(getattr(module, kind) for kind in HOOKS):
+            reason = "has hooks"
+        if reason is not None:
+            raise InputError(f"blocks.{name} {reason}, which the steps of sampling would leave out; {_REMEDY}")
+
+
+def _replaced(module: nn.Module) -> str | None:
+    """What a module has become; None for one of ours as it was made."""
+    if type(module) is nn.ModuleList:
+        return None
+    if type(module).__module__ != HOME:
+        return f"is a {type(module).__name__}"
+    if "forward" in module.__dict__:
+        return "has another forward"
+    if isinstance(module, nn.Linear) and set(module._parameters) != {"weight", "bias"}:
+        return f"has the parameters {', '.join(sorted(module._parameters))}"
+    return None
+
+
+_REMEDY = "merge adapters into the weights, and remove what was added"

@@ -1,0 +1,129 @@
+"""Modules that somebody has replaced or watches are computed with, or refused by name; never left out in silence."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from igpt_fast import Config, ImageGPT, InputError, sample
+from igpt_fast.checkpoint import save_checkpoint
+from igpt_fast.weights import to_hf_state_dict
+
+LINEARS = "attn.qkv", "attn.proj", "mlp.fc", "mlp.proj"
+
+
+class Adapter(nn.Linear):
+    """A low rank beside the weights of another linear, as libraries for it have it."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__(base.in_features, base.out_features)
+        self.weight, self.bias = base.weight, base.bias
+        self.down, self.up = (nn.Parameter(torch.randn(n, 2)) for n in (base.in_features, base.out_features))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias) + x @ self.down @ self.up.t()
+
+
+class Wrapper(nn.Module):
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def make() -> ImageGPT:
+    torch.manual_seed(0)
+    model = ImageGPT(Config(layers=2, width=32, heads=2, colors=8, size=(4, 4), bias=True))
+    nn.init.normal_(model.wtet)
+    return model
+
+
+def replace(model: ImageGPT, name: str, kind: type) -> nn.Module:
+    room, own = name.split(".")
+    base = getattr(getattr(model.blocks[1], room), own)
+    setattr(getattr(model.blocks[1], room), own, made := kind(base))
+    return made
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(8, (3, 4, 4), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_an_adapter_learns_and_counts(name):
+    model, merged = make(), make()
+    adapter = replace(model, name, Adapter)
+    with torch.no_grad():
+        merged.blocks[1].get_submodule(name).weight += adapter.up @ adapter.down.t()
+    loss = model.loss(tokens())
+    loss.backward()
+    assert torch.allclose(loss, merged.loss(tokens()), rtol=1e-5) and adapter.down.grad.abs().max() > 0
+    assert abs(loss - make().loss(tokens())).item() > 1e-3
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_a_hook_is_called(name):
+    model, seen = make(), []
+    model.blocks[1].get_submodule(name).register_forward_hook(lambda _, args, out: seen.append(out.shape))
+    model.loss(tokens())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda model, name: replace(model, name, Adapter), "is a Adapter"),
+        (lambda model, name: replace(model, name, Wrapper), "is a Wrapper"),
+        (
+            lambda model, name: parametrize.register_parametrization(
+                model.blocks[1].get_submodule(name), "weight", Doubled()
+            ),
+            "is a ParametrizedLinear",
+        ),
+        (
+            lambda model, name: prune.l1_unstructured(model.blocks[1].get_submodule(name), "weight", 0.5),
+            "has the parameters bias, weight_orig",
+        ),
+        (
+            lambda model, name: setattr(model.blocks[1].get_submodule(name), "forward", lambda x: x),
+            "has another forward",
+        ),
+    ],
+)
+def test_what_knows_tensors_only_refuses_changed_modules(tmp_path, name, change, what):
+    model = make()
+    change(model, name)
+    for work in (
+        lambda: sample(model, n=1),
+        lambda: model.save_pretrained(tmp_path / "weights"),
+        lambda: save_checkpoint(tmp_path / "run", 1, model),
+        lambda: to_hf_state_dict(model),
+    ):
+        with pytest.raises(InputError, match=rf"blocks\.1\.{name} {what}, which .*; merge adapters into the weights"):
+            work()
+    assert not (tmp_path / "weights").exists() and not list((tmp_path / "run").rglob("step-*"))
+
+
+@pytest.mark.parametrize("name", ["1", "1.mlp", "0.attn.proj"])
+def test_steps_of_sampling_refuse_hooks(name):
+    model = make()
+    handle = model.blocks.get_submodule(name).register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match=rf"blocks\.{name} has hooks, which the steps of sampling would leave out"):
+        sample(model, n=1)
+    handle.remove()
+    assert sample(model, n=1).shape == (1, 4, 4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_is_the_model():
+    model, other = make().eval(), tokens().flip(0)
+    traced = torch.jit.trace(model, tokens(), check_trace=False)
+    assert torch.allclose(traced(other), model(other), atol=1e-4)

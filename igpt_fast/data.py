@@ -112,7 +112,7 @@ def tokenize(
             for name in ("palette.npy", "labels.npy", "names.json", "meta.json"):
                 with open(work / name, "rb") as file:
                     os.fsync(file.fileno())
-            if os.path.lexists(out) and not overwrite and any(out.iterdir()):
+            if is_token_directory(out) and not overwrite:
                 raise InputError(f"{out}: another process has written tokens there meanwhile; start again to use them")
             _refuse_existing(out, overwrite)
             move_into_place(work, out)

@@ -18,8 +18,8 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Within a `with`, notes the first signal of STOPPING; a second one does what it always does. What the process was
-    started to ignore, as nohup has it of SIGHUP, it ignores.
+    """Within a `with`, notes the first signal of STOPPING; a second one does what it always does. SIGHUP is ignored where
+    nohup wants it to be.
 
     Signals reach the main thread only: in another thread nothing is noted. agree: the largest of the signals that
     several processes have noted, 0 for none, by the one noted here: then all of them stop at the same `check`.
@@ -31,7 +31,8 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            heard = [which for which in STOPPING if signal.getsignal(which) is not signal.SIG_IGN]
+            deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            heard = [which for which in STOPPING if not (deaf and which == signal.SIGHUP)]
             self._before = {which: signal.signal(which, self._note) for which in heard}
         return self
 

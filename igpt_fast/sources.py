@@ -196,8 +196,12 @@ def _open_folder(path: Path) -> Source:
         here = info.st_dev, info.st_ino
         if here in above:  # a link that leads back up; folders that are there twice are read twice
             continue
-        with os.scandir(path / folder) as scan:
-            entries = list(scan)
+        try:
+            entries = list(os.scandir(path / folder))
+        except OSError as error:
+            raise InputError(
+                f"{path / folder}: cannot be read ({error.strerror}); allow it, or move it elsewhere"
+            ) from error
         ours = made_here(path / folder, {entry.name for entry in entries}, given=not folder)
         for entry in entries:
             name, own = posixpath.join(folder, entry.name), made or entry.name in ours

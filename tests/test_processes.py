@@ -191,7 +191,7 @@ def test_every_signal_that_ends_a_job_stops_a_run(which):
     assert which == signal.SIGINT or ended.value.code == 128 + which
 
 
-def test_what_a_process_was_started_to_ignore_it_ignores():
+def test_nohup_is_obeyed():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Stop() as stop:

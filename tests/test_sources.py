@@ -172,6 +172,13 @@ def test_links(folder, tmp_path):
     assert open_source(tmp_path / "links.tar").ignored == {OTHER: 1}
 
 
+def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch):
+    real, closed = os.scandir, folder / "c"
+    monkeypatch.setattr(os, "scandir", lambda path: real(path if path != closed else folder / "nothing"))
+    with pytest.raises(InputError, match=r"/c: cannot be read \(No such .*\); allow it, or move it elsewhere"):
+        open_source(folder)
+
+
 def test_scans_in_files_of_their_own_kind_are_named(folder):
     for name in ("a.dcm", "b.nii.gz"):
         (folder / name).write_bytes(b"x")

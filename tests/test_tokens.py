@@ -253,7 +253,7 @@ def test_only_the_works_of_the_dead_are_removed(tmp_path, monkeypatch):
         real(*arguments)
 
     monkeypatch.setattr(ShardWriter, "write", another)
-    with pytest.raises(InputError, match="holds tokens already"):  # the other was faster
+    with pytest.raises(InputError, match="another process has written tokens there"):
         write_tokens(tmp_path)
     assert len(during) == 1 and during != [".tokens.0123abcd.tmp"], "the dead one's is gone, the living one's is not"
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "images.npy", "tokens"])

@@ -15,6 +15,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.joined import refuse_misfit
 from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
+from igpt_fast.processes import Processes
 from igpt_fast.tokens import TokenDataset
 
 # Student's t: 95 % lies within so many standard errors, for 1 to 30 degrees of freedom.
@@ -60,14 +61,16 @@ def evaluate(
     indices: Sequence[int] | np.ndarray | None = None,
     batch: int | None = None,
     amp: bool = False,
+    processes: Processes | None = None,
 ) -> Likelihood:
     """Scores whole images under an autoregressive model: -ln p(image) / pixels, with no pixel left out.
 
-    indices: which images; None: all. batch: images side by side; None: what fits. amp: bf16 autocast. Progress is shown
-    on stderr. Raises InputError for a BERT model, which gives images no likelihood, for tokens that do not fit the
-    model, for no image at all, for a batch below 1, and for a result that is not finite.
+    indices: which images; None: all. batch: images side by side; None: what fits. amp: bf16 autocast. processes: those
+    that share the images, see igpt_fast.processes.together. Progress is shown on stderr. Raises InputError for a BERT
+    model, which gives images no likelihood, for tokens that do not fit the model, for no image at all, for a batch
+    below 1, and for a result that is not finite.
     """
-    began, config, device = time.monotonic(), model.config, model.wte.device
+    began, config = time.monotonic(), model.config
     if config.objective != "ar":
         raise InputError(f"an objective={config.objective!r} model gives whole images no likelihood; use an 'ar' model")
     refuse_misfit(dataset, config)
@@ -83,7 +86,9 @@ def evaluate(
         losses = ops.linear_cross_entropy(model.hidden(tokens), model.wtet, tokens)
         return losses.reshape(tokens.shape).double().mean(1)
 
-    over_images(nats_of, nats, dataset, indices, batch, device, amp, "scoring", "likelihoods")
+    over_images(
+        nats_of, nats, dataset, indices, batch, processes or Processes(model.wte.device), amp, "scoring", "likelihoods"
+    )
     mean, reach = float(nats.mean()), interval(nats)
     low, high = (None, None) if reach is None else (mean - reach, mean + reach)
     return Likelihood(mean, low, high, nats, config.tokens, config.colors, time.monotonic() - began)

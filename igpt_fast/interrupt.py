@@ -18,8 +18,8 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Within a `with`, notes the first signal of STOPPING; a second one does what it always does. SIGHUP is ignored where
-    nohup wants it to be.
+    """Within a `with`, notes the first signal of STOPPING; a second one does what it always does. Where nohup wants
+    SIGHUP to be ignored, it is.
 
     Signals reach the main thread only: in another thread nothing is noted. agree: the largest of the signals that
     several processes have noted, 0 for none, by the one noted here: then all of them stop at the same `check`.

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from igpt_fast.errors import InputError
 
-HOOKS = "_forward_hooks", "_forward_pre_hooks"
+FORWARD_HOOKS = "_forward_hooks", "_forward_pre_hooks"
+HOOKS = *FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks"
 HOME = "igpt_fast.model"  # where the classes of our modules are
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether nobody would notice that a module of ours is computed with its weights, and not called."""
-    return type(module).__module__ == HOME and not any(getattr(module, kind) for kind in HOOKS)
+    own = module.__dict__
+    return type(module).__module__ == HOME and "forward" not in own and not any(own[kind] for kind in HOOKS)
 
 
 def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
@@ -29,7 +31,7 @@ def refuse_changed(model: nn.Module) -> None:
     """InputError that names a module of the blocks whose call the steps of sampling would leave out."""
     for name, module in model.blocks.named_modules():
         reason = _replaced(module)
-        if reason is None and any(getattr(module, kind) for kind in HOOKS):
+        if reason is None and any(getattr(module, kind) for kind in FORWARD_HOOKS):
             reason = "has hooks"
         if reason is not None:
             raise InputError(f"blocks.{name} {reason}, which the steps of sampling would leave out; {_REMEDY}")

@@ -13,6 +13,7 @@ from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
 from igpt_fast.pictures import figure_png_bytes, new_figure, set_title
+from igpt_fast.processes import Processes
 from igpt_fast.tokens import TokenDataset
 
 WRITTEN = 24  # classes up to which the cells of a picture hold their numbers
@@ -50,14 +51,15 @@ def predict(
     indices: np.ndarray | None = None,
     batch: int | None = None,
     amp: bool = False,
+    processes: Processes | None = None,
 ) -> Answers:
     """Asks a model with a classifier head for the classes of images.
 
-    indices: which; None: all. batch: images side by side; None: what fits. amp: bf16 autocast. Progress is shown on
-    stderr. Raises InputError for a model without a head, tokens that do not fit it, no image at all, a
-    batch below 1, and probabilities that are not finite.
+    indices: which; None: all. batch: images side by side; None: what fits. amp: bf16 autocast. processes: those that
+    share the images, see igpt_fast.processes.together. Progress is shown on stderr. Raises InputError for a model
+    without a head, tokens that do not fit it, no image at all, a batch below 1, and probabilities that are not finite.
     """
-    classes, config, device = class_names(model), model.config, model.wte.device
+    classes, config = class_names(model), model.config
     refuse_misfit(dataset, config)
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     if not len(indices):
@@ -65,7 +67,17 @@ def predict(
     found = np.empty((len(indices), len(classes)), np.float32)
     batch = images_at_once(config) if batch is None else batch
     shares = lambda tokens: model.classify(tokens).float().softmax(1)  # noqa: E731
-    over_images(shares, found, dataset, indices, batch, device, amp, "classifying", "probabilities")
+    over_images(
+        shares,
+        found,
+        dataset,
+        indices,
+        batch,
+        processes or Processes(model.wte.device),
+        amp,
+        "classifying",
+        "probabilities",
+    )
     return Answers(indices, found, classes)
 
 

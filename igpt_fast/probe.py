@@ -25,6 +25,7 @@ from igpt_fast.labels import choose_labelled, warn_of_few
 from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
 from igpt_fast.pictures import COLOURS, figure_png_bytes, new_figure, set_title
+from igpt_fast.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,17 @@ def probe(
     seed: int = 0,
     batch: int | None = None,
     amp: bool = False,
-) -> ProbeResult:
+    processes: Processes | None = None,
+) -> ProbeResult | None:
     """Probes a model's layers on a labelled dataset.
 
     layers: which; None: all, 0 to model.config.layers. test_fraction: the test images are those that training with
     that val_fraction, or a larger one, never saw: `dataset.split("val", test_fraction)`. limit: at most so many images.
     per_class: learn from so few of each class, to see what little teaching is worth. `seed` draws both, and the parts
     of the validation; nothing else is left to chance. batch: images side by side; None: what fits. amp: features in
-    bf16 autocast. Progress is shown on stderr. All features are held at once: images · layers · width · 4 bytes.
+    bf16 autocast. processes: those that share the images, see igpt_fast.processes.together; the first alone learns from
+    their features, and others are given None. Progress is shown on stderr. All features are held at once: images ·
+    layers · width · 4 bytes.
 
     Raises InputError for a dataset without labels, with one class, with too few images or with tokens that do not fit
     the model, and for options out of range.
@@ -87,7 +91,9 @@ def probe(
     warn_of_few(chosen, per_class)
     indices, labels, test = chosen.indices, chosen.labels, chosen.test
     folds = draw_folds(labels, test, seed)
-    pooled = extract_features(model, dataset, indices, layers, batch, amp)
+    pooled = extract_features(model, dataset, indices, layers, batch, amp, processes)
+    if processes is not None and not processes.first:
+        return None
     scores = []
     with progress((len(layers) + 1) * count_fits(folds), "regressions", "fit") as bar:
         for layer, features in zip((*layers, None), (*pooled, None), strict=True):
@@ -141,12 +147,14 @@ def extract_features(
     layers: Sequence[int],
     batch: int | None = None,
     amp: bool = False,
+    processes: Processes | None = None,
 ) -> np.ndarray:
     """Pooled features of the images `indices`: float32 [len(layers), len(indices), width], all layers in one pass.
 
-    amp: matrix products in bf16 autocast. Raises InputError when the machine's memory cannot hold them.
+    amp: matrix products in bf16 autocast. processes: those that share the images. Raises InputError when the machine's
+    memory cannot hold them.
     """
-    config, device = model.config, model.wte.device
+    config = model.config
     needed, there = len(layers) * len(indices) * config.width * 4, memory_of(torch.device("cpu"))
     if needed > there:
         raise InputError(
@@ -161,7 +169,8 @@ def extract_features(
             return model.features(tokens, layers[0])[:, None].float()  # the blocks above need not run
         return model.features(tokens)[list(layers)].transpose(0, 1).float()
 
-    over_images(features, pooled.swapaxes(0, 1), dataset, indices, batch, device, amp, "features", "features")
+    where = processes or Processes(model.wte.device)
+    over_images(features, pooled.swapaxes(0, 1), dataset, indices, batch, where, amp, "features", "features")
     return pooled
 
 

@@ -1,8 +1,8 @@
-"""Training in several processes, each on a device of its own: what torchrun starts, on one machine or on many.
+"""Several processes, each on a device of its own: what torchrun starts, on one machine or on many.
 
-All take every step together. Each learns from its share of the step's images, and torch's DistributedDataParallel
-averages the gradients while the backward pass still runs; so all hold the same weights, and the first process alone
-writes and speaks.
+In training all take every step together. Each learns from its share of the step's images, and torch's
+DistributedDataParallel averages the gradients while the backward pass still runs; so all hold the same weights. Where a
+model is measured, each looks at its share of the images. The first process alone writes and speaks.
 """
 
 import os
@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells
 
 
 class Processes:
-    """Those that train together, seen from one of them: number `rank` of `count`."""
+    """Those that work together, seen from one of them: number `rank` of `count`."""
 
     def __init__(self, device: torch.device, rank: int = 0, count: int = 1) -> None:
         self.device, self.rank, self.count, self.first = device, rank, count, rank == 0
@@ -53,6 +54,13 @@ class Processes:
     def share(self, tokens: Tensor) -> Tensor:
         """This process's part of a step's images [N, …] → [N / count, …]; N is a multiple of count."""
         return tokens.chunk(self.count)[self.rank] if self.count > 1 else tokens
+
+    def fill(self, found: np.ndarray) -> None:
+        """Puts the rows rank, rank + count, … of every process's own array into place, in each of them."""
+        for rank in range(self.count if self.count > 1 else 0):
+            rows = torch.from_numpy(found[rank :: self.count].copy())
+            dist.broadcast(rows, rank, group=self._hosts)
+            found[rank :: self.count] = rows.numpy()
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
@@ -131,7 +139,7 @@ def together(device: "str | torch.device | Processes") -> Iterator[Processes]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise InputError("another of the processes has ended, see what it said; --resume goes on from there") from error
+        raise InputError("another of the processes has ended, see what it said; a run goes on by --resume") from error
     finally:
         if not there:
             dist.destroy_process_group()

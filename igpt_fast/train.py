@@ -48,11 +48,11 @@ def train(
     config: the model's shape, which must fit the dataset's size and colours; may be None when resuming, and with init:
     a model whose weights are copied to begin with, at the dataset's size and by config's pattern, which may be others
     (see igpt_fast.weights.reshaped). options: fields of igpt_fast.options.Options. command: what else shall stand in
-    train.json; its "resume" is what a stopped run tells the user to type. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save
-    a checkpoint and raise KeyboardInterrupt or SystemExit(143 of SIGTERM); a second stops at once. In each of the processes that torchrun starts,
-    this trains with the others (igpt_fast.processes): options.batch images a step in all. Raises InputError for bad
-    options, a run that holds a checkpoint (without resume) or none (with), a resume that would change the model or the
-    data, a checkpoint that cannot be read or written, a loss that is not finite.
+    train.json; its "resume" is what a stopped run tells the user to type. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save a
+    checkpoint and raise KeyboardInterrupt or SystemExit(143 of SIGTERM); a second stops at once. In each of the
+    processes that torchrun starts, this trains with the others (igpt_fast.processes): options.batch images a step in
+    all. Raises InputError for bad options, a run that holds a checkpoint (without resume) or none (with), a resume that
+    would change the model or the data, a checkpoint that cannot be read or written, a loss that is not finite.
     """
     chosen, run = Options(**options), Path(run)
 

@@ -53,9 +53,9 @@ def test_one_process_is_enough_for_most_commands(igpt, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     words = {"plan": 0, "demo": 0, "sample": 1, "palette": 1}
-    for command in [*words, "tokenize", "complete", "probe", "classify", "eval", "convert"]:
+    for command in [*words, "tokenize", "complete", "convert"]:
         code, printed, said = igpt(command, *["x"] * words.get(command, 2))
-        wanted = f"error: {command} runs in one process, of several only train, finetune, info"
+        wanted = f"error: {command} runs in one process, of several only train, finetune, eval, classify, probe, info"
         assert code == 2 and not printed and said == f"{wanted}: start it without torchrun\n"
     monkeypatch.setenv("RANK", "1")
     assert igpt("plan") == (2, "", ""), "one of them says it"

@@ -30,9 +30,9 @@ LAYERS = [
     {"ops", "replay"},
     {"modules", "palette", "kmeans", "images", "decode", "arrays", "made", "sources", "pixels", "tokens"},
     {"model", "pretrained", "image_tensors", "accelerate"},
-    {"data", "joined", "over_images", "weights", "checkpoint"},
+    {"data", "joined", "weights", "checkpoint"},
     {"cached", "drawing", "sample", "classify", "options", "run", "batches", "labels", "task"},
-    {"train", "finetune", "plan", "loop", "processes", "probe", "predict", "evaluate", "sklearn"},
+    {"over_images", "train", "finetune", "plan", "loop", "processes", "probe", "predict", "evaluate", "sklearn"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},
 ]

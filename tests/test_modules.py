@@ -72,8 +72,9 @@ def test_an_adapter_learns_and_counts(name):
 def test_a_hook_is_called(name):
     model, seen = make(), []
     model.blocks[1].get_submodule(name).register_forward_hook(lambda _, args, out: seen.append(out.shape))
-    model.loss(tokens())
-    assert len(seen) == 1
+    model.blocks[0].get_submodule(name).register_full_backward_hook(lambda *_: seen.append("backward"))
+    model.loss(tokens()).backward()
+    assert len(seen) == 2 and seen[1] == "backward"
 
 
 @pytest.mark.parametrize("name", LINEARS)

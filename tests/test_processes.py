@@ -1,4 +1,4 @@
-"""Training in several processes: torchrun starts two, and they learn what one would, to the bit."""
+"""Several processes: torchrun starts two, and they learn what one would, to the bit, and measure what one does."""
 
 import json
 import os
@@ -64,6 +64,14 @@ def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def flat(value: object) -> list:
+    """The values in nested lists and dicts, one after another."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return [leaf for each in inner for leaf in flat(each)]
+    return [value]
+
+
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory) -> TokenDataset:
     return write_labelled(tmp_path_factory.mktemp("labelled"), np.arange(60) % 3)
@@ -105,6 +113,29 @@ def test_two_processes_learn_classes_as_one_would(labelled, trained, tmp_path):
     ]
     assert measured[0] == pytest.approx(measured[1], rel=1e-6)
     assert find_best(trained / "classes").name == alone.checkpoint.name
+
+
+@pytest.mark.parametrize("command", ["eval", "classify", "probe"])
+def test_two_processes_measure_what_one_does(igpt, labelled, trained, tmp_path, command):
+    def words(place: str) -> list:
+        ending = {"eval": [], "classify": ["-o", tmp_path / f"{place}.csv"], "probe": ["-o", tmp_path / f"{place}.png"]}
+        return [command, trained / "classes", labelled.path, "--batch", "7", *ending[command], "--json"]
+
+    code, out, err = finish(start("-m", "igpt_fast.cli", *words("two")))
+    assert code == 0 and err.count("images/s") <= 2, err
+    alone, both = json.loads(igpt(*words("one"))[1]), json.loads(out)
+    for found in (alone, both):
+        for name in ("seconds", "out", "figure"):
+            found.pop(name, None)
+    numbers, texts = ([[v for v in flat(f) if isinstance(v, kind)] for f in (alone, both)] for kind in (float, str))
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-5) and texts[0] == texts[1] and alone.keys() == both.keys()
+    assert len(numbers[0]) >= 3
+
+
+def test_images_are_not_shared(labelled, trained):
+    folder = labelled.path.parent
+    code, out, err = finish(start("-m", "igpt_fast.cli", "eval", trained / "classes", folder))
+    assert code and not out and err.count("error: ") == 1 and "several processes share tokens; make them once" in err
 
 
 def test_two_processes_end_early_at_one_step(trained):

@@ -31,7 +31,7 @@ LESS = {
 
 
 # Commands that share their work among the processes of torchrun; info has none.
-SEVERAL = ("train", "finetune", "info")
+SEVERAL = ("train", "finetune", "eval", "classify", "probe", "info")
 
 
 class _Group(TyperGroup):

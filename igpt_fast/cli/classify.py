@@ -1,5 +1,6 @@
 """`igpt-fast classify`: the classes of images, by a model with a classifier head."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from igpt_fast.console import answer, number, printable, say
 from igpt_fast.errors import InputError
 from igpt_fast.pictures import write_atomically
 from igpt_fast.predict import Answers, answers_csv, class_names, predict, table_png
+from igpt_fast.processes import together
 from igpt_fast.tokens import TokenDataset
 
 FEW = 10  # images whose answers are also said
@@ -72,13 +74,18 @@ def classify(
     check_place(out, ".csv")
     if confusion is not None:
         check_place(confusion, ".png")
-    checkpoint = open_to_measure(model, device)
-    classes = class_names(checkpoint.model)
-    with tokens_for(checkpoint, data, resize, gray_bits, on_error) as dataset:
-        labels = _labels(dataset, classes)
-        if confusion is not None and (labels < 0).all():
-            raise InputError(f"{data}: has no labels that the model knows: --confusion needs a folder for each class")
-        answers = predict(checkpoint.model, dataset, batch=batch, amp=bf16)
+    with ExitStack() as stack:
+        processes = stack.enter_context(together(device))
+        with processes.first_goes_ahead():
+            checkpoint = open_to_measure(model, [data], processes)
+            classes = class_names(checkpoint.model)
+            dataset = stack.enter_context(tokens_for(checkpoint, data, resize, gray_bits, on_error))
+            labels = _labels(dataset, classes)
+            if confusion is not None and (labels < 0).all():
+                raise InputError(f"{data}: has no labels that the model knows: --confusion needs a folder a class")
+        answers = predict(checkpoint.model, dataset, batch=batch, amp=bf16, processes=processes)
+        if not processes.first:
+            return
         seen, names = seen_among(checkpoint, dataset, answers.indices), dataset.names
     known = labels >= 0
     write_atomically(out, answers_csv(answers, names, labels if known.any() else None, probabilities))

@@ -1,5 +1,6 @@
 """`igpt-fast eval`: how likely a model finds images."""
 
+from contextlib import ExitStack
 from enum import Enum
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from igpt_fast.console import answer, number
 from igpt_fast.errors import InputError
 from igpt_fast.evaluate import Likelihood
 from igpt_fast.evaluate import evaluate as evaluate_model
+from igpt_fast.processes import together
 
 
 class Split(str, Enum):
@@ -67,12 +69,17 @@ def evaluate(
     """
     if not 0 <= val_fraction <= 1:  # also catches NaN
         raise InputError(f"--val-fraction is {val_fraction}; use a fraction from 0 to 1")
-    checkpoint = open_to_measure(model, device)
-    with tokens_for(checkpoint, data, resize, gray_bits, on_error) as dataset:
+    with ExitStack() as stack:
+        processes = stack.enter_context(together(device))
+        with processes.first_goes_ahead():
+            checkpoint = open_to_measure(model, [data], processes)
+            dataset = stack.enter_context(tokens_for(checkpoint, data, resize, gray_bits, on_error))
         indices = dataset.split(split.value, val_fraction)
         if limit is not None and limit < len(indices):
             indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
-        result = evaluate_model(checkpoint.model, dataset, indices, batch, amp=bf16)
+        result = evaluate_model(checkpoint.model, dataset, indices, batch, bf16, processes)
+        if not processes.first:
+            return
         seen = seen_among(checkpoint, dataset, indices)
     images = f"{number(len(indices))} image{'s' * (len(indices) > 1)} of {called(data)}"
     for line in (f"{described(checkpoint)}, on {images}:", *summary(result)):

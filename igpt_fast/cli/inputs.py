@@ -13,9 +13,9 @@ import typer
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.options import GRAY_BITS, OnError, Resize
 from igpt_fast.data import Source, open_tokens
-from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.pixels import as_source
+from igpt_fast.processes import Processes
 from igpt_fast.run import OPTIONS, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
@@ -107,9 +107,15 @@ def called(data: Path) -> str:
     return data.name or str(data.resolve())
 
 
-def open_to_measure(model: Path, device: str) -> Checkpoint:
-    """open_model, float16 weights widened to float32: activations of a sound model can overflow float16."""
-    checkpoint = open_model(model, pick_device(device))
+def open_to_measure(model: Path, data: list[Path], processes: Processes) -> Checkpoint:
+    """open_model, float16 weights widened to float32: activations of a sound model can overflow float16.
+
+    data: what is to be measured, which several processes share as tokens only. Raises InputError.
+    """
+    images = [path for path in data if not is_token_directory(path)]
+    if images and processes.count > 1:
+        raise InputError(f"{images[0]}: several processes share tokens; make them once with igpt-fast tokenize")
+    checkpoint = open_model(model, processes.device)
     if checkpoint.model.wte.dtype is torch.float16:
         checkpoint.model.float()
     return checkpoint

@@ -34,6 +34,7 @@ from igpt_fast.labels import choose_labelled
 from igpt_fast.pictures import write_atomically
 from igpt_fast.probe import ProbeResult, check_options, figure_png
 from igpt_fast.probe import probe as probe_model
+from igpt_fast.processes import together
 
 
 def register(app: typer.Typer) -> None:
@@ -88,19 +89,25 @@ def probe(
     test_fraction = 0.2 if test_fraction is None else test_fraction
     load_sklearn()
     check_place(out, ".png")
-    checkpoint = open_to_measure(model, device)
-    depth = checkpoint.model.config.layers
-    chosen = parse_layers(layers, depth)
-    check_options(depth, chosen, test_fraction, limit, per_class, batch)
     with ExitStack() as stack:
-        dataset = stack.enter_context(tokens_for(checkpoint, data, resize, gray_bits, on_error))
-        if test is not None:
-            dataset = JoinedTokens(
-                dataset, stack.enter_context(tokens_for(checkpoint, test, resize, gray_bits, on_error))
+        processes = stack.enter_context(together(device))
+        with processes.first_goes_ahead():
+            checkpoint = open_to_measure(model, [data, *([] if test is None else [test])], processes)
+            depth = checkpoint.model.config.layers
+            chosen = parse_layers(layers, depth)
+            check_options(depth, chosen, test_fraction, limit, per_class, batch)
+            dataset, *tests = (
+                stack.enter_context(tokens_for(checkpoint, path, resize, gray_bits, on_error))
+                for path in (data, test)
+                if path is not None
             )
+        if tests:
+            dataset = JoinedTokens(dataset, *tests)
             test_fraction = len(dataset.test) / len(dataset)
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
-        result = probe_model(checkpoint.model, dataset, layers=chosen, **options, amp=bf16)
+        result = probe_model(checkpoint.model, dataset, layers=chosen, **options, amp=bf16, processes=processes)
+        if not processes.first:
+            return
         seen = seen_in_test(checkpoint, dataset, choose_labelled(dataset, test_fraction, limit, per_class, seed))
     step = "" if checkpoint.step is None else f", step {checkpoint.step},"
     show(result, as_json)

@@ -52,7 +52,7 @@ def test_other_errors_of_torch_keep_their_traceback(igpt, tmp_path, monkeypatch)
 def test_one_process_is_enough_for_most_commands(igpt, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    words = {"plan": 0, "demo": 0, "sample": 1, "palette": 1}
+    words = {"plan": 0, "demo": 0, "sample": 1, "palette": 1, "pattern": 1}
     for command in [*words, "tokenize", "complete", "convert"]:
         code, printed, said = igpt(command, *["x"] * words.get(command, 2))
         wanted = f"error: {command} runs in one process, of several only train, finetune, eval, classify, probe, info"

@@ -10,7 +10,6 @@ from PIL import Image
 
 from igpt_fast import BlockMask, InputError
 from igpt_fast.patterns import PATTERNS, Rows, compiled, parse, parts_of, row, unpack
-from igpt_fast.patterns.__main__ import main
 from igpt_fast.patterns.orders import ORDERS, tiles_by_order
 from igpt_fast.patterns.predicates import _drawn
 
@@ -214,20 +213,17 @@ def test_parts_hold_only_what_those_before_do_not(monkeypatch):
         assert sum(int(unpack(tables, 480).sum()) for tables in parts_of(mask.tensors)) == mask.pairs
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(igpt, tmp_path):
     out = tmp_path / "p.png"
-    assert main(["row|neighborhood(7)", "--side", "12", "20", "-o", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "row | neighborhood(7) on 12 x 20: 240 tokens" in printed and "Hilbert" in printed
-    assert Image.open(out).size == (1096, 588)
-    assert main(["column", "--side", "8", "--json", "-o", str(out)]) == 0
-    costs = json.loads(capsys.readouterr().out)
-    assert (
-        costs["tiles"]["transposed"] == 1
-        and costs["masks"] == 1
-        and costs["order"] == "raster"
-        and costs["picture"] == str(out)
-    )
-    for wrong in (["colum"], ["row", "--side", "0"], ["row", "--side", "1", "2", "3"], ["row", "-o", "/nowhere/p.png"]):
-        assert main(wrong) == 2
-        assert capsys.readouterr().err.startswith("error: ")
+    code, printed, said = igpt("pattern", "row|neighborhood(7)", "--size", "12x20", "-o", out)
+    assert code == 0 and "row | neighborhood(7) on 12 x 20: 240 tokens" in printed and "Hilbert" in printed
+    assert Image.open(out).size == (1096, 588) and said == f"wrote {out}\n"
+    code, printed, _ = igpt("pattern", "column", "--size", "8", "--json", "-o", out)
+    costs = json.loads(printed)
+    assert code == 0 and costs["tiles"]["transposed"] == costs["masks"] == 1 and costs["picture"] == str(out)
+    assert costs["order"] == "raster" and costs["pair_density"] < 0.25
+    both = json.loads(igpt("pattern", "column", "--size", "8", "--objective", "bert", "--json", "-o", out)[1])
+    assert both["tiles_of_dense"] == 1 and both["pair_density"] == 8 / 64
+    for wrong in (["colum"], ["row", "--size", "0"], ["row", "--size", "1x2x3"], ["row", "-o", "/nowhere/p.png"]):
+        code, printed, said = igpt("pattern", *wrong)
+        assert code == 2 and not printed and said.startswith("error: ") and said.count("\n") == 1

@@ -10,15 +10,18 @@ each: images (one image), sources (lists of them), decode (many, in parallel), p
 import errno
 import json
 import os
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from igpt_fast.console import Bar, say
 from igpt_fast.console import progress as show_progress
-from igpt_fast.decode import check_options, decode
+from igpt_fast.decode import decode
 from igpt_fast.errors import InputError
+from igpt_fast.images import Reading
 from igpt_fast.palette import Palette
 from igpt_fast.pictures import move_into_place, refuse_others, work_directory
 from igpt_fast.pixels import FIT_LIMIT, Progress, as_source, by_name, fit_palette, load_pixels, refuse_none_left
@@ -43,30 +46,26 @@ def tokenize(
     palette: Palette | str | Path,
     out: str | Path,
     size: tuple[int, int] = (32, 32),
-    resize: str = "paper",
-    background: str = "white",
-    on_error: str = "raise",
+    *,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     fit: dict | None = None,
     shard_images: int | None = None,
-    gray_bits: int = 16,
+    **reading: Any,
 ) -> TokenDataset:
     """Writes a source's images as tokens to the directory `out` (see igpt_fast.tokens), and opens it.
 
     The tokens, in the order of the source's names, do not depend on `workers`. `out` appears when it is complete: until
     then the work lies beside it under a hidden name, which goes away when an error or Ctrl-C ends the work.
 
-    source: a Source, or a path for open_source. palette: a Palette or its file. size: (height, width). resize: "paper",
-    "hf" or "none". background: seen through transparent pixels. on_error: "raise", or "skip" to leave corrupt files out
-    and list them in meta["skipped"]. workers: processes that decode; 0: this one; None: one a core. overwrite:
-    replace `out` when it holds tokens. progress: called as progress(done, total). fit: how the palette was made, noted
-    in meta. shard_images: images in one file, 128 MiB when None. gray_bits: those that grayscale of 16 bits holds.
-    Raises InputError, leaving nothing behind.
+    source: a Source, or a path for open_source. palette: a Palette or its file. size: (height, width). workers:
+    processes that decode; 0: this one; None: one a core. overwrite: replace `out` when it holds tokens. progress:
+    called as progress(done, total). fit: how the palette was made, noted in meta. shard_images: images in one file, 128
+    MiB when None. reading: the other fields of igpt_fast.images.Reading: resize, background, on_error (what "skip"
+    leaves out is listed in meta["skipped"]), gray_bits. Raises InputError, leaving nothing behind.
     """
-    check_options(size, resize, background, on_error, gray_bits, workers)
-    out = Path(out)
+    out, how = Path(out), Reading(size, **reading)
     _refuse_existing(out, overwrite)
     source = as_source(source)
     palette = palette if isinstance(palette, Palette) else Palette.load(palette)
@@ -74,10 +73,10 @@ def tokenize(
         raise InputError(f"shard_images {shard_images} is less than 1; give how many images a file holds")
     try:
         with work_directory(out) as work:  # now: after an hour of work is a bad moment to learn that it cannot be
-            writer = ShardWriter(work, len(source), size, shard_images)
+            writer = ShardWriter(work, len(source), how.size, shard_images)
             failures: list[tuple[int, str]] = []
             done = 0
-            for part in decode(source, size, resize, background, on_error, workers, gray_bits=gray_bits):
+            for part in decode(source, how, workers):
                 if len(part.indices):
                     writer.write(part.indices, np.asarray(palette.encode(part.pixels)).astype(np.uint16))
                 failures += part.failures
@@ -91,14 +90,12 @@ def tokenize(
                 "format": FORMAT,
                 "version": VERSION,
                 "images": len(kept),
-                "size": [int(n) for n in size],
+                "size": list(how.size),
                 "colors": len(palette),
                 "shards": writer.finish(kept),
                 "classes": source.classes,
                 "class_counts": source.classes and {c: int((labels == k).sum()) for k, c in enumerate(source.classes)},
-                "resize": resize,
-                "background": background,
-                "gray_bits": gray_bits,
+                **_noted(how),
                 "source": str(source.path.absolute()),
                 "source_stamp": source.stamp,
                 "ignored": source.ignored,
@@ -131,15 +128,12 @@ def open_tokens(
     cache_dir: str | Path | None = None,
     *,
     size: tuple[int, int] | None = None,
-    resize: str = "paper",
-    background: str = "white",
-    on_error: str = "raise",
     workers: int | None = None,
     colors: int = 512,
     seed: int = 0,
-    gray_bits: int = 16,
     kept: bool = True,
     remedy: str = "delete that directory to make them anew",
+    **reading: Any,
 ) -> TokenDataset:
     """Opens a token directory, or makes one at `cache_dir` from images first, and opens that.
 
@@ -155,24 +149,21 @@ def open_tokens(
         tokens = TokenDataset(path)
         _refuse_other(tokens, {} if size is None else {"size": list(size)}, palette, "give tokens that fit, or images")
         return tokens
-    size = size or (32, 32)
-    check_options(size, resize, background, on_error, gray_bits)
+    how = Reading(size or (32, 32), **reading)
     source = as_source(path)
     if cache_dir is None:
         raise InputError(f"{source.path}: holds images, not tokens; run igpt-fast tokenize first, or say cache_dir")
     fit = {"colors": colors, "seed": seed, "limit": FIT_LIMIT} if palette is None else None
     if is_token_directory(cache_dir):
         tokens = TokenDataset(cache_dir)
-        wanted = {"size": list(size), "resize": resize, "background": background, "gray_bits": gray_bits}
-        wanted |= {"source_stamp": source.stamp}
-        wanted |= {"skipped": []} if on_error == "raise" else {}
+        wanted = {"size": list(how.size), **_noted(how), "source_stamp": source.stamp}
+        wanted |= {"skipped": []} if how.on_error == "raise" else {}
         wanted |= {"palette_fit": fit} if palette is None else {}
         _refuse_other(tokens, wanted, palette, remedy)
         say(f"using the tokens at {cache_dir} again: {_summary(tokens)}")
         return tokens
     _refuse_existing(Path(cache_dir), overwrite=False)
-    options = {"size": size, "resize": resize, "background": background, "on_error": on_error, "workers": workers}
-    options |= {"gray_bits": gray_bits}
+    options = {**asdict(how), "workers": workers}
     if palette is None:
         with show_progress(min(len(source), FIT_LIMIT), "images", "palette") as bar:
             palette, _, _ = fit_palette(
@@ -200,6 +191,11 @@ def report_left_out(ignored: dict[str, int], skipped: list[str], listed: int = 2
 def show_steps(bar: Bar, step: int, _: int) -> None:
     """Shows the steps of k-means behind the images that a bar counts; bound to its bar, a `fitting` of fit_palette."""
     bar.to(bar.done, **{"k-means steps": step})
+
+
+def _noted(how: Reading) -> dict[str, Any]:
+    """What of it the tokens note, beside their size."""
+    return {name: getattr(how, name) for name in ("resize", "background", "gray_bits")}
 
 
 def _summary(tokens: TokenDataset) -> str:

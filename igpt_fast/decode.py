@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from igpt_fast.errors import InputError
-from igpt_fast.images import DARK, DARK_COLOUR, DIM, PAGES, RESIZES, parse_background, read_image, resize_image
+from igpt_fast.images import DARK, DARK_COLOUR, DIM, PAGES, Reading, read_image, resize_image
 from igpt_fast.sources import Reader, Source, fetch
 
 CHUNK = 64  # images a job: seconds of work for large photos, and at 32×32 a result of 196 kB
@@ -45,10 +45,7 @@ class Decoder:
     """What a worker has to know: where the bytes are, and what to make of them."""
 
     reader: Reader
-    size: tuple[int, int]
-    resize: str
-    background: str
-    gray_bits: int = 16
+    reading: Reading
 
     def __call__(self, items: list[tuple[str, object]]) -> tuple[np.ndarray, list[tuple[int, str]], Counter[str]]:
         """items: (name for errors, what Reader.fetch takes, or what it gave or raised) for each image.
@@ -56,18 +53,18 @@ class Decoder:
         Returns uint8 [n, H, W, 3] of those that could be decoded, (place in items, message) of the others, and how
         often read_image has noted what.
         """
-        pixels, failures, notes = [], [], Counter()
+        pixels, failures, notes, how = [], [], Counter(), self.reading
         for place, (where, item) in enumerate(items):
             try:
                 if isinstance(item, InputError):
                     raise item
                 data = item if isinstance(item, (bytes, np.ndarray)) else fetch(self.reader, item, where)
-                image = read_image(data, where, self.background, self.gray_bits)
-                pixels.append(resize_image(image, self.size, self.resize, where))
+                image = read_image(data, where, how.background, how.gray_bits)
+                pixels.append(resize_image(image, how.size, how.resize, where))
                 notes.update(image.info)
             except InputError as error:
                 failures.append((place, str(error)))
-        return np.array(pixels, np.uint8).reshape(-1, *self.size, 3), failures, notes
+        return np.array(pixels, np.uint8).reshape(-1, *how.size, 3), failures, notes
 
 
 @dataclass(frozen=True)
@@ -90,59 +87,30 @@ def default_workers(images: int) -> int:
     return 0 if images < FEW else min(cores, MOST_WORKERS)
 
 
-def check_options(
-    size: tuple[int, int],
-    resize: str,
-    background: str,
-    on_error: str,
-    gray_bits: int = 16,
-    workers: int | None = None,
-) -> None:
-    """Raises InputError when an option of `decode` is impossible, before any work is done."""
-    if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in size):
-        raise InputError(f"size {size!r} is not a size; give (height, width) in pixels, each at least 1")
-    if resize not in RESIZES:
-        raise InputError(f"resize {resize!r} is not known; give one of {', '.join(RESIZES)}")
-    if on_error not in ("raise", "skip"):
-        raise InputError(f"on_error {on_error!r} is not known; give raise or skip")
-    if not isinstance(gray_bits, int) or not 8 <= gray_bits <= 16:
-        raise InputError(f"gray_bits {gray_bits} is not from 8 to 16, the bits that grayscale of 16 bits can hold")
-    if workers is not None and workers < 0:
-        raise InputError(f"workers is {workers}; use 0 for none, or how many processes decode")
-    parse_background(background)
-
-
 def decode(
-    source: Source,
-    size: tuple[int, int] = (32, 32),
-    resize: str = "paper",
-    background: str = "white",
-    on_error: str = "raise",
-    workers: int | None = None,
-    indices: np.ndarray | None = None,
-    gray_bits: int = 16,
+    source: Source, reading: Reading, workers: int | None = None, indices: np.ndarray | None = None
 ) -> Iterator[Decoded]:
     """Decodes and resizes a source's images part by part; memory holds at most 64 of them a worker.
 
-    size: (height, width). resize: "paper", "hf" or "none", see igpt_fast.images.resize_image. background: behind
-    transparent pixels. on_error: "raise" raises InputError for the first corrupt image, "skip" reports it in
-    `failures`. workers: processes, 0 for none, None for one a core. indices: which images, all when None. gray_bits:
-    see igpt_fast.images.read_image. They come in the order in which the source reads fast: that of names, but for
-    compressed tars and .npz that of the file. What is lost on the way, of several pages or of 16 bits, is logged.
+    reading: how; with on_error "raise" the first corrupt image raises InputError, with "skip" it is reported in
+    `failures`. workers: processes, 0 for none, None for one a core. indices: which images, all when None. They come in
+    the order in which the source reads fast: that of names, but for compressed tars and .npz that of the file. What is
+    lost on the way, of several pages or of 16 bits, is logged.
     """
-    check_options(size, resize, background, on_error, gray_bits, workers)
+    if workers is not None and workers < 0:
+        raise InputError(f"workers is {workers}; use 0 for none, or how many processes decode")
     wanted = np.arange(len(source)) if indices is None else np.unique(indices)
     order = source.reading_order()
     order = order[np.isin(order, wanted)]
     chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
     workers = default_workers(len(order)) if workers is None else workers
-    decoder, notes = Decoder(source.reader, tuple(size), resize, background, gray_bits), Counter()
+    decoder, notes = Decoder(source.reader, reading), Counter()
     jobs = ([_item(source, int(index)) for index in chunk] for chunk in chunks)
     results = _in_workers(decoder, jobs, min(workers, len(chunks))) if workers else (decoder(job) for job in jobs)
     try:
         for chunk, (pixels, failures, noted) in zip(chunks, results, strict=True):
             notes.update(noted)
-            if failures and on_error == "raise":
+            if failures and reading.on_error == "raise":
                 raise InputError(f"{failures[0][1]}, or leave such files out with --on-error skip")
             good = np.delete(chunk, [place for place, _ in failures])
             yield Decoded(good, pixels, [(int(chunk[place]), message) for place, message in failures])

@@ -12,6 +12,7 @@ import io
 import logging
 import math
 import warnings
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -38,6 +39,30 @@ _TIFF = b"II*\0", b"MM\0*"  # how one begins
 _ORIENTATION = 0x0112  # the EXIF tag
 _PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
 _ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by the number of channels
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How image files become pixels. Raises InputError for what is impossible."""
+
+    size: tuple[int, int] = (32, 32)  # (height, width)
+    resize: str = "paper"  # "paper", "hf" or "none", see resize_image
+    background: str = "white"  # a colour name or #rrggbb, seen behind transparent pixels
+    on_error: str = "raise"  # or "skip", which leaves corrupt files out
+    gray_bits: int = 16  # those that grayscale of 16 bits holds, 12 in most scans
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or not all(isinstance(n, int | np.integer) and n >= 1 for n in self.size):
+            raise InputError(f"size {self.size!r} is not a size; give (height, width) in pixels, each at least 1")
+        object.__setattr__(self, "size", tuple(map(int, self.size)))
+        if self.resize not in RESIZES:
+            raise InputError(f"resize {self.resize!r} is not known; give one of {', '.join(RESIZES)}")
+        if self.on_error not in ("raise", "skip"):
+            raise InputError(f"on_error {self.on_error!r} is not known; give raise or skip")
+        bits = self.gray_bits
+        if not isinstance(bits, int) or not 8 <= bits <= 16:
+            raise InputError(f"gray_bits {bits} is not from 8 to 16, the bits that grayscale of 16 bits can hold")
+        parse_background(self.background)
 
 
 def parse_background(text: str) -> tuple[int, int, int]:

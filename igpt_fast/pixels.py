@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from igpt_fast.decode import check_options, decode
+from igpt_fast.decode import decode
 from igpt_fast.errors import InputError
+from igpt_fast.images import Reading
 from igpt_fast.palette import Palette
 from igpt_fast.sources import Source, open_source
 from igpt_fast.tokens import is_token_directory
@@ -20,15 +22,13 @@ def fit_palette(
     source: Source | str | Path,
     colors: int = 512,
     size: tuple[int, int] = (32, 32),
-    resize: str = "paper",
-    background: str = "white",
-    on_error: str = "raise",
+    *,
     workers: int | None = None,
     limit: int | None = FIT_LIMIT,
     seed: int = 0,
     progress: Progress | None = None,
     fitting: Progress | None = None,
-    gray_bits: int = 16,
+    **reading: Any,
 ) -> tuple[Palette, int, list[tuple[str, str]]]:
     """Palette.fit on a source's images, part by part. Returns the palette, how many images it saw, and (name, why) of
     those skipped.
@@ -37,13 +37,13 @@ def fit_palette(
     decoding, as progress(done, total). fitting: of k-means, as fitting(step, most steps that there can be). The other
     arguments as for `tokenize`. Raises InputError when no image is left, or as Palette.fit does.
     """
-    source = as_source(source)
+    source, how = as_source(source), Reading(size, **reading)
     chosen = _draw(source, limit, seed)
     failures: list[tuple[int, str]] = []
 
     def batches() -> Iterator[np.ndarray]:
         done = 0
-        for part in decode(source, size, resize, background, on_error, workers, chosen, gray_bits):
+        for part in decode(source, how, workers, chosen):
             yield part.pixels
             failures.extend(part.failures)
             done += part.seen
@@ -58,27 +58,24 @@ def fit_palette(
 def load_pixels(
     source: Source | str | Path,
     size: tuple[int, int] = (32, 32),
-    resize: str = "paper",
-    background: str = "white",
-    on_error: str = "raise",
+    *,
     workers: int | None = None,
     limit: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    gray_bits: int = 16,
+    **reading: Any,
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
     """Images as pixels in memory: uint8 [n, H, W, 3], labels int64 [n] (-1: unknown), and (name, why) of skipped ones.
 
     limit: at most so many images, drawn at random by `seed`, in the order of the source; all when None. The other
     arguments as for `tokenize`. Raises InputError when the source cannot be read or no image is left.
     """
-    source = as_source(source)
-    check_options(size, resize, background, on_error, gray_bits)
+    source, how = as_source(source), Reading(size, **reading)
     chosen = _draw(source, limit, seed)
-    pixels = np.empty((len(chosen), *size, 3), np.uint8)
+    pixels = np.empty((len(chosen), *how.size, 3), np.uint8)
     failures: list[tuple[int, str]] = []
     done = 0
-    for part in decode(source, size, resize, background, on_error, workers, chosen, gray_bits):
+    for part in decode(source, how, workers, chosen):
         pixels[np.searchsorted(chosen, part.indices)] = part.pixels
         failures += part.failures
         done += part.seen

@@ -14,6 +14,7 @@ from PIL import Image
 from igpt_fast import decode as module
 from igpt_fast.decode import FEW, Decoder, decode, default_workers
 from igpt_fast.errors import InputError
+from igpt_fast.images import Reading
 from igpt_fast.sources import Source, fetch, open_source
 
 COUNT = 23
@@ -42,15 +43,17 @@ def make_npz(path: Path) -> Path:
     return path
 
 
-def collect(source: Source, **options: object) -> tuple[list[int], list[bytes], list[tuple[int, str]]]:
-    indices, pixels, failures = [], [], []
-    for part in decode(source, (8, 8), **options):
+def collect(
+    source: Source, workers: int | None = None, indices: object = None, **reading: object
+) -> tuple[list[int], list[bytes], list[tuple[int, str]]]:
+    found, pixels, failures = [], [], []
+    for part in decode(source, Reading((8, 8), **reading), workers, indices):
         assert len(part.indices) == len(part.pixels)
         assert part.seen <= CHUNK
-        indices += part.indices.tolist()
+        found += part.indices.tolist()
         pixels += [image.tobytes() for image in part.pixels]
         failures += part.failures
-    return indices, pixels, failures
+    return found, pixels, failures
 
 
 @pytest.mark.parametrize("kind", ["folder", "npz"])
@@ -104,7 +107,7 @@ def test_only_a_few_jobs_are_under_way(tmp_path, monkeypatch, workers, kind):
     handed_out, item = [], module._item
     monkeypatch.setattr(module, "_item", lambda source, index: handed_out.append(index) or item(source, index))
     received, most = 0, 0
-    for part in decode(source, (8, 8), workers=workers):
+    for part in decode(source, Reading((8, 8)), workers=workers):
         received += part.seen
         most = max(most, len(handed_out) - received)
     assert received == len(handed_out) == COUNT
@@ -119,12 +122,12 @@ def test_only_a_few_jobs_are_under_way(tmp_path, monkeypatch, workers, kind):
         ({"resize": "stretch"}, "paper, hf, none"),
         ({"background": "nocolour"}, "background"),
         ({"on_error": "ignore"}, "raise or skip"),
+        ({"gray_bits": 7}, "gray_bits 7 is not from 8 to 16"),
     ],
 )
-def test_impossible_options(tmp_path, option, reason):
-    source = open_source(make_folder(tmp_path / "x"))
+def test_impossible_options(option, reason):
     with pytest.raises(InputError, match=reason):
-        list(decode(source, **option))
+        Reading(**option)
 
 
 def children() -> set[int]:
@@ -142,7 +145,7 @@ def children() -> set[int]:
 
 def test_workers_end_when_decoding_does(tmp_path):
     source, before = open_source(make_folder(tmp_path / "x")), children()
-    parts = decode(source, (8, 8), workers=2)
+    parts = decode(source, Reading((8, 8)), workers=2)
     next(parts)
     workers = children() - before
     assert len(workers) == 2
@@ -154,10 +157,10 @@ def test_workers_end_when_decoding_does(tmp_path):
     assert children() == before
     (tmp_path / "x" / sorted(os.listdir(tmp_path / "x"))[0]).write_bytes(b"no image")
     with pytest.raises(InputError) as kept:  # and with it the frame that started workers
-        list(decode(open_source(tmp_path / "x"), (8, 8), workers=2))
+        list(decode(open_source(tmp_path / "x"), Reading((8, 8)), workers=2))
     assert kept and children() == before
     with pytest.raises(InputError, match="workers is -1; use 0 for none"):
-        next(decode(source, (8, 8), workers=-1))
+        next(decode(source, Reading((8, 8)), workers=-1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -166,17 +169,17 @@ def test_what_is_lost_is_told_once(tmp_path, caplog, workers):
         Image.fromarray(np.full((4, 4), 16 * k, np.uint16)).save(tmp_path / f"{k}.png")
     source = open_source(tmp_path)
     for _ in range(2):
-        parts = list(decode(source, (4, 4), workers=workers))
+        parts = list(decode(source, Reading((4, 4)), workers=workers))
     told = [r.getMessage() for r in caplog.records]
     assert len(told) == 1 and "70 grayscale images of 16 bits hold no value from 8,192 on" in told[0]
     assert "--gray-bits" in told[0] and sum(len(p.indices) for p in parts) == 70
-    bright = np.concatenate([p.pixels for p in decode(source, (4, 4), workers=workers, gray_bits=11)])
+    bright = np.concatenate([p.pixels for p in decode(source, Reading((4, 4), gray_bits=11), workers=workers)])
     assert bright.max() == round(16 * 69 / 2047 * 255)
 
 
 def test_a_worker_that_dies_is_reported(tmp_path):
     source = open_source(make_folder(tmp_path / "x"))
-    worker = module._Worker(Decoder(source.reader, (8, 8), "paper", "white"))
+    worker = module._Worker(Decoder(source.reader, Reading((8, 8))))
     try:
         worker._process.kill()
         with pytest.raises(InputError, match=r"ended by itself \(exit code -9\).*--workers 0"):
@@ -191,8 +194,8 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     script = (  # torch, which the package's __init__ imports, is of no concern here and slow to come
         "import os, sys, types, time; p = types.ModuleType('igpt_fast'); p.__path__ = [sys.argv[1]]\n"
         "sys.modules['igpt_fast'] = p\n"
-        "from igpt_fast import decode, sources\n"
-        "parts = decode.decode(sources.open_source(sys.argv[2]), (8, 8), workers=2)\n"
+        "from igpt_fast import decode, images, sources\n"
+        "parts = decode.decode(sources.open_source(sys.argv[2]), images.Reading((8, 8)), workers=2)\n"
         "start = decode._Worker.__init__\n"
         "pids = []\n"
         "def started(self, decoder):\n"

@@ -67,11 +67,11 @@ def palette(
     _check_palette_file(out, data)
     grid, source = parse_size(size), as_source(data)
     say(f"{data}: {_count(source)}")
-    options = {"resize": resize.value, "background": background, "on_error": on_error.value, "workers": workers}
-    options |= {"gray_bits": gray_bits}
+    reading = {"resize": resize.value, "background": background, "on_error": on_error.value, "gray_bits": gray_bits}
     with progress(min(len(source), limit or len(source)), "images", "palette") as bar:
-        options |= {"progress": bar.to, "fitting": partial(show_steps, bar)}
-        fitted, images, skipped = fit_palette(source, colors, grid, **options, limit=limit or None, seed=seed)
+        shown = {"progress": bar.to, "fitting": partial(show_steps, bar)}
+        drawn = {"limit": limit or None, "seed": seed}
+        fitted, images, skipped = fit_palette(source, colors, grid, workers=workers, **drawn, **shown, **reading)
     fitted.save(out)
     picture = _picture_of(out)
     write_atomically(picture, to_png_bytes(fitted.picture()))
@@ -117,10 +117,10 @@ def tokenize(
     began = time.monotonic()
     grid, colours, source = parse_size(size), Palette.load(palette_path), as_source(data)
     say(f"{data}: {_count(source)}")
-    options = {"resize": resize.value, "background": background, "on_error": on_error.value, "workers": workers}
-    options |= {"gray_bits": gray_bits}
+    reading = {"resize": resize.value, "background": background, "on_error": on_error.value, "gray_bits": gray_bits}
+    options = {"workers": workers, "overwrite": overwrite}
     with progress(len(source), "images", "tokenising") as bar:
-        tokens = tokenize_images(source, colours, out, grid, **options, overwrite=overwrite, progress=bar.to)
+        tokens = tokenize_images(source, colours, out, grid, **options, progress=bar.to, **reading)
     seconds = time.monotonic() - began
     _say_all(report_left_out(source.ignored, [entry["error"] for entry in tokens.meta["skipped"]]))
     size_on_disk = sum(file.stat().st_size for file in out.iterdir())

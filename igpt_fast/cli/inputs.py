@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.options import GRAY_BITS, OnError, Resize
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
+from igpt_fast.images import Reading
 from igpt_fast.pixels import as_source
 from igpt_fast.processes import Processes
 from igpt_fast.run import OPTIONS, read_options
@@ -21,7 +23,7 @@ from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
 # How images are read, as a run's train.json has it, and unless it or the options say otherwise.
-READING = {"resize": "paper", "background": "white", "gray_bits": 16, "on_error": "raise"}
+READING = {field.name: field.default for field in fields(Reading) if field.name != "size"}
 
 ModelArgument = Annotated[
     Path,

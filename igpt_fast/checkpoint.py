@@ -118,7 +118,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     directory = find_checkpoint(path)
     record = read_record(directory)
     for name in record["files"]:
-        _verify(directory, record, name, contents=name != OPTIMIZER)  # whose are hashed when they are asked for
+        _verify(directory, record, name, contents=name != OPTIMIZER)  # its are when they are asked for
     config = Config.from_dict(json.loads((directory / CONFIG).read_bytes()))
     with torch.device("meta"):  # no time for numbers that are overwritten, and the random state stays as it is
         model = ImageGPT(config)

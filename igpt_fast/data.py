@@ -144,12 +144,12 @@ def open_tokens(
     goes away, and is named nowhere. Raises InputError when they, or a token directory's size or palette, differ, saying
     how; of those at cache_dir with the remedy given.
     """
+    how = Reading(size or (32, 32), **reading)
     palette = Palette.load(palette) if isinstance(palette, (str, Path)) else palette
     if not isinstance(path, Source) and is_token_directory(path):
         tokens = TokenDataset(path)
         _refuse_other(tokens, {} if size is None else {"size": list(size)}, palette, "give tokens that fit, or images")
         return tokens
-    how = Reading(size or (32, 32), **reading)
     source = as_source(path)
     if cache_dir is None:
         raise InputError(f"{source.path}: holds images, not tokens; run igpt-fast tokenize first, or say cache_dir")

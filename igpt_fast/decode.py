@@ -31,8 +31,8 @@ LOST = {
         "--gray-bits (gray_bits) says how many bits they hold, 12 in most scans",
     ),
     DARK_COLOUR: (
-        f"colour images of 16 bits hold no value from {DIM:,} on, and come out almost black",
-        "stretch them to 8 bits first (--gray-bits is for grayscale)",
+        f"images of 16 bits in colour or with alpha hold no value from {DIM:,} on, and come out almost black",
+        "stretch them to 8 bits first (--gray-bits is for grayscale without alpha)",
     ),
     PAGES: ("files hold several pages or frames", "the first of each is read"),
 }

@@ -86,9 +86,8 @@ def evaluate(
         losses = ops.linear_cross_entropy(model.hidden(tokens), model.wtet, tokens)
         return losses.reshape(tokens.shape).double().mean(1)
 
-    over_images(
-        nats_of, nats, dataset, indices, batch, processes or Processes(model.wte.device), amp, "scoring", "likelihoods"
-    )
+    how = {"processes": processes, "amp": amp, "doing": "scoring", "what": "likelihoods"}
+    over_images(nats_of, nats, model, dataset, indices, batch, **how)
     mean, reach = float(nats.mean()), interval(nats)
     low, high = (None, None) if reach is None else (mean - reach, mean + reach)
     return Likelihood(mean, low, high, nats, config.tokens, config.colors, time.monotonic() - began)

@@ -116,10 +116,11 @@ def _formats() -> list[str]:
 
 def _from_bytes(data: bytes, gray_bits: int) -> tuple[Image.Image, dict[str, bool]]:
     image = Image.open(io.BytesIO(data), formats=_formats())
-    deep = image.mode == "RGB" and any(";16" in str(tile[-1]) for tile in image.tile)  # Pillow keeps the high bytes
+    deep = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)  # now high bytes
     image.load()
     notes = {PAGES: True} if _has_pages(image) else {}
-    if deep and max(high for _, high in image.getextrema()) < DIM >> 8:
+    colours = image.getextrema()[: 1 if image.mode == "LA" else 3] if deep else ()
+    if deep and max(high for _, high in colours) < DIM >> 8:
         notes[DARK_COLOUR] = True
     # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))

@@ -57,7 +57,7 @@ class Stop:
             raise Stopped
 
     def leave(self) -> None:
-        """Raises what the noted signal means to a caller: KeyboardInterrupt, or SystemExit(143) of SIGTERM."""
+        """Raises what the noted signal means to a caller: KeyboardInterrupt, or SystemExit of 128 + the signal."""
         raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 

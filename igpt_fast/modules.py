@@ -6,6 +6,7 @@ it; what is saved, and the steps of sampling, know tensors only.
 
 from torch import Tensor, nn
 
+from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 
 FORWARD_HOOKS = "_forward_hooks", "_forward_pre_hooks"
@@ -24,7 +25,11 @@ def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if module is not model and (reason := _replaced(module)):
             raise InputError(f"{name} {reason}, which no file of an ImageGPT has room for; {_REMEDY}")
-    return dict(model.named_parameters())
+    tensors = dict(model.named_parameters())
+    _refuse_missing(model.config, tensors)
+    if more := sorted(tensors.keys() - _names(model.config)):
+        raise InputError(f"{more[0]} is no parameter of an ImageGPT, and no file of one has room for it; {_REMEDY}")
+    return tensors
 
 
 def refuse_changed(model: nn.Module) -> None:
@@ -35,6 +40,22 @@ def refuse_changed(model: nn.Module) -> None:
             reason = "has hooks"
         if reason is not None:
             raise InputError(f"blocks.{name} {reason}, which the steps of sampling would leave out; {_REMEDY}")
+    _refuse_missing(model.config, dict(model.named_parameters()))
+
+
+def _refuse_missing(config: Config, tensors: dict[str, Tensor]) -> None:
+    if gone := sorted(_names(config) - tensors.keys()):
+        raise InputError(f"{gone[0]} is no parameter of the model any more; {_REMEDY}")
+
+
+def _names(config: Config) -> set[str]:
+    """Of an ImageGPT's parameters."""
+    own = {"wte", "ln_f", "wtet"} | ({"sos"} if config.objective == "ar" else set())
+    own |= {"wpe"} if config.positions == "learned" else {"wpe_row", "wpe_col"}
+    own |= {"wclf"} if config.classes else set()
+    linears = [f"{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")]
+    linears += [name.replace("weight", "bias") for name in linears if config.bias]
+    return own | {f"blocks.{layer}.{name}" for layer in range(config.layers) for name in ("ln_1", "ln_2", *linears)}
 
 
 def _replaced(module: nn.Module) -> str | None:

@@ -48,8 +48,11 @@ class Options:
             good = isinstance(value, NUMBERS.get(kind, kind)) and isinstance(value, bool) == (kind is bool)
             if not good and not (none and value is None):
                 raise InputError(f"--{field.name.replace('_', '-')} is {value!r}; use {WORDS[kind]}")
-            if value is not None:
-                object.__setattr__(self, field.name, kind(value))  # files of a run hold Python's own
+            if value is not None and kind in NUMBERS:  # files of a run hold Python's own
+                try:
+                    object.__setattr__(self, field.name, kind(value))
+                except OverflowError:
+                    self._require(field.name, False, "a smaller number")
             if kind is int:
                 most = MOST.get(field.name, 10**12)
                 self._require(field.name, value is None or value <= most, f"at most {most:,}")

@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from igpt_fast.batches import digest, fingerprint
 from igpt_fast.console import progress
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
+from igpt_fast.model import ImageGPT
 from igpt_fast.processes import Processes
 from igpt_fast.tokens import TokenDataset
 
@@ -16,24 +18,30 @@ from igpt_fast.tokens import TokenDataset
 def over_images(
     of: Callable[[Tensor], Tensor],
     found: np.ndarray,
+    model: ImageGPT,
     dataset: TokenDataset | JoinedTokens,
     indices: np.ndarray,
     batch: int,
-    processes: Processes,
+    *,
+    processes: Processes | None,
     amp: bool,
     doing: str,
     what: str,
 ) -> None:
     """Fills `found`, [N, …], with of(tokens) of the N images `indices`, in inference mode; progress is on stderr.
 
-    of: from tokens, int64 [n, H, W] on the processes' device, to [n, …]. batch: images side by side. processes: those
-    that look at a share of the images each; all are given what all have found. amp: bf16 autocast. doing: for the bar,
-    as "scoring". what: for errors, as "likelihoods". Raises InputError for a batch below 1, and where not all that was
-    found is finite.
+    of: from tokens, int64 [n, H, W] on the model's device, to [n, …], by the model. batch: images side by side.
+    processes: those that look at a share of the images each; all are given what all have found. amp: bf16 autocast.
+    doing: for the bar, as "scoring". what: for errors, as "likelihoods". Raises InputError for a batch below 1, for
+    processes with different models or images, and where not all that was found is finite.
     """
     if batch < 1:
         raise InputError(f"batch is {batch}; use at least 1")
-    device, own = processes.device, slice(processes.rank, None, processes.count)
+    processes, device = processes or Processes(model.wte.device), model.wte.device
+    if processes.count > 1:
+        sees = {"sight of the model": _glance(model), "choice of images": digest(indices), **fingerprint(dataset)}
+        processes.refuse_differences(sees)
+    own = slice(processes.rank, None, processes.count)
     mine, rows = indices[own], found[own]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     with torch.inference_mode(), autocast, progress(len(indices), "images", doing) as bar:
@@ -47,3 +55,9 @@ def over_images(
             f"the model's {what} are not finite: its weights are broken or overflow in this dtype; use another "
             "checkpoint or float32"
         )
+
+
+def _glance(model: ImageGPT) -> str:
+    """A few letters that tell a model from others, by some numbers of each of its tensors."""
+    flat = [parameter.detach().flatten() for parameter in model.parameters()]
+    return digest(torch.cat([t[:: max(1, len(t) // 64)].float().cpu() for t in flat]).numpy())

@@ -115,7 +115,7 @@ def move_into_place(work: Path, out: Path) -> None:
             raise
     if old.is_symlink():
         old.unlink()
-    else:  # what a process that is killed now leaves of it goes with the next work_directory
+    else:  # after an exchange, what a process that is killed now leaves of it goes with the next work_directory
         shutil.rmtree(old, ignore_errors=True)
 
 

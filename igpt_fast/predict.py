@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from igpt_fast.device import images_at_once
 from igpt_fast.errors import InputError
@@ -66,18 +67,12 @@ def predict(
         raise InputError(f"{dataset.origin}: no image is left to classify")
     found = np.empty((len(indices), len(classes)), np.float32)
     batch = images_at_once(config) if batch is None else batch
-    shares = lambda tokens: model.classify(tokens).float().softmax(1)  # noqa: E731
-    over_images(
-        shares,
-        found,
-        dataset,
-        indices,
-        batch,
-        processes or Processes(model.wte.device),
-        amp,
-        "classifying",
-        "probabilities",
-    )
+
+    def shares(tokens: Tensor) -> Tensor:
+        return model.classify(tokens).float().softmax(1)
+
+    how = {"processes": processes, "amp": amp, "doing": "classifying", "what": "probabilities"}
+    over_images(shares, found, model, dataset, indices, batch, **how)
     return Answers(indices, found, classes)
 
 

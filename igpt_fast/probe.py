@@ -169,8 +169,8 @@ def extract_features(
             return model.features(tokens, layers[0])[:, None].float()  # the blocks above need not run
         return model.features(tokens)[list(layers)].transpose(0, 1).float()
 
-    where = processes or Processes(model.wte.device)
-    over_images(features, pooled.swapaxes(0, 1), dataset, indices, batch, where, amp, "features", "features")
+    how = {"processes": processes, "amp": amp, "doing": "features", "what": "features"}
+    over_images(features, pooled.swapaxes(0, 1), model, dataset, indices, batch, **how)
     return pooled
 
 

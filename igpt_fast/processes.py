@@ -107,7 +107,7 @@ class Processes:
 def world_size() -> int:
     """How many processes torchrun has started, this one included. InputError where WORLD_SIZE is no such number."""
     text = os.environ.get("WORLD_SIZE") or "1"
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise InputError(f"WORLD_SIZE is {text!r}, not a number of processes; unset it, or start them by torchrun")
     return int(text)
 
@@ -139,7 +139,7 @@ def together(device: "str | torch.device | Processes") -> Iterator[Processes]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise InputError("another of the processes has ended, see what it said; a run goes on by --resume") from error
+        raise InputError("another of the processes has ended, see what it said; --resume goes on with a run") from error
     finally:
         if not there:
             dist.destroy_process_group()

@@ -32,6 +32,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 KINDS = "a folder, a .zip, .tar or .tar.gz, a .npy or .npz array, or an image file"
 HIDDEN, OTHER, REPLACED = "hidden", "not an image", "replaced by a later entry of the same name"
 SCAN_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz")
+MOST_WAYS = 16  # to one folder by links; a knot of them would have no end that anybody waits for
 SCANS = "DICOM or NIfTI, which is not read (export it as 16-bit PNG)"
 
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
@@ -190,18 +191,17 @@ def _open_folder(path: Path) -> Source:
     stamps: dict[str, str] = {}
     ignored: Counter[str] = Counter()
     pending: list[tuple[str, bool, frozenset]] = [("", False, frozenset())]
+    ways: Counter[tuple[int, int]] = Counter()
     while pending:
         folder, made, above = pending.pop()
-        info = os.stat(path / folder)
+        with reading(f"{path / folder}:", "allow it, or move it elsewhere"):
+            info, entries = os.stat(path / folder), list(os.scandir(path / folder))
         here = info.st_dev, info.st_ino
         if here in above:  # a link that leads back up; folders that are there twice are read twice
             continue
-        try:
-            entries = list(os.scandir(path / folder))
-        except OSError as error:
-            raise InputError(
-                f"{path / folder}: cannot be read ({error.strerror}); allow it, or move it elsewhere"
-            ) from error
+        ways.update([here])
+        if ways[here] > MOST_WAYS:
+            raise InputError(f"{path / folder}: links lead here in more than {MOST_WAYS} ways; give a folder without")
         ours = made_here(path / folder, {entry.name for entry in entries}, given=not folder)
         for entry in entries:
             name, own = posixpath.join(folder, entry.name), made or entry.name in ours

@@ -64,6 +64,20 @@ def test_the_mask_is_one_of_independent_draws():
         assert deviation.abs().max() < 5 and 0.6 < deviation.var() < 1.6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_threads_share_out_has_the_same_gradient(dtype):
+    qkv = torch.randn(1, 300, 3, 1, 32).to(dtype).requires_grad_()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 9):
+            torch.set_num_threads(threads)
+            out = attention_dropout(qkv, 0.1, 3)
+            found.append(torch.autograd.grad(out.float().square().sum(), qkv)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("p, seed, shape, message", [
     (1.0, 0, (1, 4, 3, 1, 8), "p is 1.0"), (-0.1, 0, (1, 4, 3, 1, 8), "p is -0.1"),
     (0.1, -1, (1, 4, 3, 1, 8), "seed -1"), (0.1, 1 << 63, (1, 4, 3, 1, 8), "2\\*\\*63"),

@@ -57,11 +57,12 @@ def test_one_process_is_enough_for_most_commands(igpt, tmp_path, monkeypatch):
         code, printed, said = igpt(command, *["x"] * words.get(command, 2))
         wanted = f"error: {command} runs in one process, of several only train, finetune, eval, classify, probe, info"
         assert code == 2 and not printed and said == f"{wanted}: start it without torchrun\n"
-    monkeypatch.setenv("RANK", "1")
-    assert igpt("plan") == (2, "", ""), "one of them says it"
-    monkeypatch.setenv("WORLD_SIZE", "many")
-    code, _, said = igpt("plan")
-    assert code == 2 and "WORLD_SIZE is 'many', not a number of processes" in said
+    for text in ("many", "0", "²"):
+        monkeypatch.setenv("WORLD_SIZE", text)
+        code, _, said = igpt("plan")
+        assert code == 2 and f"WORLD_SIZE is '{text}', not a number of processes" in said
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert "WORLD_SIZE" not in igpt("plan", "--layers", "0")[2]
 
 
 def test_a_model_that_no_memory_holds(igpt, tmp_path):

@@ -57,7 +57,7 @@ def test_runs_become_directories_that_transformers_loads(igpt, tmp_path, dataset
     assert ImageGPT.from_pretrained(tmp_path / "w").wte.dtype == torch.float32
 
 
-def test_a_converted_run_takes_nothings_place(igpt, tmp_path, dataset, weights):
+def test_a_converted_run_takes_nothings_place(igpt, tmp_path, dataset, weights, monkeypatch):
     run = train(dataset, tmp_path / "run", CONFIG, **{**FAST, "steps": 2, "save_every": 1}).run
     before = sorted(run.rglob("*"))
     for more in ((), ("--overwrite",)):
@@ -72,6 +72,14 @@ def test_a_converted_run_takes_nothings_place(igpt, tmp_path, dataset, weights):
     assert found.step == 0 and same(found.model, ImageGPT.from_pretrained(weights))
     assert os.listdir(tmp_path / "new" / "checkpoints") == ["step-00000000"]
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for more in ((), ("--overwrite",)):  # into a directory that is there, and that others may hold
+        assert igpt("convert", weights, tmp_path / "link", "--to", "run", *more)[0] == 0
+        assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "real") == ["checkpoints"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert igpt("convert", weights, ".", "--to", "run")[0] == 0 and os.listdir(tmp_path / "here") == ["checkpoints"]
 
 
 def test_bert_weights_are_converted_and_probed(igpt, tmp_path, dataset):

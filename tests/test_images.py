@@ -1,8 +1,6 @@
 """Every kind of image becomes the RGB pixels that it shows; resizing does what its docstring says; damage is named."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from igpt_fast.errors import InputError
-from igpt_fast.images import DARK, DARK_COLOUR, FORMATS, PAGES, parse_background, read_image, resize_image
+from igpt_fast.images import FORMATS, parse_background, read_image, resize_image
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)  # neither square nor symmetric: a turned image shows
@@ -115,29 +113,6 @@ def test_sixteen_bits_that_hold_fewer(bits):
     if bits < 16:
         with pytest.raises(InputError, match=f"a gray value of {top:,} takes more than {bits - 1} bits"):
             read_image(encode(Image.fromarray(values)), "scan.png", gray_bits=bits - 1)
-
-
-def test_what_is_lost_is_noted():
-    def noted(values: list, **options: int) -> dict:
-        return read_image(encode(Image.fromarray(np.array([values], np.uint16))), "x", **options).info
-
-    def colours(largest: int, depth: int) -> dict:
-        """What is noted of a PNG of one colour pixel, which Pillow does not write in 16 bits."""
-
-        def chunk(kind: bytes, body: bytes) -> bytes:
-            return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-        head = struct.pack(">IIBBBBB", 1, 1, depth, 2, 0, 0, 0)
-        line = struct.pack(">B3H" if depth == 16 else ">B3B", 0, 0, 7, largest)
-        png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
-        return read_image(png, "x").info
-
-    assert colours(4095, 16) == {DARK_COLOUR: True} and colours(8192, 16) == {} == colours(31, 8)
-    assert noted([0, 4095]) == {DARK: True} and noted([0, 8192]) == {} == noted([0, 4095], gray_bits=12)
-    pages = [Image.new("L", (4, 4), gray) for gray in (9, 200)]
-    stack = read_image(encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]), "x")
-    assert stack.info == {PAGES: True} and (np.asarray(stack) == 9).all()
-    assert read_image(encode(pages[0], "TIFF"), "x").info == {}
 
 
 def test_cmyk_jpeg():

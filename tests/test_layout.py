@@ -93,7 +93,9 @@ def test_our_modules_are_imported_at_the_top():
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 for node in ast.walk(function):
-                    assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("igpt_fast")), (
+                    names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                    names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                    assert not any(name.split(".")[0] == "igpt_fast" for name in names), (
                         f"{path.name}:{node.lineno} imports one of our modules inside a function"
                     )
 

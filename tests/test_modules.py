@@ -113,6 +113,28 @@ def test_what_knows_tensors_only_refuses_changed_modules(tmp_path, name, change,
     assert not (tmp_path / "weights").exists() and not list((tmp_path / "run").rglob("step-*"))
 
 
+@pytest.mark.parametrize("name", ["wte", "wtet", "ln_f", "sos", "wpe", "blocks.1.ln_1", "blocks.0.ln_2"])
+@pytest.mark.parametrize("change", ["pruned", "parametrized"])
+def test_parameters_that_are_gone_are_missed(tmp_path, name, change):
+    model = make()
+    room, _, own = name.rpartition(".")
+    if change == "pruned":
+        prune.l1_unstructured(model.get_submodule(room), own, 0.5)
+    else:
+        parametrize.register_parametrization(model.get_submodule(room), own, Doubled())
+    for work in (lambda: sample(model, n=1), lambda: model.save_pretrained(tmp_path / "weights")):
+        with pytest.raises(InputError, match="merge adapters into the weights"):
+            work()
+
+
+def test_more_than_a_model_holds_is_not_saved(tmp_path):
+    model = make()
+    model.more = nn.Parameter(torch.zeros(3))
+    with pytest.raises(InputError, match="more is no parameter of an ImageGPT"):
+        save_checkpoint(tmp_path, 1, model)
+    assert sample(model, n=1).shape == (1, 4, 4)
+
+
 @pytest.mark.parametrize("name", ["1", "1.mlp", "0.attn.proj"])
 def test_steps_of_sampling_refuse_hooks(name):
     model = make()

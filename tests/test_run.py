@@ -64,6 +64,7 @@ def test_the_standard_learning_rate_is_the_papers_and_less_for_noise_and_width()
         ({"batch": 10**20}, "--batch is 100000000000000000000; use at most 1,000,000"),
         ({"steps": 10**400}, "use at most 1,000,000,000,000"),
         ({"steps": "10"}, "--steps is '10'; use a whole number"),
+        ({"lr": 10**400}, "use a smaller number"),
         ({"lr": "abc"}, "--lr is 'abc'; use a number"),
         ({"flip": 1}, "--flip is 1; use true or false"),
         ({"precision": None}, "--precision is None; use a word"),

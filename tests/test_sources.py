@@ -33,8 +33,11 @@ def png(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "photos")
+
+
+def make_folder(root: Path) -> Path:
     """Five images in three class folders, and things that are none."""
-    root = tmp_path / "photos"
     for name in NAMES:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(png(pixels_of(name)))
@@ -150,33 +153,6 @@ def test_macosx_droppings_and_later_entries(folder, tmp_path):
     assert source.names == SORTED
     assert (source.read(0) == pixels_of("b/zebra.png")).all()  # the later of two
     assert source.ignored == {HIDDEN: 3, OTHER: 1, REPLACED: 1}
-
-
-def test_links(folder, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "far.png").write_bytes(png(pixels_of("far")))
-    (folder / "d").symlink_to(elsewhere)
-    (folder / "0d").symlink_to("d")  # is there under each of its names
-    (folder / "a" / "up").symlink_to(folder)  # a ring
-    (folder / "a" / "self").symlink_to("self")
-    (folder / "c" / "lost.png").symlink_to(tmp_path / "nothing")
-    os.mkfifo(folder / "pipe.png")  # reading it would wait for ever
-    source = open_source(folder)
-    assert source.names == sorted([*SORTED, "0d/far.png", "d/far.png", "c/lost.png"])
-    with pytest.raises(InputError, match=r"c/lost\.png: cannot be read \(No such file"):
-        source.read(source.names.index("c/lost.png"))
-    with tarfile.open(tmp_path / "links.tar", "w") as archive:
-        archive.add(folder / "a/one.png", "one.png")
-        archive.add(folder / "c/lost.png", "lost.png")
-    assert open_source(tmp_path / "links.tar").ignored == {OTHER: 1}
-
-
-def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch):
-    real, closed = os.scandir, folder / "c"
-    monkeypatch.setattr(os, "scandir", lambda path: real(path if path != closed else folder / "nothing"))
-    with pytest.raises(InputError, match=r"/c: cannot be read \(No such .*\); allow it, or move it elsewhere"):
-        open_source(folder)
 
 
 def test_scans_in_files_of_their_own_kind_are_named(folder):

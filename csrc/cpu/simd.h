@@ -310,7 +310,7 @@ static inline void store_row(void* dst, const float* src, DType dtype, int64_t n
   for (; i + kLanes <= n; i += kLanes) store(p + i, load(src + i));
   if (i < n) store_n(p + i, load_n(src + i, n - i), n - i);
 }
-static inline int64_t bytes_of(DType t) {
+static inline int64_t bytes_of(DType t) {  // of a float
   return t == DType::f32 ? 4 : 2;
 }
 static inline char* row_of(const View& v, int64_t row) {

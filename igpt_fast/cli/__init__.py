@@ -30,7 +30,7 @@ LESS = {
 }
 
 
-# Commands that share their work among the processes of torchrun; info has none.
+# Commands that share their work among the processes of torchrun, and info, which is the same in each.
 SEVERAL = ("train", "finetune", "eval", "classify", "probe", "info")
 
 
@@ -76,8 +76,7 @@ def _root(
     command = context.invoked_subcommand
     if command in SEVERAL or "RANK" not in os.environ or world_size() == 1:
         return
-    if os.environ["RANK"] != "0":  # the first one says it
-        raise typer.Exit(2)
+    # Each says so: torchrun ends all with the first that ends.
     raise InputError(f"{command} runs in one process, of several only {', '.join(SEVERAL)}: start it without torchrun")
 
 

@@ -113,9 +113,13 @@ def convert(
 
 def _save_run(out: Path, overwrite: bool, step: int, model: ImageGPT, palette: Palette | None) -> None:
     """Writes a checkpoint, and no training, as all that `out` holds. InputError where something else would be lost."""
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        if not out.is_dir() or out.is_symlink():
+    if os.path.lexists(out):
+        if not out.is_dir():
             raise InputError(f"{out} is there and is no directory; choose another place")
+        out = out.resolve()
+        if not any(out.iterdir()):
+            save_checkpoint(out, step, model, palette)
+            return
         refuse_others(out, FOLDER)  # a run that was trained holds more
         if not overwrite:
             raise InputError(f"{out} holds weights already; choose another place, or replace them with --overwrite")

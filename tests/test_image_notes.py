@@ -1,0 +1,39 @@
+"""What is lost of an image on its way to 8 bits, and is noted."""
+
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+from test_images import encode
+
+from igpt_fast.images import DARK, DARK_COLOUR, PAGES, read_image
+
+
+def colours(largest: int, depth: int, alpha: bool = False) -> dict:
+    """What is noted of a PNG of one colour pixel, which Pillow does not write in 16 bits."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", 1, 1, depth, 6 if alpha else 2, 0, 0, 0)
+    values = [0, 7, largest, 255][: 3 + alpha]
+    line = b"\0" + struct.pack(f">{len(values)}{'H' if depth == 16 else 'B'}", *values)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
+    return read_image(png, "x").info
+
+
+def test_colours_of_sixteen_bits_that_are_nearly_black():
+    assert colours(4095, 16) == {DARK_COLOUR: True} and colours(8192, 16) == {} == colours(31, 8)
+    assert colours(4095, 16, True) == {DARK_COLOUR: True} and colours(8192, 16, True) == {} == colours(31, 8, True)
+
+
+def test_what_is_lost_is_noted():
+    def noted(values: list, **options: int) -> dict:
+        return read_image(encode(Image.fromarray(np.array([values], np.uint16))), "x", **options).info
+
+    assert noted([0, 4095]) == {DARK: True} and noted([0, 8192]) == {} == noted([0, 4095], gray_bits=12)
+    pages = [Image.new("L", (4, 4), gray) for gray in (9, 200)]
+    stack = read_image(encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]), "x")
+    assert stack.info == {PAGES: True} and (np.asarray(stack) == 9).all()
+    assert read_image(encode(pages[0], "TIFF"), "x").info == {}

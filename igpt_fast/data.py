@@ -141,8 +141,8 @@ def open_tokens(
     the one that it must have. None: fits one with `colors` colours to at most 10,000 images drawn by `seed`. size:
     (height, width); None: 32×32, or whatever a token directory has. Tokens that lie at `cache_dir` already are used
     again when they were made from the same images in the same way, with a line that says so. kept: False: `cache_dir`
-    goes away, and is named nowhere. Raises InputError when they, or a token directory's size or palette, differ, saying
-    how; of those at cache_dir with the remedy given.
+    goes away, and is named nowhere. workers, reading: as for `tokenize`. Raises InputError when they, or a token
+    directory's size or palette, differ, saying how; of those at cache_dir with the remedy given.
     """
     how = Reading(size or (32, 32), **reading)
     palette = Palette.load(palette) if isinstance(palette, (str, Path)) else palette

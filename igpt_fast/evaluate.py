@@ -86,8 +86,9 @@ def evaluate(
         losses = ops.linear_cross_entropy(model.hidden(tokens), model.wtet, tokens)
         return losses.reshape(tokens.shape).double().mean(1)
 
-    how = {"processes": processes, "amp": amp, "doing": "scoring", "what": "likelihoods"}
-    over_images(nats_of, nats, model, dataset, indices, batch, **how)
+    over_images(
+        nats_of, nats, model, dataset, indices, batch, processes=processes, amp=amp, doing="scoring", what="likelihoods"
+    )
     mean, reach = float(nats.mean()), interval(nats)
     low, high = (None, None) if reach is None else (mean - reach, mean + reach)
     return Likelihood(mean, low, high, nats, config.tokens, config.colors, time.monotonic() - began)

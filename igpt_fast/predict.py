@@ -71,8 +71,18 @@ def predict(
     def shares(tokens: Tensor) -> Tensor:
         return model.classify(tokens).float().softmax(1)
 
-    how = {"processes": processes, "amp": amp, "doing": "classifying", "what": "probabilities"}
-    over_images(shares, found, model, dataset, indices, batch, **how)
+    over_images(
+        shares,
+        found,
+        model,
+        dataset,
+        indices,
+        batch,
+        processes=processes,
+        amp=amp,
+        doing="classifying",
+        what="probabilities",
+    )
     return Answers(indices, found, classes)
 
 

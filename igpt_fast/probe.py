@@ -169,8 +169,18 @@ def extract_features(
             return model.features(tokens, layers[0])[:, None].float()  # the blocks above need not run
         return model.features(tokens)[list(layers)].transpose(0, 1).float()
 
-    how = {"processes": processes, "amp": amp, "doing": "features", "what": "features"}
-    over_images(features, pooled.swapaxes(0, 1), model, dataset, indices, batch, **how)
+    over_images(
+        features,
+        pooled.swapaxes(0, 1),
+        model,
+        dataset,
+        indices,
+        batch,
+        processes=processes,
+        amp=amp,
+        doing="features",
+        what="features",
+    )
     return pooled
 
 

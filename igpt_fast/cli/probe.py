@@ -92,14 +92,13 @@ def probe(
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():
-            checkpoint = open_to_measure(model, [data, *([] if test is None else [test])], processes)
+            paths = [data] if test is None else [data, test]
+            checkpoint = open_to_measure(model, paths, processes)
             depth = checkpoint.model.config.layers
             chosen = parse_layers(layers, depth)
             check_options(depth, chosen, test_fraction, limit, per_class, batch)
             dataset, *tests = (
-                stack.enter_context(tokens_for(checkpoint, path, resize, gray_bits, on_error))
-                for path in (data, test)
-                if path is not None
+                stack.enter_context(tokens_for(checkpoint, path, resize, gray_bits, on_error)) for path in paths
             )
         if tests:
             dataset = JoinedTokens(dataset, *tests)

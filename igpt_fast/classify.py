@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,18 +101,13 @@ def _classify(
     layer: int | None,
     fitted: Callable[[], object],
 ) -> Score:
-    def fit(*part: np.ndarray, strength: float) -> tuple[int, bool]:
-        found = _right(features, labels, *part, strength)
-        fitted()
-        return found
-
     test, parts = folds < 0, _parts(folds)
-    found = [sum(fit(*part, strength=strength)[0] for part in parts) for strength in STRENGTHS]
+    found = sum(_right(features, labels, learn, ask, STRENGTHS, fitted)[0] for learn, ask in parts)
     best = int(np.argmax(found))
-    right, converged = fit(~test, test, strength=STRENGTHS[best])
-    validation = found[best] / sum(int(ask.sum()) for _, ask in parts)
+    (right,), converged = _right(features, labels, ~test, test, STRENGTHS[best : best + 1], fitted)
+    validation = float(found[best] / sum(ask.sum() for _, ask in parts))
     chosen = {"strength": STRENGTHS[best], "validation": validation, "converged": converged}
-    return score(name, right, int(test.sum()), layer=layer, **chosen)
+    return score(name, int(right), int(test.sum()), layer=layer, **chosen)
 
 
 def score(name: str, right: int, count: int, **rest: float | int | bool | None) -> Score:
@@ -125,14 +120,27 @@ def score(name: str, right: int, count: int, **rest: float | int | bool | None) 
 
 
 def _right(
-    features: np.ndarray, labels: np.ndarray, fit: np.ndarray, ask: np.ndarray, strength: float
-) -> tuple[int, bool]:
-    """Right answers among `ask` of a classifier that learned from `fit`, and whether L-BFGS converged."""
+    features: np.ndarray,
+    labels: np.ndarray,
+    learn: np.ndarray,
+    ask: np.ndarray,
+    strengths: Sequence[float],
+    fitted: Callable[[], object],
+) -> tuple[np.ndarray, bool]:
+    """For each strength, right answers among `ask` of a classifier of `learn`: int64; and whether all fits converged.
+
+    strengths: ascending. A fit starts where the one before ended, which takes half the steps of starting at zero: the
+    optimum of a weak penalty is far from zero and near that of one ten times as strong.
+    """
     regression, scaler, _ = load_sklearn()
-    scale = scaler().fit(features[fit])
-    classifier = regression(C=strength, max_iter=ITERATIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it did not converge is said in the Score
-        classifier.fit(scale.transform(features[fit]), labels[fit])
-    answers = classifier.predict(scale.transform(features[ask]))
-    return int((answers == labels[ask]).sum()), bool(classifier.n_iter_.max() < ITERATIONS)
+    scale, classifier = scaler(copy=False), regression(max_iter=ITERATIONS, warm_start=True)
+    learned, asked = scale.fit_transform(features[learn]), scale.transform(features[ask])
+    right, converged = np.zeros(len(strengths), np.int64), True
+    for row, strength in enumerate(strengths):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it did not converge is said in the Score
+            classifier.set_params(C=strength).fit(learned, labels[learn])
+        right[row] = (classifier.predict(asked) == labels[ask]).sum()
+        converged = converged and bool(classifier.n_iter_.max() < ITERATIONS)
+        fitted()
+    return right, converged

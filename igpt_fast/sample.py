@@ -22,8 +22,10 @@ from igpt_fast.ops.sampling import check_sampling
 CACHE_BYTES = 1 << 30  # the default batch is what this much key-value cache holds,
 LARGEST_BATCH = 64  # but no more images than this: beyond it a step's time grows with the batch anyway
 MOST = 10**6  # images of one call: more are a slip, and their list alone fills a memory
+LAST = 10**15  # the highest number that an image can have, which a stream's 64 bits hold with ease
 
 Progress = Callable[[int, int], None]  # (pixels drawn, pixels to draw in all)
+Drawn = Callable[[int, Tensor], None]  # (how many images came before, those just finished: tokens int64 [b, H, W])
 
 
 def sample(
@@ -34,19 +36,22 @@ def sample(
     top_p: float | None = None,
     seed: int = 0,
     batch: int | None = None,
+    first: int = 0,
     progress: Progress | None = None,
+    drawn: Drawn | None = None,
 ) -> Tensor:
-    """n images from nothing: tokens int64 [n, H, W] on the model's device.
+    """n images from nothing, numbers first to first + n - 1: tokens int64 [n, H, W] on the model's device.
 
     Image i depends on the model, the options, `seed` and i only: neither on n nor on `batch`, the most images that are
-    drawn side by side (None: what fits in 1 GiB of cache, of which a sparse model needs less, at most 64). `progress`
-    hears of pixels. Raises InputError for options out of range, for a BERT model, and for a model whose logits are not
-    finite.
+    drawn side by side (None: what fits in 1 GiB of cache, of which a sparse model needs less, at most 64). So `first`
+    goes on where another call ended, or gives each of many machines a share. `progress` hears of pixels, and `drawn`
+    is given each batch when it is finished, to keep it at once. Raises InputError for options out of range, for a BERT
+    model, and for a model whose logits are not finite.
     """
-    check_options(n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch)
+    check_options(n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch, first=first)
     nothing = torch.empty(1, 0, dtype=torch.int64, device=model.wte.device)
-    options = (temperature, top_k, top_p)
-    return _generate(model, nothing, [(0, i, 0) for i in range(n)], seed, batch, options, progress)
+    rows, options = [(0, i, 0) for i in range(first, first + n)], (temperature, top_k, top_p)
+    return _generate(model, nothing, rows, seed, batch, options, progress, drawn)
 
 
 def complete(
@@ -60,17 +65,18 @@ def complete(
     seed: int = 0,
     batch: int | None = None,
     progress: Progress | None = None,
+    drawn: Drawn | None = None,
 ) -> Tensor:
     """n completions of each image.   tokens [N, H, W] or [N, T] → int64 [N, n, H, W] on the model's device
 
     The first round(keep · T) pixels in raster order are kept, the rest is drawn; keep = 1 gives the image back n times.
     Completion j of image i depends on the model, the options, `seed`, the kept pixels, i and j only. Otherwise as
-    `sample`.
+    `sample`; to `drawn` completion j of image i is number i · n + j.
     """
     check_options(n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch, keep=keep)
     known = model.check_tokens(tokens).to(model.wte.device)[:, : kept_pixels(model.config, keep)]
     rows = [(i, i, j) for i in range(len(known)) for j in range(n)]
-    images = _generate(model, known, rows, seed, batch, (temperature, top_k, top_p), progress)
+    images = _generate(model, known, rows, seed, batch, (temperature, top_k, top_p), progress, drawn)
     return images.view(len(known), n, *model.config.size)
 
 
@@ -93,15 +99,18 @@ def check_options(
     seed: int = 0,
     batch: int | None = None,
     keep: float = 0.0,
+    first: int = 0,
 ) -> None:
     """Raise InputError for the first option that is out of range. Needs no model: call it before one is loaded."""
     check_sampling(temperature, top_k, top_p)
     if n < 1:
         raise InputError(f"n is {n}; ask for at least 1 image")
     if n > MOST:
-        raise InputError(f"n is {n}; ask for at most {MOST:,} images at once, and for others by another seed")
+        raise InputError(f"n is {n}; ask for at most {MOST:,} images at once, and then for more with another first")
     if not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
         raise InputError(f"seed is {seed}; use a whole number from 0 to 2**64 - 1")
+    if not isinstance(first, Integral) or not 0 <= first <= LAST:
+        raise InputError(f"first is {first}; use a whole number from 0 to {LAST:,}")
     if batch is not None and batch < 1:
         raise InputError(f"batch is {batch}; use at least 1")
     if not 0 <= keep <= 1:  # also catches NaN
@@ -116,6 +125,7 @@ def _generate(
     batch: int | None,
     options: Options,
     progress: Progress | None,
+    drawn: Drawn | None,
 ) -> Tensor:
     """Images [len(rows), H, W]. A row is (index into known [M, K], image, completion); the last two name its stream.
     Each index has equally many rows, side by side.
@@ -124,20 +134,25 @@ def _generate(
     check_model(model)
     out = known.new_empty(len(rows), c.tokens)
     out[:, :count] = known[[row[0] for row in rows]]
-    if not rows:
+    left = c.tokens - count
+    if not rows or not left:
+        if rows and drawn is not None:
+            drawn(0, out.view(-1, *c.size))
         return out.view(-1, *c.size)
-    left, each, prefixes = c.tokens - count, len(rows) // len(known), {}
+    each, prefixes = len(rows) // len(known), {}
     # A caller's autocast would reach prefill's linears but not the decoding ops: all runs in the model's own dtype.
     with torch.inference_mode(), torch.autocast(known.device.type, enabled=False):
-        for start, end in _batches(len(known) if left else 0, each, batch or default_batch(model, count, each)):
+        for start, end in _batches(len(known), each, batch or default_batch(model, count, each)):
             part, images = rows[start:end], out[start:end]
             logits, decoder = _start(model, known, [row[0] for row in part], prefixes)
             uniforms = torch.from_numpy(np.stack([_stream(seed, row[1:], c.tokens) for row in part], axis=1))
             for done in draw(decoder, logits, images, uniforms.to(known.device), options):
                 if done % c.size[1] == 0 or done == c.tokens:  # once a line, because looking waits for the device
-                    _refuse_garbage(images[:, count:done], start, count, c.size[1])
+                    _refuse_garbage(images[:, count:done], part, count, c.size[1])
                     if progress is not None:
                         progress(start * left + len(part) * (done - count), len(rows) * left)
+            if drawn is not None:
+                drawn(start, images.view(-1, *c.size))
     return out.view(-1, *c.size)
 
 
@@ -197,16 +212,16 @@ def _stream(seed: int, stream: tuple[int, int], count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(count)
 
 
-def _refuse_garbage(drawn: Tensor, start: int, first: int, width: int) -> None:
+def _refuse_garbage(drawn: Tensor, rows: list[tuple[int, int, int]], first: int, width: int) -> None:
     """InputError when a token is -1, which is how sample_tokens says that the logits were not finite.
 
-    drawn [N, K]: the tokens of the images start.. and of the pixels first.., of a grid `width` pixels wide
+    drawn [N, K]: the tokens of the N rows and of the pixels first.., of a grid `width` pixels wide
     """
     if not (drawn < 0).any():
         return
     at, image = (drawn < 0).t().nonzero()[0].tolist()
     row, column = divmod(first + at, width)
     raise InputError(
-        f"the logits of pixel ({row}, {column}) of image {start + image} are not finite; the weights are broken "
+        f"the logits of pixel ({row}, {column}) of image {rows[image][1]} are not finite; the weights are broken "
         "(did training diverge?) or overflow in this dtype: use another checkpoint or float32"
     )

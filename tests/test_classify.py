@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info
 
 from igpt_fast import classify as classifier
-from igpt_fast.classify import classify, draw_folds, score
+from igpt_fast.classify import classify, count_fits, draw_folds, score
 
 
 @given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 9))
@@ -21,18 +24,39 @@ def test_every_class_is_dealt_out_evenly(count, classes, seed):
 
 
 def test_few_images_are_all_validated_on_and_many_in_part(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        classifier, "_right", lambda x, y, fit, ask, c: (asked.append((fit.sum(), ask.sum())) or int(c == 0.1), True)
-    )
-    folds = np.array([-1] * 10 + [0, 1, 2, 3, 4] * 8)
-    found = classify("x", np.zeros((50, 1)), np.arange(50) % 2, folds)
-    assert asked == [(32, 8)] * 5 * len(classifier.STRENGTHS) + [(40, 10)]
-    assert found.strength == 0.1 and found.validation == 5 / 40
-    asked.clear()
-    monkeypatch.setattr(classifier, "FEW", 39)
-    assert classify("x", np.zeros((50, 1)), np.arange(50) % 2, folds).validation == 1 / 8
-    assert asked == [(32, 8)] * len(classifier.STRENGTHS) + [(40, 10)]
+    folds, labels = np.array([-1] * 10 + [0, 1, 2, 3, 4] * 8), np.arange(50) % 2
+    features = (2.0 * labels - 1)[:, None]
+    features[[10, 15, 21]] *= -1  # two of part 0 and one of part 1 look like the other class
+    for few, validation, parts in ((40, 37 / 40, 5), (39, 6 / 8, 1)):
+        fits = []
+        monkeypatch.setattr(classifier, "FEW", few)
+        found = classify("x", features, labels, folds, fitted=lambda: fits.append(1))
+        assert found.validation == validation and found.accuracy == 1
+        assert len(fits) == len(classifier.STRENGTHS) * parts + 1 == count_fits(folds)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_accuracy_is_that_of_scikit_learns_regression_with_the_strength_that_validates_best(classes):
+    random = np.random.default_rng(classes)
+    labels = np.arange(240) % classes
+    features = (np.eye(classes, 8)[labels] + random.normal(size=(240, 8))).astype(np.float32) * np.float32(30) + 7
+    folds = draw_folds(labels, np.arange(240) >= 180, 0)
+
+    def accuracy(learn, ask, strength):
+        regression = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+        return regression.fit(features[learn], labels[learn]).score(features[ask], labels[ask])
+
+    before = features.copy()
+    found = classify("x", features, labels, folds)
+    parts = [[(folds >= 0) & (folds != part), folds == part] for part in range(5)]
+    sizes = [ask.sum() for _, ask in parts]
+    validated = [
+        np.average([accuracy(*part, strength) for part in parts], weights=sizes) for strength in classifier.STRENGTHS
+    ]
+    assert found.strength == classifier.STRENGTHS[int(np.argmax(validated))]
+    assert found.validation == pytest.approx(max(validated), abs=1e-9)
+    assert found.accuracy == accuracy(folds >= 0, folds < 0, found.strength)
+    np.testing.assert_array_equal(features, before)  # standardised in copies
 
 
 def test_the_test_images_have_no_say_in_the_penalty():
@@ -66,11 +90,11 @@ def test_small_problems_keep_to_one_thread_and_give_the_others_back(monkeypatch)
         return {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
 
     seen = []
-    monkeypatch.setattr(classifier, "_right", lambda *_: (seen.append(threads()) or 1, True))
     before = threads()
     for small in (True, False):
         monkeypatch.setattr(classifier, "SMALL", 10**9 if small else 0)
-        classify("x", np.zeros((50, 1)), np.arange(50) % 2, np.arange(50) % 6 - 1)
+        features = np.zeros((50, 1), np.float32)
+        classify("x", features, np.arange(50) % 2, np.arange(50) % 6 - 1, fitted=lambda: seen.append(threads()))
         assert all(found == (dict.fromkeys(before, 1) if small else before) for found in seen) and seen
         seen.clear()
     assert threads() == before

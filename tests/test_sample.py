@@ -177,6 +177,22 @@ def test_autocast_outside_changes_nothing():
         assert torch.equal(complete(model, pixels(model, 2), n=2), plain)
 
 
+@pytest.mark.parametrize("batch", [None, 1, 2, 5])
+def test_first_goes_on_and_drawn_is_given_every_image_once(batch):
+    model, pieces = make(), []
+    images = sample(model, n=5, seed=4)
+    got = sample(model, n=3, seed=4, first=2, batch=batch, drawn=lambda at, tokens: pieces.append((at, tokens.clone())))
+    assert torch.equal(got, images[2:]) and torch.equal(torch.cat([piece for _, piece in pieces]), got)
+    assert [at for at, _ in pieces] == list(range(0, 3, min(batch or 3, 3)))
+    for keep in (0.5, 1.0):
+        pieces.clear()
+        known = pixels(model, 2)
+        got = complete(model, known, keep, n=3, batch=batch, drawn=lambda at, tokens: pieces.append((at, tokens)))
+        for at, piece in pieces:
+            assert torch.equal(piece, got.flatten(0, 1)[at : at + len(piece)])
+        assert sum(len(piece) for _, piece in pieces) == 6
+
+
 def test_progress_counts_pixels_up_to_the_last():
     model = make()
     seen = []
@@ -203,8 +219,8 @@ def test_broken_weights_end_in_an_error_that_names_the_pixel(weight, where):
     model = make()
     with torch.no_grad():
         (model.wtet if weight == "wtet" else model.wpe[9]).fill_(math.nan)
-    with pytest.raises(InputError, match=rf"pixel {where} of image 0.* not finite"):
-        sample(model, n=2)
+    with pytest.raises(InputError, match=rf"pixel {where} of image 3 are not finite"):
+        sample(model, n=2, first=3)
 
 
 def test_a_bert_model_cannot_be_sampled():
@@ -234,6 +250,12 @@ def test_options_out_of_range_are_refused(options, message):
         sample(model, **options)
     with pytest.raises(InputError, match=message):
         complete(model, pixels(model, 1), **options)
+
+
+@pytest.mark.parametrize("first", [-1, 2.5, 10**16])
+def test_numbers_that_no_image_has_are_refused(first):
+    with pytest.raises(InputError, match="first is"):
+        sample(make(), n=1, first=first)
 
 
 @pytest.mark.parametrize("keep", [-0.1, 1.1, math.nan])

@@ -1,6 +1,7 @@
 """`igpt-fast sample` and `complete`: the pictures they write, and what they refuse before anything is loaded."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from igpt_fast.model import ImageGPT
 from igpt_fast.palette import Palette
 from igpt_fast.sample import complete, sample
 
+sampling = sys.modules["igpt_fast.sample"]  # the package's attribute of this name is the function
 SIZE = (6, 8)
 CENTERS = torch.linspace(-1, 1, 27).reshape(9, 3)
 
@@ -69,6 +71,24 @@ def test_sample_writes_the_grid_and_single_files(igpt, run, model, tmp_path):
     grid = np.asarray(Image.open(tmp_path / "g.png"))
     for image in want:
         assert all((grid == colour).all(-1).any() for colour in image.reshape(-1, 3))
+
+
+def test_finished_images_are_kept_and_the_rest_are_drawn_behind_them(igpt, run, model, tmp_path, monkeypatch):
+    words = ("sample", run, "--single", tmp_path / "one", "--batch", 2, "-o", tmp_path / "g.png")
+    with monkeypatch.context() as patch:
+        batches = []
+        draw = sampling.draw
+        patch.setattr(
+            sampling, "draw", lambda *given: draw(*given) if not batches.append(1) and len(batches) < 3 else 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            igpt(*words, "-n", 6)
+    assert sorted(file.name for file in (tmp_path / "one").iterdir()) == [f"sample-{i:04d}.png" for i in range(4)]
+    assert not (tmp_path / "g.png").exists()
+    code, printed, _ = igpt(*words, "-n", 2, "--first", 4, "--json")
+    assert code == 0 and json.loads(printed)["first"] == 4
+    got = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "one").iterdir())]
+    assert np.array_equal(got, Palette(CENTERS).decode(sample(model, n=6)).numpy())
 
 
 def test_bfloat16_is_another_model(igpt, run, model, tmp_path):

@@ -77,7 +77,9 @@ def _root(
     if command in SEVERAL or "RANK" not in os.environ or world_size() == 1:
         return
     # Each says so: torchrun ends all with the first that ends.
-    raise InputError(f"{command} runs in one process, of several only {', '.join(SEVERAL)}: start it without torchrun")
+    alone = "; --first gives each machine a share" if command == "sample" else ""
+    only = f"of several only {', '.join(SEVERAL)}"
+    raise InputError(f"{command} runs in one process, {only}: start it without torchrun{alone}")
 
 
 for _group in (data, pattern, plan, train, sample, probe, finetune, classify, evaluate, convert, info):

@@ -31,7 +31,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.images import parse_background, read_image, resize_image
 from igpt_fast.palette import Palette
 from igpt_fast.pictures import save_grid, to_png_bytes, write_atomically
-from igpt_fast.sample import check_options, drawing_dtype, kept_pixels
+from igpt_fast.sample import Drawn, check_options, drawing_dtype, kept_pixels
 from igpt_fast.sample import complete as complete_tokens
 from igpt_fast.sample import sample as sample_tokens
 from igpt_fast.weights import open_model
@@ -80,7 +80,10 @@ DTypeOption = Annotated[
 SingleOption = Annotated[
     Path | None,
     typer.Option(
-        "--single", metavar="DIR", show_default="none", help="Also write every image as a PNG of its own here."
+        "--single",
+        metavar="DIR",
+        show_default="none",
+        help="Also write every image as a PNG of its own here, each batch when it is finished.",
     ),
 ]
 
@@ -98,6 +101,12 @@ def sample(
     top_k: TopKOption = None,
     top_p: TopPOption = None,
     seed: SeedOption = 0,
+    first: Annotated[
+        int,
+        typer.Option(
+            "--first", metavar="I", help="Number of the first image: to go on behind others, or share many out."
+        ),
+    ] = 0,
     batch: BatchOption = None,
     dtype: DTypeOption = None,
     device: DeviceOption = "auto",
@@ -109,21 +118,22 @@ def sample(
 ) -> None:
     """Draw new images from a trained model.
 
-    Image i depends on the seed and i alone, so a larger -n or another --batch only adds images.
+    Image i depends on the seed and i alone, so a larger -n or another --batch only adds images, and machines that each
+    take -n and --first draw what one would.
 
     Example: igpt-fast sample run/ -n 16 --seed 1 -o samples.png
     """
     began = time.monotonic()
     options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
+    options["first"] = first
     check_options(**options)
     _check_places(out, single)
     checkpoint, palette = _load(model, dtype, device)
+    files = _singles(single, [f"sample-{index:04d}" for index in range(first, first + n)])
     with progress(n * checkpoint.model.config.tokens, "pixels", "sampling") as bar:
-        tokens = sample_tokens(checkpoint.model, **options, progress=bar.to)
-    images = _decode(palette, tokens)
-    save_grid(out, images)
-    files = _save_singles(single, [f"sample-{index:04d}" for index in range(n)], images)
-    _report(checkpoint, out, files, began, as_json, images=n, seed=seed)
+        tokens = sample_tokens(checkpoint.model, **options, progress=bar.to, drawn=_saver(palette, files))
+    save_grid(out, _decode(palette, tokens))
+    _report(checkpoint, out, files, began, as_json, images=n, seed=seed, first=first)
 
 
 def complete(
@@ -177,15 +187,16 @@ def complete(
     tell_lost("the photos", notes)
     tokens = torch.from_numpy(palette.encode(originals)).to(where)
     count = kept_pixels(config, keep)
+    names = [f"{index:03d}-{photo.stem}-{j:03d}" for index, photo in enumerate(photos) for j in range(n)]
+    files = _singles(single, names)
     with progress(len(photos) * n * (config.tokens - count), "pixels", "completing") as bar:
-        completed = complete_tokens(checkpoint.model, tokens, keep, **options, progress=bar.to)
+        drawn = _saver(palette, files)
+        completed = complete_tokens(checkpoint.model, tokens, keep, **options, progress=bar.to, drawn=drawn)
     images = _decode(palette, completed)
     shown = _decode(palette, tokens)
     shown.reshape(len(photos), -1, 3)[:, count:] = GRAY
     rows = np.concatenate([originals[:, None], shown[:, None], images], axis=1)
     save_grid(out, rows.reshape(-1, *rows.shape[2:]), columns=n + 2)
-    names = [f"{index:03d}-{photo.stem}-{j:03d}" for index, photo in enumerate(photos) for j in range(n)]
-    files = _save_singles(single, names, images.reshape(-1, *images.shape[2:]))
     _report(checkpoint, out, files, began, as_json, images=len(names), seed=seed, keep=keep, kept_pixels=count)
 
 
@@ -214,17 +225,26 @@ def _check_places(out: Path, single: Path | None) -> None:
                 raise InputError(f"{place} cannot be written to ({there} is no writable folder); choose another place")
 
 
-def _save_singles(folder: Path | None, names: list[str], images: np.ndarray) -> list[str]:
-    """Every image at its own size, one pixel a pixel. Returns the paths."""
-    files = [] if folder is None else [folder / f"{name}.png" for name in names]
-    for path, image in zip(files, images, strict=False):  # no files at all without a folder
-        write_atomically(path, to_png_bytes(image))
-    return [str(path) for path in files]
+def _singles(folder: Path | None, names: list[str]) -> list[Path]:
+    """The files of single images; none without a folder."""
+    return [] if folder is None else [folder / f"{name}.png" for name in names]
 
 
-def _report(checkpoint: Checkpoint, out: Path, files: list[str], began: float, as_json: bool, **facts: object) -> None:
+def _saver(palette: Palette, files: list[Path]) -> Drawn:
+    """What writes finished images into their files, one pixel a pixel, so that only a batch is lost with a machine."""
+
+    def save(before: int, tokens: Tensor) -> None:
+        for path, image in zip(files[before:], _decode(palette, tokens) if files else (), strict=False):
+            write_atomically(path, to_png_bytes(image))
+
+    return save
+
+
+def _report(checkpoint: Checkpoint, out: Path, files: list[Path], began: float, as_json: bool, **facts: object) -> None:
     beside = f" and {len(files)} single files" if files else ""
     say(f"wrote {out}{beside}, from {described(checkpoint)}")
     if as_json:
         fields = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, **facts}
-        print_json(grid=str(out), single=files, seconds=round(time.monotonic() - began, 3), **fields)
+        print_json(
+            grid=str(out), single=[str(file) for file in files], seconds=round(time.monotonic() - began, 3), **fields
+        )

@@ -27,8 +27,9 @@ def test_few_images_are_all_validated_on_and_many_in_part(monkeypatch):
     folds, labels = np.array([-1] * 10 + [0, 1, 2, 3, 4] * 8), np.arange(50) % 2
     features = (2.0 * labels - 1)[:, None]
     features[[10, 15, 21]] *= -1  # two of part 0 and one of part 1 look like the other class
+    fits = []
     for few, validation, parts in ((40, 37 / 40, 5), (39, 6 / 8, 1)):
-        fits = []
+        fits.clear()
         monkeypatch.setattr(classifier, "FEW", few)
         found = classify("x", features, labels, folds, fitted=lambda: fits.append(1))
         assert found.validation == validation and found.accuracy == 1

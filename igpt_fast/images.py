@@ -10,7 +10,6 @@ decompression bombs.
 
 import io
 import logging
-import math
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -183,9 +182,9 @@ def resize_image(image: Image.Image, size: tuple[int, int], resize: str, where: 
     "paper": the published evaluation. Short side to 224 (Pillow's BILINEAR, which averages over the source pixels when
     it reduces), centre crop of 224×224, then down to H×W: Pillow's `reduce`, the mean of equal blocks (7×7 for 32),
     where 224 is a whole multiple, else BILINEAR. A grid that is not square crops a window of its own shape whose short
-    side is 224; a grid of more than 224 pixels a side crops H×W itself. An image smaller than that window is not
-    enlarged first: the largest centred window of the grid's shape goes straight to H×W by the same rule, so an image
-    that is H×W already comes through unchanged.
+    side is 224; a grid of more than 224 pixels a side crops H×W itself. A smaller image is enlarged to that window,
+    unless its own largest window of the grid's shape is a whole multiple of H×W: the blocks' means are taken of that,
+    so an image that is H×W already comes through unchanged.
     "hf": the whole image straight to H×W with BILINEAR, as Hugging Face's processor does; the shape is not kept.
     "none": the image must be H×W already. Raises InputError, naming `where`, when it is not.
     """
@@ -203,12 +202,16 @@ def resize_image(image: Image.Image, size: tuple[int, int], resize: str, where: 
     scale = max(SHORT_SIDE / min(size), 1.0)
     high, wide = round(height * scale), round(width * scale)
     factor = max(high / image.height, wide / image.width)
+    scaled = max(wide, round(image.width * factor)), max(high, round(image.height * factor))
     if factor < 1:
-        scaled = max(wide, round(image.width * factor)), max(high, round(image.height * factor))
         image = image.resize(scaled, Image.Resampling.BILINEAR)
-    elif factor > 1:
-        fit = min(image.height / height, image.width / width)
-        high, wide = max(1, math.floor(height * fit + 1e-9)), max(1, math.floor(width * fit + 1e-9))
+    elif factor > 1 and (fit := min(image.height / height, image.width / width)) >= 1 and fit.is_integer():
+        high, wide = height * int(fit), width * int(fit)
+    elif factor > 1:  # only what is then cropped: all of a thin image could be larger than memory
+        x, y = image.width / scaled[0], image.height / scaled[1]
+        left, top = (scaled[0] - wide) // 2, (scaled[1] - high) // 2
+        window = (left * x, top * y, min(image.width, (left + wide) * x), min(image.height, (top + high) * y))
+        image = image.resize((wide, high), Image.Resampling.BILINEAR, window)
     left, top = (image.width - wide) // 2, (image.height - high) // 2
     box = (left, top, left + wide, top + high)
     if high % height == 0 and wide % width == 0:

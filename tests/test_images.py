@@ -238,7 +238,27 @@ def test_paper_scales_the_short_side_first():
     assert np.abs(resized(pixels, (32, 32), "paper") - expected).max() <= HALF
 
 
-def test_paper_leaves_small_images_unenlarged():
+@pytest.mark.parametrize("shape", [(56, 80), (210, 223), (33, 40), (100, 75)])
+def test_paper_enlarges_a_small_image_to_its_window(shape):
+    pixels, short = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8), min(shape)
+    height, width = (round(side * 224 / short) for side in shape)
+    large = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    top, left = (height - 224) // 2, (width - 224) // 2
+    expected = blocks(large[top : top + 224, left : left + 224], (32, 32))
+    # Pillow holds the place of a crop in float32, so a few values of a block round the other way.
+    assert np.abs(resized(pixels, (32, 32), "paper") - expected).max() <= 1
+
+
+def test_a_thin_image_is_not_enlarged_as_a_whole(monkeypatch):
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *given: made.append(resize(*given)) or made[-1])
+    pixels = RNG.integers(0, 256, (2, 60_001, 3), dtype=np.uint8)
+    expected = resized(pixels[:, 29_998:30_003], (32, 32), "paper")
+    assert np.abs(resized(pixels, (32, 32), "paper").astype(int) - expected).max() <= 1
+    assert {image.size for image in made} == {(224, 224)}
+
+
+def test_paper_takes_whole_multiples_as_they_are():
     exact = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     assert (resized(exact, (32, 32), "paper") == exact).all()
     wide = RNG.integers(0, 256, (64, 100, 3), dtype=np.uint8)

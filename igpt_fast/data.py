@@ -63,7 +63,8 @@ def tokenize(
     processes that decode; 0: this one; None: one a core. overwrite: replace `out` when it holds tokens. progress:
     called as progress(done, total). fit: how the palette was made, noted in meta. shard_images: images in one file, 128
     MiB when None. reading: the other fields of igpt_fast.images.Reading: resize, background, on_error (what "skip"
-    leaves out is listed in meta["skipped"]), gray_bits. Raises InputError, leaving nothing behind.
+    leaves out is listed in meta["skipped"]), gray_bits, views (so many rows an image, one after the other, with its
+    label and name). Raises InputError, leaving nothing behind.
     """
     out, how = Path(out), Reading(size, **reading)
     _refuse_existing(out, overwrite)
@@ -73,26 +74,30 @@ def tokenize(
         raise InputError(f"shard_images {shard_images} is less than 1; give how many images a file holds")
     try:
         with work_directory(out) as work:  # now: after an hour of work is a bad moment to learn that it cannot be
-            writer = ShardWriter(work, len(source), how.size, shard_images)
+            writer, views = ShardWriter(work, len(source) * how.each, how.size, shard_images), np.arange(how.each)
             failures: list[tuple[int, str]] = []
             done = 0
             for part in decode(source, how, workers):
                 if len(part.indices):
-                    writer.write(part.indices, np.asarray(palette.encode(part.pixels)).astype(np.uint16))
+                    rows = (part.indices[:, None] * how.each + views).reshape(-1)
+                    writer.write(rows, np.asarray(palette.encode(part.pixels)).astype(np.uint16))
                 failures += part.failures
                 done += part.seen
                 if progress is not None:
                     progress(done, len(source))
             kept = np.delete(np.arange(len(source)), [index for index, _ in failures])
             refuse_none_left(source, len(kept), failures)
-            labels = np.full(len(kept), -1, np.int32) if source.labels is None else source.labels[kept].astype(np.int32)
+            rows, images = (kept[:, None] * how.each + views).reshape(-1), kept.repeat(how.each)
+            labels = np.full(len(rows), -1, np.int32)
+            if source.labels is not None:
+                labels[:] = source.labels[images]
             meta = {
                 "format": FORMAT,
                 "version": VERSION,
-                "images": len(kept),
+                "images": len(rows),
                 "size": list(how.size),
                 "colors": len(palette),
-                "shards": writer.finish(kept),
+                "shards": writer.finish(rows),
                 "classes": source.classes,
                 "class_counts": source.classes and {c: int((labels == k).sum()) for k, c in enumerate(source.classes)},
                 **_noted(how),
@@ -104,7 +109,7 @@ def tokenize(
             }
             palette.save(work / "palette.npy")
             np.save(work / "labels.npy", labels)
-            (work / "names.json").write_text(json.dumps([source.names[index] for index in kept]))
+            (work / "names.json").write_text(json.dumps([source.names[index] for index in images]))
             (work / "meta.json").write_text(json.dumps(meta, indent=1))
             for name in ("palette.npy", "labels.npy", "names.json", "meta.json"):
                 with open(work / name, "rb") as file:
@@ -195,7 +200,7 @@ def show_steps(bar: Bar, step: int, _: int) -> None:
 
 def _noted(how: Reading) -> dict[str, Any]:
     """What of it the tokens note, beside their size."""
-    return {name: getattr(how, name) for name in ("resize", "background", "gray_bits")}
+    return {name: getattr(how, name) for name in ("resize", "background", "gray_bits", "views")}
 
 
 def _summary(tokens: TokenDataset) -> str:
@@ -204,7 +209,7 @@ def _summary(tokens: TokenDataset) -> str:
 
 def _refuse_other(tokens: TokenDataset, wanted: dict, palette: Palette | None, remedy: str) -> None:
     """Raises InputError, saying what differs, when tokens were not made as `wanted` and with `palette`."""
-    made = {"gray_bits": 16, **tokens.meta}  # older ones do not say
+    made = {"gray_bits": 16, "views": 0, **tokens.meta}  # older ones do not say
     words = {"source_stamp": "the images have changed since, or are others", "skipped": "corrupt images were skipped"}
     differs = [
         words.get(key, f"{key} is {made[key]}, not {value}") for key, value in wanted.items() if made[key] != value

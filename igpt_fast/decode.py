@@ -5,6 +5,7 @@ parent however that ends, and has one job at a time, so memory does not grow wit
 the order of the jobs: what is yielded does not depend on the number of workers.
 """
 
+import hashlib
 import logging
 import os
 import pickle
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from igpt_fast.errors import InputError
-from igpt_fast.images import DARK, DARK_COLOUR, DIM, PAGES, Reading, read_image, resize_image
+from igpt_fast.images import DARK, DARK_COLOUR, DIM, PAGES, Reading, random_view, read_image, resize_image
 from igpt_fast.sources import Reader, Source, fetch
 
 CHUNK = 64  # images a job: seconds of work for large photos, and at 32×32 a result of 196 kB
@@ -50,8 +52,8 @@ class Decoder:
     def __call__(self, items: list[tuple[str, object]]) -> tuple[np.ndarray, list[tuple[int, str]], Counter[str]]:
         """items: (name for errors, what Reader.fetch takes, or what it gave or raised) for each image.
 
-        Returns uint8 [n, H, W, 3] of those that could be decoded, (place in items, message) of the others, and how
-        often read_image has noted what.
+        Returns uint8 [n · reading.each, H, W, 3] of those that could be decoded, (place in items, message) of the
+        others, and how often read_image has noted what.
         """
         pixels, failures, notes, how = [], [], Counter(), self.reading
         for place, (where, item) in enumerate(items):
@@ -60,16 +62,24 @@ class Decoder:
                     raise item
                 data = item if isinstance(item, (bytes, np.ndarray)) else fetch(self.reader, item, where)
                 image = read_image(data, where, how.background, how.gray_bits)
-                pixels.append(resize_image(image, how.size, how.resize, where))
+                pixels += self._views(data, image) or [resize_image(image, how.size, how.resize, where)]
                 notes.update(image.info)
             except InputError as error:
                 failures.append((place, str(error)))
         return np.array(pixels, np.uint8).reshape(-1, *how.size, 3), failures, notes
 
+    def _views(self, data: bytes | np.ndarray, image: Image.Image) -> list[np.ndarray]:
+        """The random crops that are asked for: the image's own, whatever its name and its neighbours."""
+        seed = hashlib.blake2b(data, digest_size=16).digest() if self.reading.views else b""
+        random = np.random.default_rng(list(seed))
+        return [random_view(image, self.reading.size, random) for _ in range(self.reading.views)]
+
 
 @dataclass(frozen=True)
 class Decoded:
-    """A part of a source: indices int64 [n] with their pixels uint8 [n, H, W, 3], and (index, message) of the rest."""
+    """A part of a source: indices int64 [n] with their pixels uint8 [n · reading.each, H, W, 3], and (index, message)
+    of the rest.
+    """
 
     indices: np.ndarray
     pixels: np.ndarray

@@ -26,7 +26,9 @@ SUFFIXES = frozenset(
 # Pillow tries these and no other: some of its readers start programs (EPS), which a picture has no business to do.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 RESIZES = ("paper", "hf", "none")
-SHORT_SIDE = 224  # pixels: the paper's evaluation crop
+SHORT_SIDE = 224  # pixels: the paper's crop
+TRAINED_SIDES = (256, 384)  # pixels: the short sides of which the paper's training crops
+MOST_VIEWS = 100  # of an image
 DARK, DARK_COLOUR, PAGES = "dark", "dark colour", "pages"  # keys of what read_image notes in `.info`
 DIM = 1 << 13  # an image of 16 bits with no value from here on comes out almost black
 
@@ -49,6 +51,7 @@ class Reading:
     background: str = "white"  # a colour name or #rrggbb, seen behind transparent pixels
     on_error: str = "raise"  # or "skip", which leaves corrupt files out
     gray_bits: int = 16  # those that grayscale of 16 bits holds, 12 in most scans
+    views: int = 0  # random crops of each image, see random_view; 0: the one of the evaluation
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or not all(isinstance(n, int | np.integer) and n >= 1 for n in self.size):
@@ -61,7 +64,18 @@ class Reading:
         bits = self.gray_bits
         if not isinstance(bits, int) or not 8 <= bits <= 16:
             raise InputError(f"gray_bits {bits} is not from 8 to 16, the bits that grayscale of 16 bits can hold")
+        if not isinstance(self.views, int) or not 0 <= self.views <= MOST_VIEWS:
+            raise InputError(
+                f"views is {self.views}; use 0 for the evaluation's crop, or up to {MOST_VIEWS} random ones"
+            )
+        if self.views and self.resize != "paper":
+            raise InputError(f"views are crops of the paper's; resize {self.resize!r} crops nothing: leave one out")
         parse_background(self.background)
+
+    @property
+    def each(self) -> int:
+        """How many pictures an image becomes."""
+        return self.views or 1
 
 
 def parse_background(text: str) -> tuple[int, int, int]:
@@ -199,21 +213,55 @@ def resize_image(image: Image.Image, size: tuple[int, int], resize: str, where: 
         return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     if resize != "paper":
         raise InputError(f"resize {resize!r} is not known; give one of {', '.join(RESIZES)}")
-    scale = max(SHORT_SIDE / min(size), 1.0)
-    high, wide = round(height * scale), round(width * scale)
-    factor = max(high / image.height, wide / image.width)
-    scaled = max(wide, round(image.width * factor)), max(high, round(image.height * factor))
+    high, wide = _window(size)
+    factor, fit = max(high / image.height, wide / image.width), min(image.height / height, image.width / width)
     if factor < 1:
-        image = image.resize(scaled, Image.Resampling.BILINEAR)
-    elif factor > 1 and (fit := min(image.height / height, image.width / width)) >= 1 and fit.is_integer():
+        image = image.resize(_scaled(image, (high, wide), factor), Image.Resampling.BILINEAR)
+    elif factor > 1 and fit >= 1 and fit.is_integer():
         high, wide = height * int(fit), width * int(fit)
-    elif factor > 1:  # only what is then cropped: all of a thin image could be larger than memory
-        x, y = image.width / scaled[0], image.height / scaled[1]
-        left, top = (scaled[0] - wide) // 2, (scaled[1] - high) // 2
-        window = (left * x, top * y, min(image.width, (left + wide) * x), min(image.height, (top + high) * y))
-        image = image.resize((wide, high), Image.Resampling.BILINEAR, window)
+    elif factor > 1:
+        across, down = _scaled(image, (high, wide), factor)
+        image = _cut(image, (high, wide), factor, (across - wide) // 2, (down - high) // 2)
     left, top = (image.width - wide) // 2, (image.height - high) // 2
-    box = (left, top, left + wide, top + high)
-    if high % height == 0 and wide % width == 0:
-        return np.asarray(image.reduce((wide // width, high // height), box))
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))
+    return _shrink(image, size, (left, top, left + wide, top + high))
+
+
+def random_view(image: Image.Image, size: tuple[int, int], random: np.random.Generator) -> np.ndarray:
+    """One view of an RGB image as the published training drew them, uint8 [H, W, 3].
+
+    Short side to a random size in [256, 384], a random crop of 224×224, then down to H×W. Other grids crop a window of
+    their own as `resize_image` says, out of the image at 256/224 to 384/224 of the scale that it has there.
+    """
+    high, wide = _window(size)
+    larger = random.integers(*TRAINED_SIDES, endpoint=True) / SHORT_SIDE
+    factor = max(high / image.height, wide / image.width) * larger
+    across, down = _scaled(image, (high, wide), factor)
+    left, top = random.integers(across - wide, endpoint=True), random.integers(down - high, endpoint=True)
+    return _shrink(_cut(image, (high, wide), factor, left, top), size, (0, 0, wide, high))
+
+
+def _window(size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of what is cropped before it comes down to the grid `size`."""
+    scale = max(SHORT_SIDE / min(size), 1.0)
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def _scaled(image: Image.Image, window: tuple[int, int], factor: float) -> tuple[int, int]:
+    """(width, height) of the image by that factor, which covers the window."""
+    return max(window[1], round(image.width * factor)), max(window[0], round(image.height * factor))
+
+
+def _cut(image: Image.Image, window: tuple[int, int], factor: float, left: int, top: int) -> Image.Image:
+    """The window at (left, top) of the scaled image, whose rest is not made: of a thin one it could fill the memory."""
+    across, down = _scaled(image, window, factor)
+    x, y = image.width / across, image.height / down
+    right, bottom = min(image.width, (left + window[1]) * x), min(image.height, (top + window[0]) * y)
+    return image.resize(window[::-1], Image.Resampling.BILINEAR, (left * x, top * y, right, bottom))
+
+
+def _shrink(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
+    """A box of the image down to the grid: means of equal blocks where its sides are whole multiples."""
+    across, down = box[2] - box[0], box[3] - box[1]
+    if down % size[0] == 0 and across % size[1] == 0:
+        return np.asarray(image.reduce((across // size[1], down // size[0]), box))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box))

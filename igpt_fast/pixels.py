@@ -71,6 +71,8 @@ def load_pixels(
     arguments as for `tokenize`. Raises InputError when the source cannot be read or no image is left.
     """
     source, how = as_source(source), Reading(size, **reading)
+    if how.views:
+        raise InputError(f"views is {how.views}; pixels are loaded as the evaluation crops them: leave it out")
     chosen = _draw(source, limit, seed)
     pixels = np.empty((len(chosen), *how.size, 3), np.uint8)
     failures: list[tuple[int, str]] = []

@@ -28,6 +28,7 @@ from igpt_fast.console import progress, say
 from igpt_fast.data import fit_palette, report_left_out, show_steps
 from igpt_fast.data import tokenize as tokenize_images
 from igpt_fast.errors import InputError
+from igpt_fast.images import MOST_VIEWS
 from igpt_fast.palette import Palette
 from igpt_fast.pictures import to_png_bytes, write_atomically
 from igpt_fast.pixels import FIT_LIMIT, as_source
@@ -104,6 +105,17 @@ def tokenize(
     background: BackgroundOption = "white",
     gray_bits: GrayBitsOption = 16,
     on_error: OnErrorOption = OnError.error,
+    views: Annotated[
+        int,
+        typer.Option(
+            "--views",
+            min=0,
+            max=MOST_VIEWS,
+            metavar="K",
+            show_default="the centre crop",
+            help="K random crops of each image instead, at random sizes, as ImageNet was trained on.",
+        ),
+    ] = 0,
     workers: WorkersOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokens that DIR holds.")] = False,
     as_json: JsonOption = False,
@@ -118,20 +130,22 @@ def tokenize(
     grid, colours, source = parse_size(size), Palette.load(palette_path), as_source(data)
     say(f"{data}: {_count(source)}")
     reading = {"resize": resize.value, "background": background, "on_error": on_error.value, "gray_bits": gray_bits}
-    options = {"workers": workers, "overwrite": overwrite}
+    options = {"workers": workers, "overwrite": overwrite, "views": views}
     with progress(len(source), "images", "tokenising") as bar:
         tokens = tokenize_images(source, colours, out, grid, **options, progress=bar.to, **reading)
     seconds = time.monotonic() - began
     _say_all(report_left_out(source.ignored, [entry["error"] for entry in tokens.meta["skipped"]]))
     size_on_disk = sum(file.stat().st_size for file in out.iterdir())
     held_out = len(tokens.split("val"))
-    say(f"{len(tokens)} images as {grid[0]}x{grid[1]} tokens of {tokens.colors} colours in {seconds:.1f} s")
+    many = f"{len(tokens)} random crops of {len(tokens) // views} images" if views else f"{len(tokens)} images"
+    say(f"{many} as {grid[0]}x{grid[1]} tokens of {tokens.colors} colours in {seconds:.1f} s")
     say(f"by their names, {held_out} are for validation and {len(tokens) - held_out} for training")
     say(f"wrote {out}/ ({size_on_disk / 1e6:.1f} MB)")
     if as_json:
         print_json(
             tokens=str(out),
             images=len(tokens),
+            views=views,
             size=list(tokens.size),
             colors=tokens.colors,
             classes=tokens.meta["class_counts"],

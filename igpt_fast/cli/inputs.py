@@ -23,7 +23,7 @@ from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
 # How images are read, as a run's train.json has it, and unless it or the options say otherwise.
-READING = {field.name: field.default for field in fields(Reading) if field.name != "size"}
+READING = {field.name: field.default for field in fields(Reading) if field.name not in ("size", "views")}
 
 ModelArgument = Annotated[
     Path,

@@ -46,6 +46,7 @@ class ProbeResult:
     seed: int
     feature_bytes: int
     seconds: float
+    joined: Score | None = None  # of all these layers' features side by side, where asked for
 
     @property
     def best(self) -> Score:
@@ -62,6 +63,7 @@ def probe(
     dataset: TokenDataset | JoinedTokens,
     *,
     layers: Sequence[int] | None = None,
+    joined: bool = False,
     test_fraction: float = 0.2,
     limit: int | None = None,
     per_class: int | None = None,
@@ -72,7 +74,8 @@ def probe(
 ) -> ProbeResult | None:
     """Probes a model's layers on a labelled dataset.
 
-    layers: which; None: all, 0 to model.config.layers. test_fraction: the test images are those that training with
+    layers: which; None: all, 0 to model.config.layers. joined: also one classifier on all of their features side by
+    side, as the paper's best figure has of five layers. test_fraction: the test images are those that training with
     that val_fraction, or a larger one, never saw: `dataset.split("val", test_fraction)`. limit: at most so many images.
     per_class: learn from so few of each class, to see what little teaching is worth. `seed` draws both, and the parts
     of the validation; nothing else is left to chance. batch: images side by side; None: what fits. amp: features in
@@ -91,20 +94,22 @@ def probe(
     warn_of_few(chosen, per_class)
     indices, labels, test = chosen.indices, chosen.labels, chosen.test
     folds = draw_folds(labels, test, seed)
-    pooled = extract_features(model, dataset, indices, layers, batch, amp, processes)
+    pooled = extract_features(model, dataset, indices, layers, batch, amp, processes, 3 if joined else 1)
     if processes is not None and not processes.first:
         return None
-    scores = []
-    with progress((len(layers) + 1) * count_fits(folds), "regressions", "fit") as bar:
-        for layer, features in zip((*layers, None), (*pooled, None), strict=True):
-            if features is None:  # made last and late: pixels can be far larger than a layer
-                features = np.asarray(dataset.palette.centers)[dataset.batch(indices).numpy()].reshape(len(indices), -1)
-            name = "raw pixels" if layer is None else f"layer {layer}"
-            scores.append(classify(name, features, labels, folds, layer, bar.advance))
+    with progress((len(layers) + joined + 1) * count_fits(folds), "regressions", "fit") as bar:
+
+        def fit(name: str, features: np.ndarray, layer: int | None = None) -> Score:
+            return classify(name, features, labels, folds, layer, bar.advance)
+
+        scores = tuple(fit(f"layer {layer}", features, layer) for layer, features in zip(layers, pooled, strict=True))
+        together = fit("layers joined", pooled.swapaxes(0, 1).reshape(len(indices), -1)) if joined else None
+        colours = np.asarray(dataset.palette.centers)[dataset.batch(indices).numpy()]
+        pixels = fit("raw pixels", colours.reshape(len(indices), -1))
     most_frequent = np.bincount(labels[~test]).argmax()
     return ProbeResult(
-        layers=tuple(scores[:-1]),
-        pixels=scores[-1],
+        layers=scores,
+        pixels=pixels,
         majority=score("majority class", int((labels[test] == most_frequent).sum()), int(test.sum())),
         depth=model.config.layers,
         classes=chosen.classes,
@@ -117,6 +122,7 @@ def probe(
         seed=seed,
         feature_bytes=pooled.nbytes,
         seconds=time.monotonic() - began,
+        joined=together,
     )
 
 
@@ -148,14 +154,15 @@ def extract_features(
     batch: int | None = None,
     amp: bool = False,
     processes: Processes | None = None,
+    copies: int = 1,
 ) -> np.ndarray:
     """Pooled features of the images `indices`: float32 [len(layers), len(indices), width], all layers in one pass.
 
     amp: matrix products in bf16 autocast. processes: those that share the images. Raises InputError when the machine's
-    memory cannot hold them.
+    memory cannot hold so many copies of them.
     """
     config = model.config
-    needed, there = len(layers) * len(indices) * config.width * 4, memory_of(torch.device("cpu"))
+    needed, there = copies * len(layers) * len(indices) * config.width * 4, memory_of(torch.device("cpu"))
     if needed > there:
         raise InputError(
             f"the features of {len(indices):,} images at {len(layers)} layers take {needed / 1e9:.1f} GB and this "
@@ -200,6 +207,9 @@ def figure_png(result: ProbeResult, title: str) -> bytes:
     axes.errorbar(numbers, accuracy, errors, color=blue, marker="o", capsize=3, linewidth=1.6, label="layers")
     label = f"layer {best.layer}, which validation prefers: {100 * best.accuracy:.1f} %"
     axes.plot(best.layer, 100 * best.accuracy, "o", color=blue, markersize=12, fillstyle="none", label=label)
+    if result.joined:
+        label = f"all of these layers joined: {100 * result.joined.accuracy:.1f} %"
+        axes.axhline(100 * result.joined.accuracy, color=COLOURS[2], linestyle="-.", linewidth=1.6, label=label)
     label, bottom, top = f"most frequent class: {majority:.1f} %", min(*low, 100 * pixels.low), max(high)
     if bottom - majority < 3 * (top - bottom):
         axes.axhline(majority, color="#888888", linestyle=":", linewidth=1.6, label=label)

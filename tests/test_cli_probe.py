@@ -89,10 +89,23 @@ def test_images_are_tokenised_for_the_probe_and_leave_nothing(igpt, run, dataset
 
 def test_the_answer_is_on_stdout_and_all_else_on_stderr(igpt, run, dataset, tmp_path):
     code, printed, said = igpt("probe", run, dataset.path, "--layers", "0", "--out", tmp_path / "p.png")
-    assert code == 0 and "raw pixels" in printed and "* the layer that validation prefers" in printed
+    assert (
+        code == 0
+        and "raw pixels" in printed
+        and "joined" not in printed
+        and "* the layer that validation prefers" in printed
+    )
     assert "raw pixels" not in said and "wrote" in said and "wrote" not in printed
     code, printed, said = igpt("eval", run, dataset.path)
     assert code == 0 and "nats per pixel" in printed and "nats per pixel" not in said
+
+
+def test_layers_joined_have_a_line(igpt, run, dataset, tmp_path):
+    words = ("probe", run, dataset.path, "--layers", "0,2", "--joined", "--out", tmp_path / "p.png")
+    code, printed, _ = igpt(*words)
+    assert code == 0 and "layers joined" in printed
+    found = json.loads(igpt(*words, "--json")[1])
+    assert found["joined"]["accuracy"] > 0.4 and found["joined"]["layer"] is None and len(found["layers"]) == 2
 
 
 def test_what_the_model_had_seen_is_said(igpt, run, dataset, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,22 @@ def test_neither_batch_nor_other_layers_change_a_layer(result, model, dataset):
     np.testing.assert_allclose(extract_features(model, dataset, indices, [0, 2], batch=3), whole[[0, 2]], rtol=1e-5)
     alone = probe(model, dataset, layers=[1])
     assert alone.layers == (result.layers[1],) and alone.pixels == result.pixels
+
+
+def test_layers_side_by_side_are_one_regression(result, model, dataset):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    both = probe(model, dataset, layers=[2, 0], joined=True)
+    assert both.layers == (result.layers[0], result.layers[2]) and both.pixels == result.pixels
+    features = model.features(dataset.batch(dataset.split("all"))).detach().numpy()
+    features, learned, tested = np.hstack(features[[0, 2]]), dataset.split("train", 0.2), dataset.split("val", 0.2)
+    chain = make_pipeline(StandardScaler(), LogisticRegression(C=both.joined.strength, max_iter=1000))
+    chain.fit(features[learned], dataset.labels[learned])
+    assert both.joined.accuracy == chain.score(features[tested], dataset.labels[tested])
+    assert both.joined.layer is None and both.joined.name == "layers joined" and result.joined is None
+    assert figure_png(both, "t") != figure_png(replace(both, joined=None), "t")
 
 
 def test_bf16_features_are_near(model, dataset):

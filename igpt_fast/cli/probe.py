@@ -47,6 +47,9 @@ def probe(
     model: ModelArgument,
     data: LabelledArgument,
     layers: Annotated[str, typer.Option("--layers", metavar="L", help="all, or some as 3,5 or 2-6.")] = "all",
+    joined: Annotated[
+        bool, typer.Option("--joined", help="Also one regression on all of these layers' features side by side.")
+    ] = False,
     test_fraction: Annotated[
         float | None,
         typer.Option(
@@ -104,7 +107,9 @@ def probe(
             dataset = JoinedTokens(dataset, *tests)
             test_fraction = len(dataset.test) / len(dataset)
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
-        result = probe_model(checkpoint.model, dataset, layers=chosen, **options, amp=bf16, processes=processes)
+        result = probe_model(
+            checkpoint.model, dataset, layers=chosen, joined=joined, **options, amp=bf16, processes=processes
+        )
         if not processes.first:
             return
         seen = seen_in_test(checkpoint, dataset, choose_labelled(dataset, test_fraction, limit, per_class, seed))
@@ -148,7 +153,8 @@ def demo(
 def show(result: ProbeResult, as_json: bool) -> None:
     """Prints the result as a table, with a line for everything that a reader must know beside it."""
     table = Table("", "accuracy", "95 % interval", "C")
-    for score in (*result.layers, result.pixels, result.majority):
+    learned = (*result.layers, *([result.joined] if result.joined else []), result.pixels)
+    for score in (*learned, result.majority):
         if score is result.pixels:
             table.add_section()
         style = "bold" if score is result.best else None
@@ -166,7 +172,7 @@ def show(result: ProbeResult, as_json: bool) -> None:
     if result.left_out:
         few = ", ".join(f"{name} ({count})" for name, count in result.left_out.items())
         lines.append(f"left out classes with too few images to learn from and test on: {few}")
-    if slow := [score.name for score in (*result.layers, result.pixels) if not score.converged]:
+    if slow := [score.name for score in learned if not score.converged]:
         lines.append(f"L-BFGS had not converged when it was stopped for {', '.join(slow)}: a little more may be in it")
     for line in lines:
         answer(line, as_json)

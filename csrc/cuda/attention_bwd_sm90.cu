@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
                                Pattern pattern, Work work, float scale) {
   using L = KeysShape<D>;
   ATTENTION_RING(L, ring);
-  ring.begin();
+  ring.begin(q, dout, stats, k, v);
   if (threadIdx.x >= L::kMath) {
     bring_items(
         ring, work, [&](int j) { return pattern.col(j); }, pattern.col_tile, pattern.col_mask,
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
       ptx::hold_registers(sums_k);
       ptx::hold_registers(sums_v);
       for (bool more = true; more;) {
-        const uint32_t from = ring.stage(tile.at());
+        const uint32_t from = ring.stage_of_warp(tile.at());
         start_scores<D, T>(s, keys, from);
         start_scores<D, T>(ds, values, from + kBytes<D>);
         ptx::wgmma_wait<1>();
@@ -171,7 +171,6 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
     ptx::still_wanted(values);
     const int bh = ring.item(item).head;
     const int64_t t = int64_t(own_tile()) * kTile + first_row(threadIdx.x);
-    __syncwarp();
     ring.release(ring.own_full(item));
     store_rows<D>(dk[bh], t, pattern.Tk, sums_k, {scale, scale});
     store_rows<D>(dv[bh], t, pattern.Tk, sums_v, {1.f, 1.f});
@@ -190,7 +189,7 @@ __global__ void __launch_bounds__(QueriesShape<D>::kThreads, 1)
                              Pattern pattern, Work work, float scale) {
   using L = QueriesShape<D>;
   ATTENTION_RING(L, ring);
-  ring.begin();
+  ring.begin(dout, q, k, v);
   if (threadIdx.x >= L::kMath) {
     bring_items(
         ring, work, [&](int i) { return pattern.row(i); }, pattern.row_tile, pattern.row_mask,
@@ -225,7 +224,7 @@ __global__ void __launch_bounds__(QueriesShape<D>::kThreads, 1)
       int held = -1;  // the stage of the product in flight
       ptx::hold_registers(sums);
       for (bool more = true; more;) {
-        const uint32_t from = ring.stage(tile.at());
+        const uint32_t from = ring.stage_of_warp(tile.at());
         start_scores<D, T>(s, queries, from);
         start_scores<D, T>(ds, douts, from + kBytes<D>);
         ptx::wgmma_wait<1>();
@@ -261,13 +260,14 @@ __global__ void __launch_bounds__(QueriesShape<D>::kThreads, 1)
   });
 }
 
-// The first sixteen bytes of each row.
+// The first sixteen bytes of each row, and no more of it.
 CUtensorMap map_of_stats(const View& x) {
   const auto stride = [&](int i) { return uint64_t(x.size[i] == 1 ? 8 : x.stride[i]); };
   const uint64_t size[4] = {8, uint64_t(x.size[2]), uint64_t(x.size[1]), uint64_t(x.size[0])};
   const uint64_t strides[3] = {stride(2), stride(1), stride(0)};
   const uint32_t box[4] = {8, kTile, 1, 1};
-  return tensor_map<4>(x.data, x.dtype, size, strides, box, CU_TENSOR_MAP_SWIZZLE_NONE);
+  return tensor_map<4>(x.data, x.dtype, size, strides, box, CU_TENSOR_MAP_SWIZZLE_NONE,
+                       CU_TENSOR_MAP_L2_PROMOTION_NONE);
 }
 
 }  // namespace

@@ -255,11 +255,11 @@ struct Worker {
 template <int D>
 struct Total {
   float top = -INFINITY, sum = 0.f, o[D / 32] = {};
-  // A record's; of a chunk of which nothing was seen the sum is zero, and there is nothing else.
+  // A record's; of a chunk of which nothing was seen the sum is zero, and the rest may be anything.
   struct Chunk {
-    float sum = 0.f, top = 0.f, o[D / 32] = {};
+    float sum = 0.f, top, o[D / 32];
     __device__ void read(const float* record) {
-      top = record[D];
+      sum = record[D + 1], top = record[D];
 #pragma unroll
       for (int i = 0; i < D / 32; ++i) {
         const int d = i * blockDim.x + threadIdx.x;
@@ -275,10 +275,7 @@ struct Total {
       Chunk chunk[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
-        if (first + i < count) chunk[i].sum = records[i * (D + 2) + D + 1];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (chunk[i].sum != 0.f) chunk[i].read(records + i * (D + 2));
+        if (first + i < count) chunk[i].read(records + i * (D + 2));
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
         if (chunk[i].sum != 0.f) add(chunk[i]);

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(Shape<D, lines>::kThreads, Shape<D, lines>::kB
                               Pattern pattern, Work work, float scale2) {
   using L = Shape<D, lines>;
   ATTENTION_RING(L, ring);
-  ring.begin();
+  ring.begin(q, k, v);
   if (threadIdx.x >= L::kMath) {
     bring_items(
         ring, work, [&](int i) { return pattern.row(i); }, pattern.row_tile, pattern.row_mask,
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(Shape<D, lines>::kThreads, Shape<D, lines>::kB
 #pragma unroll
     for (int l = 0; l < L::kLines; ++l) take(rows[l].q, ring.own(item, group * L::kLines + l));
     const auto start = [&](Weights& x, const Rows<D>& of, const Met<L>& at) {
-      start_scores<D, T>(x.s, of.q, ring.stage(at.at()));
+      start_scores<D, T>(x.s, of.q, ring.stage_of_warp(at.at()));
     };
     const auto mix = [&](Weights& x, Rows<D>& to, int l, auto settle) {
       ptx::hold_registers(x.s);
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(Shape<D, lines>::kThreads, Shape<D, lines>::kB
         hide(x.s, [&](int r) { return pattern.row_bits(i, j, id, r); });
       }
       softmax<D, T>(to, x, scale2, settle);
-      start_mix<D, T>(to.o, x.p, ring.stage(tile.at()) + kBytes<D>);
+      start_mix<D, T>(to.o, x.p, ring.stage_of_warp(tile.at()) + kBytes<D>);
     };
     const auto finish = [&] {
       ptx::wgmma_wait<0>();
@@ -214,7 +214,6 @@ __global__ void __launch_bounds__(Shape<D, lines>::kThreads, Shape<D, lines>::kB
     for (int l = 0; l < L::kLines; ++l) ptx::still_wanted(rows[l].q);
 
     const int bh = ring.item(item).head, i = tile_of(0);
-    __syncwarp();
     ring.release(ring.own_full(item));
     const auto leave = [&](const Rows<D>& x, int l) {
       const int64_t t = int64_t(i + l) * kTile + first_row(ptx::thread_again());

@@ -108,6 +108,9 @@ struct Ring {
   // Of line l, which the warpgroups count through.
   __device__ uint32_t own(uint32_t item, int l) const { return shared + (item * L::kAll + l) * L::kOwn; }
   __device__ uint32_t stage(uint32_t i) const { return shared + kOwnBytes + i * L::kStage; }
+  // By all of a warp, for which the compiler then knows it to be the same: wgmma's descriptors are made of it in
+  // registers of the whole warp, not in each lane's and then fetched over.
+  __device__ uint32_t stage_of_warp(uint32_t i) const { return __shfl_sync(0xffffffffu, stage(i), 0); }
   __device__ uint32_t own_full(uint32_t item) const { return ptx::smem_u32(words) + item * 24; }
   __device__ uint32_t full(uint32_t i) const { return own_full(L::kItems) + i * kWordsOfStage * 8; }
   __device__ static uint32_t empty_of(uint32_t full) { return full + 8; }
@@ -117,9 +120,11 @@ struct Ring {
     return reinterpret_cast<Note<L>&>(words[3 * L::kItems + i * kWordsOfStage + 2]);
   }
 
-  // By all threads of the block.
-  __device__ void begin() const {
+  // By all threads of the block. maps: those that it will bring by, so that the first loads find them in the cache.
+  template <class... Maps>
+  __device__ void begin(const Maps&... maps) const {
     if (threadIdx.x == 0) {
+      (ptx::tma_prefetch(&maps), ...);
       const auto both = [](uint32_t full) {
         ptx::mbar_init(full, 1);
         ptx::mbar_init(empty_of(full), L::kMath / 32);  // every warp that reads it
@@ -132,6 +137,7 @@ struct Ring {
   }
   // A lane for its warp, when all of it has read what `full` announced.
   __device__ void release(uint32_t full) const {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbar_arrive(empty_of(full));
   }
 };
@@ -248,7 +254,6 @@ template <class L>
 __device__ inline bool find(Met<L>& tile, const Ring<L>& ring, int group) {
   while (!look(tile, ring, group)) {
     const bool last = ring.note(tile.at()).index == kNoMore;
-    __syncwarp();
     ring.release(ring.full(tile.at()));
     tile.advance();
     if (last) return false;

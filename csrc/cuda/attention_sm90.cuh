@@ -85,7 +85,7 @@ using Operand64 = uint32_t[D / 16][4];
 template <int D, bool registers>
 using Own = std::conditional_t<registers, Operand64<D>, uint32_t>;
 __device__ inline void take(uint32_t& x, uint32_t tile) {
-  x = tile;
+  x = __shfl_sync(0xffffffffu, tile, 0);
 }
 template <int steps>
 __device__ inline void take(uint32_t (&x)[steps][4], uint32_t tile) {

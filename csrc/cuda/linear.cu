@@ -101,6 +101,26 @@ __global__ void __launch_bounds__(kThreads) linear_fwd_kernel(T* y,             
     ask(s, warp * kColumns + s * kStride);
     ptx::cp_async_commit();
   }
+  // What is added to this thread's outputs. Of few rows, where it is one output, it is on its way from here on as well;
+  // of more there are no registers for it.
+  constexpr int kTurns = (R * J * 128 + kThreads - 1) / kThreads;
+  const auto place = [&](int turn, int64_t& row, int& out) {  // whether there is one
+    const int at = turn * kThreads + threadIdx.x, of = at % 32, e = at / 32 % 4, tile = at / 128;  // whose sum it was
+    row = first_row + 16 * (tile / J) + 8 * (e / 2) + of / 4, out = first_out + 8 * (tile % J) + of % 4 * 2 + e % 2;
+    return at < R * J * 128 && row < N && out < M;
+  };
+  T biases[kTurns], residuals[kTurns];
+  const auto ask_added = [&] {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      int64_t row;
+      int out;
+      const bool there = place(turn, row, out);
+      if (there && bias) biases[turn] = bias[out];
+      if (there && residual) residuals[turn] = residual[row * M + out];
+    }
+  };
+  if constexpr (kTurns == 1) ask_added();
   if constexpr (kNorm) {
     find_rstd<T, R>(rstd, x, first_row, N, K, eps);
     __syncthreads();
@@ -131,6 +151,7 @@ __global__ void __launch_bounds__(kThreads) linear_fwd_kernel(T* y,             
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // nobody needs the rings any more
+  if constexpr (kTurns > 1) ask_added();
 
   // All shares.
   float* const parts = reinterpret_cast<float*>(memory);
@@ -142,17 +163,17 @@ __global__ void __launch_bounds__(kThreads) linear_fwd_kernel(T* y,             
 #pragma unroll
       for (int e = 0; e < 4; ++e) parts[((warp * R + r) * J + j) * 128 + e * 32 + lane] = sums[r][j][e];
   __syncthreads();
-  for (int at = threadIdx.x; at < R * J * 128; at += kThreads) {
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    int64_t row;
+    int out;
+    if (!place(turn, row, out)) continue;
     float sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += parts[w * R * J * 128 + at];
-    const int of = at % 32, e = at / 32 % 4, tile = at / 128;  // whose sum it was
-    const int64_t row = first_row + 16 * (tile / J) + 8 * (e / 2) + of / 4;
-    const int out = first_out + 8 * (tile % J) + of % 4 * 2 + e % 2;
-    if (row >= N || out >= M) continue;
-    if (bias) sum += load_as<T, 1>(bias, out).v[0];
+    for (int w = 0; w < kWarps; ++w) sum += parts[w * R * J * 128 + turn * kThreads + threadIdx.x];
+    if (bias) sum += float(biases[turn]);
     if (gelu) sum = quick_gelu(sum);
-    if (residual) sum += load_as<T, 1>(residual, row * M + out).v[0];
+    if (residual) sum += float(residuals[turn]);
     store_as<T, 1>(y, row * M + out, {sum});
   }
 }

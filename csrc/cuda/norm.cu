@@ -277,7 +277,7 @@ static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View ds
   by_types({dy, dx}, {s, dresidual, dsum}, weight, C, [&]<class X, class S, int V>() {
     const size_t bytes = warps * kStages * stage_bytes<X, S, V>(bool(dsum));  // of a team
     const int teams = std::max(1, std::min(kBackwardWarps / warps, int(kMostShared / bytes)));
-    allow_shared(rms_norm_bwd_kernel<X, S, V>, teams * bytes);
+    allow_shared(rms_norm_bwd_kernel<X, S, V>, kMostShared);  // the same from any thread, with dsum and without
     LAUNCH((rms_norm_bwd_kernel<X, S, V>), unsigned(dweight.size[0]), dim3(32 * warps, teams), teams * bytes, stream,
            Matrix<X>(dx), Matrix<S>(dresidual), dweight.as<float>(), Matrix<X>(dy), Matrix<S>(dsum), Matrix<S>(s),
            (Typed{weight.data, weight.dtype}), rstd.as<float>(), N, int(C));

@@ -26,6 +26,7 @@ namespace cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kMostColumns = 8192;
+constexpr size_t kStatic = 2048, kAlways = 48 * 1024 - kStatic;  // of shared memory: static arrays; what needs no leave
 constexpr float kLargest = 3.402823466e+38f;
 
 struct Rule {
@@ -204,7 +205,12 @@ static void sample_tokens(View tokens, View logits, View uniforms, double temper
     for (padded = 1; padded < V;) padded *= 2;
   const size_t bytes = size_t(V) * sizeof(double) + size_t(padded) * sizeof(uint64_t);
   const OnDevice device(logits);
-  if (bytes > 46 * 1024) allow_shared(sample_tokens_kernel, bytes);  // beside the static arrays
+  if (bytes > kAlways) {
+    const size_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStatic;
+    IGPT_CHECK(bytes <= most, "sample_tokens: %lld columns with top_k or top_p want %zu bytes of shared memory, of %zu",
+               (long long)(V), bytes, most);
+    allow_shared(sample_tokens_kernel, most);  // the same from any thread, whatever its V
+  }
   LAUNCH(sample_tokens_kernel, unsigned(N), kThreads, bytes, stream, tokens.as<int64_t>(), logits.data, logits.dtype,
          uniforms.as<double>(), int(V), rule, padded);
 }

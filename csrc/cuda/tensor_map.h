@@ -25,10 +25,12 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 
 // size, box: RANK numbers, innermost first, counted in elements; stride: the RANK - 1 outer strides, in elements.
-// swizzle: CU_TENSOR_MAP_SWIZZLE_*; the inner box is then exactly that many bytes.
+// swizzle: CU_TENSOR_MAP_SWIZZLE_*; the inner box is then exactly that many bytes. fetched: what the L2 cache asks
+// memory for at a time, CU_TENSOR_MAP_L2_PROMOTION_*.
 template <int RANK>
 CUtensorMap tensor_map(const void* base, DType dtype, const uint64_t (&size)[RANK], const uint64_t (&stride)[RANK - 1],
-                       const uint32_t (&box)[RANK], CUtensorMapSwizzle swizzle) {
+                       const uint32_t (&box)[RANK], CUtensorMapSwizzle swizzle,
+                       CUtensorMapL2promotion fetched = CU_TENSOR_MAP_L2_PROMOTION_L2_128B) {
   const CUtensorMapDataType type = dtype == DType::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                    : dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                          : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
@@ -39,9 +41,8 @@ CUtensorMap tensor_map(const void* base, DType dtype, const uint64_t (&size)[RAN
   for (int i = 0; i + 1 < RANK; ++i) strides[i] = stride[i] * bytes;
   static const auto encode = tensor_map_encoder();
   CUtensorMap map;
-  const CUresult result =
-      encode(&map, type, RANK, const_cast<void*>(base), sizes, strides, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(&map, type, RANK, const_cast<void*>(base), sizes, strides, boxes, ones,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, fetched, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::invalid_argument("tensor map refused (error " + std::to_string(int(result)) +
                                 "): base and strides must be multiples of 16 bytes, boxes at most 256 elements");

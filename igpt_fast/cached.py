@@ -133,6 +133,11 @@ class Decoder:
         self.masks = () if c.pattern is None else StepMasks(every)
         self.weights = StepWeights(own["wte"], model.position_table().detach(), layers, own["ln_f"], own["wtet"])
 
+    def step(self, pixel: Tensor, slot: int | Tensor) -> Tensor:
+        """The newest pixel into `slot`, as ops.decode_step takes it → logits [batch, colors] of the next one."""
+        c = self.cache
+        return ops.decode_step(c.data, pixel, self.weights, slot, self.config.eps, self.masks, c.pages, c.prefix)
+
 
 @torch.inference_mode()
 def decode_one_token(decoder: Decoder, pixel: Tensor) -> Tensor:
@@ -143,8 +148,7 @@ def decode_one_token(decoder: Decoder, pixel: Tensor) -> Tensor:
     cache, slot = decoder.cache, decoder.cache.length
     if slot >= decoder.config.tokens:
         raise InputError(f"the cache already holds all {slot} slots of an image")
-    eps, held = decoder.config.eps, (cache.pages, cache.prefix)
-    logits = ops.decode_step(cache.data, pixel, decoder.weights, slot, eps, decoder.masks, *held)
+    logits = decoder.step(pixel, slot)
     cache.length = slot + 1
     return logits
 

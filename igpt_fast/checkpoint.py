@@ -120,9 +120,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     for name in record["files"]:
         _verify(directory, record, name, contents=name != OPTIMIZER)  # its are when they are asked for
     config = Config.from_dict(json.loads((directory / CONFIG).read_bytes()))
-    with torch.device("meta"):  # no time for numbers that are overwritten, and the random state stays as it is
-        model = ImageGPT(config)
-    model = model.to_empty(device=device)
+    model = ImageGPT.empty(config, torch.float32, device)
     copy_tensors(directory, dict(model.named_parameters()))
     palette = model.palette = Palette.load(directory / PALETTE) if PALETTE in record["files"] else None
     model.class_names = tuple(json.loads((directory / CLASSES).read_bytes())) if CLASSES in record["files"] else None

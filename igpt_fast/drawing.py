@@ -52,7 +52,6 @@ class CountedSteps:
 
     def step(self) -> None:
         """One pixel of each image, and the logits of the next."""
-        d, pixel = self.decoder, self.draw().clamp(min=0)
+        pixel = self.draw().clamp(min=0)
         self.at += 1  # slot t of the cache has pixel t - 1
-        eps, held = d.config.eps, (d.cache.pages, d.cache.prefix)
-        self.logits.copy_(ops.decode_step(d.cache.data, pixel, d.weights, self.at, eps, d.masks, *held))
+        self.logits.copy_(self.decoder.step(pixel, self.at))

@@ -95,10 +95,8 @@ def finetune(
     parts = chosen.indices[~chosen.test & ~held_out], chosen.indices[held_out]
     labels = np.full(len(dataset), -1)
     labels[chosen.indices] = chosen.labels
-    task: ClassTask
 
     def prepare(checkpoint: Checkpoint | None) -> Prepared:
-        nonlocal task
         config = replace((checkpoint.model if checkpoint else model).config, classes=len(chosen.classes))
         if checkpoint:
             refuse_differences(run, checkpoint.model.config.to_dict(), config.to_dict())
@@ -112,7 +110,7 @@ def finetune(
         return task, config, start
 
     with together(device) as processes:
-        result = carry_out(prepare, run, o, processes, resume, command)
+        result, task = carry_out(prepare, run, o, processes, resume, command)
         if result.step < o.steps:
             say(f"no better validation since {o.patience} of them: ended at step {result.step}")
         return _result(result, task, dataset, chosen, test=processes.first)

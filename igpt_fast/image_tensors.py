@@ -5,17 +5,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.images import resize_image
 from igpt_fast.palette import Palette
 
 
-def tokens_of(images: Tensor, palette: Palette, size: tuple[int, int], resize: str, device: torch.device) -> Tensor:
-    """Resizes and quantises.   images [B, 3, H, W], uint8 or float in [0, 1] → int64 [B, size] on `device`
+def tokens_of(images: Tensor, palette: Palette | None, config: Config, resize: str, device: torch.device) -> Tensor:
+    """Resizes and quantises.   images [B, 3, H, W], uint8 or float in [0, 1] → int64 [B, config.size] on `device`
 
     Floats are rounded to 8 bits. Images of another size go through `resize_image` on the CPU, as those of files do.
-    Raises InputError for another shape or dtype, and for floats outside [0, 1], as after a normalisation.
+    Raises InputError for another shape or dtype, for floats outside [0, 1], as after a normalisation, and without a
+    palette of the config's colours.
     """
+    if palette is None or len(palette) != config.colors:
+        has = "no palette" if palette is None else f"a palette of {len(palette)}"
+        raise InputError(f"the model has {has}; set model.palette to the igpt.Palette of its {config.colors} colours")
+    size = config.size
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         shape = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise InputError(f"the images are {shape}; give a tensor [B, 3, H, W], uint8 or float in [0, 1]")

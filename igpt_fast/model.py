@@ -73,12 +73,17 @@ class ImageGPT(nn.Module):
         `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
         """
         found = read_pretrained(source, size, heads)
-        with torch.device("meta"):  # no time for numbers that are overwritten, and the random state stays as it is
-            model = cls(found.config)
-        model = model.to(dtype or found.tensors["wte"].dtype).to_empty(device=device)
+        model = cls.empty(found.config, dtype or found.tensors["wte"].dtype, device)
         model.load_state_dict(found.tensors)
         model.palette, model.class_names = found.palette, found.class_names
         return model
+
+    @classmethod
+    def empty(cls, config: Config, dtype: torch.dtype, device: str | torch.device) -> "ImageGPT":
+        """A model whose numbers are still to be written: none is drawn, and the random state stays as it is."""
+        with torch.device("meta"):
+            model = cls(config)
+        return model.to(dtype).to_empty(device=device)
 
     def save_pretrained(self, path: str | Path, palette: Palette | None = None, overwrite: bool = False) -> None:
         """Writes a directory that transformers' ImageGPT loads, and `from_pretrained` too; whole or not at all.
@@ -157,11 +162,7 @@ class ImageGPT(nn.Module):
 
         resize: "paper" or "hf", see igpt_fast.images.resize_image. Raises InputError without a palette that fits.
         """
-        colors = self.config.colors
-        if self.palette is None or len(self.palette) != colors:
-            has = "no palette" if self.palette is None else f"a palette of {len(self.palette)}"
-            raise InputError(f"the model has {has}; set model.palette to the igpt.Palette of its {colors} colours")
-        return tokens_of(images, self.palette, self.config.size, resize, self.wte.device)
+        return tokens_of(images, self.palette, self.config, resize, self.wte.device)
 
     def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The final norm's output [N, T, width], which both heads read. Arguments as in `forward`."""

@@ -61,7 +61,7 @@ def train(
         return PixelTask(Batches(dataset, chosen, shape.objective)), shape, start
 
     with together(device) as processes:
-        return carry_out(prepare, run, chosen, processes, resume, command)
+        return carry_out(prepare, run, chosen, processes, resume, command)[0]
 
 
 def carry_out(
@@ -71,9 +71,11 @@ def carry_out(
     processes: Processes,
     resume: bool,
     command: Mapping[str, Any] | None,
-) -> Result:
-    """Runs a task. prepare: from the checkpoint that a resumed run goes on from, the task, the model's shape, and the
-    model that it begins with, None for that of the checkpoint or for fresh weights. Otherwise as `train`.
+) -> tuple[Result, PixelTask]:
+    """Runs a task → how it ended, and the task itself.
+
+    prepare: from the checkpoint that a resumed run goes on from, the task, the model's shape, and the model that it
+    begins with, None for that of the checkpoint or for fresh weights. Otherwise as `train`.
     """
     stop = Stop(processes.largest)
     with ExitStack() as held:
@@ -88,7 +90,7 @@ def carry_out(
                     held.enter_context(locked(run))
                 loop = Loop(task, run, config, processes, checkpoint, start, stop, dict(command or {}))
             with stop:
-                return loop.go()
+                return loop.go(), task
         except OSError as error:  # a disk that is full, or gone
             raise broken_off(run, error) from error
 

@@ -51,9 +51,7 @@ def from_hf(
     grid = grid_of(theirs.shape(WPE, 2)[0], size, "the state dict")
     config = infer_config(theirs, heads=heads, size=grid, eps=eps)
     config, ours = to_ours(theirs, config, headless or bool(config.classes))
-    with torch.device("meta"):
-        model = ImageGPT(config)
-    model = model.to(ours["wte"].dtype).to_empty(device="cpu")
+    model = ImageGPT.empty(config, ours["wte"].dtype, "cpu")
     model.load_state_dict(ours)
     model.class_names = read_class_names(names or {}, config.classes, "the model's config")
     return model
@@ -108,9 +106,7 @@ def reshaped(model: ImageGPT, config: Config) -> ImageGPT:
     tensors = tensors_to_save(model)
     if model.config.size != config.size:
         tensors = resized(tensors, model.config.size, config.size)
-    with torch.device("meta"):
-        other = ImageGPT(config)
-    other = other.to(model.wte.dtype).to_empty(device=model.wte.device)
+    other = ImageGPT.empty(config, model.wte.dtype, model.wte.device)
     if config.classes == model.config.classes:
         other.class_names = model.class_names
     elif config.classes:

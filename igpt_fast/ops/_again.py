@@ -14,9 +14,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Recipe(NamedTuple):
-    """make(*parts) is the output, to the bit, while neither it nor a part has been changed in place (but by .data)."""
+    """make(*parts) is the output, to the bit, while neither it nor a part has been changed in place (but by .data).
+
+    plain(*parts) is it, too, but for rounding, in torch's own ops, which can be differentiated.
+    """
 
     make: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
     parts: tuple[Tensor | None, ...]
     versions: tuple[int | None, ...]  # of the output and the parts
 
@@ -24,13 +28,12 @@ class Recipe(NamedTuple):
 _recipes = WeakTensorKeyDictionary()  # not an attribute: a tensor that is saved or copied takes its attributes along
 
 
-def remember(y: Tensor, make: Callable[..., Tensor], *parts: Tensor | None) -> None:
-    """Notes, where it is worth it, that make(*parts) gives y's values. parts, which live as y does, are what the op
-    keeps for its own backward pass anyway.
+def remember(y: Tensor, make: Callable[..., Tensor], plain: Callable[..., Tensor], *parts: Tensor | None) -> None:
+    """Notes, where it is worth it, that make(*parts) gives y's values, and plain(*parts) nearly. parts, which live as y
+    does, are what the op keeps for its own backward pass anyway.
     """
     if y.device.type == "cpu":
-        parts = tuple(None if t is None else t.detach() for t in parts)
-        _recipes[y] = Recipe(make, parts, _versions(y, *parts))
+        _recipes[y] = Recipe(make, plain, parts, _versions(y, *parts))
 
 
 def recipe_of(y: Tensor) -> Recipe | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
+from igpt_fast.ops._gradient import beyond_kernels
 from igpt_fast.ops._native import (
     backend_for,
     empty,
@@ -17,9 +18,10 @@ from igpt_fast.ops._native import (
     needs_grad,
     rows,
     same_device,
+    say_slower,
     stream_of,
 )
-from igpt_fast.patterns import FIELDS, BlockMask
+from igpt_fast.patterns import FIELDS, BlockMask, unpack
 
 
 def attention(
@@ -214,6 +216,24 @@ def grads_like(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     return tuple(empty((t.size(0), t.size(2), t.size(1), t.size(3)), t).transpose(1, 2) for t in (q, k, k))
 
 
+def plain_gradient(reason, dout, q, k, v, tables, causal, scale):
+    """The three gradients, where no kernel can give them."""
+    say_slower(f"the gradient of attention runs on plain torch: {reason}")
+    seen = None if tables is None else unpack(tables, q.size(2)).to(q.device)
+    return reference.attention.attention_backward(dout, q, k, v, seen, causal, scale)
+
+
+def _plain_packed(reason, dout, qkv, groups, causal, scale):
+    """The same for one buffer."""
+    parts, places = [], []
+    for heads, tables in groups:
+        of = torch.tensor(range(qkv.size(3))[heads], device=qkv.device)
+        given = dout.index_select(2, of).transpose(1, 2), *slices(qkv.index_select(3, of)), tables
+        parts.append(torch.stack([t.transpose(1, 2) for t in plain_gradient(reason, *given, causal, scale)], 2))
+        places.append(of)
+    return torch.cat(parts, 3).index_select(3, torch.cat(places).argsort())
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, native, q, k, v, tables, causal, scale):
@@ -223,9 +243,10 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         q, k, v, o, lse = ctx.saved_tensors
+        if reason := beyond_kernels((dout,)):
+            return None, *plain_gradient(reason, dout, q, k, v, *ctx.rest), None, None, None
         grads = grads_like(q, k)
         backward_by(ctx.native, grads, dout, q, k, v, o, lse, *ctx.rest)
         return None, *grads, None, None, None
@@ -240,9 +261,10 @@ class _AttentionPacked(torch.autograd.Function):
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         qkv, o, *lses = ctx.saved_tensors
+        if reason := beyond_kernels((dout,)):
+            return None, _plain_packed(reason, dout, qkv, ctx.groups, *ctx.rest), None, None, None
         dqkv = empty(qkv.shape, qkv)
         for (heads, tables), lse in zip(ctx.groups, lses, strict=True):
             grads, given = slices(dqkv[..., heads, :]), slices(qkv[..., heads, :])

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
+from igpt_fast.ops._gradient import differentiable
 from igpt_fast.ops._native import backend_for, empty, needs_grad, serves, stream_of
 from igpt_fast.ops.attention import readable, refusal, slices
 from igpt_fast.ops.dropout import checked
@@ -25,10 +26,9 @@ def attention_dropout(qkv: Tensor, p: float, seed: int, scale: float | None = No
     scale = qkv.size(-1) ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():
         return torch.ops.igpt.attention_dropout(qkv, scale, p, seed)[0]
-    native = _native(qkv, scale)
-    if native is not None and needs_grad(qkv):
-        return _AttentionDropout.apply(native, qkv, scale, p, seed)
-    return _forward(native, qkv, scale, p, seed)[0]
+    if needs_grad(qkv) and _native(qkv, scale) is not None:  # the reference has torch's own gradient
+        return _with_gradient(qkv, scale, p, seed)[0]
+    return _forward(qkv, scale, p, seed)[0]
 
 
 def has_dropout_kernel(qkv: Tensor, scale: float) -> bool:
@@ -40,8 +40,9 @@ def _native(qkv: Tensor, scale: float):
     return backend_for("attention_dropout_fwd", (qkv,), refusal(qkv.dtype, qkv.size(-1), scale))
 
 
-def _forward(native, qkv, scale, p, seed):
-    B, T, _, H, D = qkv.shape
+def _forward(qkv: Tensor, scale: float, p: float, seed: int) -> tuple[Tensor, Tensor]:
+    """o, lse"""
+    native, (B, T, _, H, D) = _native(qkv, scale), qkv.shape
     if native is None:
         o, lse = reference.attention_dropout.attention_dropout(*slices(qkv), scale, p, seed)
         return o.transpose(1, 2).contiguous(), lse.float()
@@ -51,52 +52,23 @@ def _forward(native, qkv, scale, p, seed):
     return o, lse
 
 
-def _backward(native, dout, qkv, o, lse, scale, p, seed):
+def _backward(dout: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float, p: float, seed: int) -> Tensor:
+    native, dout = _native(qkv, scale), dout.transpose(1, 2)
+    if native is None:
+        grads = reference.attention_dropout.attention_dropout_backward(dout, *slices(qkv), scale, p, seed)
+        return torch.stack([t.transpose(1, 2) for t in grads], 2)
     dqkv = empty(qkv.shape, qkv)
-    given = readable(native, dout.transpose(1, 2), *slices(qkv))
+    given = readable(native, dout, *slices(qkv))
     native.attention_dropout_bwd(*slices(dqkv), *given, o.transpose(1, 2), lse, scale, p, seed, stream_of(qkv))
     return dqkv
 
 
-class _AttentionDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, native, qkv, *rest):
-        o, lse = _forward(native, qkv, *rest)
-        ctx.native, ctx.rest = native, rest
-        ctx.save_for_backward(qkv, o, lse)
-        return o
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        return None, _backward(ctx.native, dout, *ctx.saved_tensors, *ctx.rest), None, None, None
-
-
-@torch.library.custom_op("igpt::attention_dropout", mutates_args=())
-def _attention_dropout_op(qkv: Tensor, scale: float, p: float, seed: int) -> tuple[Tensor, Tensor]:
-    return _forward(_native(qkv, scale), qkv, scale, p, seed)
-
-
-@_attention_dropout_op.register_fake
-def _(qkv, scale, p, seed):
+def _like(qkv, scale, p, seed):
     B, T, _, H, D = qkv.shape
     return qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("igpt::attention_dropout_backward", mutates_args=())
-def _attention_dropout_backward_op(
-    dout: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float, p: float, seed: int
-) -> Tensor:
-    native = _native(qkv, scale)
-    if native is not None:
-        return _backward(native, dout, qkv, o, lse, scale, p, seed)
-    given = (t.transpose(1, 2) for t in (dout, *qkv.unbind(2)))
-    grads = reference.attention_dropout.attention_dropout_backward(*given, scale, p, seed)
-    return torch.stack([t.transpose(1, 2) for t in grads], 2)
-
-
-@_attention_dropout_backward_op.register_fake
-def _(dout, qkv, o, lse, scale, p, seed):
+def _like_backward(dout, qkv, o, lse, scale, p, seed):
     return qkv.new_empty(qkv.shape)
 
 
@@ -107,8 +79,8 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(qkv, o, lse)
 
 
-def _autograd(ctx, dout, _):
-    return torch.ops.igpt.attention_dropout_backward(dout, *ctx.saved_tensors, *ctx.rest), None, None, None
+def _gradient(ctx, backward, dout, _):
+    return backward(dout, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
-_attention_dropout_op.register_autograd(_autograd, setup_context=_setup)
+_with_gradient = differentiable("attention_dropout", _forward, _like, _backward, _like_backward, _setup, _gradient)

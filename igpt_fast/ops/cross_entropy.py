@@ -5,6 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
+from igpt_fast.ops._gradient import differentiable
 from igpt_fast.ops._native import backend_for, check_range, empty, needs_grad, same_device, stream_of
 
 
@@ -25,72 +26,43 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
         loss = torch.ops.igpt.cross_entropy(logits, targets)[0]
         return loss.mean() if reduction == "mean" else loss
     check_range("cross_entropy", "targets", targets, logits.shape[-1])
-    native = backend_for("cross_entropy_fwd", (logits,))
-    if native is None:
+    if backend_for("cross_entropy_fwd", (logits,)) is None:
         check_range("cross_entropy", "targets", targets, logits.shape[-1], on_cpu=True)
         return reference.cross_entropy.cross_entropy(logits, targets, reduction)
     try:
-        if needs_grad(logits):
-            loss = _CrossEntropy.apply(native, logits, targets)
-        else:
-            loss = _forward(native, logits, targets)[0]
+        loss, _ = (_with_gradient if needs_grad(logits) else _forward)(logits, targets)
     except ValueError as error:  # the kernel's own check of the targets
         raise InputError(str(error)) from None
     return loss.mean() if reduction == "mean" else loss
 
 
-def _forward(native, logits, targets):
+def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """loss, lse"""
+    native = backend_for("cross_entropy_fwd", (logits,))
+    if native is None:
+        return reference.cross_entropy.cross_entropy(logits, targets, "none"), torch.logsumexp(logits.float(), -1)
     logits, targets = logits.contiguous(), targets.contiguous()
     loss, lse = empty(targets.shape, logits, torch.float32), empty(targets.shape, logits, torch.float32)
     native.cross_entropy_fwd(loss, lse, logits, targets, stream_of(logits))
     return loss, lse
 
 
-def _backward(native, dloss, logits, targets, lse):
+def _backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor) -> Tensor:
+    native = backend_for("cross_entropy_bwd", (logits,))
+    if native is None:
+        return reference.cross_entropy.cross_entropy_backward(dloss, logits, targets)
     logits = logits.contiguous()
     dlogits = empty(logits.shape, logits)
     native.cross_entropy_bwd(dlogits, dloss.contiguous(), logits, targets.contiguous(), lse, stream_of(logits))
     return dlogits
 
 
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, native, logits, targets):
-        loss, lse = _forward(native, logits, targets)
-        ctx.native = native
-        ctx.save_for_backward(logits, targets, lse)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        return None, _backward(ctx.native, dloss, *ctx.saved_tensors), None
-
-
-@torch.library.custom_op("igpt::cross_entropy", mutates_args=())
-def _cross_entropy_op(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    native = backend_for("cross_entropy_fwd", (logits,))
-    if native is not None:
-        return _forward(native, logits, targets)
-    return reference.cross_entropy.cross_entropy(logits, targets, "none"), torch.logsumexp(logits.float(), -1)
-
-
-@_cross_entropy_op.register_fake
-def _(logits, targets):
+def _like(logits, targets):
     loss = logits.new_empty(targets.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
     return loss, torch.empty_like(loss, dtype=torch.float32)
 
 
-@torch.library.custom_op("igpt::cross_entropy_backward", mutates_args=())
-def _cross_entropy_backward_op(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor) -> Tensor:
-    native = backend_for("cross_entropy_bwd", (logits,))
-    if native is not None:
-        return _backward(native, dloss, logits, targets, lse)
-    return reference.cross_entropy.cross_entropy_backward(dloss, logits, targets)
-
-
-@_cross_entropy_backward_op.register_fake
-def _(dloss, logits, targets, lse):
+def _like_backward(dloss, logits, targets, lse):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -99,8 +71,8 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, dloss, _):
-    return torch.ops.igpt.cross_entropy_backward(dloss, *ctx.saved_tensors), None
+def _gradient(ctx, backward, dloss, _):
+    return backward(dloss, *ctx.saved_tensors), None
 
 
-_cross_entropy_op.register_autograd(_autograd, setup_context=_setup)
+_with_gradient = differentiable("cross_entropy", _forward, _like, _backward, _like_backward, _setup, _gradient)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
+from igpt_fast.ops._gradient import differentiable
 from igpt_fast.ops._native import backend_for, empty, needs_grad, serves
 from igpt_fast.reference.dropout import LEVELS
 
@@ -22,7 +23,7 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     p = checked("dropout", p, seed)
     if torch.compiler.is_compiling():
         return torch.ops.igpt.dropout(x, p, seed)
-    return _Dropout.apply(x, p, seed) if needs_grad(x) else _run(x, p, seed)
+    return (_with_gradient if needs_grad(x) else _run)(x, p, seed)
 
 
 def checked(op: str, p: float, seed: int) -> float:
@@ -37,7 +38,7 @@ def has_dropout_kernel(x: Tensor) -> bool:
     return serves("dropout", (x,))
 
 
-def _run(x, p, seed):
+def _run(x: Tensor, p: float, seed: int) -> Tensor:
     native = backend_for("dropout", (x,))
     if native is None:
         return reference.dropout.dropout(x, p, seed).contiguous()
@@ -46,25 +47,7 @@ def _run(x, p, seed):
     return y
 
 
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, p, seed):
-        ctx.rest = p, seed
-        return _run(x, p, seed)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        return _run(dy, *ctx.rest), None, None
-
-
-@torch.library.custom_op("igpt::dropout", mutates_args=())
-def _dropout_op(x: Tensor, p: float, seed: int) -> Tensor:
-    return _run(x, p, seed)
-
-
-@_dropout_op.register_fake
-def _(x, p, seed):
+def _like(x, p, seed):
     return x.new_empty(x.shape)
 
 
@@ -72,8 +55,8 @@ def _setup(ctx, inputs, output):
     _, *ctx.rest = inputs
 
 
-def _autograd(ctx, dy):
-    return torch.ops.igpt.dropout(dy, *ctx.rest), None, None
+def _gradient(ctx, backward, dy):
+    return backward(dy, *ctx.rest), None, None
 
 
-_dropout_op.register_autograd(_autograd, setup_context=_setup)
+_with_gradient = differentiable("dropout", _run, _like, _run, _like, _setup, _gradient)

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import empty, fused_backend_for, needs_grad, stream_of
+from igpt_fast.ops._gradient import differentiable
+from igpt_fast.ops._native import empty, fused_backend_for, needs_grad, rows, stream_of
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.projection import projection
 
@@ -49,9 +50,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if compiling:
         return torch.ops.igpt.linear_cross_entropy(hidden, weight, target)[0]
-    if needs_grad(hidden, weight):
-        return _LinearCrossEntropy.apply(native, hidden, weight, target)
-    return _forward(native, hidden, weight, target)[0]
+    return (_with_gradient if needs_grad(hidden, weight) else _forward)(hidden, weight, target)[0]
 
 
 def _native(hidden: Tensor, dtype: torch.dtype):
@@ -63,21 +62,25 @@ def _native(hidden: Tensor, dtype: torch.dtype):
 
 def _rows(t: Tensor) -> Tensor:
     """`t` as [rows, C], copied only where rows do not begin at multiples of 16 bytes."""
-    t = t.reshape(-1, t.shape[-1])
-    aligned = t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
-    return t if aligned else t.clone(memory_format=torch.contiguous_format)
+    return rows(t.reshape(-1, t.shape[-1]), sixteens=True)
 
 
-def _forward(native, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """loss, lse"""
+    native = _native(hidden, hidden.dtype)
+    if native is None:
+        loss = reference.linear_cross_entropy.linear_cross_entropy(hidden, weight, target)
+        return loss, torch.zeros_like(loss)  # the reference's gradient needs no lse
     loss, lse = (empty(target.shape, hidden, torch.float32) for _ in range(2))
     inputs = _rows(hidden), _rows(weight), target.reshape(-1).contiguous()
     native.linear_cross_entropy_fwd(loss.view(-1), lse.view(-1), *inputs, stream_of(hidden))
     return loss, lse
 
 
-def _backward(
-    native, dloss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
+def _backward(dloss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    native = _native(hidden, hidden.dtype)
+    if native is None:
+        return reference.linear_cross_entropy.linear_cross_entropy_backward(dloss, hidden, weight, target)
     x, weight, target = _rows(hidden), _rows(weight), target.reshape(-1).contiguous()
     dloss, lse, stream = dloss.reshape(-1).contiguous(), lse.view(-1), stream_of(hidden)
     width = (len(weight) + 7) // 8 * 8
@@ -101,47 +104,12 @@ def _backward(
     return dx.view(hidden.shape), dweight.to(weight.dtype)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, native, hidden, weight, target):
-        loss, lse = _forward(native, hidden, weight, target)
-        ctx.native = native
-        ctx.save_for_backward(hidden, weight, target, lse)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        return None, *_backward(ctx.native, dloss, *ctx.saved_tensors), None
-
-
-@torch.library.custom_op("igpt::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy_op(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    native = _native(hidden, hidden.dtype)
-    if native is not None:
-        return _forward(native, hidden, weight, target)
-    loss = reference.linear_cross_entropy.linear_cross_entropy(hidden, weight, target)
-    return loss, torch.zeros_like(loss)  # the reference's gradient needs no lse
-
-
-@_linear_cross_entropy_op.register_fake
-def _(hidden, weight, target):
+def _like(hidden, weight, target):
     loss = hidden.new_empty(target.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     return loss, torch.empty_like(loss)
 
 
-@torch.library.custom_op("igpt::linear_cross_entropy_backward", mutates_args=())
-def _linear_cross_entropy_backward_op(
-    dloss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    native = _native(hidden, hidden.dtype)
-    if native is not None:
-        return _backward(native, dloss, hidden, weight, target, lse)
-    return reference.linear_cross_entropy.linear_cross_entropy_backward(dloss, hidden, weight, target)
-
-
-@_linear_cross_entropy_backward_op.register_fake
-def _(dloss, hidden, weight, target, lse):
+def _like_backward(dloss, hidden, weight, target, lse):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (hidden, weight))
 
 
@@ -150,8 +118,8 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, dloss, _):
-    return *torch.ops.igpt.linear_cross_entropy_backward(dloss, *ctx.saved_tensors), None
+def _gradient(ctx, backward, dloss, _):
+    return *backward(dloss, *ctx.saved_tensors), None
 
 
-_linear_cross_entropy_op.register_autograd(_autograd, setup_context=_setup)
+_with_gradient = differentiable("linear_cross_entropy", _forward, _like, _backward, _like_backward, _setup, _gradient)

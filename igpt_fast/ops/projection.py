@@ -6,6 +6,7 @@ from torch import Tensor
 
 from igpt_fast.errors import InputError
 from igpt_fast.ops._again import recipe_of
+from igpt_fast.ops._gradient import beyond_kernels
 from igpt_fast.ops._native import needs_grad
 
 ROWS = 1024  # converted at a time: their floats stay in the cache
@@ -16,8 +17,7 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x [..., K]   weight [M, K]   bias [M] or None   → [..., M]
     On a CPU without bf16 instructions torch multiplies bf16 far slower than float32. There the product of bf16 numbers
-    is float32's, rounded at the end; float32 weights under autocast then keep all their bits. There, and of a norm's or
-    an activation's output on any CPU, gradients are of the first order only.
+    is float32's, rounded at the end; float32 weights under autocast then keep all their bits.
     Raises InputError for shapes that do not fit.
     """
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
@@ -28,7 +28,8 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if recipe is None and not _in_float32(x):
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):
-        return _Projection.apply(x, weight, bias, *((None, x) if recipe is None else (recipe.make, *recipe.parts)))
+        again = (None, None, x) if recipe is None else (recipe.make, recipe.plain, *recipe.parts)
+        return _Projection.apply(x, weight, bias, *again)
     return _forward(x, weight, bias)
 
 
@@ -65,22 +66,23 @@ class _Projection(torch.autograd.Function):
     """Keeps what x can be made of: make(*parts), or, where make is None, the one part, x itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, make, *parts):
+    def forward(ctx, x, weight, bias, make, plain, *parts):
         ctx.save_for_backward(weight, *parts)
-        ctx.make, ctx.in_float32 = make, _in_float32(x)
+        ctx.make, ctx.plain, ctx.in_float32 = make, plain, _in_float32(x)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
         return _forward(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         weight, *parts = ctx.saved_tensors
+        plain = bool(beyond_kernels((dy,)))
         with torch.autocast("cpu", enabled=False):
-            x = ctx.make(*parts) if ctx.make else parts[0]
-            backward = _backward_in_float32 if ctx.in_float32 else _backward
+            make = ctx.plain if plain else ctx.make
+            x = make(*parts) if make else parts[0]
+            backward = _backward_in_float32 if ctx.in_float32 and not plain else _backward
             found = backward(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), weight, ctx.needs_input_grad)
         dx, *rest = (None if t is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True))
-        return None if dx is None else dx.view(x.shape), *rest, None, *(None for _ in parts)
+        return None if dx is None else dx.view(x.shape), *rest, None, None, *(None for _ in parts)
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

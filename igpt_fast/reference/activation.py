@@ -15,4 +15,4 @@ def bias_quick_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tupl
     z = x if bias is None else x + bias.to(x.dtype)
     sigmoid = torch.sigmoid(1.702 * z)
     dx = dy * sigmoid * (1 + 1.702 * z * (1 - sigmoid))
-    return dx, None if bias is None else dx.flatten(0, -2).sum(0).to(bias.dtype)
+    return dx, None if bias is None else dx.reshape(dx.shape[:-1].numel(), dx.shape[-1]).sum(0).to(bias.dtype)

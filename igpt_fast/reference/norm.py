@@ -27,5 +27,5 @@ def rms_norm_backward(
     x, g = s.to(wide), dy.to(wide) * weight
     rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     dx = rstd * (g - x * rstd.square() * (g * x).mean(-1, keepdim=True))
-    dweight = (dy.to(wide) * x * rstd).flatten(0, -2).sum(0)
+    dweight = (dy.to(wide) * x * rstd).reshape(x.shape[:-1].numel(), x.shape[-1]).sum(0)
     return (dx if ds is None else dx + ds).to(dtype), dweight.to(weight.dtype)

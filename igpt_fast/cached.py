@@ -117,7 +117,7 @@ class Decoder:
     def __init__(self, model: ImageGPT, cache: KVCache) -> None:
         check_model(model)
         self.config, self.cache = model.config, cache
-        own = {name: p.detach() for name, p in model.named_parameters()}
+        own = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
 
         def linear(name: str) -> tuple[Tensor, Tensor | None]:
             return own[f"{name}.weight"], own.get(f"{name}.bias")
@@ -155,6 +155,9 @@ def decode_one_token(decoder: Decoder, pixel: Tensor) -> Tensor:
 
 def check_model(model: ImageGPT) -> None:
     """InputError for a model that defines no order to draw pixels in, or of which steps would leave something out."""
+    if not isinstance(model, ImageGPT):
+        what = f"the model is a {type(model).__name__}; give an igpt_fast.ImageGPT"
+        raise InputError(f"{what} (a model of transformers draws by its own generate)")
     if model.config.objective != "ar":
         raise InputError(
             f"an objective={model.config.objective!r} model cannot be sampled from; train one with objective='ar'"

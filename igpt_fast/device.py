@@ -99,3 +99,15 @@ def _machine() -> int:
 
 def _kilobytes(file: str, name: str) -> int:
     return int(next(line for line in Path(file).read_text().splitlines() if line.startswith(name)).split()[1])
+
+
+def dtype_of(wanted: torch.dtype | str | None, device: str | torch.device) -> torch.dtype | None:
+    """The dtype of weights to be loaded, also by its name; None, or "auto", leaves it to them. Raises InputError."""
+    if torch.device(device).type == "meta":
+        raise InputError("the meta device holds no weights; make an ImageGPT of the config there, or load on the CPU")
+    if wanted is None or wanted == "auto":
+        return None
+    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype is {wanted!r}; give float32, bfloat16, float16, float64 or auto")
+    return found

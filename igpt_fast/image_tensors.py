@@ -1,4 +1,6 @@
-"""Batches of images as vision models are given them, [B, 3, H, W], to tokens."""
+"""What Python gives a model: arrays become tensors, and images as of vision models, [B, 3, H, W], tokens."""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +11,23 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.images import resize_image
 from igpt_fast.palette import Palette
+
+
+def tensor_of(given: Any, what: str) -> Tensor:
+    """A tensor as it is, and of an array or a list what NumPy makes of it, copied where torch cannot share its memory.
+
+    what: begins the errors, as "tokens are". Raises InputError where torch has no such dtype: texts, objects.
+    """
+    if isinstance(given, Tensor):
+        return given
+    try:
+        array = np.asarray(given)
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:
+        is_array = isinstance(given, np.ndarray)
+        form = f"{given.dtype} {list(given.shape)}" if is_array else f"a {type(given).__name__}"
+        raise InputError(f"{what} {form}; give an array or a tensor of numbers") from error
 
 
 def tokens_of(images: Tensor, palette: Palette | None, config: Config, resize: str, device: torch.device) -> Tensor:

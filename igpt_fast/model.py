@@ -11,9 +11,10 @@ the stream stays float32 and the norms hand autocast's dtype to the linears.
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from igpt_fast import ops
 from igpt_fast.config import Config
+from igpt_fast.device import dtype_of
 from igpt_fast.errors import InputError
-from igpt_fast.image_tensors import tokens_of
+from igpt_fast.image_tensors import tensor_of, tokens_of
 from igpt_fast.modules import is_plain, tensors_to_save
+from igpt_fast.ops._native import must_be_plain
 from igpt_fast.palette import Palette
 from igpt_fast.patterns import masks_of
 from igpt_fast.positions import summed
@@ -58,22 +61,17 @@ class ImageGPT(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        size: tuple[int, int] | None = None,
-        heads: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-    ) -> "ImageGPT":
+        cls, source: str | Path, *, size: tuple[int, int] | None = None, heads: int | None = None,
+        dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu",
+    ) -> "ImageGPT":  # fmt: skip
         """Published weights: a directory in Hugging Face's layout, a name on their hub, an OpenAI checkpoint's prefix.
 
-        `model.palette` and `model.class_names` lay with them, or are None. dtype: None keeps the one that they have.
+        `model.palette` and `model.class_names` lay with them, or are None. dtype: None, or "auto", is theirs.
         size: (height, width) that their positions are brought to, by `igpt_fast.positions.resized`. heads: see
         `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
         """
-        found = read_pretrained(source, size, heads)
-        model = cls.empty(found.config, dtype or found.tensors["wte"].dtype, device)
+        wanted, found = dtype_of(dtype, device), read_pretrained(source, size, heads)
+        model = cls.empty(found.config, wanted or found.tensors["wte"].dtype, device)
         model.load_state_dict(found.tensors)
         model.palette, model.class_names = found.palette, found.class_names
         return model
@@ -134,27 +132,28 @@ class ImageGPT(nn.Module):
             raise InputError("this model has no classifier head: igpt-fast finetune, or Config(classes=...), gives one")
         return ops.projection((self.hidden(tokens) if hidden is None else hidden).mean(1), self.wclf)
 
-    def features(self, tokens: Tensor, layer: int | None = None) -> Tensor:
+    def features(self, tokens: Tensor, layer: int | None = None, pool: bool = True) -> Tensor:
         """The paper's probe features: means over positions, float32.   tokens [N, H, W] or [N, T]
 
         Layer l < layers is the ln_1 output of block l (what its attention reads), `layers` the final norm's. Returns
-        [N, width] for one layer (blocks above it do not run), [layers + 1, N, width] for None. BERT models see all.
+        [N, width] for one layer (blocks above it do not run), [layers + 1, N, width] for None; pool=False: of every
+        position, [..., N, T, width]. BERT models see all.
         """
         last = self.config.layers
-        if layer is not None and not 0 <= layer <= last:
+        if layer is not None and (not isinstance(layer, Integral) or not 0 <= layer <= last):
             raise InputError(f"features of layer {layer} were asked; this model has layers 0 to {last}")
         h, delta, pooled = self._start(self.check_tokens(tokens)), None, []
         for index, weight in enumerate([*(block.ln_1 for block in self.blocks), self.ln_f]):
             if layer is None or layer == index:
                 x, _ = _norm(h, delta, weight, self.config.eps, torch.promote_types(h.dtype, torch.float32))
-                pooled.append(x.mean(1))
+                pooled.append(x.mean(1) if pool else x)
             if index == (last if layer is None else layer):
                 break
             h, delta = self.blocks[index](h, delta)
         return torch.stack(pooled) if layer is None else pooled[0]
 
     def forward_features(self, images: Tensor, resize: str = "paper") -> Tensor:
-        """As timm's: the final norm's output [B, T, width] of images [B, 3, H, W], which `tokenize` takes."""
+        """As timm's: the final norm's output [B, T, width] of images [B, 3, H, W], as `tokenize` takes them."""
         return self.hidden(self.tokenize(images, resize))
 
     def tokenize(self, images: Tensor, resize: str = "paper") -> Tensor:
@@ -186,7 +185,7 @@ class ImageGPT(nn.Module):
         """AR: the first K pixels [N, K] fill K + 1 slots, sos first. BERT: [N, T] fill T. → [N, slots, width]"""
         h = F.embedding(pixels, self.wte)
         if self.config.objective == "ar":
-            h = torch.cat((self.sos.expand(len(pixels), 1, -1), h), dim=1)
+            h = torch.cat((self.sos.expand(pixels.shape[0], 1, -1), h), dim=1)
         h = h if keep is None else h * keep.unsqueeze(-1)
         return h + self.position_table()[: h.shape[1]]
 
@@ -202,17 +201,16 @@ class ImageGPT(nn.Module):
         # The last pixel is never an input of an autoregressive model.
         return self.embed(tokens[:, :-1] if self.config.objective == "ar" else tokens, keep)
 
-    def check_tokens(self, tokens: Tensor | np.ndarray) -> Tensor:
+    def check_tokens(self, tokens: Any) -> Tensor:
         """tokens as int64 [N, T], or an InputError that says what is wrong with them."""
-        if isinstance(tokens, np.ndarray):
-            tokens = torch.from_numpy(tokens).to(self.wte.device)
+        tokens = tokens if isinstance(tokens, Tensor) else tensor_of(tokens, "tokens are").to(self.wte.device)
         c, shape = self.config, tuple(tokens.shape)
         if len(shape) not in (2, 3) or shape[1:] not in (c.size, (c.tokens,)):
             raise InputError(f"tokens have shape {list(shape)}, not [N, {c.tokens}] or [N, {str(c.size)[1:-1]}]")
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise InputError(f"tokens are {tokens.dtype}; give integers, such as Palette.encode returns")
         tokens = tokens.flatten(1).long()
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        if tokens.device.type == "cpu" and tokens.numel() and not (torch.compiler.is_compiling() or must_be_plain()):
             low, high = (int(end) for end in tokens.aminmax())
             if (bad := low if low < 0 else high) not in range(c.colors):
                 raise InputError(f"token {bad} is out of range: a palette of {c.colors} has tokens 0 to {c.colors - 1}")
@@ -294,7 +292,7 @@ def _norm(
 ) -> tuple[Tensor, Tensor]:
     """norm(h + delta) in `dtype` (None: the one the linears want), and h + delta itself."""
     kind = h.device.type
-    if dtype is None and torch.is_autocast_enabled(kind):
+    if dtype is None and kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     if delta is None:
         return ops.rms_norm(h, weight, eps, dtype=dtype), h

@@ -25,7 +25,7 @@ def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if module is not model and (reason := _replaced(module)):
             raise InputError(f"{name} {reason}, which no file of an ImageGPT has room for; {_REMEDY}")
-    tensors = dict(model.named_parameters())
+    tensors = dict(model.named_parameters(remove_duplicate=False))
     _refuse_missing(model.config, tensors)
     if more := sorted(tensors.keys() - _names(model.config)):
         raise InputError(f"{more[0]} is no parameter of an ImageGPT, and no file of one has room for it; {_REMEDY}")
@@ -40,7 +40,7 @@ def refuse_changed(model: nn.Module) -> None:
             reason = "has hooks"
         if reason is not None:
             raise InputError(f"blocks.{name} {reason}, which the steps of sampling would leave out; {_REMEDY}")
-    _refuse_missing(model.config, dict(model.named_parameters()))
+    _refuse_missing(model.config, dict(model.named_parameters(remove_duplicate=False)))
 
 
 def _refuse_missing(config: Config, tensors: dict[str, Tensor]) -> None:

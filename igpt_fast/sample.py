@@ -48,6 +48,7 @@ def sample(
     is given each batch when it is finished, to keep it at once. Raises InputError for options out of range, for a BERT
     model, and for a model whose logits are not finite.
     """
+    check_model(model)
     check_options(n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch, first=first)
     nothing = torch.empty(1, 0, dtype=torch.int64, device=model.wte.device)
     rows, options = [(0, i, 0) for i in range(first, first + n)], (temperature, top_k, top_p)
@@ -73,6 +74,7 @@ def complete(
     Completion j of image i depends on the model, the options, `seed`, the kept pixels, i and j only. Otherwise as
     `sample`; to `drawn` completion j of image i is number i · n + j.
     """
+    check_model(model)
     check_options(n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch, keep=keep)
     known = model.check_tokens(tokens).to(model.wte.device)[:, : kept_pixels(model.config, keep)]
     rows = [(i, i, j) for i in range(len(known)) for j in range(n)]
@@ -103,7 +105,7 @@ def check_options(
 ) -> None:
     """Raise InputError for the first option that is out of range. Needs no model: call it before one is loaded."""
     check_sampling(temperature, top_k, top_p)
-    if n < 1:
+    if not isinstance(n, Integral) or n < 1:
         raise InputError(f"n is {n}; ask for at least 1 image")
     if n > MOST:
         raise InputError(f"n is {n}; ask for at most {MOST:,} images at once, and then for more with another first")
@@ -131,7 +133,6 @@ def _generate(
     Each index has equally many rows, side by side.
     """
     c, count = model.config, known.shape[1]
-    check_model(model)
     out = known.new_empty(len(rows), c.tokens)
     out[:, :count] = known[[row[0] for row in rows]]
     left = c.tokens - count

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast.errors import InputError
+from igpt_fast.image_tensors import tensor_of
 from igpt_fast.model import ImageGPT
 
 try:
@@ -42,7 +43,12 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
     def transform(self, X: Any) -> np.ndarray:
         """float32 [N, width]. Raises InputError for parameters out of range and for what is no image and no token."""
         layer, device = self._chosen(), self.model.wte.device
-        given = X if isinstance(X, Tensor) else _tensor(X)
+        given = tensor_of(X, "IGPTFeatures: X is")
+        if given.dtype is torch.uint8 and given.ndim == 3:
+            shape = list(given.shape)
+            raise InputError(
+                f"IGPTFeatures: X is uint8 {shape}, gray images or tokens; give RGB images, or int64 tokens"
+            )
         found = np.empty((len(given), self.model.config.width), np.float32)
         with torch.inference_mode():
             for start in range(0, len(given), self.batch):
@@ -82,12 +88,3 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
         tags.no_validation = True
         tags.input_tags.three_d_array = True
         return tags
-
-
-def _tensor(given: Any) -> Tensor:
-    """What NumPy makes of `given`. Raises InputError where torch has no such dtype: texts, objects, foreign bytes."""
-    try:
-        return torch.from_numpy(np.ascontiguousarray(given))
-    except (TypeError, ValueError) as error:
-        what = f"{given.dtype} {list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
-        raise InputError(f"IGPTFeatures: X is {what}; give images or tokens as an array of one native dtype") from error

@@ -83,7 +83,25 @@ def test_what_only_torchs_own_ops_can_do(run, reasons):  # noqa: F811
     assert "runs its own forward" in reasons()
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_mask_for_other_slots_is_transformers_to_judge():
+    theirs, ours = both()
+    x = ids(2, 10)
+    for slots in (5, 15):
+        found = []
+        for model in (theirs, ours):
+            try:
+                found.append(model(x, attention_mask=torch.ones(2, slots, dtype=torch.long)).logits)
+            except (RuntimeError, ValueError) as error:  # so does 4.57
+                found.append(type(error))
+        assert found[0] is found[1] or torch.allclose(*found, atol=2e-5)
+
+
+def test_what_transformers_has_breaks_no_graph():
+    found = torch._dynamo.explain(both()[1])(ids())
+    torch._dynamo.reset()
+    assert not [reason for reason in map(str, found.break_reasons) if "SimpleNamespace" in reason or "lru_" in reason]
+
+
 def test_a_compiled_model_reads_every_mask():
     theirs, ours = both()
     x, mask = ids(), torch.ones(2, 32, dtype=torch.long)

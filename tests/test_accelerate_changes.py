@@ -1,6 +1,7 @@
 """accelerate: what somebody has changed in a model, or watches, before or after, is computed as it is."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from igpt_fast.accelerate.theirs import theirs as them
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
 from transformers.models.imagegpt import modeling_imagegpt as modeling  # noqa: E402
+
+
+def forget():
+    """What is known of the transformers that is installed."""
+    sys.modules["igpt_fast.accelerate.theirs"]._theirs = None  # the package's attribute of this name is the function
 
 
 @torch.no_grad()
@@ -125,12 +131,12 @@ def test_classes_that_somebody_patched_are_not_overruled(name, first, monkeypatc
         igpt.accelerate(ours)
         step(ours, x)
     else:
-        them.cache_clear()
+        forget()
     with monkeypatch.context() as patch:
         patch.setattr(kind, "forward", patched)
         igpt.accelerate(ours)
         close = [torch.allclose(f(ours, x), f(theirs, x), atol=1e-4, rtol=1e-4) for f in (lambda m, x: m(x)[0], step)]
-    them.cache_clear()
+    forget()
     assert all(close)
 
 
@@ -195,11 +201,11 @@ def test_scores_are_scaled_as_the_installed_transformers_does(cut, upcast, monke
     """By the root of the head dim, or, up to 5.12, by its integer part."""
     if cut:
         monkeypatch.setattr(modeling, "torch_float", int)
-    them.cache_clear()
+    forget()
     theirs, ours = both(n_embd=40, n_head=5, reorder_and_upcast_attn=upcast)
     x = ids()
     close = [torch.allclose(f(ours, x), f(theirs, x), atol=3e-5) for f in (lambda m, x: m(x)[0], step)]
     factor = scale(ours.transformer.h[0].attn)
     cut = them().cuts_root and not upcast
-    them.cache_clear()
+    forget()
     assert all(close) and factor == pytest.approx(1 / 2 if cut else 8**-0.5)

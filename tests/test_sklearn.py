@@ -105,11 +105,21 @@ def test_conventions(model):
 
 
 @pytest.mark.parametrize(
-    "given", [["a", "b"], [[1], [1, 2]], np.zeros((2, 24), ">i4"), np.zeros((2, 24), np.longdouble)]
+    "given", [["a", "b"], [[1], [1, 2]], np.zeros((2, 24), object), np.zeros((2, 24), np.longdouble)]
 )
 def test_what_is_no_array_for_torch_is_refused(model, given):
-    with pytest.raises(igpt.InputError, match=r"IGPTFeatures: X is .*give images or tokens"):
+    with pytest.raises(igpt.InputError, match=r"IGPTFeatures: X is .*give an array or a tensor of numbers"):
         IGPTFeatures(model).transform(given)
+
+
+def test_gray_images_are_not_taken_for_tokens(model):
+    gray = np.zeros((2, 4, 6), np.uint8)
+    with pytest.raises(igpt.InputError, match=r"uint8 \[2, 4, 6\], gray images or tokens"):
+        IGPTFeatures(model).transform(gray)
+    assert (
+        IGPTFeatures(model).transform(gray.astype(np.int64)).shape
+        == IGPTFeatures(model).transform(np.zeros((2, 24), ">i4")).shape
+    )
 
 
 def test_pipeline(model):

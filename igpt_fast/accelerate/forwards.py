@@ -154,6 +154,8 @@ def _why_not(self: nn.Module, given: dict[str, Any], cache: Any, past: int, quer
     if reason := changed(self):
         return reason
     mask = given.get("attention_mask")
+    if mask is not None and mask.shape[-1] not in (1, past + queries) and type(cache) is not theirs().StaticCache:
+        return f"the attention mask is for {mask.shape[-1]} slots"
     if mask is not None and not _open(mask, past + queries):
         return "the attention mask hides something"
     return None

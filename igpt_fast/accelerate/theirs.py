@@ -1,7 +1,6 @@
 """What is transformers' own: its classes and their functions, and what stands for the forward of one of its modules."""
 
 import copy
-import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -10,18 +9,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import say_slower
+from igpt_fast.ops._native import must_be_plain, say_slower
 
 OLDEST = (4, 57)
 ATTENTION = "_attn", "_upcast_and_reordered_attn", "_merge_heads"  # what their attention's forward calls of its own
 
 
-@functools.cache
+_theirs: SimpleNamespace | None = None
+
+
 def theirs() -> SimpleNamespace:
     """transformers' classes; InputError where it is missing or too old."""
+    global _theirs
+    if _theirs is None:  # not functools.cache, into which torch.compile looks at every call, and breaks its graph
+        _theirs = _read_theirs()
+    return _theirs
+
+
+def _read_theirs() -> SimpleNamespace:
     try:
         import transformers
         from transformers.activations import QuickGELUActivation
@@ -91,19 +98,12 @@ class Standin:
 
 
 def _beyond(args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """Why a call must consist of torch's own ops; None when it need not. Compilers know ours."""
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode watches it, as those of FakeTensorMode and make_fx"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func transforms it"
-    if forward_ad._current_level >= 0:
-        return "it is differentiated forward"
-    if torch.jit.is_tracing():
-        return "torch.jit traces it"
+    """Why a call must consist of torch's own ops; None when it need not."""
+    if reason := must_be_plain():
+        return reason
     first = args[0] if args else next(iter(kwargs.values()), None)
-    return "it is on the meta device" if getattr(first, "is_meta", False) else None
+    meta = getattr(first, "is_meta", False) and not torch.compiler.is_compiling()
+    return "it is on the meta device" if meta else None
 
 
 class Forward:
@@ -153,9 +153,13 @@ def is_ours(forward: Any) -> bool:
     return isinstance(getattr(forward, "__func__", forward), Standin)
 
 
-@functools.cache
+_signatures: dict[type, inspect.Signature] = {}  # no functools.cache here either
+
+
 def _signature(kind: type) -> inspect.Signature:
-    return inspect.signature(kind.forward)
+    if kind not in _signatures:
+        _signatures[kind] = inspect.signature(kind.forward)
+    return _signatures[kind]
 
 
 def bind(self: nn.Module, *args: Any, **kwargs: Any) -> inspect.BoundArguments:

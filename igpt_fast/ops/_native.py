@@ -39,7 +39,8 @@ CPU_TABLES = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 # Of each backend: the device of the tensors that it serves, and their float dtypes.
 _SERVES = {name: (d := "cuda" if name == "cuda" else "cpu", _DTYPES[d]) for name in BACKENDS}
-_AUTOMATIC = tuple(BACKENDS)  # what 'auto' chooses from, best first
+# What 'auto' chooses, by device: the best. A call asks several times.
+_AUTOMATIC = {_SERVES[name][0]: name for name in reversed(BACKENDS)}
 _wanted = os.environ.get("IGPT_BACKEND", "auto")
 _strict = os.environ.get("IGPT_STRICT") == "1"
 _poison = os.environ.get("IGPT_POISON") == "1"
@@ -86,8 +87,8 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: Refusal
     """Why backend `name` cannot serve this call of `op`; None when it can."""
     if name not in BACKENDS:
         return WHY_NO_EXTENSION or f"there is no backend {name} here"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace records torch's own operations alone"
+    if reason := must_be_plain():
+        return reason
     if not BACKENDS[name].has(op):
         return f"{name} has no {op}"
     device, dtypes = _SERVES[name]
@@ -99,6 +100,19 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: Refusal
     if name == "cuda" and tensors and (reason := gpu_why_not(tensors[0].device)):
         return reason
     return refusal(name) if callable(refusal) else refusal
+
+
+def must_be_plain() -> str | None:
+    """Why calls must consist of torch's own ops just now; None when they need not. Compilers know ours."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode watches it, as those of FakeTensorMode and make_fx"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms it"
+    if forward_ad._current_level >= 0:
+        return "it is differentiated forward"
+    return "torch.jit traces it" if torch.jit.is_tracing() else None
 
 
 @functools.cache
@@ -164,8 +178,7 @@ def serves(op: str, tensors: Sequence[Tensor], refusal: Refusal = None) -> bool:
 
 def _preferred(t: Tensor) -> str:
     """The backend that is asked first for a tensor's device; "" where there is none."""
-    device = t.device.type
-    return next((n for n in _AUTOMATIC if _SERVES[n][0] == device), "") if _wanted == "auto" else _wanted
+    return _AUTOMATIC.get(t.device.type, "") if _wanted == "auto" else _wanted
 
 
 def say_slower(message: str) -> None:
@@ -246,11 +259,8 @@ def check_range(op: str, name: str, indices: Tensor, limit: int, on_cpu: bool = 
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd wants to hear about a call with these inputs; forward mode, which no kernel has, it refuses."""
-    given = [t for t in tensors if t is not None]
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
-        return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    """Whether autograd wants to hear about a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def rows(t: Tensor, sixteens: bool = False) -> Tensor:

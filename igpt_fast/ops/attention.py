@@ -15,6 +15,7 @@ from igpt_fast.ops._native import (
     empty,
     has_cuda_kernels,
     is_reference,
+    must_be_plain,
     needs_grad,
     rows,
     same_device,
@@ -162,11 +163,13 @@ _goes_without_kernel._dynamo_marked_constant = True
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool, scale: float) -> Tensor:
-    """torch's own kernels where they mean the same; the reference keeps a matrix of all pairs."""
+    """torch's own kernels where they mean the same, though not where it transforms what it is given: some have neither
+    tangents nor rules for batches. The reference keeps a matrix of all pairs.
+    """
     seen = None if mask is None else mask.dense()
     alike = scale > 0 and q.dtype is k.dtype and q.dtype is v.dtype and (seen is None or bool(seen.any(-1).all()))
     seen = None if seen is None else seen.to(q.device)
-    if is_reference() or not alike:
+    if is_reference() or not alike or must_be_plain():
         o = reference.attention.attention(q, k, v, seen, causal, scale)[0]
     else:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and seen is None, scale=scale)

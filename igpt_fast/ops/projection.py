@@ -7,7 +7,7 @@ from torch import Tensor
 from igpt_fast.errors import InputError
 from igpt_fast.ops._again import recipe_of
 from igpt_fast.ops._gradient import beyond_kernels
-from igpt_fast.ops._native import needs_grad
+from igpt_fast.ops._native import must_be_plain, needs_grad
 
 ROWS = 1024  # converted at a time: their floats stay in the cache
 
@@ -25,7 +25,7 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"projection: bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
     recipe = recipe_of(x) if weight.requires_grad else None  # else x is not wanted for the backward pass
-    if recipe is None and not _in_float32(x):
+    if (recipe is None and not _in_float32(x)) or must_be_plain():
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):
         again = (None, None, x) if recipe is None else (recipe.make, recipe.plain, *recipe.parts)

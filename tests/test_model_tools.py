@@ -1,0 +1,122 @@
+"""The model under torch's tools (torch.func, fake tensors, FLOP counters, export), and given what Python may give."""
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim, export
+from torch.utils.flop_counter import FlopCounterMode
+
+import igpt_fast as igpt
+from igpt_fast.ops._native import use_backend
+
+TOKENS = torch.arange(48).reshape(4, 3, 4) * 5 % 8
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = igpt.ImageGPT(igpt.Config(layers=2, width=16, heads=2, colors=8, size=(3, 4)))
+    torch.nn.init.normal_(model.wtet, std=0.3)
+    return model
+
+
+def of_weights(model):
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return weights, lambda w, tokens=TOKENS: torch.func.functional_call(model, w, (tokens,)).sin().mean()
+
+
+def test_torch_func_transforms_it(model):
+    weights, loss = of_weights(model)
+    grads = torch.func.grad(loss)(weights)
+    of_images = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, TOKENS[:, None])
+    tangent = torch.func.jvp(loss, (weights,), (grads,))[1]
+    with use_backend("reference"):
+        wanted = dict(zip(weights, torch.autograd.grad(
+            model(TOKENS).sin().mean(), list(model.parameters())), strict=True))  # fmt: skip
+    for name, grad in wanted.items():
+        assert torch.allclose(grads[name], grad, atol=1e-6) and torch.allclose(of_images[name].mean(0), grad, atol=1e-6)
+    assert tangent == pytest.approx(sum(float(g.square().sum()) for g in wanted.values()), rel=1e-4)
+
+
+def test_fake_and_meta_tensors_have_their_shapes(model):
+    with FakeTensorMode():
+        fake = igpt.ImageGPT(model.config)
+        assert fake(torch.zeros(2, 12, dtype=torch.int64)).shape == (2, 12, 8)
+    with torch.device("meta"):
+        empty = igpt.ImageGPT(model.config)
+    logits = empty(torch.zeros(2, 12, dtype=torch.int64, device="meta"))
+    assert logits.shape == (2, 12, 8) and logits.is_meta
+
+
+def test_flop_are_counted_with_attentions(model):
+    with FlopCounterMode(display=False) as ours:
+        model(TOKENS)
+    with use_backend("reference"), FlopCounterMode(display=False) as plain:
+        model(TOKENS)
+    linear = 2 * 4 * 12 * (2 * 12 * 16 * 16 + 16 * 8)
+    assert ours.get_total_flops() == plain.get_total_flops() > linear
+
+
+def test_a_dynamic_batch_is_exported(model):
+    program = export(model, (TOKENS,), dynamic_shapes=({0: Dim("batch", min=2, max=64)},)).module()
+    for tokens in (TOKENS, TOKENS[:3], TOKENS.repeat(3, 1, 1)):
+        assert torch.allclose(program(tokens), model(tokens), atol=1e-5)
+
+
+def test_arrays_of_any_layout_are_tokens(model, tmp_path):
+    array, wanted = TOKENS.numpy(), model(TOKENS.flip(2))
+    np.save(tmp_path / "t.npy", array[:, :, ::-1])
+    sealed = array[:, :, ::-1].copy()
+    sealed.flags.writeable = False
+    same = [array[:, :, ::-1], array[:, :, ::-1].astype(">i8"), np.load(tmp_path / "t.npy", mmap_mode="r"), sealed]
+    same.append(sealed.tolist())
+    with torch.inference_mode():
+        for given in same:
+            assert torch.equal(model(given), wanted)
+    for bad in (["a"], [[1], [1, 2]], np.array([object()]), None):
+        with pytest.raises(igpt.InputError, match=r"tokens (are|have)"):
+            model(bad)
+
+
+def test_features_of_every_position_have_the_pooled_ones_for_mean(model):
+    every = model.features(TOKENS, pool=False)
+    assert every.shape == (3, 4, 12, 16) and torch.equal(every.mean(2), model.features(TOKENS))
+    assert torch.equal(model.features(TOKENS, 1, pool=False), every[1])
+    for layer in ([0, 1], 1.0, 3, -1):
+        with pytest.raises(igpt.InputError, match="this model has layers 0 to 2"):
+            model.features(TOKENS, layer)
+
+
+def test_tied_tables_are_drawn_from_and_saved(model, tmp_path):
+    model.wtet = model.wte
+    images = igpt.sample(model, n=2)
+    model.save_pretrained(tmp_path / "tied")
+    again = igpt.ImageGPT.from_pretrained(tmp_path / "tied")
+    assert torch.equal(again.wtet, model.wte) and torch.equal(igpt.sample(again, n=2), images)
+
+
+@pytest.mark.parametrize(("wanted", "dtype"), [
+    ("bfloat16", torch.bfloat16), ("auto", torch.float32), (None, torch.float32), (torch.float64, torch.float64),
+])  # fmt: skip
+def test_dtypes_have_names(model, tmp_path, wanted, dtype):
+    model.save_pretrained(tmp_path / "m")
+    assert igpt.ImageGPT.from_pretrained(tmp_path / "m", dtype=wanted).wte.dtype is dtype
+
+
+def test_what_no_weights_can_have_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    for dtype in ("int8", torch.int8, "bf16", "nn", 3):
+        with pytest.raises(igpt.InputError, match=r"dtype is .*give float32, bfloat16"):
+            igpt.ImageGPT.from_pretrained(tmp_path / "m", dtype=dtype)
+    with pytest.raises(igpt.InputError, match="the meta device holds no weights"):
+        igpt.ImageGPT.from_pretrained(tmp_path / "m", device="meta")
+
+
+def test_only_our_models_are_drawn_from(model):
+    for draw in (igpt.sample, lambda other: igpt.complete(other, TOKENS)):
+        with pytest.raises(igpt.InputError, match=r"the model is a Linear; give an igpt_fast\.ImageGPT"):
+            draw(torch.nn.Linear(2, 2))
+    for n in (2.0, "2", None):
+        with pytest.raises(igpt.InputError, match="n is"):
+            igpt.sample(model, n=n)

@@ -11,11 +11,10 @@ from igpt_fast.ops._native import backend_for, empty, stream_of
 MAX_COLORS = 4096
 TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16)
 COLORS = 1 << 24  # of 8 bits a channel
-# Distances from which a table repays itself on a GPU: it costs some 40 us, in which the plain loop's 11 operations a
-# distance at 28 T/s make 10^8.
+# Distances from which a table repays itself on a GPU: what the plain loop makes of them in a table's time (PLAN.md, 5).
 TABLE_PAYS = 100_000_000
 TILE, MOST_TILES = 1 << 14, 1 << 12  # color_histogram on a GPU: pixels that a block sorts, and tiles at a time
-SORTING_PAYS = 1 << 22  # pixels; fewer are counted without, in 0.1 ms
+SORTING_PAYS = 1 << 22  # pixels; fewer are counted without
 
 
 def palette_assign(pixels: Tensor, palette: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -105,6 +105,8 @@ def write_pretrained(
     _refuse_existing(path, overwrite)
     if config.pattern is not None:
         log.warning("%s: transformers has no patterns and computes dense attention; from_pretrained reads them", path)
+    if config.classes:
+        log.warning("%s: its classes were learned behind sos, which transformers' image processor leaves out", path)
     if palette is not None and len(palette) != config.colors:
         raise InputError(f"the palette has {len(palette)} colours and the model {config.colors}; save the one it has")
     dtype, headless = str(tensors["wte"].dtype).removeprefix("torch."), not tensors["wtet"].any()

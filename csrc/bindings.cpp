@@ -314,6 +314,7 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
         "Why this processor cannot run an instruction set's table; empty when it can.");
   m.def("cuda_why_not", &igpt::cuda_why_not,
         "Why there is no GPU to run the CUDA backend; empty when there is. To ask is to start CUDA.");
+  m.def("cuda_takes_ptx", &igpt::cuda_takes_ptx, "Whether the driver is as new as the compiler of the kernels' PTX.");
   m.def("cuda_versions", &igpt::cuda_versions,
         "The CUDA runtime compiled in, and the newest that the driver runs; empty without CUDA.");
   m.def("cuda_archs", &igpt::cuda_archs, "The CUDA architectures compiled in; empty without CUDA.");

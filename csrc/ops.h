@@ -198,6 +198,7 @@ std::string cpu_why_not(const std::string& isa);  // "" when it can
 const Ops* cuda_ops();                            // nullptr: built without CUDA, or no driver for it
 std::string cuda_why_not();                       // "" when there is a GPU, which asking makes start
 std::string cuda_archs();                         // the architectures compiled in, "" without CUDA
+bool cuda_takes_ptx();                            // whether the driver is as new as the compiler of the kernels' PTX
 std::string cuda_versions();                      // of the runtime compiled in and of the newest that the driver runs
 
 }  // namespace igpt

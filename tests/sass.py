@@ -21,7 +21,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sass_flow import Line, mixed_operands
+from sass_flow import Line, mixed_operands, touched_in_flight
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
@@ -147,7 +147,7 @@ def main(argv: list[str]) -> int:
         for name, body in found.items():
             loop = main_loop(body)
             number = counts(loop)
-            bad += [f"{name}: {w}" for w in mixed_operands(body)]
+            bad += [f"{name}: {w}" for w in (*mixed_operands(body), *touched_in_flight(body))]
             lines.append(row(name, [str(len(loop)), *(str(number[c] or "") for c in CLASSES)]))
             if name in promised:
                 wrong = broken(promised[name], number)

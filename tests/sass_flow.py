@@ -1,8 +1,8 @@
-"""Where a wgmma's left operand comes from, in the SASS: what an assembler that lost track of its registers would show.
+"""What becomes of a wgmma's registers, in the SASS: what an assembler that lost track of them would show.
 
 ptxas before CUDA 13.3 may take the registers of a left operand for free behind the product that reads them, though the
 loop's next turn reads them again. Fragments come by one kind of instruction, LDSM or F2FP; where two kinds reach one
-product, the second has overwritten the first.
+product, the second has overwritten the first. And nothing may touch the registers of a product that is still under way.
 """
 
 import re
@@ -44,6 +44,47 @@ def mixed_operands(body: list[Line]) -> list[str]:
     return found
 
 
+Group = tuple[frozenset[int], frozenset[int]]  # the registers of left operands, and of sums
+_NONE: Group = (frozenset(), frozenset())
+
+
+def touched_in_flight(body: list[Line]) -> list[str]:
+    """Of one kernel, each instruction that touches sums of a wgmma in flight, or writes its left operand.
+
+    A group of them ends with the one that is marked gsb0; WARPGROUP.DEPBAR waits until so many groups are unfinished.
+    """
+    after, found = _followers(body), {}
+    seen: set[tuple[int, tuple[Group, ...], Group]] = set()
+    todo: list[tuple[int, tuple[Group, ...], Group]] = [(0, (), _NONE)]
+    while todo:
+        state = todo.pop()
+        if state in seen:
+            continue
+        seen.add(state)
+        at, groups, last = state
+        address, opcode, operands, _ = body[at]
+        lefts, sums = (frozenset().union(*(group[kind] for group in (*groups, last))) for kind in (0, 1))
+        own = frozenset(_results(body[at]))
+        if opcode.startswith("HGMMA"):
+            first = _left(body[at])
+            left = frozenset() if first is None else frozenset(range(first, first + 4))
+            # Sums that go on in the same registers are taken up in order.
+            touched = left & sums | own & lefts
+            touched |= frozenset().union(*(of & own for _, of in (*groups, last) if of != own))
+            last = last[0] | left, last[1] | own
+            if "gsb0" in operands:
+                groups, last = (*groups, last), _NONE
+        elif opcode.startswith("WARPGROUP.DEPBAR"):
+            left_over = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)
+            groups, touched = groups[len(groups) - left_over :] if left_over else (), frozenset()
+        else:
+            touched = own & (lefts | sums) | _reads(body[at]) & sums
+        if touched:
+            found[address] = f"{opcode} at {address:#x} touches R{min(touched)} of a wgmma in flight"
+        todo += [(then, groups, last) for then in after[at]]
+    return [found[address] for address in sorted(found)]
+
+
 def _followers(body: list[Line]) -> list[list[int]]:
     """Of each instruction those that may come next."""
     place = {address: at for at, (address, *_) in enumerate(body)}
@@ -70,6 +111,18 @@ def _results(line: Line) -> set[int]:
         return set()
     match = re.match(r"\s*(?:U?P[T\d]\w*, )?R(\d+)\b", operands)
     return set(range(int(match[1]), int(match[1]) + _width(opcode))) if match else set()
+
+
+def _reads(line: Line) -> frozenset[int]:
+    """The registers that an instruction reads."""
+    _, opcode, operands, _ = line
+    named = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+    if _results(line):
+        named = named[1:]
+    elif named and opcode.startswith(("ST", "RED")):
+        wide = 4 if ".128" in opcode else 2 if ".64" in opcode else 1
+        named += range(named[-1], named[-1] + wide)
+    return frozenset(named)
 
 
 def _width(opcode: str) -> int:

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Registers, shared memory and spills of every CUDA kernel, by nvcc -Xptxas -v; fails on a spill or local memory, and
-# where the assembler makes every wgmma wait for the one before. The table is kept in benchmarks/results/spills.txt.
+# where the assembler makes every wgmma wait for the one before, or nvcc warns. The table is kept in benchmarks/results/spills.txt.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(mktemp -d)
@@ -9,7 +9,7 @@ for arch in 80 90a; do
   for file in "$root"/csrc/cuda/*.cu; do
     case "$arch $file" in "80 "*_sm90.cu) continue ;; esac  # code for sm_90a alone
     # -gencode, not -arch: for sm_90a the latter assembles plain sm_90 as well, which has no wgmma.
-    nvcc -std=c++20 -O3 -gencode "arch=compute_$arch,code=sm_$arch" -DIGPT_CUDA_ARCHS='""' -Xptxas -v -c "$file" -o "$out/object.o" 2>> "$out/log"
+    nvcc -std=c++20 -O3 -gencode "arch=compute_$arch,code=sm_$arch" -DIGPT_CUDA_ARCHS='""' -Werror all-warnings -Xptxas -v -c "$file" -o "$out/object.o" 2>> "$out/log" || { tail -20 "$out/log" >&2; exit 1; }
   done
 done
 awk '/Compiling entry function/ { split($0, part, "\047"); kernel = part[2]; arch = part[4] }

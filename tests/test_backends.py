@@ -265,14 +265,23 @@ def test_an_older_gpu_runs_plain_torch_and_says_so(monkeypatch):
     """A backend of the name cuda, as on a machine with a GPU, and what it asks of a tensor there."""
     monkeypatch.setitem(BACKENDS, "cuda", types.SimpleNamespace(name="cuda", has=lambda op: True))
     monkeypatch.setitem(_native._SERVES, "cuda", ("cuda", (torch.float32, torch.bfloat16)))
-    monkeypatch.setattr(_native, "_C", types.SimpleNamespace(cuda_archs=lambda: "80,90a-real", cuda_why_not=lambda: ""))
-    cards = {torch.device("cuda", 0): ("T4", (7, 5)), torch.device("cuda", 1): ("A100", (8, 0))}
+    built = {"cuda_archs": "80,90a-real", "cuda_why_not": "", "cuda_takes_ptx": False, "cuda_versions": "13.1, 13.0"}
+    functions = {name: lambda value=value: value for name, value in built.items()}
+    monkeypatch.setattr(_native, "_C", types.SimpleNamespace(**functions))
+    names = {"T4": (7, 5), "A100": (8, 0), "H200": (9, 0), "B200": (10, 0)}
+    cards = {torch.device("cuda", place): card for place, card in enumerate(names.items())}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: cards[d][1])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: cards[d][0])
     _native.gpu_why_not.cache_clear()
     there = [types.SimpleNamespace(device=d, dtype=torch.float32, is_floating_point=lambda: True) for d in cards]
     assert "T4 has compute capability 7.5" in _native.why_not("cuda", "rms_norm_fwd", there[:1])
-    assert _native.why_not("cuda", "rms_norm_fwd", there[1:]) is None
+    assert _native.why_not("cuda", "rms_norm_fwd", there[1:2]) is None
+    assert _native.why_not("cuda", "rms_norm_fwd", there[2:3]) is None
+    why = "B200 has to compile the kernels' PTX, for which its driver is too old (13.1, 13.0); update it"
+    assert _native.why_not("cuda", "rms_norm_fwd", there[3:]) == why
+    _native._C.cuda_takes_ptx = lambda: True
+    _native.gpu_why_not.cache_clear()
+    assert _native.why_not("cuda", "rms_norm_fwd", there[3:]) is None
     _native.gpu_why_not.cache_clear()
 
 

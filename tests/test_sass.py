@@ -2,7 +2,7 @@
 
 import pytest
 import sass
-from sass_flow import mixed_operands
+from sass_flow import mixed_operands, touched_in_flight
 
 LISTING = """
 Fatbin elf code:
@@ -87,3 +87,38 @@ def test_operands_that_the_next_turn_reads_again_must_stay(packed, start, turns)
     [body] = sass.kernels(text if turns else text.replace("@P0 BRA 0x10", "    NOP")).values()
     lost = turns and packed == "R9"
     assert mixed_operands(body) == (["the wgmma at 0x10 reads what F2FP and LDSM wrote"] if lost else [])
+
+
+FLIGHT = """
+\t\tFunction : _Z6flightv
+        /*0000*/                   LDSM.16.M88.4 R8, [R2] ;
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR8], RZ, !UPT ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, R12, gdesc[UR8], R24, gsb0 ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R64, R16, gdesc[UR4], R64, gsb0 ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, {left} ;
+        /*0050*/                   {then} ;
+        /*0060*/               @P0 BRA 0x10 ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/                   STG.E.128 [R2.64], R64 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(("left", "then", "first"), [
+    ("0x0", "FADD R24, R64, R25", None),
+    ("0x1", "FADD R3, R24, R25", None),
+    ("0x1", "FADD R24, R24, R25", None),
+    ("0x1", "FADD R3, R64, R3", "FADD at 0x50 touches R64"),
+    ("0x1", "LDSM.16.M88.4 R8, [R2]", None),
+    ("0x1", "LDSM.16.M88.4 R14, [R2]", "LDSM.16.M88.4 at 0x50 touches R16"),
+    ("0x2", "LDSM.16.M88.4 R8, [R2]", "LDSM.16.M88.4 at 0x50 touches R8"),
+    ("0x2", "FADD R3, R24, R25", "FADD at 0x50 touches R24"),
+    ("0x1", "STG.E.128 [R2.64], R62", "STG.E.128 at 0x50 touches R64"),
+    ("0x1", "HGMMA.64x64x16.F32.BF16 R80, R8, gdesc[UR8], RZ, gsb0", "HGMMA.64x64x16.F32.BF16 at 0x50 touches R80"),
+])  # fmt: skip
+def test_what_a_product_in_flight_owns_is_left_alone(left, then, first):
+    found = touched_in_flight(sass.kernels(FLIGHT.format(left=left, then=then))["_Z6flightv"])
+    if first is None:
+        assert not found
+    else:
+        assert f"{first} of a wgmma in flight" in found

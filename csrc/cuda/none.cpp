@@ -12,6 +12,9 @@ std::string cuda_why_not() {
 std::string cuda_archs() {
   return "";
 }
+bool cuda_takes_ptx() {
+  return false;
+}
 std::string cuda_versions() {
   return "";
 }

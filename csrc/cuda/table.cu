@@ -73,6 +73,11 @@ const Ops* cuda_ops() {
 std::string cuda_archs() {
   return IGPT_CUDA_ARCHS;
 }
+bool cuda_takes_ptx() {
+  int runtime = 0, driver = 0;
+  return cudaRuntimeGetVersion(&runtime) == cudaSuccess && cudaDriverGetVersion(&driver) == cudaSuccess &&
+         driver >= runtime;
+}
 std::string cuda_versions() {
   int runtime = 0, driver = 0;  // 13010 is 13.1; a driver that is not there is 0
   cudaRuntimeGetVersion(&runtime), cudaDriverGetVersion(&driver);

@@ -119,10 +119,13 @@ def must_be_plain() -> str | None:
 def gpu_why_not(device: torch.device) -> str | None:
     """Why a GPU cannot run the kernels that were built; None when it can."""
     major, minor = torch.cuda.get_device_capability(device)
-    if runs_on(_C.cuda_archs(), 10 * major + minor):
+    archs, name = _C.cuda_archs(), torch.cuda.get_device_name(device)
+    if not runs_on(archs, 10 * major + minor):
+        return f"the kernels were built for {archs}, {name} has compute capability {major}.{minor}"
+    machine_code = re.sub(r"(\d[a-z]?)(?=[,;]|$)", r"\1-real", re.sub(r"[^,;]*-virtual", "0-real", archs))
+    if runs_on(machine_code, 10 * major + minor) or _C.cuda_takes_ptx():
         return None
-    name = torch.cuda.get_device_name(device)
-    return f"the kernels were built for {_C.cuda_archs()}, {name} has compute capability {major}.{minor}"
+    return f"{name} has to compile the kernels' PTX, for which its driver is too old ({_C.cuda_versions()}); update it"
 
 
 def runs_on(archs: str, capability: int) -> bool:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.report import load
-from igpt_fast.pictures import write_atomically
+from igpt_fast.atomic import write_atomically
 
 PATTERNS = ("neighborhood(7)", "row | neighborhood(7)", "axial")
 DENSE = {"ours, dense": "igpt-fast, dense", "torch SDPA, dense": "torch SDPA, dense"}

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.harness import best_of
 from benchmarks.summary import summary
 from benchmarks.tables import ONCE, duration, figure, memory, once, ratio, table
-from igpt_fast.pictures import write_atomically
+from igpt_fast.atomic import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent

@@ -41,7 +41,7 @@ class KVCache:
         """How many slots are in `prefix`."""
         return 0 if self.prefix is None else self.prefix.shape[4]
 
-    def keep(self, layer: int, held: tuple[Places, Places], kv: Tensor) -> None:
+    def store(self, layer: int, held: tuple[Places, Places], kv: Tensor) -> None:
         """Take k and v [batch, 2, heads, K, head_dim] of the slots 0..K-1, or what later ones see of them: held(K)."""
         slots, places = held
         self.data[layer][..., places, :] = kv[..., slots, :]
@@ -101,7 +101,7 @@ def prefill(model: ImageGPT, pixels: Tensor) -> tuple[Tensor, KVCache]:
     cache = KVCache(model.config, len(pixels), model.wte.dtype, model.wte.device)
     h, delta, held = model.embed(pixels), None, cache.held(slots)
     for layer, block in enumerate(model.blocks):
-        h, delta = block(h, delta, partial(cache.keep, layer, held))
+        h, delta = block(h, delta, partial(cache.store, layer, held))
     x, _ = ops.rms_norm(delta[:, -1], model.ln_f, model.config.eps, residual=h[:, -1])
     cache.length = slots
     return ops.linear(x, model.wtet), cache

@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from igpt_fast.atomic import work_directory, write_atomically
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.modules import tensors_to_save
 from igpt_fast.palette import Palette
-from igpt_fast.pictures import work_directory, write_atomically
 
 FORMAT = 1  # of the directory; a reader refuses a later one by name
 FOLDER = "checkpoints"

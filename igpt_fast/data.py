@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from igpt_fast.atomic import move_into_place, refuse_others, work_directory
 from igpt_fast.console import Bar, say
 from igpt_fast.console import progress as show_progress
 from igpt_fast.decode import decode
 from igpt_fast.errors import InputError
 from igpt_fast.images import Reading
 from igpt_fast.palette import Palette
-from igpt_fast.pictures import move_into_place, refuse_others, work_directory
 from igpt_fast.pixels import FIT_LIMIT, Progress, as_source, by_name, fit_palette, load_pixels, refuse_none_left
 from igpt_fast.sources import Source, open_source
 from igpt_fast.tokens import FORMAT, TOKEN_FILES, VERSION, ShardWriter, TokenDataset, is_token_directory

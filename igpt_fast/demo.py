@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from igpt_fast import __version__
-from igpt_fast.classify import load_sklearn
+from igpt_fast.atomic import write_atomically
 from igpt_fast.config import Config
 from igpt_fast.console import progress, say
 from igpt_fast.data import TokenDataset, tokenize
@@ -30,8 +30,9 @@ from igpt_fast.device import processor
 from igpt_fast.errors import InputError
 from igpt_fast.ops._native import backend_for
 from igpt_fast.palette import Palette
-from igpt_fast.pictures import curve_png_bytes, save_grid, write_atomically
+from igpt_fast.pictures import curve_png_bytes, save_grid
 from igpt_fast.probe import figure_png, probe
+from igpt_fast.regression import load_sklearn
 from igpt_fast.sample import complete, sample
 from igpt_fast.train import train
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from igpt_fast.classify import Score
 from igpt_fast.config import Config
 from igpt_fast.demo_style import STYLE, figure, grid, img, section
 from igpt_fast.probe import ProbeResult
+from igpt_fast.regression import Score
 
 
 @dataclass(frozen=True)

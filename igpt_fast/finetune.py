@@ -15,7 +15,6 @@ import torch
 
 from igpt_fast.batches import Batches
 from igpt_fast.checkpoint import Checkpoint, find_best, load_checkpoint
-from igpt_fast.classify import Score, score
 from igpt_fast.console import say
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
@@ -25,6 +24,7 @@ from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions
 from igpt_fast.predict import Answers, predict
 from igpt_fast.processes import Processes, together
+from igpt_fast.regression import Score, score
 from igpt_fast.run import Result, refuse_differences
 from igpt_fast.task import ClassTask
 from igpt_fast.train import Prepared, carry_out, own_copy

@@ -32,7 +32,7 @@ from igpt_fast.patterns import masks_of
 from igpt_fast.positions import summed
 from igpt_fast.pretrained import read_pretrained, write_pretrained
 
-Keep = Callable[[Tensor], None]  # what takes a layer's keys and values
+Store = Callable[[Tensor], None]  # what takes a layer's keys and values
 MASKED = 0.15  # BERT: the share of pixels that is hidden from the model and scored
 
 
@@ -228,9 +228,9 @@ class Block(nn.Module):
         self.ln_2 = nn.Parameter(torch.ones(config.width))
         self.mlp = MLP(config)
 
-    def forward(self, h: Tensor, delta: Tensor | None, keep: Keep | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, delta: Tensor | None, store: Store | None = None) -> tuple[Tensor, Tensor]:
         x, h = _norm(h, delta, self.ln_1, self.eps)
-        x, h = _norm(h, self.attn(x, keep), self.ln_2, self.eps)
+        x, h = _norm(h, self.attn(x, store), self.ln_2, self.eps)
         return h, self.mlp(x)
 
 
@@ -244,11 +244,11 @@ class Attention(nn.Module):
         self.qkv = Linear(d, 3 * d, config.bias, std=1 / math.sqrt(d))
         self.proj = Linear(d, d, config.bias, std=1 / math.sqrt(d * config.layers))
 
-    def forward(self, x: Tensor, keep: Keep | None = None) -> Tensor:
-        """x [N, K, d] → [N, K, d]. keep is given k and v of the slots 0..K-1, a view [N, 2, heads, K, head_dim]."""
+    def forward(self, x: Tensor, store: Store | None = None) -> Tensor:
+        """x [N, K, d] → [N, K, d]. store is given k and v of the slots 0..K-1, a view [N, 2, heads, K, head_dim]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [N, K, 3, heads, head_dim]
-        if keep is not None:
-            keep(qkv[:, :, 1:].permute(0, 2, 3, 1, 4))
+        if store is not None:
+            store(qkv[:, :, 1:].permute(0, 2, 3, 1, 4))
         masks = masks_of(self.patterns, self.size, self.causal, x.shape[1], x.device)
         return self.proj(ops.attention_packed(qkv, mask=masks, causal=self.causal).flatten(2))
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from igpt_fast.atomic import write_atomically
 from igpt_fast.errors import InputError, reading
 from igpt_fast.kmeans import cluster, histogram, unit
 from igpt_fast.ops.palette import MAX_COLORS, TOKEN_DTYPES, palette_assign, palette_decode
-from igpt_fast.pictures import write_atomically
 
 log = logging.getLogger("igpt_fast")
 

@@ -1,22 +1,17 @@
-"""Pictures for people: grids of images and curves, as PNG; and how files and directories appear whole or not at all."""
+"""Pictures for people: grids of images and curves, as PNG."""
 
-import ctypes
-import fcntl
-import glob
 import io
+import logging
 import math
-import os
-import re
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from igpt_fast.atomic import write_atomically
 from igpt_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,113 +20,11 @@ if TYPE_CHECKING:
 
 SEEN = 128  # pixels a side to which an image of a grid is enlarged: a 32×32 image is a stamp otherwise
 WIDEST = 2048  # pixels: a grid is enlarged no further than this
+OWN_FONT = "DejaVu Sans"  # which comes with matplotlib
 COLOURS = ("#2f6fde", "#d9541e", "#2e9e5b", "#8a4fc7", "#b8860b", "#555555")
 
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Writes `data` so that `path` holds either all of it or what it held before, whatever happens meanwhile.
-
-    Makes the folder when it is missing. Raises OSError, naming `path` and leaving nothing behind, when the disk is full
-    or read-only, or `path` is a directory.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-@contextmanager
-def work_directory(out: Path, work: Path | None = None) -> Iterator[Path]:
-    """Makes a directory, `work` or a hidden one beside `out`, to write into what then becomes `out`.
-
-    When the block fails it goes, and so do the folders made for it; hidden ones of processes that were killed go first,
-    whose locks nobody holds any more. Raises InputError when it cannot be made.
-    """
-    if work is None:
-        folder, name = out.absolute().parent, out.absolute().name
-        for old in folder.glob(f".{glob.escape(name)}.{'[0-9a-f]' * 8}.tmp"):
-            if (lock := _lock(old)) is not None:
-                shutil.rmtree(old, ignore_errors=True)
-                os.close(lock)
-        work = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
-    missing, lock = [above for above in work.parents if not above.exists()], None
-    try:
-        try:
-            work.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"{out}: cannot be written ({error.strerror}); choose a place that can") from error
-        lock = _lock(work)
-        yield work
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        for above in missing:
-            if above.is_dir() and not any(above.iterdir()):  # another process may have come to use it
-                above.rmdir()
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """A handle that holds the folder's lock until it is closed or the process ends; None where it cannot be had."""
-    handle = None
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        if handle is not None:
-            os.close(handle)
-        return None
-    return handle
-
-
-def move_into_place(work: Path, out: Path) -> None:
-    """Renames a directory of `work_directory`. At `out` is the old one or the new one, in whole, at any moment.
-
-    Only a file system that cannot exchange two names (some of the network's) has a moment without either.
-    """
-    if not os.path.lexists(out):
-        os.rename(work, out)
-        return
-    old = work
-    if not _exchange(work, out):
-        old = work.with_name(work.name + ".old")
-        os.rename(out, old)
-        try:
-            os.rename(work, out)
-        except BaseException:
-            os.rename(old, out)
-            raise
-    if old.is_symlink():
-        old.unlink()
-    else:  # after an exchange, what a process that is killed now leaves of it goes with the next work_directory
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def refuse_others(folder: Path, ours: str) -> None:
-    """InputError where a directory that is to be replaced holds names other than `ours`, a regular expression."""
-    if others := sorted(name for name in os.listdir(folder) if not re.fullmatch(ours, name)):
-        raise InputError(f"{folder} holds {', '.join(others[:3])}, which would be lost; choose another place")
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step; False where the system cannot."""
-    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if exchange is None:
-        return False
-    here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return exchange(here, os.fsencode(one), here, os.fsencode(other), flag) == 0
+_told: set[str] = set()
+log = logging.getLogger("igpt_fast")
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:
@@ -184,10 +77,40 @@ def new_figure(width: float, height: float) -> tuple["Figure", "Axes"]:
 
 
 def figure_png_bytes(figure: "Figure") -> bytes:
-    """A figure as the bytes of a PNG."""
+    """A figure as the bytes of a PNG; of fonts beside matplotlib's own those that its words want."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if not text.get_text().isascii():
+            text.set_fontfamily([OWN_FONT, *_fonts_for(text.get_text())])
     buffer = io.BytesIO()
-    figure.canvas.print_png(buffer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of those characters, one by one
+        figure.canvas.print_png(buffer)
     return buffer.getvalue()
+
+
+def _fonts_for(text: str) -> list[str]:
+    """Fonts of this machine for characters that matplotlib's own lacks, as Chinese; the log names those of none."""
+    from matplotlib.font_manager import findfont, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    def lacking(characters: set[str], path: str) -> set[str]:
+        there = FT2Font(path).get_charmap()
+        return {c for c in characters if ord(c) not in there}
+
+    left, chosen = lacking(set(text), findfont(OWN_FONT)), []
+    # One that has a box for whatever there is says nothing.
+    for font in sorted(fontManager.ttflist, key=lambda f: (f.style != "normal", f.weight != 400, f.name)):
+        if not left:
+            break
+        rest = left if "Last Resort" in font.name or font.name in chosen else lacking(left, font.fname)
+        if rest != left:
+            left, chosen = rest, [*chosen, font.name]
+    if left and text not in _told:
+        _told.add(text)
+        log.warning("no font of this machine has %s of %r: boxes stand for them", " ".join(sorted(left)), text)
+    return chosen
 
 
 def curve_png_bytes(

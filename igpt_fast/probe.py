@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.classify import Score, classify, count_fits, draw_folds, load_sklearn, score
 from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
 from igpt_fast.device import images_at_once, memory_of
@@ -26,6 +25,7 @@ from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
 from igpt_fast.pictures import COLOURS, figure_png_bytes, new_figure, set_title
 from igpt_fast.processes import Processes
+from igpt_fast.regression import Score, classify, count_fits, draw_folds, load_sklearn, score
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
+from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import list_checkpoints
 from igpt_fast.config import Config
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
-from igpt_fast.pictures import write_atomically
 
 OPTIONS, METRICS = "train.json", "metrics.jsonl"
 LEARNED = "learned.npy"  # of fine-tuning: which of the images it learns from

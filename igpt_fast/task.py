@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from igpt_fast.atomic import write_atomically
 from igpt_fast.batches import Batch, Batches, digest
 from igpt_fast.config import Config
 from igpt_fast.console import number, printable
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
-from igpt_fast.pictures import save_curve, write_atomically
+from igpt_fast.pictures import save_curve
 from igpt_fast.run import LEARNED
 
 CURVE, ACCURACY = "loss.png", "accuracy.png"

@@ -102,7 +102,7 @@ def reshaped(model: ImageGPT, config: Config) -> ImageGPT:
     """
     if model.config == config:
         return model
-    refuse_misfit(model.config, config)
+    refuse_other_shape(model.config, config)
     tensors = tensors_to_save(model)
     if model.config.size != config.size:
         tensors = resized(tensors, model.config.size, config.size)
@@ -116,7 +116,7 @@ def reshaped(model: ImageGPT, config: Config) -> ImageGPT:
     return other
 
 
-def refuse_misfit(has: Config, wants: Config) -> None:
+def refuse_other_shape(has: Config, wants: Config) -> None:
     """InputError that names what `reshaped` cannot change, where two models differ in it."""
     asked = wants.to_dict()
     for name, value in has.to_dict().items():

@@ -9,10 +9,10 @@ import pytest
 import typer
 
 from igpt_fast import cli
-from igpt_fast.classify import score
 from igpt_fast.config import Config
 from igpt_fast.demo_page import COMMANDS, Findings, Stage, _climb, _rival, render
 from igpt_fast.probe import ProbeResult
+from igpt_fast.regression import score
 
 PROBED = ProbeResult(
     layers=(score("layer 0", 30, 100, layer=0, validation=0.3), score("layer 1", 80, 100, layer=1, validation=0.8)),

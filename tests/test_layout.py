@@ -19,6 +19,7 @@ LAYERS = [
     {
         "config",
         "console",
+        "atomic",
         "pictures",
         "patterns",
         "reference",
@@ -31,7 +32,7 @@ LAYERS = [
     {"modules", "palette", "kmeans", "images", "decode", "arrays", "made", "sources", "pixels", "tokens"},
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},
-    {"cached", "drawing", "sample", "classify", "options", "run", "batches", "labels", "task"},
+    {"cached", "drawing", "sample", "regression", "options", "run", "batches", "labels", "task"},
     {"over_images", "train", "finetune", "plan", "loop", "processes", "probe", "predict", "evaluate", "sklearn"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},

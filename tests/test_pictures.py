@@ -3,7 +3,6 @@
 import io
 import logging
 import math
-import os
 import subprocess
 import sys
 
@@ -17,17 +16,7 @@ from PIL import Image
 from igpt_fast import console, pictures
 from igpt_fast.console import Bar, duration, number, printable, progress, say
 from igpt_fast.errors import InputError
-from igpt_fast.pictures import (
-    curve_png_bytes,
-    grid,
-    move_into_place,
-    refuse_others,
-    save_curve,
-    save_grid,
-    to_png_bytes,
-    work_directory,
-    write_atomically,
-)
+from igpt_fast.pictures import curve_png_bytes, grid, save_curve, save_grid, to_png_bytes
 
 
 def random_images(n: int, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -117,45 +106,6 @@ def test_pyplot_is_not_used():
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_a_directory_is_replaced_in_one_step(tmp_path, monkeypatch, exchanges):
-    out, names = tmp_path / "out", lambda: sorted(os.listdir(tmp_path))
-    if not exchanges:
-        monkeypatch.setattr(pictures, "_exchange", lambda *_: False)
-    for text in ("old", "new"):
-        with work_directory(out) as work:
-            (work / text).touch()
-            move_into_place(work, out)
-        assert os.listdir(out) == [text] and names() == ["out"]
-    with work_directory(out) as work:  # as if killed before what is old was removed
-        (work / "newest").touch()
-        monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
-        move_into_place(work, out)
-    monkeypatch.undo()
-    assert os.listdir(out) == ["newest"] and len(names()) == 2
-    if exchanges:
-        with work_directory(out):
-            assert len(names()) == 2, "what the killed one left is gone"
-
-
-def test_refuse_others_names_them(tmp_path):
-    for name in ("ours-1", "notes.txt"):
-        (tmp_path / name).touch()
-    with pytest.raises(InputError, match=r"holds notes\.txt, which would be lost"):
-        refuse_others(tmp_path, r"ours-\d")
-    refuse_others(tmp_path, r"ours-\d|notes\.txt")
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    write_atomically(path, b"old")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left") as error:
-        write_atomically(path, b"new")
-    assert error.value.filename == str(path), "not the temporary name, nor none"
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
 # Progress
 
 
@@ -173,16 +123,25 @@ def test_numbers(value, text):
     assert number(value) == text
 
 
+def test_characters_that_our_font_lacks_come_from_another(caplog, monkeypatch):
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    [font] = pictures._fonts_for("a\u0359")  # which comes with matplotlib, in a font for formulas
+    assert font != pictures.OWN_FONT and 0x359 in FT2Font(findfont(FontProperties(font))).get_charmap()
+    assert pictures._fonts_for("Übung, кошка") == []
+    curve = {"a": ([0, 1], [0, 1])}
+    boxes, letters = (curve_png_bytes(curve, "x", "y", 2 * chr(code)) for code in (0x358, 0x359))
+    assert boxes != letters and not caplog.text
+    monkeypatch.setattr(fontManager, "ttflist", [f for f in fontManager.ttflist if "DejaVu Sans" in f.name])
+    for _ in range(2):
+        assert curve_png_bytes(curve, "x", "y", "𠀀").startswith(b"\x89PNG")
+    assert caplog.text.count("boxes stand for them") == 1 and "no font of this machine has 𠀀" in caplog.text
+
+
 @pytest.mark.parametrize("title", ["a $x_$", r"$\foo$", "$^$", "\udcff\udcfe"])
 def test_titles_are_no_formulas(title):
     assert curve_png_bytes({"a": ([0, 1], [0, 1])}, "x", "y", title).startswith(b"\x89PNG")
-
-
-def test_a_failing_write_names_the_file(tmp_path):
-    (tmp_path / "a.png").mkdir()
-    with pytest.raises(OSError, match=r"/a\.png'$") as error:
-        write_atomically(tmp_path / "a.png", b"data")
-    assert error.value.filename == str(tmp_path / "a.png") and len(list(tmp_path.iterdir())) == 1
 
 
 def test_without_a_terminal_there_are_plain_lines_on_stderr_only(capsys, monkeypatch):

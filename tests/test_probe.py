@@ -11,8 +11,8 @@ import torch
 from labelled import COLORS, SIZE, write_tokens
 from PIL import Image
 
-from igpt_fast import classify as classifier
 from igpt_fast import probe as module
+from igpt_fast import regression
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
@@ -129,7 +129,7 @@ def test_so_few_labels_of_each_class_and_the_same_test(model, dataset, result):
 
 
 def test_an_unfinished_fit_is_marked(monkeypatch, model, dataset):
-    monkeypatch.setattr(classifier, "ITERATIONS", 1)
+    monkeypatch.setattr(regression, "ITERATIONS", 1)
     assert not probe(model, dataset, layers=[0]).layers[0].converged
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
-from igpt_fast.accelerate.plain import State, other
+from igpt_fast.accelerate.plain import State, why_not_plain
 from igpt_fast.accelerate.theirs import theirs
 from igpt_fast.ops._native import fused_backend_for, say_slower, serves
 from igpt_fast.ops.attention import refused_by_cuda, refused_head_dim
@@ -165,7 +165,7 @@ def _buffer_of(cache: Any, model: nn.Module, past: int) -> tuple[str | None, _Bu
     buffer = _buffers.get(cache)
     if buffer is not None and not buffer.serves(model):
         buffer = None
-    reason = other(model) if buffer is None else None
+    reason = why_not_plain(model) if buffer is None else None
     if reason is not None:
         return reason, None
     if buffer is not None and past < buffer.data.shape[4] and buffer.holds(cache):

@@ -19,7 +19,7 @@ from igpt_fast.accelerate.dropout import dropout
 from igpt_fast.accelerate.plain import changed, plain, scale
 from igpt_fast.accelerate.theirs import bind, theirs
 from igpt_fast.ops._native import say_slower
-from igpt_fast.ops.attention_dropout import has_dropout_kernel
+from igpt_fast.ops.attention_dropout import has_attention_dropout_kernel
 
 IGNORED = -100  # the label that transformers' loss leaves out
 
@@ -117,7 +117,7 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
 def _dropped(qkv: Tensor, p: float, scale: float) -> Tensor:
     """Causal attention with dropout of its weights.   qkv [B, T, 3, H, D] → [B, T, H, D]"""
     recorded = qkv.is_cuda and torch.cuda.is_current_stream_capturing()
-    if has_dropout_kernel(qkv, scale) and not recorded:
+    if has_attention_dropout_kernel(qkv, scale) and not recorded:
         return ops.attention_dropout(qkv, p, int(torch.randint(1 << 62, ())), scale)
     why = "a CUDA graph would draw with one seed for ever" if recorded else "no kernel here has its dropout"
     say_slower(f"attention with dropout runs on torch's SDPA: {why}")

@@ -63,7 +63,7 @@ def scale(attn: nn.Module) -> float:
     return found / (attn.layer_idx + 1) if attn.scale_attn_by_inverse_layer_idx else found
 
 
-def other(model: nn.Module) -> str | None:
+def why_not_plain(model: nn.Module) -> str | None:
     """Why a model is not the plain one that decode_step computes; None when it is."""
     for module, kind in _roles(model):
         if not plain(module, kind):

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from igpt_fast import __version__
-from igpt_fast.cli import classify, convert, data, evaluate, finetune, info, pattern, plan, probe, sample, train
+from igpt_fast.cli import classify, convert, data, demo, evaluate, finetune, info, pattern, plan, probe, sample, train
 from igpt_fast.console import Said, say
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import sigterm_exits
@@ -82,7 +82,7 @@ def _root(
     raise InputError(f"{command} runs in one process, {only}: start it without torchrun{alone}")
 
 
-for _group in (data, pattern, plan, train, sample, probe, finetune, classify, evaluate, convert, info):
+for _group in (data, pattern, plan, train, sample, probe, demo, finetune, classify, evaluate, convert, info):
     _group.register(app)
 
 

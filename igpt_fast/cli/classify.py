@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from igpt_fast.classify import Score, score
+from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
     Bf16Option,
     GrayAsOption,
@@ -25,9 +25,9 @@ from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, print_
 from igpt_fast.cli.seen import say_seen, seen_among
 from igpt_fast.console import answer, number, printable, say
 from igpt_fast.errors import InputError
-from igpt_fast.pictures import write_atomically
 from igpt_fast.predict import Answers, answers_csv, class_names, predict, table_png
 from igpt_fast.processes import together
+from igpt_fast.regression import Score, score
 from igpt_fast.tokens import TokenDataset
 
 FEW = 10  # images whose answers are also said

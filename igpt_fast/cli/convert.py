@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
+from igpt_fast.atomic import move_into_place, refuse_others, work_directory
 from igpt_fast.checkpoint import FOLDER, save_checkpoint
 from igpt_fast.cli.inputs import ModelArgument
 from igpt_fast.cli.options import JsonOption, parse_size, print_json
@@ -15,7 +16,6 @@ from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.palette import Palette
-from igpt_fast.pictures import move_into_place, refuse_others, work_directory
 from igpt_fast.weights import open_model
 
 

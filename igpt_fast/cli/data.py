@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.options import (
     BackgroundOption,
     DataArgument,
@@ -30,7 +31,7 @@ from igpt_fast.data import tokenize as tokenize_images
 from igpt_fast.errors import InputError
 from igpt_fast.images import MOST_VIEWS
 from igpt_fast.palette import Palette
-from igpt_fast.pictures import to_png_bytes, write_atomically
+from igpt_fast.pictures import to_png_bytes
 from igpt_fast.pixels import FIT_LIMIT, as_source
 
 

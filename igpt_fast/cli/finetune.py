@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.cli.inputs import (
     READING,
@@ -31,7 +32,6 @@ from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import choose_labelled
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions
-from igpt_fast.pictures import write_atomically
 from igpt_fast.pixels import as_source
 from igpt_fast.predict import answers_csv, table_png
 from igpt_fast.processes import together

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import check_place
 from igpt_fast.cli.learning import Objective
 from igpt_fast.cli.options import JsonOption, SizeOption, parse_size, print_json
@@ -18,7 +19,7 @@ from igpt_fast.patterns.parse import parse
 from igpt_fast.patterns.picture import draw
 from igpt_fast.patterns.predicates import PATTERNS
 from igpt_fast.patterns.tables import parts_of
-from igpt_fast.pictures import to_png_bytes, write_atomically
+from igpt_fast.pictures import to_png_bytes
 
 
 def register(app: typer.Typer) -> None:

@@ -30,7 +30,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.options import Options
 from igpt_fast.plan import Plan
 from igpt_fast.plan import plan as make_plan
-from igpt_fast.weights import open_model, refuse_misfit
+from igpt_fast.weights import open_model, refuse_other_shape
 
 STANDARD = Options()
 
@@ -99,7 +99,7 @@ def plan(
     given |= read_pattern(given)
     config = Config.from_dict({**shape, **{name: given[name] for name in (*SHAPE, "size", "colors") if name in given}})
     if init is not None:
-        refuse_misfit(base, config)
+        refuse_other_shape(base, config)
     result = make_plan(config, options, device, seconds)
     for line in report(config, options, result):
         answer(line, as_json)

@@ -1,4 +1,4 @@
-"""`igpt-fast probe` and `igpt-fast demo`: what a model has learned, measured and shown."""
+"""`igpt-fast probe`: what a model has learned, measured."""
 
 import re
 from contextlib import ExitStack
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from igpt_fast.classify import Score, load_sklearn
+from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
     GrayAsOption,
     LabelledArgument,
@@ -27,20 +27,18 @@ from igpt_fast.cli.inputs import (
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_in_test
 from igpt_fast.console import answer, say
-from igpt_fast.demo import demo as run_demo
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import choose_labelled
-from igpt_fast.pictures import write_atomically
 from igpt_fast.probe import ProbeResult, check_options, figure_png
 from igpt_fast.probe import probe as probe_model
 from igpt_fast.processes import together
+from igpt_fast.regression import Score, load_sklearn
 
 
 def register(app: typer.Typer) -> None:
-    """Adds this module's commands."""
+    """Adds the command."""
     app.command("probe")(probe)
-    app.command("demo")(demo)
 
 
 def probe(
@@ -123,31 +121,6 @@ def probe(
     # Last: a picture that cannot be written must not take the figures along.
     write_atomically(out, figure_png(result, f"Linear probe of {model.name or model}{step} on {called(test or data)}"))
     say(f"wrote {out}")
-
-
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The directory to write.")] = Path("demo"),
-    seconds: Annotated[
-        float,
-        typer.Option(
-            "--seconds",
-            metavar="S",
-            help="Train for about S seconds of an ordinary core: a number of steps, the same on every machine.",
-        ),
-    ] = 50.0,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Train, sample, complete and probe on 1,797 scans of handwritten digits, and write a page about it.
-
-    The scans come with scikit-learn, so this needs no data and no network.
-
-    Example: igpt-fast demo --out demo
-    """
-    result = run_demo(out, seconds=seconds, seed=seed)
-    say(f"wrote {result.page}: open it in a browser")
-    if as_json:
-        print_json(page=str(result.page), **result.numbers)
 
 
 def show(result: ProbeResult, as_json: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
+from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import (
     READING,
@@ -30,7 +31,7 @@ from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.images import parse_background, read_image, resize_image
 from igpt_fast.palette import Palette
-from igpt_fast.pictures import save_grid, to_png_bytes, write_atomically
+from igpt_fast.pictures import save_grid, to_png_bytes
 from igpt_fast.sample import Drawn, check_options, drawing_dtype, kept_pixels
 from igpt_fast.sample import complete as complete_tokens
 from igpt_fast.sample import sample as sample_tokens

@@ -41,7 +41,7 @@ from igpt_fast.run import METRICS, Result, check_run, learns_classes, read_optio
 from igpt_fast.task import CURVE
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
-from igpt_fast.weights import refuse_misfit
+from igpt_fast.weights import refuse_other_shape
 
 IMAGES = {"size": None, **READING, "palette": None, "colors": 512}
 STANDARD = Options()
@@ -170,7 +170,7 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
     shape |= {name: given[name] for name in SHAPE if name in given}
     config = Config.from_dict(shape)
     if start:
-        refuse_misfit(start.model.config, config)
+        refuse_other_shape(start.model.config, config)
     images |= {name: str(given[name]) if name == "palette" else given[name] for name in IMAGES if name in given}
     if not resume and size is None and is_token_directory(data):
         images["size"] = None  # a preset's, which tokens need not have

@@ -31,7 +31,7 @@ def attention_dropout(qkv: Tensor, p: float, seed: int, scale: float | None = No
     return _forward(qkv, scale, p, seed)[0]
 
 
-def has_dropout_kernel(qkv: Tensor, scale: float) -> bool:
+def has_attention_dropout_kernel(qkv: Tensor, scale: float) -> bool:
     """Whether attention_dropout would be served by a kernel; nothing is logged where it would not."""
     return serves("attention_dropout_fwd", (qkv,), refusal(qkv.dtype, qkv.size(-1), scale))
 

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from igpt_fast.atomic import move_into_place, refuse_others, work_directory, write_atomically
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.palette import FILES as PALETTES
 from igpt_fast.palette import HF_CONFIG, Palette
-from igpt_fast.pictures import move_into_place, refuse_others, work_directory, write_atomically
 from igpt_fast.positions import resized
 from igpt_fast.pretrained.bundle import find_bundle
 from igpt_fast.pretrained.files import CONFIG, SAFETENSORS, Find, read_json, read_weights

@@ -9,8 +9,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info
 
-from igpt_fast import classify as classifier
-from igpt_fast.classify import classify, count_fits, draw_folds, score
+from igpt_fast import regression
+from igpt_fast.regression import classify, count_fits, draw_folds, score
 
 
 @given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 9))
@@ -30,10 +30,10 @@ def test_few_images_are_all_validated_on_and_many_in_part(monkeypatch):
     fits = []
     for few, validation, parts in ((40, 37 / 40, 5), (39, 6 / 8, 1)):
         fits.clear()
-        monkeypatch.setattr(classifier, "FEW", few)
+        monkeypatch.setattr(regression, "FEW", few)
         found = classify("x", features, labels, folds, fitted=lambda: fits.append(1))
         assert found.validation == validation and found.accuracy == 1
-        assert len(fits) == len(classifier.STRENGTHS) * parts + 1 == count_fits(folds)
+        assert len(fits) == len(regression.STRENGTHS) * parts + 1 == count_fits(folds)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -52,9 +52,9 @@ def test_the_accuracy_is_that_of_scikit_learns_regression_with_the_strength_that
     parts = [[(folds >= 0) & (folds != part), folds == part] for part in range(5)]
     sizes = [ask.sum() for _, ask in parts]
     validated = [
-        np.average([accuracy(*part, strength) for part in parts], weights=sizes) for strength in classifier.STRENGTHS
+        np.average([accuracy(*part, strength) for part in parts], weights=sizes) for strength in regression.STRENGTHS
     ]
-    assert found.strength == classifier.STRENGTHS[int(np.argmax(validated))]
+    assert found.strength == regression.STRENGTHS[int(np.argmax(validated))]
     assert found.validation == pytest.approx(max(validated), abs=1e-9)
     assert found.accuracy == accuracy(folds >= 0, folds < 0, found.strength)
     np.testing.assert_array_equal(features, before)  # standardised in copies
@@ -93,7 +93,7 @@ def test_small_problems_keep_to_one_thread_and_give_the_others_back(monkeypatch)
     seen = []
     before = threads()
     for small in (True, False):
-        monkeypatch.setattr(classifier, "SMALL", 10**9 if small else 0)
+        monkeypatch.setattr(regression, "SMALL", 10**9 if small else 0)
         features = np.zeros((50, 1), np.float32)
         classify("x", features, np.arange(50) % 2, np.arange(50) % 6 - 1, fitted=lambda: seen.append(threads()))
         assert all(found == (dict.fromkeys(before, 1) if small else before) for found in seen) and seen

@@ -1,0 +1,120 @@
+"""Files and directories that appear whole or not at all, whatever happens meanwhile."""
+
+import ctypes
+import fcntl
+import glob
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from igpt_fast.errors import InputError
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes `data` so that `path` holds either all of it or what it held before, whatever happens meanwhile.
+
+    Makes the folder when it is missing. Raises OSError, naming `path` and leaving nothing behind, when the disk is full
+    or read-only, or `path` is a directory.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
+def work_directory(out: Path, work: Path | None = None) -> Iterator[Path]:
+    """Makes a directory, `work` or a hidden one beside `out`, to write into what then becomes `out`.
+
+    When the block fails it goes, and so do the folders made for it; hidden ones of processes that were killed go first,
+    whose locks nobody holds any more. Raises InputError when it cannot be made.
+    """
+    if work is None:
+        folder, name = out.absolute().parent, out.absolute().name
+        for old in folder.glob(f".{glob.escape(name)}.{'[0-9a-f]' * 8}.tmp"):
+            if (lock := _lock(old)) is not None:
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(lock)
+        work = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+    missing, lock = [above for above in work.parents if not above.exists()], None
+    try:
+        try:
+            work.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written ({error.strerror}); choose a place that can") from error
+        lock = _lock(work)
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        for above in missing:
+            if above.is_dir() and not any(above.iterdir()):  # another process may have come to use it
+                above.rmdir()
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the folder's lock until it is closed or the process ends; None where it cannot be had."""
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
+
+
+def move_into_place(work: Path, out: Path) -> None:
+    """Renames a directory of `work_directory`. At `out` is the old one or the new one, in whole, at any moment.
+
+    Only a file system that cannot exchange two names (some of the network's) has a moment without either.
+    """
+    if not os.path.lexists(out):
+        os.rename(work, out)
+        return
+    old = work
+    if not _exchange(work, out):
+        old = work.with_name(work.name + ".old")
+        os.rename(out, old)
+        try:
+            os.rename(work, out)
+        except BaseException:
+            os.rename(old, out)
+            raise
+    if old.is_symlink():
+        old.unlink()
+    else:  # after an exchange, what a process that is killed now leaves of it goes with the next work_directory
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_others(folder: Path, ours: str) -> None:
+    """InputError where a directory that is to be replaced holds names other than `ours`, a regular expression."""
+    if others := sorted(name for name in os.listdir(folder) if not re.fullmatch(ours, name)):
+        raise InputError(f"{folder} holds {', '.join(others[:3])}, which would be lost; choose another place")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False where the system cannot."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is None:
+        return False
+    here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange(here, os.fsencode(one), here, os.fsencode(other), flag) == 0

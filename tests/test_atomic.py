@@ -1,0 +1,55 @@
+"""Files and directories appear whole or not at all, and errors name them."""
+
+import os
+
+import pytest
+
+from igpt_fast import atomic
+from igpt_fast.atomic import move_into_place, refuse_others, work_directory, write_atomically
+from igpt_fast.errors import InputError
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_directory_is_replaced_in_one_step(tmp_path, monkeypatch, exchanges):
+    out, names = tmp_path / "out", lambda: sorted(os.listdir(tmp_path))
+    if not exchanges:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    for text in ("old", "new"):
+        with work_directory(out) as work:
+            (work / text).touch()
+            move_into_place(work, out)
+        assert os.listdir(out) == [text] and names() == ["out"]
+    with work_directory(out) as work:  # as if killed before what is old was removed
+        (work / "newest").touch()
+        monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+        move_into_place(work, out)
+    monkeypatch.undo()
+    assert os.listdir(out) == ["newest"] and len(names()) == 2
+    if exchanges:
+        with work_directory(out):
+            assert len(names()) == 2, "what the killed one left is gone"
+
+
+def test_refuse_others_names_them(tmp_path):
+    for name in ("ours-1", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"holds notes\.txt, which would be lost"):
+        refuse_others(tmp_path, r"ours-\d")
+    refuse_others(tmp_path, r"ours-\d|notes\.txt")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    write_atomically(path, b"old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left") as error:
+        write_atomically(path, b"new")
+    assert error.value.filename == str(path), "not the temporary name, nor none"
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failing_write_names_the_file(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(OSError, match=r"/a\.png'$") as error:
+        write_atomically(tmp_path / "a.png", b"data")
+    assert error.value.filename == str(tmp_path / "a.png") and len(list(tmp_path.iterdir())) == 1

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from benchmarks import harness
+from igpt_fast.device import processor
 from igpt_fast.ops._native import BACKENDS
 
 ROOT = Path(__file__).parent.parent
@@ -152,17 +153,12 @@ def write(path: Path, entries: dict[str, dict[str, Any]], this: dict[str, Any], 
 
 def machine() -> dict[str, Any]:
     """What the figures depend on and a reader can compare with his own."""
-    cpu, memory = platform.processor() or platform.machine(), None
-    try:
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-        memory = round(int(re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) / 2**20)
-    except (OSError, TypeError):  # no /proc, or another form of it
-        memory = None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": memory,
+        "memory_gib": round(memory / 2**30),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": list(BACKENDS) or ["reference"],
         "system": f"{platform.system()} {platform.machine()}",

@@ -1,7 +1,5 @@
 """How long a call takes, and how much memory it needs, on the CPU or a GPU."""
 
-import contextlib
-import ctypes
 import functools
 import time
 from collections.abc import Callable
@@ -9,7 +7,11 @@ from typing import Any
 
 import torch
 
+from igpt_fast.device import resident, restart_peak
+from igpt_fast.errors import InputError
+
 Call = Callable[[], Any]
+CPU = torch.device("cpu")
 
 
 # What a GPU reads between two timed calls: several times the largest L2, so that inputs come from device memory; by
@@ -98,28 +100,9 @@ def peak_memory_mb(run: Call, device: str) -> float | None:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     try:
-        before = restart_high_water()
+        restart_peak(CPU)
+        before = resident()
         run()
-        return max(0.0, resident_mb("VmHWM") - before)
-    except OSError:
+        return max(0, resident(most=True) - before) / 1e6
+    except (InputError, OSError):
         return None
-
-
-def restart_high_water() -> float:
-    """Sets this process's high-water mark (VmHWM) back to what it holds now, and returns that, in 10^6 bytes.
-
-    Memory that was freed is given back first: kept by the allocator, it would hide what the next call needs. OSError
-    where the kernel offers no such mark.
-    """
-    with contextlib.suppress(AttributeError):  # an allocator that has no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return resident_mb("VmRSS")
-
-
-def resident_mb(field_name: str) -> float:
-    """VmRSS (now) or VmHWM (the most so far) of this process, in 10^6 bytes. OSError where there is no /proc."""
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(field_name))
-    return int(line.split()[1]) * 1024 / 1e6

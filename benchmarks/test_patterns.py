@@ -11,9 +11,10 @@ import torch
 
 from benchmarks.attention_peers import tried
 from benchmarks.harness import Case, Close, Goal, Missing, Once, served_by
-from benchmarks.measure import resident_mb, restart_high_water
+from benchmarks.measure import CPU
 from benchmarks.pattern_peers import DENSE, MASKED, SDPA, Dense, Either, exact, sides
 from igpt_fast import ops, patterns
+from igpt_fast.device import resident, restart_peak
 
 NEAR = "neighborhood(7)"
 NAMES = [NEAR if name == "neighborhood" else name for name in patterns.PATTERNS] + [f"row | {NEAR}"]
@@ -55,10 +56,12 @@ def once(run, peaks, name, device):
     """A peer that runs for seconds: one call, its memory noted."""
 
     def noted():
-        before = restart_high_water() if device == "cpu" else 0.0
+        if device == "cpu":
+            restart_peak(CPU)
+            before = resident()
         result = run()
         if device == "cpu":
-            peaks[name] = max(0.0, resident_mb("VmHWM") - before)
+            peaks[name] = max(0, resident(most=True) - before) / 1e6
         return result
 
     return Once(noted)

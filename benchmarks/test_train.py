@@ -23,7 +23,6 @@ from benchmarks.training import (
     PLAIN,
     peers_precision,
 )
-from igpt_fast.patterns import compiled
 
 
 @pytest.mark.parametrize("precision", [BF16, FLOAT32])
@@ -72,7 +71,7 @@ def test_sparse_step(compare, device, quick):
     """64 × 64 pixels, two images: a pattern beside dense attention. Four thousand pixels: the truth is in float32."""
     model = training.small_model(quick, device, 64, "row | neighborhood(7)")
     tokens = training.tokens_for(model.config, device, 2)
-    theirs, density = peers_precision(BF16, device), compiled(model.config.pattern, model.config.size).pair_density()
+    theirs = peers_precision(BF16, device)
     sparse, dense = (training.truth(model, tokens, s, torch.float32) for s in (training.seen_by(model), None))
 
     def side(name):
@@ -90,7 +89,7 @@ def test_sparse_step(compare, device, quick):
             ours=training.step(OURS, model, tokens, BF16),
             peers={name: side(name) for name in (MASKED, OURS_DENSE, PLAIN)},
             judge=Either(Close(sparse, torch.bfloat16, theirs == BF16), Close(dense, torch.bfloat16)),
-            work={"images/s": 2, "GFLOP/s": training.flop(model.config, 2, density)},
+            work={"images/s": 2, "GFLOP/s": training.flop(model.config, 2)},
             note="" if theirs == BF16 else f"torch in {theirs}, far faster here for it",
             goals=[
                 Goal(f"training with a pattern against {peer}", lambda e, p=peer: e["peers"][p].get("ratio"), least)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 import igpt_fast as igpt
 from benchmarks import peer_models, peers
 from benchmarks.harness import Call, Missing
-from benchmarks.measure import resident_mb, restart_high_water
 from benchmarks.pattern_peers import MASKED
+from igpt_fast.device import resident, restart_peak
 from igpt_fast.ops.projection import bf16_is_slow
 from igpt_fast.optimizer import BETAS, adam
+from igpt_fast.plan import forward_flop
 
 BATCH = 4
 OURS, PLAIN, COMPILED = "igpt-fast", "torch SDPA", "torch SDPA, torch.compile"
@@ -54,15 +55,9 @@ def tokens_for(config: igpt.Config, device: str = "cpu", batch: int = BATCH) -> 
     return torch.randint(config.colors, (batch, config.tokens), generator=generator).to(device)
 
 
-def flop(config: igpt.Config, batch: int = BATCH, density: float = 1.0) -> float:
-    """FLOP of one step as they are counted for models: three times the forward pass, causal attention by half.
-
-    density: the share of dense attention's pairs that are seen
-    """
-    c = config
-    tokens = batch * c.tokens
-    linears = 2 * tokens * (c.layers * (4 * c.width**2 + 2 * c.width * c.mlp_width) + c.colors * c.width)
-    return 3 * (linears + 2 * tokens * c.tokens * c.width * c.layers * density)
+def flop(config: igpt.Config, batch: int = BATCH) -> float:
+    """FLOP of one step as they are counted for models: three times the forward pass."""
+    return 3 * batch * forward_flop(config)
 
 
 def peers_precision(precision: str, device: str) -> str:
@@ -166,10 +161,11 @@ def main() -> None:
     if side != OURS:
         del model
     gc.collect()
-    built = restart_high_water()  # what an import needed for a moment is not the steps'
+    restart_peak(torch.device("cpu"))  # what an import needed for a moment is not the steps'
+    built = resident() / 1e6
     for _ in range(2):
         run()
-    peak = resident_mb("VmHWM")
+    peak = resident(most=True) / 1e6
     print(json.dumps({"peak_mb": peak, "increase_mb": peak - built}))
 
 

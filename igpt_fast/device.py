@@ -48,12 +48,12 @@ def free_memory_of(device: torch.device, limit: Path = LIMIT) -> int:
     """Bytes of it that no other program holds: what is free, and what this process has. limit: as in `memory_of`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free, own = _kilobytes("/proc/meminfo", "MemAvailable"), _kilobytes("/proc/self/status", "VmRSS")
+    free, own = 1024 * _kilobytes("/proc/meminfo", "MemAvailable"), resident()
     used, whole = limit.with_name(USED[limit.name]), memory_of(device, limit)
     # Of a container without a limit of its own, what is used is that of all others, too.
     counted = used.is_file() and whole < _machine()
-    others = int(used.read_text()) - 1024 * own if counted else 0  # the files that it has read included
-    return min(whole - max(0, others), 1024 * (free + own))
+    others = int(used.read_text()) - own if counted else 0  # the files that it has read included
+    return min(whole - max(0, others), free + own)
 
 
 def processor() -> str:
@@ -86,11 +86,12 @@ def restart_peak(device: torch.device) -> None:
 
 def peak_of(device: torch.device) -> int:
     """Bytes: the most since `restart_peak`, on a GPU what torch held, else all of this process."""
-    return (
-        torch.cuda.max_memory_reserved(device)
-        if device.type == "cuda"
-        else 1024 * _kilobytes("/proc/self/status", "VmHWM")
-    )
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else resident(most=True)
+
+
+def resident(most: bool = False) -> int:
+    """Bytes of memory that this process has now, or the most since `restart_peak`. OSError where there is no /proc."""
+    return 1024 * _kilobytes("/proc/self/status", "VmHWM" if most else "VmRSS")
 
 
 def _machine() -> int:

@@ -58,7 +58,7 @@ def given(tmp_path, monkeypatch):
     return {"images": images, "labels": np.arange(12) % 2, "batch": torch.rand(2, 3, 20, 13), "q": q, "k": q, "v": q}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "benchmarks.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("benchmarks.md", "gpu.md")], ids=lambda p: p.name)
 def test_blocks_run(page, given):
     found = blocks(page.read_text())
     assert found, f"{page.name} shows no Python"

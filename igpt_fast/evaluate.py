@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from igpt_fast import ops
+from igpt_fast import intervals, ops
 from igpt_fast.device import images_at_once
 from igpt_fast.errors import InputError
 from igpt_fast.joined import refuse_misfit
@@ -17,14 +17,6 @@ from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
 from igpt_fast.processes import Processes
 from igpt_fast.tokens import TokenDataset
-
-# Student's t: 95 % lies within so many standard errors, for 1 to 30 degrees of freedom.
-T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-Z95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -89,16 +81,6 @@ def evaluate(
     over_images(
         nats_of, nats, model, dataset, indices, batch, processes=processes, amp=amp, doing="scoring", what="likelihoods"
     )
-    mean, reach = float(nats.mean()), interval(nats)
+    mean, reach = float(nats.mean()), intervals.of_mean(nats)
     low, high = (None, None) if reach is None else (mean - reach, mean + reach)
     return Likelihood(mean, low, high, nats, config.tokens, config.colors, time.monotonic() - began)
-
-
-def interval(values: np.ndarray) -> float | None:
-    """Half of the 95 % interval of the mean of independent values, by Student's t; None for fewer than two."""
-    freedom = len(values) - 1
-    if freedom < 1:
-        return None
-    # Above the table, the first two terms of t's expansion around the normal: right to four digits.
-    t = T95[freedom - 1] if freedom <= 30 else Z95 + (Z95**3 + Z95) / (4 * freedom) + 2.82 / freedom**2
-    return t * float(values.std(ddof=1)) / math.sqrt(len(values))

@@ -1,12 +1,12 @@
 """Logistic regression on fixed features, its penalty chosen without the test images, and a Score of how it did."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from igpt_fast import intervals
 from igpt_fast.errors import InputError
 
 # Inverse strengths of the L2 penalty that are tried; the best in validation is used, the smallest of equals.
@@ -15,7 +15,6 @@ FOLDS = 5  # parts of the images to learn from; validation answers for a part by
 FEW = 1000  # up to so many images every part is answered for; above, where one part says enough, only the first
 SMALL = 10_000_000  # multiplications of a step of L-BFGS below which one thread is used: waiting for others costs more
 ITERATIONS = 1000  # of L-BFGS at most; a fit that would need more is marked
-Z95 = 1.959964  # a normal variable lies within so many standard deviations 95 % of the time
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,8 @@ def _classify(
 
 
 def score(name: str, right: int, count: int, **rest: float | int | bool | None) -> Score:
-    """A Score with Wilson's interval of `right` of `count`, which stays within 0 to 1, unlike the usual one."""
-    share, spread = right / count, Z95 * Z95 / count
-    middle = (share + spread / 2) / (1 + spread)
-    reach = Z95 * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    # In exact arithmetic both bounds keep to their side of the share, and within 0 to 1.
-    return Score(name, share, max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach)), **rest)
+    """A Score of `right` of `count` answers."""
+    return Score(name, right / count, *intervals.of_share(right, count), **rest)
 
 
 def _right(

@@ -10,7 +10,8 @@ from published import make
 from tiny import write_tokens
 
 from igpt_fast import InputError
-from igpt_fast.evaluate import evaluate, interval
+from igpt_fast.evaluate import evaluate
+from igpt_fast.intervals import of_mean
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +59,9 @@ def test_bf16_is_near(dataset):
 @pytest.mark.parametrize("count", [2, 5, 31, 40, 200])
 def test_the_interval_holds_the_mean_95_times_in_100(count):
     draws = np.random.default_rng(count).normal(3, 2, (4000, count))
-    held = np.mean([abs(row.mean() - 3) <= interval(row) for row in draws])
+    held = np.mean([abs(row.mean() - 3) <= of_mean(row) for row in draws])
     assert abs(held - 0.95) < 0.015
-    assert interval(draws[0, :1]) is None
+    assert of_mean(draws[0, :1]) is None
 
 
 def test_what_cannot_be_scored(dataset):

@@ -27,6 +27,7 @@ LAYERS = [
         "optimizer",
         "device",
         "positions",
+        "intervals",
     },
     {"ops", "replay"},
     {"modules", "palette", "kmeans", "images", "decode", "arrays", "made", "sources", "pixels", "tokens"},

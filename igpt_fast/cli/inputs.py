@@ -99,9 +99,14 @@ def check_place(out: Path, ending: str) -> None:
     """Finds out before the work that a file can be written. Raises InputError."""
     if out.suffix.lower() != ending or out.is_dir():
         raise InputError(f"{out}: is written as a {ending} file; give a name ending in {ending}")
-    there = next(path for path in out.absolute().parents if path.exists())
+    check_folder(out.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """The same of a folder to write into, which need not be there yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{out} cannot be written ({there} is no writable folder); choose another place")
+        raise InputError(f"{folder} cannot be written to ({there} is no writable folder); choose another place")
 
 
 def called(data: Path) -> str:

@@ -1,6 +1,5 @@
 """`igpt-fast sample` and `igpt-fast complete`: pictures out of a trained model."""
 
-import os
 import time
 from collections import Counter
 from enum import Enum
@@ -20,6 +19,8 @@ from igpt_fast.cli.inputs import (
     GrayAsOption,
     ModelArgument,
     ReadAsOption,
+    check_folder,
+    check_place,
     described,
     given_of,
     reading_of,
@@ -216,14 +217,9 @@ def _decode(palette: Palette, tokens: Tensor) -> np.ndarray:
 
 
 def _check_places(out: Path, single: Path | None) -> None:
-    """Finds out before the work that the results can be written. Raises InputError."""
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise InputError(f"{out}: the grid is written as a PNG file; give a name ending in .png to --out")
-    for place in (out.parent, single):
-        if place is not None:
-            there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-                raise InputError(f"{place} cannot be written to ({there} is no writable folder); choose another place")
+    check_place(out, ".png")
+    if single is not None:
+        check_folder(single)
 
 
 def _singles(folder: Path | None, names: list[str]) -> list[Path]:

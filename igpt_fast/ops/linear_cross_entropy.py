@@ -6,7 +6,7 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._gradient import differentiable
-from igpt_fast.ops._native import empty, fused_backend_for, needs_grad, rows, stream_of
+from igpt_fast.ops._native import empty, fused_backend_for, needs_grad, rows, same_device, stream_of
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.projection import projection
 
@@ -34,9 +34,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
             f"linear_cross_entropy: target is {target.dtype} {list(target.shape)}; give int64 {list(hidden.shape[:-1])}"
         )
     kind = hidden.device.type
-    for name, t in (("weight", weight), ("target", target)):
-        if t.device != hidden.device:
-            raise InputError(f"linear_cross_entropy: {name} is on {t.device}, hidden on {hidden.device}; move it there")
+    same_device("linear_cross_entropy", hidden=hidden, weight=weight, target=target)
     dtype = hidden.dtype
     if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(kind)

@@ -72,8 +72,8 @@ def touched_in_flight(body: list[Line]) -> list[str]:
             touched = left & sums | own & lefts
             touched |= frozenset().union(*(of & own for _, of in (*groups, last) if of != own))
             last = last[0] | left, last[1] | own
-            if "gsb0" in operands:
-                groups, last = (*groups, last), _NONE
+            if "gsb0" in operands:  # of equal ones in a row one says as much as all of them, on a way that never waits
+                groups, last = groups if groups[-1:] == (last,) else (*groups, last), _NONE
         elif opcode.startswith("WARPGROUP.DEPBAR"):
             left_over = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)
             groups, touched = groups[len(groups) - left_over :] if left_over else (), frozenset()

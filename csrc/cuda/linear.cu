@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kThreads) linear_fwd_kernel(T* y,             
     ask(s, warp * kColumns + s * kStride);
     ptx::cp_async_commit();
   }
-  // What is added to this thread's outputs. Of few rows, where it is one output, it is on its way from here on as well;
-  // of more there are no registers for it.
+  // What is added to this thread's outputs. Of few rows without a norm it is on its way from here on as well; else
+  // there are no registers for it.
   constexpr int kTurns = (R * J * 128 + kThreads - 1) / kThreads;
   const auto place = [&](int turn, int64_t& row, int& out) {  // whether there is one
     const int at = turn * kThreads + threadIdx.x, of = at % 32, e = at / 32 % 4, tile = at / 128;  // whose sum it was
@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kThreads) linear_fwd_kernel(T* y,             
       if (there && residual) residuals[turn] = residual[row * M + out];
     }
   };
-  if constexpr (kTurns == 1) ask_added();
+  constexpr bool kEarly = kTurns == 1 && !kNorm;
+  if constexpr (kEarly) ask_added();
   if constexpr (kNorm) {
     find_rstd<T, R>(rstd, x, first_row, N, K, eps);
     __syncthreads();
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) linear_fwd_kernel(T* y,             
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // nobody needs the rings any more
-  if constexpr (kTurns > 1) ask_added();
+  if constexpr (!kEarly) ask_added();
 
   // All shares.
   float* const parts = reinterpret_cast<float*>(memory);

@@ -23,7 +23,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.images import DARK, DARK_COLOUR, DIM, PAGES, Reading, random_view, read_image, resize_image
 from igpt_fast.sources import Reader, Source, fetch
 
-CHUNK = 64  # images a job: seconds of work for large photos, and at 32×32 a result of 196 kB
+CHUNK = 64  # images a job, or views of them: seconds of work for large photos, and at 32×32 a result of 196 kB
 FEW = 500  # images: below, starting workers takes longer than they save
 MOST_WORKERS = 32  # beyond, the pipes and not the decoders are the limit
 # What read_image notes: images that it is about, and what to know.
@@ -100,7 +100,7 @@ def default_workers(images: int) -> int:
 def decode(
     source: Source, reading: Reading, workers: int | None = None, indices: np.ndarray | None = None
 ) -> Iterator[Decoded]:
-    """Decodes and resizes a source's images part by part; memory holds at most 64 of them a worker.
+    """Decodes and resizes a source's images part by part; memory holds at most 64 of them, or of their views, a worker.
 
     reading: how; with on_error "raise" the first corrupt image raises InputError, with "skip" it is reported in
     `failures`. workers: processes, 0 for none, None for one a core. indices: which images, all when None. They come in
@@ -112,7 +112,8 @@ def decode(
     wanted = np.arange(len(source)) if indices is None else np.unique(indices)
     order = source.reading_order()
     order = order[np.isin(order, wanted)]
-    chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
+    step = max(1, CHUNK // reading.each)
+    chunks = [order[start : start + step] for start in range(0, len(order), step)]
     workers = default_workers(len(order)) if workers is None else workers
     decoder, notes = Decoder(source.reader, reading), Counter()
     jobs = ([_item(source, int(index)) for index in chunk] for chunk in chunks)

@@ -64,7 +64,7 @@ class Reading:
         bits = self.gray_bits
         if not isinstance(bits, int) or not 8 <= bits <= 16:
             raise InputError(f"gray_bits {bits} is not from 8 to 16, the bits that grayscale of 16 bits can hold")
-        if not isinstance(self.views, int) or not 0 <= self.views <= MOST_VIEWS:
+        if not isinstance(self.views, int | np.integer) or not 0 <= self.views <= MOST_VIEWS:
             raise InputError(
                 f"views is {self.views}; use 0 for the evaluation's crop, or up to {MOST_VIEWS} random ones"
             )

@@ -5,6 +5,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,6 @@ WIDEST = 2048  # pixels: a grid is enlarged no further than this
 OWN_FONT = "DejaVu Sans"  # which comes with matplotlib
 COLOURS = ("#2f6fde", "#d9541e", "#2e9e5b", "#8a4fc7", "#b8860b", "#555555")
 
-_told: set[str] = set()
 log = logging.getLogger("igpt_fast")
 
 
@@ -90,13 +90,17 @@ def figure_png_bytes(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
+@cache
 def _fonts_for(text: str) -> list[str]:
     """Fonts of this machine for characters that matplotlib's own lacks, as Chinese; the log names those of none."""
     from matplotlib.font_manager import findfont, fontManager
     from matplotlib.ft2font import FT2Font
 
     def lacking(characters: set[str], path: str) -> set[str]:
-        there = FT2Font(path).get_charmap()
+        try:
+            there = FT2Font(path).get_charmap()
+        except (OSError, RuntimeError):  # gone since matplotlib made its list, or broken
+            return characters
         return {c for c in characters if ord(c) not in there}
 
     left, chosen = lacking(set(text), findfont(OWN_FONT)), []
@@ -107,8 +111,7 @@ def _fonts_for(text: str) -> list[str]:
         rest = left if "Last Resort" in font.name or font.name in chosen else lacking(left, font.fname)
         if rest != left:
             left, chosen = rest, [*chosen, font.name]
-    if left and text not in _told:
-        _told.add(text)
+    if left:
         log.warning("no font of this machine has %s of %r: boxes stand for them", " ".join(sorted(left)), text)
     return chosen
 

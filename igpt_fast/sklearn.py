@@ -43,8 +43,8 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
     def transform(self, X: Any) -> np.ndarray:
         """float32 [N, width]. Raises InputError for parameters out of range and for what is no image and no token."""
         layer, device = self._chosen(), self.model.wte.device
-        given = tensor_of(X, "IGPTFeatures: X is")
-        if given.dtype is torch.uint8 and given.ndim == 3:
+        given = X if isinstance(X, Tensor | np.ndarray) else tensor_of(X, "IGPTFeatures: X is")
+        if given.dtype in (torch.uint8, np.uint8) and given.ndim == 3:
             shape = list(given.shape)
             raise InputError(
                 f"IGPTFeatures: X is uint8 {shape}, gray images or tokens; give RGB images, or int64 tokens"
@@ -52,7 +52,7 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
         found = np.empty((len(given), self.model.config.width), np.float32)
         with torch.inference_mode():
             for start in range(0, len(given), self.batch):
-                part = given[start : start + self.batch].to(device)
+                part = tensor_of(given[start : start + self.batch], "IGPTFeatures: X is").to(device)
                 found[start : start + self.batch] = self.model.features(self._tokens(part), layer).float().cpu().numpy()
         return found
 

@@ -45,6 +45,7 @@ def mixed_operands(body: list[Line]) -> list[str]:
 
 
 Group = tuple[frozenset[int], frozenset[int]]  # the registers of left operands, and of sums
+MOST = 8  # that a wait can tell apart
 _NONE: Group = (frozenset(), frozenset())
 
 
@@ -74,6 +75,9 @@ def touched_in_flight(body: list[Line]) -> list[str]:
             last = last[0] | left, last[1] | own
             if "gsb0" in operands:  # of equal ones in a row one says as much as all of them, on a way that never waits
                 groups, last = groups if groups[-1:] == (last,) else (*groups, last), _NONE
+                if len(groups) > MOST:  # the two oldest become one, which no wait tells apart
+                    (a, b), *rest = zip(groups[0], groups[1], strict=True), *groups[2:]
+                    groups = ((a[0] | a[1], b[0] | b[1]), *rest)
         elif opcode.startswith("WARPGROUP.DEPBAR"):
             left_over = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)
             groups, touched = groups[len(groups) - left_over :] if left_over else (), frozenset()

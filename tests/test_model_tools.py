@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import igpt_fast as igpt
 from igpt_fast.ops._native import use_backend
+from igpt_fast.patterns import block_mask, layers
 
 TOKENS = torch.arange(48).reshape(4, 3, 4) * 5 % 8
 
@@ -19,6 +21,29 @@ def model():
     model = igpt.ImageGPT(igpt.Config(layers=2, width=16, heads=2, colors=8, size=(3, 4)))
     torch.nn.init.normal_(model.wtet, std=0.3)
     return model
+
+
+def patterned():
+    torch.manual_seed(0)
+    model = igpt.ImageGPT(igpt.Config(layers=1, width=16, heads=2, colors=8, size=(3, 4), pattern="row|local(5)"))
+    torch.nn.init.normal_(model.wtet, std=0.3)
+    layers._kept.cache_clear()  # so that torch's tools meet it first
+    block_mask._compiled.cache_clear()
+    return model
+
+
+def test_patterns_are_compiled_whoever_asks_first():
+    weights, loss = of_weights(model := patterned())
+    grads = torch.func.grad(loss)(weights)
+    with use_backend("reference"):
+        wanted = torch.autograd.grad(model(TOKENS).sin().mean(), list(model.parameters()))
+    assert all(torch.allclose(grads[name], g, atol=1e-6) for name, g in zip(weights, wanted, strict=True))
+    weights, loss = of_weights(patterned())
+    assert torch.func.jvp(loss, (weights,), (grads,))[1] > 0
+    with torch.device("meta"):
+        empty = patterned()
+    assert empty(torch.zeros(2, 12, dtype=torch.int64, device="meta")).is_meta
+    assert make_fx(patterned())(TOKENS)(TOKENS).shape == (4, 12, 8)
 
 
 def of_weights(model):
@@ -74,6 +99,8 @@ def test_arrays_of_any_layout_are_tokens(model, tmp_path):
     with torch.inference_mode():
         for given in same:
             assert torch.equal(model(given), wanted)
+    with pytest.raises(igpt.InputError, match=r"is a OptimizedModule.*its \._orig_mod is one"):
+        igpt.sample(torch.compile(model))
     for bad in (["a"], [[1], [1, 2]], np.array([object()]), None):
         with pytest.raises(igpt.InputError, match=r"tokens (are|have)"):
             model(bad)

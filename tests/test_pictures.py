@@ -124,7 +124,7 @@ def test_numbers(value, text):
 
 
 def test_characters_that_our_font_lacks_come_from_another(caplog, monkeypatch):
-    from matplotlib.font_manager import FontProperties, findfont, fontManager
+    from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontManager
     from matplotlib.ft2font import FT2Font
 
     [font] = pictures._fonts_for("a\u0359")  # which comes with matplotlib, in a font for formulas
@@ -134,6 +134,8 @@ def test_characters_that_our_font_lacks_come_from_another(caplog, monkeypatch):
     boxes, letters = (curve_png_bytes(curve, "x", "y", 2 * chr(code)) for code in (0x358, 0x359))
     assert boxes != letters and not caplog.text
     monkeypatch.setattr(fontManager, "ttflist", [f for f in fontManager.ttflist if "DejaVu Sans" in f.name])
+    gone = FontEntry(fname="/nonexistent/font.ttf", name="Gone")
+    monkeypatch.setattr(fontManager, "ttflist", [gone, *fontManager.ttflist])  # as of a package that was removed
     for _ in range(2):
         assert curve_png_bytes(curve, "x", "y", "𠀀").startswith(b"\x89PNG")
     assert caplog.text.count("boxes stand for them") == 1 and "no font of this machine has 𠀀" in caplog.text

@@ -62,7 +62,7 @@ def test_sample_writes_the_grid_and_single_files(igpt, run, model, tmp_path):
     assert code == 0
     want = Palette(CENTERS).decode(sample(model, n=5, seed=3)).numpy()
     files = sorted((tmp_path / "one").iterdir())
-    assert [file.name for file in files] == [f"sample-{i:04d}.png" for i in range(5)]
+    assert [file.name for file in files] == [f"sample-{i:06d}.png" for i in range(5)]
     for file, image in zip(files, want, strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), image)
     said = json.loads(printed)
@@ -83,7 +83,7 @@ def test_finished_images_are_kept_and_the_rest_are_drawn_behind_them(igpt, run, 
         )
         with pytest.raises(ZeroDivisionError):
             igpt(*words, "-n", 6)
-    assert sorted(file.name for file in (tmp_path / "one").iterdir()) == [f"sample-{i:04d}.png" for i in range(4)]
+    assert sorted(file.name for file in (tmp_path / "one").iterdir()) == [f"sample-{i:06d}.png" for i in range(4)]
     assert not (tmp_path / "g.png").exists()
     code, printed, _ = igpt(*words, "-n", 2, "--first", 4, "--json")
     assert code == 0 and json.loads(printed)["first"] == 4

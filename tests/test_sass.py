@@ -122,3 +122,9 @@ def test_what_a_product_in_flight_owns_is_left_alone(left, then, first):
         assert not found
     else:
         assert f"{first} of a wgmma in flight" in found
+
+
+def test_a_way_that_never_waits_has_an_end():
+    text = FLIGHT.format(left="0x0", then="HGMMA.64x64x16.F32.BF16 R128, R8, gdesc[UR8], RZ, gsb0")
+    [body] = sass.kernels(text.replace("WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "NOP ;", 1)).values()
+    assert touched_in_flight(body)  # sums of three groups that nobody waits for

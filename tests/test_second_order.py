@@ -1,6 +1,7 @@
 """Gradients that are differentiated again, or asked for many at a time: plain torch gives them, and it is said."""
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -94,6 +95,47 @@ def test_a_penalty_on_gradients_has_its_gradient(name):
         return torch.autograd.grad(sum(g.square().sum() for g in grads), given, materialize_grads=True)
 
     close(*both(call, inputs, penalised))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "projection" in name])
+def test_what_a_product_read_has_its_derivatives(name, said):
+    """A norm's or an activation's output, which the product makes again, and not its inputs alone."""
+    _, inputs = CALLS[name]
+
+    def penalised(op, product):
+        x, w, m, *rest = (t.clone().requires_grad_() for t in inputs)
+        y = op(x, w)
+        gradient = torch.autograd.grad(product(y, m, *rest).sin().sum(), m, create_graph=True)[0]
+        return torch.autograd.grad(gradient.square().sum(), (y, m))
+
+    op = ops.rms_norm if "norm" in name else ops.bias_quick_gelu
+    found = penalised(op, ops.projection)
+    with use_backend("reference"):
+        truth = penalised(op, torch.nn.functional.linear)
+    close(found, truth)
+
+
+def test_other_threads_keep_their_backend():
+    x, stop, seen = torch.randn(64, 64, requires_grad=True), threading.Event(), []
+
+    def look():
+        while not stop.is_set():
+            seen.append(_native.backend_for("rms_norm_fwd", (x,)) is not None)
+
+    def derive():
+        for _ in range(30):
+            grad = torch.autograd.grad(ops.bias_quick_gelu(x).sum(), x, create_graph=True)[0]
+            grad.square().sum().backward()
+
+    before = _native.backend_for("rms_norm_fwd", (x,)) is not None
+    threads = [threading.Thread(target=run) for run in (look, derive, derive, derive)]
+    for thread in threads:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join()
+    stop.set()
+    threads[0].join()
+    assert set(seen) == {before} and (_native.backend_for("rms_norm_fwd", (x,)) is not None) is before
 
 
 @each_call

@@ -74,9 +74,8 @@ std::string cuda_archs() {
   return IGPT_CUDA_ARCHS;
 }
 bool cuda_takes_ptx() {
-  int runtime = 0, driver = 0;
-  return cudaRuntimeGetVersion(&runtime) == cudaSuccess && cudaDriverGetVersion(&driver) == cudaSuccess &&
-         driver >= runtime;
+  int driver = 0;
+  return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= CUDART_VERSION;
 }
 std::string cuda_versions() {
   int runtime = 0, driver = 0;  // 13010 is 13.1; a driver that is not there is 0

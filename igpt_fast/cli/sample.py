@@ -85,7 +85,7 @@ SingleOption = Annotated[
         "--single",
         metavar="DIR",
         show_default="none",
-        help="Also write every image as a PNG of its own here, each batch when it is finished.",
+        help="Also write every image as a PNG of its own here, each batch when it is finished, before the grid.",
     ),
 ]
 
@@ -106,7 +106,9 @@ def sample(
     first: Annotated[
         int,
         typer.Option(
-            "--first", metavar="I", help="Number of the first image: to go on behind others, or share many out."
+            "--first",
+            metavar="I",
+            help="Number of the first image: to go on behind others, or share many out.",
         ),
     ] = 0,
     batch: BatchOption = None,
@@ -131,7 +133,7 @@ def sample(
     check_options(**options)
     _check_places(out, single)
     checkpoint, palette = _load(model, dtype, device)
-    files = _singles(single, [f"sample-{index:04d}" for index in range(first, first + n)])
+    files = _singles(single, [f"sample-{index:06d}" for index in range(first, first + n)])
     with progress(n * checkpoint.model.config.tokens, "pixels", "sampling") as bar:
         tokens = sample_tokens(checkpoint.model, **options, progress=bar.to, drawn=_saver(palette, files))
     save_grid(out, _decode(palette, tokens))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt_fast.ops._native import say_slower, use_backend
+from igpt_fast.ops._native import in_plain_torch, say_slower
 
 
 def differentiable(
@@ -40,7 +40,7 @@ def differentiable(
             if not (reason := beyond_kernels(grads)):
                 return gradient(ctx, backward, *grads)
             say_slower(f"the gradient of {name} runs on plain torch: {reason}")
-            with use_backend("reference"):
+            with in_plain_torch():
                 return gradient(ctx, backward, *grads)
 
     return Eager.apply

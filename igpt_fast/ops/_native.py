@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import re
+import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -77,6 +78,23 @@ def use_backend(name: str, poison: bool = False) -> Iterator[None]:
         yield
     finally:
         _wanted, _poison = old
+
+
+class _Thread(threading.local):
+    plain = False  # whether the reference serves every op of this thread
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def in_plain_torch() -> Iterator[None]:
+    """Within the block the reference serves every op of this thread, and of no other."""
+    old, _thread.plain = _thread.plain, True
+    try:
+        yield
+    finally:
+        _thread.plain = old
 
 
 # What an op itself has found to be outside the native kernels' reach, or None; or how to ask, by a backend's name.
@@ -156,7 +174,7 @@ def has_cuda_kernels(name: str) -> bool:
 
 def backend_for(op: str, tensors: Sequence[Tensor], refusal: Refusal = None):
     """The backend that serves this call, or None for the reference. A slower path is logged once, with its reason."""
-    if _wanted == "reference":
+    if _wanted == "reference" or _thread.plain:
         return None
     torch.get_num_threads()  # a Python thread that has not asked yet has no OpenMP threads as torch's are set
     if name := _preferred(tensors[0]):

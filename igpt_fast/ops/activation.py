@@ -22,10 +22,11 @@ def bias_quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     same_device("bias_quick_gelu", x=x, bias=bias)
     if torch.compiler.is_compiling():
         return torch.ops.igpt.bias_quick_gelu(x, bias)
-    if _native(x, bias) is None:
+    native = _native(x, bias)
+    if native is None:
         return reference.activation.bias_quick_gelu(x, bias)
     if not needs_grad(x, bias):
-        return _forward(x, bias)
+        return _run(native, x, bias)
     y = _with_gradient(x, bias)
     remember(y, _forward, reference.activation.bias_quick_gelu, x, bias)
     return y
@@ -36,7 +37,10 @@ def _native(x: Tensor, bias: Tensor | None):
 
 
 def _forward(x: Tensor, bias: Tensor | None) -> Tensor:
-    native = _native(x, bias)
+    return _run(_native(x, bias), x, bias)
+
+
+def _run(native, x: Tensor, bias: Tensor | None) -> Tensor:
     if native is None:
         return reference.activation.bias_quick_gelu(x, bias).contiguous()
     x = x.contiguous()

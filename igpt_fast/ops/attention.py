@@ -167,9 +167,11 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
     tangents nor rules for batches. The reference keeps a matrix of all pairs.
     """
     seen = None if mask is None else mask.dense()
-    alike = scale > 0 and q.dtype is k.dtype and q.dtype is v.dtype and (seen is None or bool(seen.any(-1).all()))
+    alike = not (is_reference() or must_be_plain() or q.is_meta)
+    alike = alike and scale > 0 and q.dtype is k.dtype and q.dtype is v.dtype
+    alike = alike and (seen is None or bool(seen.any(-1).all()))
     seen = None if seen is None else seen.to(q.device)
-    if is_reference() or not alike or must_be_plain():
+    if not alike:
         o = reference.attention.attention(q, k, v, seen, causal, scale)[0]
     else:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and seen is None, scale=scale)

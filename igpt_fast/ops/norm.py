@@ -34,7 +34,8 @@ def rms_norm(
     if torch.compiler.is_compiling():
         y, s, _ = torch.ops.igpt.rms_norm(x, weight, residual, eps, dtype)
         return y if residual is None else (y, s)
-    if _native(x, weight, residual, dtype) is None:
+    native = _native(x, weight, residual, dtype)
+    if native is None:
         return reference.norm.rms_norm(x, weight, eps, residual, dtype)
     if needs_grad(x, weight, residual):
         x = x.contiguous()  # here, so that nobody keeps what it is a view of
@@ -44,7 +45,7 @@ def rms_norm(
             plain = partial(reference.norm.rms_norm, eps=eps, dtype=dtype)
             remember(y, lambda of, by: _forward(of, by, None, eps, dtype)[0], plain, of, weight)
     else:
-        y, s, _ = _forward(x, weight, residual, eps, dtype)
+        y, s, _ = _run(native, x, weight, residual, eps, dtype)
     return y if residual is None else (y, s)
 
 
@@ -59,7 +60,10 @@ def _forward(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, residual + x or nothing, rstd"""
-    native = _native(x, weight, residual, dtype)
+    return _run(_native(x, weight, residual, dtype), x, weight, residual, eps, dtype)
+
+
+def _run(native, x, weight, residual, eps, dtype):
     if native is None:
         out = reference.norm.rms_norm(x, weight, eps, residual, dtype)
         y, s = (out, x.new_empty(0)) if residual is None else out

@@ -64,8 +64,14 @@ def _mask(text: str, size: tuple[int, int], causal: bool, slots: int, device: to
 
 # By what they say, so that all layers, models and copies of models share them, and no state dict or pickle holds them.
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)  # whoever asks first: what is made under it could not be saved for a backward pass
 def _kept(text: str, size: tuple[int, int], causal: bool, slots: int, device: torch.device) -> BlockMask:
+    # In a thread of its own, whoever asks first: what is made under inference mode could not be saved for a backward
+    # pass, and under torch.func, fake tensors or another default device tensors have no values to compile from.
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(_made, text, size, causal, slots, device).result()
+
+
+def _made(text: str, size: tuple[int, int], causal: bool, slots: int, device: torch.device) -> BlockMask:
     if slots < size[0] * size[1]:
         return _kept(text, size, causal, size[0] * size[1], torch.device("cpu")).first(slots).to(device)
     return compiled(text, size, causal).to(device)
@@ -81,9 +87,7 @@ def _pattern_tables(
 
 @_pattern_tables.register_fake
 def _(text, height, width, causal, slots, device):
-    # In a thread of its own: here tensors have no values, which a mask that is not yet known is compiled from.
-    with ThreadPoolExecutor(1) as aside:
-        known = aside.submit(_kept, text, (height, width), causal, slots, torch.device("cpu")).result().tensors
+    known = _kept(text, (height, width), causal, slots, torch.device("cpu")).tensors
     return [torch.empty(t.shape, dtype=t.dtype, device=device) for t in known]
 
 

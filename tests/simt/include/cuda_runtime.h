@@ -2,6 +2,8 @@
 #pragma once
 #include "simt_device.h"
 
+#define CUDART_VERSION 13000
+
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };

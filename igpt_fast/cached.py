@@ -17,7 +17,7 @@ Places = Tensor | slice  # of the slots of a sequence, or of a cache
 
 
 class KVCache:
-    """Keys and values of those of the slots 0..length-1 that some later slot sees.
+    """Keys and values of the first `length` slots, without those that no later slot attends to.
 
     data: [layers, batch, 2, heads, slots, head_dim], k before v. pages: int32 [tiles], by which slot t is at
     pages[t // 64] * 64 + t % 64 of few slots, which pages take turns in; None where each of T slots has its own.

@@ -104,8 +104,8 @@ def decode(
 
     reading: how; with on_error "raise" the first corrupt image raises InputError, with "skip" it is reported in
     `failures`. workers: processes, 0 for none, None for one a core. indices: which images, all when None. They come in
-    the order in which the source reads fast: that of names, but for compressed tars and .npz that of the file. What is
-    lost on the way, of several pages or of 16 bits, is logged.
+    the order in which the source reads fast: that of names, but for compressed tars and .npz that of the file. How
+    many files had several pages, of which the first is read, or 16-bit values that come out almost black, is logged.
     """
     if workers is not None and workers < 0:
         raise InputError(f"workers is {workers}; use 0 for none, or how many processes decode")

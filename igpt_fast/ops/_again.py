@@ -1,8 +1,8 @@
-"""What an op's output was made of, so that a product behind it need not keep it for the backward pass.
+"""How an op's output was computed, so that the matrix product behind it can recompute it in the backward pass.
 
-A norm and an activation keep what they read; what they wrote is kept a second time, by the product that reads it. On a
-CPU, where a pass over memory costs next to nothing beside the products, that product has it made again instead: a
-third less memory for a step's activations. On a GPU these passes would be some twentieth of a step: there it is kept.
+A norm and an activation save their input for their own backward pass; the product that reads their output would save
+that output too. On a CPU, where a pass over memory costs next to nothing beside the products, it recomputes the output
+instead: a third less memory for a step's activations. On a GPU that would cost some twentieth of a step: it is saved.
 """
 
 from collections.abc import Callable

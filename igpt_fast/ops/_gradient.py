@@ -1,5 +1,6 @@
-"""An op and its gradient, said once: for autograd as it runs, and as registered ops, whose insides torch.compile leaves
-alone.
+"""An op and its gradient, written once, for eager autograd and as a registered op for torch.compile.
+
+The compiler takes a registered op as it is and never looks inside it.
 """
 
 from collections.abc import Callable, Sequence

@@ -14,7 +14,7 @@ from PIL import Image
 from igpt_fast import cli
 from igpt_fast import demo as module
 from igpt_fast.checkpoint import load_checkpoint
-from igpt_fast.cli import probe as commands
+from igpt_fast.cli import demo as commands
 from igpt_fast.demo import demo, load_digits, position_loss
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette

@@ -156,10 +156,8 @@ def decode_one_token(decoder: Decoder, pixel: Tensor) -> Tensor:
 def check_model(model: ImageGPT) -> None:
     """InputError for a model that defines no order to draw pixels in, or of which steps would leave something out."""
     if not isinstance(model, ImageGPT):
-        wrapped = next(
-            (name for name in ("_orig_mod", "module") if isinstance(getattr(model, name, None), ImageGPT)), ""
-        )
-        way = f"its .{wrapped} is one" if wrapped else "a model of transformers draws by its own generate"
+        inside = [name for name in ("_orig_mod", "module") if isinstance(getattr(model, name, None), ImageGPT)]
+        way = f"its .{inside[0]} is one" if inside else "a model of transformers draws by its own generate"
         raise InputError(f"the model is a {type(model).__name__}; give an igpt_fast.ImageGPT ({way})")
     if model.config.objective != "ar":
         raise InputError(

@@ -74,20 +74,19 @@ def tokenize(
         raise InputError(f"shard_images {shard_images} is less than 1; give how many images a file holds")
     try:
         with work_directory(out) as work:  # now: after an hour of work is a bad moment to learn that it cannot be
-            writer, views = ShardWriter(work, len(source) * how.each, how.size, shard_images), np.arange(how.each)
+            writer = ShardWriter(work, len(source) * how.each, how.size, shard_images)
             failures: list[tuple[int, str]] = []
             done = 0
             for part in decode(source, how, workers):
                 if len(part.indices):
-                    rows = (part.indices[:, None] * how.each + views).reshape(-1)
-                    writer.write(rows, np.asarray(palette.encode(part.pixels)).astype(np.uint16))
+                    writer.write(how.rows(part.indices), np.asarray(palette.encode(part.pixels)).astype(np.uint16))
                 failures += part.failures
                 done += part.seen
                 if progress is not None:
                     progress(done, len(source))
             kept = np.delete(np.arange(len(source)), [index for index, _ in failures])
             refuse_none_left(source, len(kept), failures)
-            rows, images = (kept[:, None] * how.each + views).reshape(-1), kept.repeat(how.each)
+            rows, images = how.rows(kept), kept.repeat(how.each)
             labels = np.full(len(rows), -1, np.int32)
             if source.labels is not None:
                 labels[:] = source.labels[images]

@@ -65,8 +65,9 @@ def processor() -> str:
 
 
 def images_at_once(config: Config, more: int = 0) -> int:
-    """How many images go through a model side by side when nobody says. more: extra
-    numbers a pixel that are needed behind the last block, such as logits.
+    """How many images go through a model side by side when nobody says.
+
+    more: extra numbers a pixel that are needed behind the last block, such as logits.
     """
     # About 16 numbers a pixel and channel live at once inside a block.
     return max(1, min(256, BATCH_BYTES // (4 * config.tokens * (16 * config.width + more))))

@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from igpt_fast import intervals, ops
-from igpt_fast.device import images_at_once
 from igpt_fast.errors import InputError
 from igpt_fast.joined import refuse_misfit
 from igpt_fast.model import ImageGPT
@@ -70,17 +69,15 @@ def evaluate(
     if not len(indices):
         raise InputError(f"{dataset.origin}: no image is left to score; choose another split")
     nats = np.empty(len(indices))
-    if batch is None:
-        batch = images_at_once(config, 2 * config.colors)  # the logits, and what becomes of them
 
     def nats_of(tokens: Tensor) -> Tensor:
         tokens = tokens.flatten(1)
         losses = ops.linear_cross_entropy(model.hidden(tokens), model.wtet, tokens)
         return losses.reshape(tokens.shape).double().mean(1)
 
-    over_images(
-        nats_of, nats, model, dataset, indices, batch, processes=processes, amp=amp, doing="scoring", what="likelihoods"
-    )
+    more = 2 * config.colors  # the logits, and what becomes of them
+    said = {"doing": "scoring", "what": "likelihoods"}
+    over_images(nats_of, nats, model, dataset, indices, batch, more=more, processes=processes, amp=amp, **said)
     mean, reach = float(nats.mean()), intervals.of_mean(nats)
     low, high = (None, None) if reach is None else (mean - reach, mean + reach)
     return Likelihood(mean, low, high, nats, config.tokens, config.colors, time.monotonic() - began)

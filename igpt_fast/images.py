@@ -77,6 +77,10 @@ class Reading:
         """How many pictures an image becomes."""
         return self.views or 1
 
+    def rows(self, images: np.ndarray) -> np.ndarray:
+        """The places of what images become, where each takes `each` of them: int64 [N] → [N · each]."""
+        return (images[:, None] * self.each + np.arange(self.each)).reshape(-1)
+
 
 def parse_background(text: str) -> tuple[int, int, int]:
     """Reads a colour name or #rrggbb as (red, green, blue), 0..255. Raises InputError on anything else."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from igpt_fast.batches import digest, fingerprint
 from igpt_fast.console import progress
+from igpt_fast.device import images_at_once
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.model import ImageGPT
@@ -21,8 +22,9 @@ def over_images(
     model: ImageGPT,
     dataset: TokenDataset | JoinedTokens,
     indices: np.ndarray,
-    batch: int,
+    batch: int | None,
     *,
+    more: int = 0,
     processes: Processes | None,
     amp: bool,
     doing: str,
@@ -30,11 +32,14 @@ def over_images(
 ) -> None:
     """Fills `found`, [N, …], with of(tokens) of the N images `indices`, in inference mode; progress is on stderr.
 
-    of: from tokens, int64 [n, H, W] on the model's device, to [n, …], by the model. batch: images side by side.
-    processes: those that look at a share of the images each; all are given what all have found. amp: bf16 autocast.
+    of: from tokens, int64 [n, H, W] on the model's device, to [n, …], by the model. batch: images side by side; None:
+    what fits, see images_at_once, which `more` is for. processes: those that look at a share of the images each; all
+    are given what all have found. amp: bf16 autocast.
     doing: for the bar, as "scoring". what: for errors, as "likelihoods". Raises InputError for a batch below 1, for
     processes with different models or images, and where not all that was found is finite.
     """
+    if batch is None:
+        batch = images_at_once(model.config, more)
     if batch < 1:
         raise InputError(f"batch is {batch}; use at least 1")
     processes, device = processes or Processes(model.wte.device), model.wte.device

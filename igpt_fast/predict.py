@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from igpt_fast.device import images_at_once
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.model import ImageGPT
@@ -66,7 +65,6 @@ def predict(
     if not len(indices):
         raise InputError(f"{dataset.origin}: no image is left to classify")
     found = np.empty((len(indices), len(classes)), np.float32)
-    batch = images_at_once(config) if batch is None else batch
 
     def shares(tokens: Tensor) -> Tensor:
         return model.classify(tokens).float().softmax(1)

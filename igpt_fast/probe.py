@@ -17,7 +17,7 @@ from torch import Tensor
 
 from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
-from igpt_fast.device import images_at_once, memory_of
+from igpt_fast.device import memory_of
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
 from igpt_fast.labels import choose_labelled, warn_of_few
@@ -169,7 +169,6 @@ def extract_features(
             f"machine has {there / 1e9:.1f} GB; take fewer with --limit or --layers"
         )
     pooled = np.empty((len(layers), len(indices), config.width), np.float32)
-    batch = images_at_once(config) if batch is None else batch
 
     def features(tokens: Tensor) -> Tensor:
         if len(layers) == 1:

@@ -140,23 +140,25 @@ def gpu_why_not(device: torch.device) -> str | None:
     archs, name = _C.cuda_archs(), torch.cuda.get_device_name(device)
     if not runs_on(archs, 10 * major + minor):
         return f"the kernels were built for {archs}, {name} has compute capability {major}.{minor}"
-    machine_code = re.sub(r"(\d[a-z]?)(?=[,;]|$)", r"\1-real", re.sub(r"[^,;]*-virtual", "0-real", archs))
-    if runs_on(machine_code, 10 * major + minor) or _C.cuda_takes_ptx():
+    if runs_on(archs, 10 * major + minor, ptx=False) or _C.cuda_takes_ptx():
         return None
     return f"{name} has to compile the kernels' PTX, for which its driver is too old ({_C.cuda_versions()}); update it"
 
 
-def runs_on(archs: str, capability: int) -> bool:
+def runs_on(archs: str, capability: int, ptx: bool = True) -> bool:
     """Whether a GPU of a compute capability, 86 for 8.6, runs code built for `archs`, as CMake names them.
 
-    PTX serves newer GPUs, machine code ("-real") its own generation, and what has a letter no other GPU at all.
+    PTX serves newer GPUs, machine code ("-real") its own generation, and what has a letter no other GPU at all. ptx:
+    False leaves PTX out.
     """
     for arch in re.split("[,;]", archs):
         found = re.fullmatch(r"(\d+)([a-z]?)(-real|-virtual)?", arch)
         if found is None:  # "native", "all": nobody but CMake knows
             return True
         built, letter, kind = int(found[1]), found[2], found[3]
-        alike = capability == built if letter else kind != "-real" or capability // 10 == built // 10
+        if not ptx and kind == "-virtual":
+            continue
+        alike = capability == built if letter else (ptx and kind != "-real") or capability // 10 == built // 10
         if alike and capability >= built:
             return True
     return False

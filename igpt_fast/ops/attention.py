@@ -221,11 +221,15 @@ def grads_like(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     return tuple(empty((t.size(0), t.size(2), t.size(1), t.size(3)), t).transpose(1, 2) for t in (q, k, k))
 
 
-def plain_gradient(reason, dout, q, k, v, tables, causal, scale):
+def seen_by(tables: Sequence[Tensor] | None, q: Tensor) -> Tensor | None:
+    """Who sees whom by a mask's tables: bool [T, T] where q is; None for no mask."""
+    return unpack(tables, q.size(2)).to(q.device) if tables else None
+
+
+def _plain_gradient(reason, dout, q, k, v, tables, causal, scale):
     """The three gradients, where no kernel can give them."""
     say_slower(f"the gradient of attention runs on plain torch: {reason}")
-    seen = None if tables is None else unpack(tables, q.size(2)).to(q.device)
-    return reference.attention.attention_backward(dout, q, k, v, seen, causal, scale)
+    return reference.attention.attention_backward(dout, q, k, v, seen_by(tables, q), causal, scale)
 
 
 def _plain_packed(reason, dout, qkv, groups, causal, scale):
@@ -234,7 +238,7 @@ def _plain_packed(reason, dout, qkv, groups, causal, scale):
     for heads, tables in groups:
         of = torch.tensor(range(qkv.size(3))[heads], device=qkv.device)
         given = dout.index_select(2, of).transpose(1, 2), *slices(qkv.index_select(3, of)), tables
-        parts.append(torch.stack([t.transpose(1, 2) for t in plain_gradient(reason, *given, causal, scale)], 2))
+        parts.append(torch.stack([t.transpose(1, 2) for t in _plain_gradient(reason, *given, causal, scale)], 2))
         places.append(of)
     return torch.cat(parts, 3).index_select(3, torch.cat(places).argsort())
 
@@ -251,7 +255,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, o, lse = ctx.saved_tensors
         if reason := beyond_kernels((dout,)):
-            return None, *plain_gradient(reason, dout, q, k, v, *ctx.rest), None, None, None
+            return None, *_plain_gradient(reason, dout, q, k, v, *ctx.rest), None, None, None
         grads = grads_like(q, k)
         backward_by(ctx.native, grads, dout, q, k, v, o, lse, *ctx.rest)
         return None, *grads, None, None, None

@@ -5,12 +5,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.ops._native import Tensors
-from igpt_fast.ops.attention import backward_by, forward_by, grads_like, native_for
-from igpt_fast.patterns import unpack
-
-
-def _seen(mask: Tensors, q: Tensor) -> Tensor | None:
-    return unpack(mask, q.size(2)).to(q.device) if mask else None
+from igpt_fast.ops.attention import backward_by, forward_by, grads_like, native_for, seen_by
 
 
 @torch.library.custom_op("igpt::attention", mutates_args=())
@@ -18,7 +13,7 @@ def _attention_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensors, causal: bool, 
     native = native_for(q, k, v, "attention_fwd", scale)
     if native is not None:
         return forward_by(native, q, k, v, tuple(mask) or None, causal, scale)
-    o, lse = reference.attention.attention(q, k, v, _seen(mask, q), causal, scale)
+    o, lse = reference.attention.attention(q, k, v, seen_by(mask, q), causal, scale)
     return o.transpose(1, 2).contiguous().transpose(1, 2), lse.float()
 
 
@@ -45,7 +40,7 @@ def _attention_backward_op(
     if native is not None:
         backward_by(native, grads, dout, q, k, v, o, lse, tuple(mask) or None, causal, scale)
         return grads
-    found = reference.attention.attention_backward(dout, q, k, v, _seen(mask, q), causal, scale)
+    found = reference.attention.attention_backward(dout, q, k, v, seen_by(mask, q), causal, scale)
     return tuple(g.copy_(f) for g, f in zip(grads, found, strict=True))
 
 

@@ -65,7 +65,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Projection(torch.autograd.Function):
-    """Keeps what x can be made of: make(*parts), or, where make is None, the one part, x itself."""
+    """Keeps what x can be made of: make(*parts), in torch's own ops plain(*parts); where these are None, x itself."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, make, plain, *parts):
@@ -80,11 +80,12 @@ class _Projection(torch.autograd.Function):
         weight, *parts = ctx.saved_tensors
         plain = bool(beyond_kernels((dy,)))
         with torch.autocast("cpu", enabled=False):
-            make = ctx.plain if plain else ctx.make
-            x = make(*parts) if make else parts[0]
-            given, version = ctx.given[0](), ctx.given[1]
-            if plain and given is not None and given._version == version:
+            given, version = ctx.given[0]() if plain else None, ctx.given[1]
+            if given is not None and given._version == version:
                 x = given  # whoever asks for its derivatives holds it
+            else:
+                make = ctx.plain if plain else ctx.make
+                x = make(*parts) if make else parts[0]
             backward = _backward_in_float32 if ctx.in_float32 and not plain else _backward
             found = backward(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), weight, ctx.needs_input_grad)
         dx, *rest = (None if t is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True))

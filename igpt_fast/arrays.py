@@ -16,10 +16,11 @@ IMAGE_KEYS, LABEL_KEYS = ("images", "x", "data"), ("labels", "y")
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """count images of uint8 [*row] each, one behind the other from byte `offset` of the file or its `member`."""
+    """count images of dtype [*row] each, one behind the other from byte `offset` of the file or its `member`."""
 
     count: int
     row: tuple[int, ...]
+    dtype: str
     offset: int
     member: str = ""
     labels: np.ndarray | None = None
@@ -47,7 +48,7 @@ def npz_layout(path: Path) -> ArrayLayout:
         if keys["labels"] is not None:
             with archive.open(members[keys["labels"]]) as stream:
                 labels, classes = _labels(np.lib.format.read_array(stream, allow_pickle=False), layout.count, path)
-    return ArrayLayout(layout.count, layout.row, layout.offset, member, labels, classes)
+    return ArrayLayout(layout.count, layout.row, layout.dtype, layout.offset, member, labels, classes)
 
 
 _KEYS = {"images": IMAGE_KEYS, "labels": LABEL_KEYS}
@@ -58,8 +59,10 @@ def _layout(stream: BinaryIO, length: int, where: str) -> ArrayLayout:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read_header(stream)
     form = f"{dtype} {list(shape)}"
-    if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 2, 3, 4)):
-        raise InputError(f"{where}: holds {form}; give uint8 [N, H, W, 3] or, for grayscale, [N, H, W]")
+    if dtype.kind not in "buif" or len(shape) not in (3, 4):
+        raise InputError(f"{where}: holds {form}; give numbers [N, H, W, 3] or, for grayscale, [N, H, W]")
+    if len(shape) == 4 and shape[1] in (1, 3, 4) and shape[2] == shape[3] > 4:
+        raise InputError(f"{where}: {form} has its channels first; save numpy.moveaxis(it, 1, 3).copy()")
     if len(shape) == 3 and shape[2] in (3, 4):
         raise InputError(f"{where}: {form} looks like one image; give [1, H, W, {shape[2]}]")
     if fortran:
@@ -67,9 +70,9 @@ def _layout(stream: BinaryIO, length: int, where: str) -> ArrayLayout:
     if min(shape) < 1:
         raise InputError(f"{where}: {form} holds no pixel; give at least one image")
     offset = stream.tell()
-    if offset + math.prod(shape) > length:
+    if offset + math.prod(shape) * dtype.itemsize > length:
         raise InputError(f"{where}: cut short: {form} needs more than its {length} bytes; make or copy it again")
-    return ArrayLayout(shape[0], shape[1:], offset)
+    return ArrayLayout(shape[0], shape[1:], dtype.str, offset)
 
 
 def _labels(values: np.ndarray, count: int, path: Path) -> tuple[np.ndarray, list[str]]:

@@ -20,8 +20,10 @@ import numpy as np
 from PIL import Image
 
 from igpt_fast.errors import InputError
-from igpt_fast.images import DARK, DARK_COLOUR, DIM, PAGES, Reading, random_view, read_image, resize_image
+from igpt_fast.image_files import BYTES, DARK, PAGES, read_image
+from igpt_fast.images import Reading, random_view, resize_image
 from igpt_fast.sources import Reader, Source, fetch
+from igpt_fast.values import DIM
 
 CHUNK = 64  # images a job, or views of them: seconds of work for large photos, and at 32×32 a result of 196 kB
 FEW = 500  # images: below, starting workers takes longer than they save
@@ -29,13 +31,10 @@ MOST_WORKERS = 32  # beyond, the pipes and not the decoders are the limit
 # What read_image notes: images that it is about, and what to know.
 LOST = {
     DARK: (
-        f"grayscale images of 16 bits hold no value from {DIM:,} on, and come out almost black",
-        "--gray-bits (gray_bits) says how many bits they hold, 12 in most scans",
+        f"images of 16 bits hold no value from {DIM:,} on, and come out almost black",
+        "--value-range (value_range) says which values are black and white, 0,4095 for the 12 bits of most scans",
     ),
-    DARK_COLOUR: (
-        f"images of 16 bits in colour or with alpha hold no value from {DIM:,} on, and come out almost black",
-        "stretch them to 8 bits first (--gray-bits is for grayscale without alpha)",
-    ),
+    BYTES: ("images have 8 bits", "--value-range (value_range) leaves those as they are"),
     PAGES: ("files hold several pages or frames", "the first of each is read"),
 }
 _told: set[str] = set()
@@ -61,7 +60,7 @@ class Decoder:
                 if isinstance(item, InputError):
                     raise item
                 data = item if isinstance(item, (bytes, np.ndarray)) else fetch(self.reader, item, where)
-                image = read_image(data, where, how.background, how.gray_bits)
+                image = read_image(data, where, how.background, how.value_range, how.bands)
                 pixels += self._views(data, image) or [resize_image(image, how.size, how.resize, where)]
                 notes.update(image.info)
             except InputError as error:

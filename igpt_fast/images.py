@@ -1,45 +1,19 @@
-"""One image: from the bytes of a file, whatever its kind, to RGB pixels of the size that the model sees.
+"""One image from RGB to pixels of the size that the model sees, and `Reading`, how images are read."""
 
-Every kind of image becomes 8-bit RGB: grayscale is repeated; alpha (RGBA, LA, palettes and colours with transparency)
-is composited on a background; CMYK, YCbCr and HSV are converted; 1-bit is black and white; 16-bit grayscale is divided
-by 257 and rounded, or by as much as the bits that it holds ask for, in a TIFF also where 0 is white (16-bit colour is
-cut to its high byte by Pillow); an EXIF rotation is applied; of several pages or frames the first counts; colour
-profiles are not applied. 32-bit and LAB images are refused by name, as are images larger than Pillow's limit against
-decompression bombs.
-"""
-
-import io
-import logging
-import warnings
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 
 from igpt_fast.errors import InputError
 
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".jp2", ".j2k"}
-    | {".avif", ".ppm", ".pgm", ".pbm", ".pnm"}
-)
-# Pillow tries these and no other: some of its readers start programs (EPS), which a picture has no business to do.
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 RESIZES = ("paper", "hf", "none")
 SHORT_SIDE = 224  # pixels: the paper's crop
 TRAINED_SIDES = (256, 384)  # pixels: the short sides of which the paper's training crops
 MOST_VIEWS = 100  # of an image
-DARK, DARK_COLOUR, PAGES = "dark", "dark colour", "pages"  # keys of what read_image notes in `.info`
-DIM = 1 << 13  # an image of 16 bits with no value from here on comes out almost black
-
-REMEDY = "mend or remove the file"
-
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # or else its words stand on stderr, without a file's name
-
-_TIFF = b"II*\0", b"MM\0*"  # how one begins
-_ORIENTATION = 0x0112  # the EXIF tag
-_PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
-_ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by the number of channels
 
 
 @dataclass(frozen=True)
@@ -50,7 +24,8 @@ class Reading:
     resize: str = "paper"  # "paper", "hf" or "none", see resize_image
     background: str = "white"  # a colour name or #rrggbb, seen behind transparent pixels
     on_error: str = "raise"  # or "skip", which leaves corrupt files out
-    gray_bits: int = 16  # those that grayscale of 16 bits holds, 12 in most scans
+    value_range: tuple[float, float] | None = None  # the values of black and white in images of more than 8 bits
+    bands: tuple[int, ...] | None = None  # those that become gray, or red, green and blue; the first is 1
     views: int = 0  # random crops of each image, see random_view; 0: the one of the evaluation
 
     def __post_init__(self) -> None:
@@ -61,9 +36,14 @@ class Reading:
             raise InputError(f"resize {self.resize!r} is not known; give one of {', '.join(RESIZES)}")
         if self.on_error not in ("raise", "skip"):
             raise InputError(f"on_error {self.on_error!r} is not known; give raise or skip")
-        bits = self.gray_bits
-        if not isinstance(bits, int) or not 8 <= bits <= 16:
-            raise InputError(f"gray_bits {bits} is not from 8 to 16, the bits that grayscale of 16 bits can hold")
+        if (ends := self.value_range) is not None:
+            if len(ends) != 2 or not all(math.isfinite(end) for end in ends) or not ends[0] < ends[1]:
+                raise InputError(f"value_range {ends!r} is not two numbers, that of black and a larger one of white")
+            object.__setattr__(self, "value_range", tuple(ends))
+        if (bands := self.bands) is not None:
+            if len(bands) not in (1, 3) or not all(isinstance(b, int | np.integer) and b >= 1 for b in bands):
+                raise InputError(f"bands {bands!r} are not one band or three, of which the first of an image is 1")
+            object.__setattr__(self, "bands", tuple(map(int, bands)))
         if not isinstance(self.views, int | np.integer) or not 0 <= self.views <= MOST_VIEWS:
             raise InputError(
                 f"views is {self.views}; use 0 for the evaluation's crop, or up to {MOST_VIEWS} random ones"
@@ -82,6 +62,13 @@ class Reading:
         return (images[:, None] * self.each + np.arange(self.each)).reshape(-1)
 
 
+def in_todays_words(reading: Mapping[str, Any]) -> dict[str, Any]:
+    """How images were read, also where it was noted as `gray_bits`, those that 16-bit grayscale held."""
+    words = dict(reading)
+    bits = words.pop("gray_bits", 16)
+    return words if bits == 16 else {**words, "value_range": [0, (1 << bits) - 1]}
+
+
 def parse_background(text: str) -> tuple[int, int, int]:
     """Reads a colour name or #rrggbb as (red, green, blue), 0..255. Raises InputError on anything else."""
     try:
@@ -91,107 +78,6 @@ def parse_background(text: str) -> tuple[int, int, int]:
     if len(colour) != 3:
         raise InputError(f"background {text!r} is not an opaque colour; give a name such as white, or #rrggbb")
     return colour
-
-
-def read_image(data: bytes | np.ndarray, where: str, background: str = "white", gray_bits: int = 16) -> Image.Image:
-    """Decodes one image to Pillow's RGB mode, as the head of this module says.
-
-    data: the bytes of an image file, or uint8 [H, W] or [H, W, 1..4 channels]. where: names the image in errors.
-    background: a colour name or #rrggbb, seen behind transparent pixels. gray_bits: those that grayscale of 16 bits
-    holds, 12 in most scans. `.info` has PAGES where there are several, and DARK or DARK_COLOUR for 16 bits of which few
-    are used.
-    Raises InputError when it cannot be decoded.
-    """
-    colour = parse_background(background)
-    if not len(data):
-        raise InputError(f"{where}: the file is empty (0 bytes); {REMEDY}")
-    try:
-        # Between its limit and twice its limit Pillow only warns.
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image, notes = (_from_array(data), {}) if isinstance(data, np.ndarray) else _from_bytes(data, gray_bits)
-        image = _to_rgb(image, colour)
-        image.info = notes
-        return image
-    except Exception as error:  # a damaged file makes decoders raise nearly anything, and all of it is this file's
-        reason, remedy = " ".join(str(error).split()) or type(error).__name__, REMEDY
-        if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
-            remedy = "cut it into smaller ones, or remove the file"
-        elif isinstance(error, Image.UnidentifiedImageError):
-            reason = "not an image that can be read"
-            if bytes(data[:4]) in _TIFF:
-                reason = "a TIFF of a kind that is not read (several bands, or floats), or a damaged one"
-                remedy = "make it 8-bit RGB, or remove the file"
-        raise InputError(f"{where}: {reason}; {remedy}") from error
-
-
-@cache
-def _formats() -> list[str]:
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-def _from_bytes(data: bytes, gray_bits: int) -> tuple[Image.Image, dict[str, bool]]:
-    image = Image.open(io.BytesIO(data), formats=_formats())
-    deep = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)  # now high bytes
-    image.load()
-    notes = {PAGES: True} if _has_pages(image) else {}
-    colours = image.getextrema()[: 1 if image.mode == "LA" else 3] if deep else ()
-    if deep and max(high for _, high in colours) < DIM >> 8:
-        notes[DARK_COLOUR] = True
-    # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
-    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    kind = image.format
-    white_is_0 = kind == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if wide:
-        bits = 16 if kind == "PPM" else gray_bits  # a PGM says itself what its largest value is
-        image, largest = _from_16_bit(image, bits, white_is_0)  # of 8 bits Pillow turns white itself
-        notes |= {DARK: True} if bits == 16 and largest < DIM else {}
-    return image, notes
-
-
-def _has_pages(image: Image.Image) -> bool:
-    """Whether there is more than the page or frame that was read; MPO has pictures of the same beside it."""
-    try:
-        return image.format != "MPO" and getattr(image, "is_animated", False)
-    except Exception:  # what lies behind the first frame is damaged, and nobody has asked for it
-        return True
-
-
-def _from_array(data: np.ndarray) -> Image.Image:
-    if data.ndim == 3 and data.shape[2] in (1, 2):
-        return Image.merge(_ARRAY_MODES[data.shape[2]], [Image.fromarray(data[..., c]) for c in range(data.shape[2])])
-    return Image.fromarray(data)
-
-
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Any mode to RGB; alpha is composited: round((alpha·colour + (255 - alpha)·background) / 255)."""
-    if image.mode in ("I", "F") or image.mode == "LAB":
-        kind = {"I": "32-bit or signed integer", "F": "32-bit float", "LAB": "LAB"}[image.mode]
-        raise ValueError(f"{kind} pixels are not supported, convert the image to 8-bit RGB or 16-bit grayscale")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, background)
-        canvas.paste(image, mask=image.getchannel("A"))
-        return canvas
-    return image.convert("RGB")
-
-
-def _from_16_bit(image: Image.Image, bits: int, white_is_0: bool) -> tuple[Image.Image, int]:
-    """16-bit grayscale to L (or LA where one gray value is marked transparent): the largest of so many bits gives 255,
-    halves are rounded up; of 16 bits v/257. And its largest value, where 0 is black.
-    """
-    top, values = (1 << bits) - 1, np.asarray(image).astype(np.uint32)
-    if (most := int(values.max())) > top:
-        raise ValueError(f"a gray value of {most:,} takes more than {bits} bits, as --gray-bits (gray_bits) has it")
-    values = top - values if white_is_0 else values
-    gray = Image.fromarray(((values * 510 + top) // (2 * top)).astype(np.uint8))
-    marked = image.info.get("transparency")
-    if marked is not None:
-        gray = Image.merge("LA", (gray, Image.fromarray(np.where(values == marked, 0, 255).astype(np.uint8))))
-    return gray, int(values.max())
 
 
 def resize_image(image: Image.Image, size: tuple[int, int], resize: str, where: str) -> np.ndarray:

@@ -24,6 +24,7 @@ from igpt_fast.checkpoint import list_checkpoints
 from igpt_fast.config import Config
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
+from igpt_fast.images import in_todays_words
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
 
@@ -91,7 +92,9 @@ def read_options(run: str | Path) -> dict[str, Any]:
         values = {key: dict(values[key]) for key in ("config", "options", "data", "command")}
         kind = FinetuneOptions if learns_classes(values) else Options
         kind(**{f.name: values["options"][f.name] for f in fields(kind) if f.name in values["options"]})
-        _check_images(values["command"].get("images", {}))
+        if "images" in values["command"]:
+            _check_images(values["command"]["images"])
+            values["command"]["images"] = in_todays_words(values["command"]["images"])
     except FileNotFoundError as error:
         way = f"put it back, or begin a run with its weights: --init {run} and another --out"
         raise InputError(f"{path} is missing; {way}") from error
@@ -118,7 +121,8 @@ def _check_images(images: object) -> None:
     if size is not None and (not isinstance(size, list) or [type(n) for n in size] != [int, int]):
         raise TypeError(f"size is {size!r}")
     for name, value in images.items():
-        kind = {"colors": int, "gray_bits": int, "palette": (str, type(None))}.get(name, str)
+        some = {"palette": str, "value_range": list, "bands": list}.get(name)
+        kind = (some, type(None)) if some else int if name in ("colors", "gray_bits") else str
         if name != "size" and not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r}")
 

@@ -19,21 +19,21 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from igpt_fast.arrays import npy_layout, npz_layout
 from igpt_fast.errors import InputError, reading
-from igpt_fast.images import REMEDY, SUFFIXES, read_image
+from igpt_fast.image_files import REMEDY, SUFFIXES, read_image
 from igpt_fast.made import MADE, made_here
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 KINDS = "a folder, a .zip, .tar or .tar.gz, a .npy or .npz array, or an image file"
 HIDDEN, OTHER, REPLACED = "hidden", "not an image", "replaced by a later entry of the same name"
-SCAN_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz")
+SCAN_SUFFIXES = (".nii", ".nii.gz")
 MOST_WAYS = 16  # to one folder by links; a knot of them would have no end that anybody waits for
-SCANS = "DICOM or NIfTI, which is not read (export it as 16-bit PNG)"
+SCANS = "NIfTI, which is not read (export its slices as 16-bit PNG)"
 
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
 
@@ -46,6 +46,7 @@ class Reader:
     kind: str  # folder, zip, tar or array
     member: str = ""  # of an .npz: the array inside
     row: tuple[int, ...] = ()  # of an array: the shape of one image
+    dtype: str = "|u1"  # and its numbers
     _stream: BinaryIO | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict:
@@ -64,7 +65,7 @@ class Reader:
         data = self._stream.read(length)
         if len(data) != length:
             raise EOFError("the file ends before this image does")
-        return np.frombuffer(data, np.uint8).reshape(self.row) if self.kind == "array" else data
+        return np.frombuffer(data, self.dtype).reshape(self.row) if self.kind == "array" else data
 
     def close(self) -> None:
         """Closes the file; the next fetch opens it again."""
@@ -122,10 +123,10 @@ class Source:
         """int64 [N]: the images by their place in the file when that is the fast way to read them, else as they are."""
         return np.argsort([ref[0] for ref in self.refs], kind="stable") if self.sequential else np.arange(len(self))
 
-    def read(self, index: int, background: str = "white", gray_bits: int = 16) -> np.ndarray:
-        """Image `index` at its own size: uint8 [H, W, 3]. Raises InputError, naming the file, when it is corrupt."""
+    def read(self, index: int, **reading: Any) -> np.ndarray:
+        """Image `index` at its own size, uint8 [H, W, 3]. reading, raises: as read_image."""
         where = self.where(index)
-        return np.asarray(read_image(fetch(self.reader, self.refs[index], where), where, background, gray_bits))
+        return np.asarray(read_image(fetch(self.reader, self.refs[index], where), where, **reading))
 
 
 def fetch(reader: Reader, ref: object, where: str) -> bytes | np.ndarray:
@@ -139,9 +140,9 @@ def open_source(path: str | Path) -> Source:
 
     Class labels: the first level of folders that tells images apart (wrapping folders that hold everything are passed
     over), its names sorted. Hidden files, __MACOSX, files without an image's suffix and, in a folder, what igpt-fast
-    made (igpt_fast.made) are counted in `.ignored`. Arrays are uint8 [N, H, W, 1..4 channels] or [N, H, W]; an .npz
-    holds them as images, x or data, and labels as labels or y. Raises InputError when there is no such path, it is cut
-    short, or no image is in it.
+    made (igpt_fast.made) are counted in `.ignored`. Arrays are numbers [N, H, W, C] or [N, H, W]; an .npz holds them as
+    images, x or data, and labels as labels or y. Raises InputError when there is no such path, it is cut short, or no
+    image is in it.
     """
     path = Path(path)
     name = path.name.lower()
@@ -218,12 +219,9 @@ def _open_folder(path: Path) -> Source:
                     ignored[OTHER] += 1
                 else:
                     stamps[name] = f"{info.st_size}-{info.st_mtime_ns}" if info else ""
-    return _by_name(path, Reader(str(path), "folder"), {name: name for name in stamps}, ignored, _digest(stamps))
-
-
-def _digest(stamps: dict[str, str]) -> str:
     text = "\n".join(f"{name}\0{stamps[name]}" for name in sorted(stamps))
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    stamp = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return _by_name(path, Reader(str(path), "folder"), {name: name for name in stamps}, ignored, stamp)
 
 
 def _open_zip(path: Path, stamp: str) -> Source:
@@ -265,10 +263,10 @@ def _open_tar(path: Path, stamp: str) -> Source:
 def _open_array(path: Path, stamp: str) -> Source:
     packed = path.suffix.lower() == ".npz"
     layout = npz_layout(path) if packed else npy_layout(path)
-    names = [f"{row:08d}" for row in range(layout.count)]
-    length = math.prod(layout.row)
+    length = math.prod(layout.row) * np.dtype(layout.dtype).itemsize
     refs = [(layout.offset + row * length, length) for row in range(layout.count)]
-    reader = Reader(str(path), "array", layout.member, layout.row)
+    reader = Reader(str(path), "array", layout.member, layout.row, layout.dtype)
+    names = [f"{row:08d}" for row in range(layout.count)]
     return Source(path, reader, names, refs, stamp, layout.labels, layout.classes, sequential=packed)
 
 

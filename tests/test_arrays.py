@@ -31,6 +31,19 @@ def test_arrays(tmp_path, shape, save):
         assert source.labels is None
 
 
+@pytest.mark.parametrize("kind", ["<u2", ">u2", "<i2", "<f4", "|b1"])
+def test_arrays_of_other_numbers(tmp_path, kind):
+    images = np.random.default_rng(0).integers(0, 3000, (4, 5, 7, 6)).astype(kind)
+    np.save(tmp_path / "x.npy", images)
+    np.savez_compressed(tmp_path / "x.npz", images=images)
+    for path in (tmp_path / "x.npy", tmp_path / "x.npz"):
+        source, (low, high) = open_source(path), (0, 1) if kind == "|b1" else (0, 3000)
+        for index in (3, 0):
+            seen = source.read(index, bands=(6, 1, 2), value_range=(low, high))
+            numbers = images[index][..., [5, 0, 1]].astype(int)
+            assert (seen == (numbers * 510 + high) // (2 * high)).all()
+
+
 def test_npz_keys(tmp_path):
     images = np.zeros((2, 3, 3, 3), np.uint8)
     for key in ("images", "x", "data", "X"):
@@ -51,11 +64,11 @@ def test_npz_keys(tmp_path):
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
-        (np.zeros((2, 3, 3, 3), np.float32), "float32"),
-        (np.zeros((2, 3, 8, 8), np.uint8), r"uint8 \[2, 3, 8, 8\]; give uint8 \[N, H, W, 3\]"),
+        (np.zeros((2, 3, 3, 3), np.complex64), r"complex64 \[2, 3, 3, 3\]; give numbers \[N, H, W, 3\]"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"uint8 \[2, 3, 8, 8\] has its channels first; save numpy.moveaxis"),
         (np.zeros((8, 8, 3), np.uint8), "looks like one image"),
         (np.zeros((0, 8, 8), np.uint8), "no pixel"),
-        (np.zeros((8, 8), np.uint8), "give uint8"),
+        (np.zeros((8, 8), np.uint8), "give numbers"),
         (np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8)), "Fortran"),
     ],
 )

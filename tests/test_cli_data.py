@@ -100,9 +100,16 @@ def test_options_reach_the_images(folder, tmp_path):
         assert (data.shards[0] == token).all()
         assert (data.meta["background"], data.meta["resize"]) == (background, "hf")
     Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(tmp_path / "scan.png")
-    for bits, token in (((), 0), (("--gray-bits", 12), 1)):  # black, or white
+    for bits, token in (((), 0), (("--value-range", "0,4095"), 1)):  # black, or white
         call("tokenize", "scan.png", "--palette", "p.npy", "-o", "t", "--size", 4, "--overwrite", *bits)
         assert (TokenDataset("t").shards[0] == token).all()
+    np.save("tiles.npy", np.random.default_rng(0).integers(0, 3000, (5, 4, 4, 7), np.uint16))
+    words = ("--palette", "p.npy", "-o", "t", "--size", 4, "--overwrite")
+    call("tokenize", "tiles.npy", *words, "--bands", "4,3,2", "--value-range", "0,3000")
+    assert (TokenDataset("t").meta["bands"], TokenDataset("t").meta["value_range"]) == ([4, 3, 2], [0, 3000])
+    for bad in (("--bands", "red"), ("--bands", "1.5"), ("--value-range", "0-9"), ("--value-range", "nan,1")):
+        with pytest.raises(InputError, match=f"{bad[0][2:].replace('-', '.')} .* (not two numbers|not bands)"):
+            call("tokenize", "tiles.npy", *words, *bad)
     with pytest.raises(InputError, match=r"clear\.png: is 8x4, not 4x4"):
         call("tokenize", "clear.png", "--palette", "p.npy", "-o", "t2", "--resize", "none", "--size", 4)
 

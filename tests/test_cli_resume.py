@@ -115,6 +115,8 @@ def test_a_finished_run_without_metrics_still_reports(run, igpt):
         (("command", "images", "size"), 8),
         (("command", "images", "size"), [8]),
         (("command", "images", "background"), 7),
+        (("command", "images", "value_range"), "0,9"),
+        (("command", "images", "bands"), 3),
     ],
 )
 def test_a_hand_edited_train_json_is_called_damaged(run, igpt, where, value):

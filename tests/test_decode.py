@@ -122,7 +122,11 @@ def test_only_a_few_jobs_are_under_way(tmp_path, monkeypatch, workers, kind):
         ({"resize": "stretch"}, "paper, hf, none"),
         ({"background": "nocolour"}, "background"),
         ({"on_error": "ignore"}, "raise or skip"),
-        ({"gray_bits": 7}, "gray_bits 7 is not from 8 to 16"),
+        ({"value_range": (5, 5)}, r"value_range \(5, 5\) is not two numbers, that of black and a larger one of white"),
+        ({"value_range": (0, float("nan"))}, "value_range .* is not two numbers"),
+        ({"value_range": (0, 1, 2)}, "value_range .* is not two numbers"),
+        ({"bands": (1, 2)}, r"bands \(1, 2\) are not one band or three"),
+        ({"bands": (0,)}, "of which the first of an image is 1"),
     ],
 )
 def test_impossible_options(option, reason):
@@ -171,9 +175,9 @@ def test_what_is_lost_is_told_once(tmp_path, caplog, workers):
     for _ in range(2):
         parts = list(decode(source, Reading((4, 4)), workers=workers))
     told = [r.getMessage() for r in caplog.records]
-    assert len(told) == 1 and "70 grayscale images of 16 bits hold no value from 8,192 on" in told[0]
-    assert "--gray-bits" in told[0] and sum(len(p.indices) for p in parts) == 70
-    bright = np.concatenate([p.pixels for p in decode(source, Reading((4, 4), gray_bits=11), workers=workers)])
+    assert len(told) == 1 and "70 images of 16 bits hold no value from 8,192 on" in told[0]
+    assert "--value-range" in told[0] and sum(len(p.indices) for p in parts) == 70
+    bright = np.concatenate([p.pixels for p in decode(source, Reading((4, 4), value_range=(0, 2047)), workers=workers)])
     assert bright.max() == round(16 * 69 / 2047 * 255)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from test_images import encode
 
-from igpt_fast.images import DARK, DARK_COLOUR, PAGES, read_image
+from igpt_fast.image_files import DARK, PAGES, read_image
 
 
 def colours(largest: int, depth: int, alpha: bool = False) -> dict:
@@ -24,15 +24,15 @@ def colours(largest: int, depth: int, alpha: bool = False) -> dict:
 
 
 def test_colours_of_sixteen_bits_that_are_nearly_black():
-    assert colours(4095, 16) == {DARK_COLOUR: True} and colours(8192, 16) == {} == colours(31, 8)
-    assert colours(4095, 16, True) == {DARK_COLOUR: True} and colours(8192, 16, True) == {} == colours(31, 8, True)
+    assert colours(4095, 16) == {DARK: True} and colours(8192, 16) == {} == colours(31, 8)
+    assert colours(4095, 16, True) == {DARK: True} and colours(8192, 16, True) == {} == colours(31, 8, True)
 
 
 def test_what_is_lost_is_noted():
     def noted(values: list, **options: int) -> dict:
         return read_image(encode(Image.fromarray(np.array([values], np.uint16))), "x", **options).info
 
-    assert noted([0, 4095]) == {DARK: True} and noted([0, 8192]) == {} == noted([0, 4095], gray_bits=12)
+    assert noted([0, 4095]) == {DARK: True} and noted([0, 8192]) == {} == noted([0, 4095], value_range=(0, 4095))
     pages = [Image.new("L", (4, 4), gray) for gray in (9, 200)]
     stack = read_image(encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]), "x")
     assert stack.info == {PAGES: True} and (np.asarray(stack) == 9).all()

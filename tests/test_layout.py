@@ -30,7 +30,8 @@ LAYERS = [
         "intervals",
     },
     {"ops", "replay"},
-    {"modules", "palette", "kmeans", "images", "decode", "arrays", "made", "sources", "pixels", "tokens"},
+    {"modules", "palette", "kmeans", "decode", "arrays", "made", "sources", "pixels", "tokens"}
+    | {"images", "image_files", "scientific", "values"},
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},
     {"cached", "drawing", "sample", "regression", "options", "run", "batches", "labels", "task"},

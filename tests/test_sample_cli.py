@@ -11,7 +11,8 @@ from PIL import Image
 from igpt_fast.checkpoint import save_checkpoint
 from igpt_fast.cli import sample as commands
 from igpt_fast.config import Config
-from igpt_fast.images import read_image, resize_image
+from igpt_fast.image_files import read_image
+from igpt_fast.images import resize_image
 from igpt_fast.model import ImageGPT
 from igpt_fast.palette import Palette
 from igpt_fast.sample import complete, sample
@@ -132,9 +133,9 @@ def test_complete_reads_photos_as_the_run_read_its_images(igpt, run, tmp_path, m
     saved = {"config": {}, "options": {}, "data": {}, "command": {"images": images}}
     (run / "train.json").write_text(json.dumps(saved))
     code, _, said = igpt(*words)
-    whole = read_image((tmp_path / "scan.png").read_bytes(), "x", gray_bits=12)
+    whole = read_image((tmp_path / "scan.png").read_bytes(), "x", value_range=(0, 4095))
     assert code == 0 and np.array_equal(shown.pop(), resize_image(whole, SIZE, "hf", "x"))
-    assert igpt(*words, "--gray-bits", 13)[0] == 0 and shown.pop().max() == round(4089 / 8191 * 255)
+    assert igpt(*words, "--value-range", "0,8191")[0] == 0 and shown.pop().max() == round(4089 / 8191 * 255)
     (run / "train.json").unlink()
 
 

@@ -156,14 +156,14 @@ def test_macosx_droppings_and_later_entries(folder, tmp_path):
 
 
 def test_scans_in_files_of_their_own_kind_are_named(folder):
-    for name in ("a.dcm", "b.nii.gz"):
+    for name in ("a.nii", "b.nii.gz"):
         (folder / name).write_bytes(b"x")
-        with pytest.raises(InputError, match=f"{name}: DICOM or NIfTI, which is not read .export it as 16-bit PNG"):
+        with pytest.raises(InputError, match=f"{name}: NIfTI, which is not read .export its slices as 16-bit PNG"):
             open_source(folder / name)
     assert open_source(folder).ignored[SCANS] == 2
     (folder / "alone").mkdir()
-    (folder / "alone" / "a.dcm").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"no image among its 1 files .*, of which 1 are DICOM or NIfTI"):
+    (folder / "alone" / "a.nii").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"no image among its 1 files .*, of which 1 are NIfTI"):
         open_source(folder / "alone")
 
 

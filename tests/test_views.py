@@ -1,6 +1,7 @@
 """Random crops of images, as the published training drew them: of the right sizes and places, an image's own."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -118,3 +119,27 @@ def test_the_command_line_says_what_they_are(folder, tmp_path, igpt):
     code, printed, said = igpt(*words, "--json")
     assert code == 0 and '"views": 2' in printed and "18 random crops of 9 images" in said
     assert "less than or equal to 100" in igpt(*words[:-1], 101)[2]
+
+
+def test_other_bands_are_other_tokens(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 3000, (3, *SIZE, 5), np.uint16))
+    how = {"size": SIZE, "bands": (3, 2, 1), "value_range": (0, 3000)}
+    tokens = open_tokens(tmp_path / "x.npy", PALETTE, tmp_path / "t", **how)
+    numbers = np.load(tmp_path / "x.npy")[..., 2::-1]
+    pixels = ((numbers.astype(int) * 510 + 3000) // 6000).astype(np.uint8)
+    assert (tokens.shards[0] == np.asarray(PALETTE.encode(pixels))).all()
+    assert len(open_tokens(tmp_path / "x.npy", PALETTE, tmp_path / "t", **how)) == 3
+    with pytest.raises(InputError, match=r"bands is \[3, 2, 1\], not \[1, 2, 3\]"):
+        open_tokens(tmp_path / "x.npy", PALETTE, tmp_path / "t", **{**how, "bands": [1, 2, 3]})
+
+
+def test_tokens_that_note_the_bits_of_grayscale_are_used_again(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 4096, (3, *SIZE), np.uint16))
+    how = {"size": SIZE, "value_range": (0, 4095)}
+    open_tokens(tmp_path / "x.npy", PALETTE, tmp_path / "t", **how)
+    meta = json.loads((tmp_path / "t" / "meta.json").read_text())
+    meta = {**{k: v for k, v in meta.items() if k not in ("value_range", "bands")}, "gray_bits": 12}
+    (tmp_path / "t" / "meta.json").write_text(json.dumps(meta))
+    assert len(open_tokens(tmp_path / "x.npy", PALETTE, tmp_path / "t", **how)) == 3
+    with pytest.raises(InputError, match=r"value_range is \[0, 4095\], not None"):
+        open_tokens(tmp_path / "x.npy", PALETTE, tmp_path / "t", size=SIZE)

@@ -9,15 +9,17 @@ import typer
 
 from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
+    BandsAsOption,
     Bf16Option,
-    GrayAsOption,
     ModelArgument,
+    RangeAsOption,
     ReadAsOption,
     SideBySideOption,
     SkipOption,
     called,
     check_place,
     described,
+    given_of,
     open_to_measure,
     tokens_for,
 )
@@ -58,7 +60,8 @@ def classify(
         ),
     ] = None,
     resize: ReadAsOption = None,
-    gray_bits: GrayAsOption = None,
+    value_range: RangeAsOption = None,
+    bands: BandsAsOption = None,
     on_error: SkipOption = None,
     batch: SideBySideOption = None,
     bf16: Bf16Option = False,
@@ -74,12 +77,13 @@ def classify(
     check_place(out, ".csv")
     if confusion is not None:
         check_place(confusion, ".png")
+    given = given_of(resize=resize, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():
             checkpoint = open_to_measure(model, [data], processes)
             classes = class_names(checkpoint.model)
-            dataset = stack.enter_context(tokens_for(checkpoint, data, resize, gray_bits, on_error))
+            dataset = stack.enter_context(tokens_for(checkpoint, data, given))
             labels = _labels(dataset, classes)
             if confusion is not None and (labels < 0).all():
                 raise InputError(f"{data}: has no labels that the model knows: --confusion needs a folder a class")

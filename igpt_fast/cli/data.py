@@ -12,8 +12,8 @@ import typer
 from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.options import (
     BackgroundOption,
+    BandsOption,
     DataArgument,
-    GrayBitsOption,
     JsonOption,
     OnError,
     OnErrorOption,
@@ -21,9 +21,11 @@ from igpt_fast.cli.options import (
     ResizeOption,
     SeedOption,
     SizeOption,
+    ValueRangeOption,
     WorkersOption,
     parse_size,
     print_json,
+    with_numbers,
 )
 from igpt_fast.console import progress, say
 from igpt_fast.data import fit_palette, report_left_out, show_steps
@@ -50,7 +52,8 @@ def palette(
     size: SizeOption = "32",
     resize: ResizeOption = Resize.paper,
     background: BackgroundOption = "white",
-    gray_bits: GrayBitsOption = 16,
+    value_range: ValueRangeOption = None,
+    bands: BandsOption = None,
     on_error: OnErrorOption = OnError.error,
     limit: Annotated[
         int, typer.Option("--limit", min=0, metavar="N", help="Look at no more than N images, drawn by --seed; 0: all.")
@@ -69,7 +72,8 @@ def palette(
     _check_palette_file(out, data)
     grid, source = parse_size(size), as_source(data)
     say(f"{data}: {_count(source)}")
-    reading = {"resize": resize.value, "background": background, "on_error": on_error.value, "gray_bits": gray_bits}
+    reading = {"resize": resize.value, "background": background, "on_error": on_error.value}
+    reading |= with_numbers({"value_range": value_range, "bands": bands})
     with progress(min(len(source), limit or len(source)), "images", "palette") as bar:
         shown = {"progress": bar.to, "fitting": partial(show_steps, bar)}
         drawn = {"limit": limit or None, "seed": seed}
@@ -104,7 +108,8 @@ def tokenize(
     size: SizeOption = "32",
     resize: ResizeOption = Resize.paper,
     background: BackgroundOption = "white",
-    gray_bits: GrayBitsOption = 16,
+    value_range: ValueRangeOption = None,
+    bands: BandsOption = None,
     on_error: OnErrorOption = OnError.error,
     views: Annotated[
         int,
@@ -130,7 +135,8 @@ def tokenize(
     began = time.monotonic()
     grid, colours, source = parse_size(size), Palette.load(palette_path), as_source(data)
     say(f"{data}: {_count(source)}")
-    reading = {"resize": resize.value, "background": background, "on_error": on_error.value, "gray_bits": gray_bits}
+    reading = {"resize": resize.value, "background": background, "on_error": on_error.value}
+    reading |= with_numbers({"value_range": value_range, "bands": bands})
     options = {"workers": workers, "overwrite": overwrite, "views": views}
     with progress(len(source), "images", "tokenising") as bar:
         tokens = tokenize_images(source, colours, out, grid, **options, progress=bar.to, **reading)

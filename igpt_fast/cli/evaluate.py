@@ -8,15 +8,17 @@ import numpy as np
 import typer
 
 from igpt_fast.cli.inputs import (
+    BandsAsOption,
     Bf16Option,
-    GrayAsOption,
     LimitOption,
     ModelArgument,
+    RangeAsOption,
     ReadAsOption,
     SideBySideOption,
     SkipOption,
     called,
     described,
+    given_of,
     open_to_measure,
     tokens_for,
 )
@@ -53,7 +55,8 @@ def evaluate(
     ] = 0.1,
     limit: LimitOption = None,
     resize: ReadAsOption = None,
-    gray_bits: GrayAsOption = None,
+    value_range: RangeAsOption = None,
+    bands: BandsAsOption = None,
     on_error: SkipOption = None,
     batch: SideBySideOption = None,
     bf16: Bf16Option = False,
@@ -69,11 +72,12 @@ def evaluate(
     """
     if not 0 <= val_fraction <= 1:  # also catches NaN
         raise InputError(f"--val-fraction is {val_fraction}; use a fraction from 0 to 1")
+    given = given_of(resize=resize, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():
             checkpoint = open_to_measure(model, [data], processes)
-            dataset = stack.enter_context(tokens_for(checkpoint, data, resize, gray_bits, on_error))
+            dataset = stack.enter_context(tokens_for(checkpoint, data, given))
         indices = dataset.split(split.value, val_fraction)
         if limit is not None and limit < len(indices):
             indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))

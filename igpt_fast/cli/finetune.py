@@ -10,13 +10,15 @@ from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.cli.inputs import (
     READING,
-    GrayAsOption,
+    BandsAsOption,
     LabelledArgument,
     ModelArgument,
+    RangeAsOption,
     ReadAsOption,
     SkipOption,
     TestOption,
     described,
+    given_of,
     reading_of,
     refuse_reading,
 )
@@ -58,7 +60,8 @@ def finetune(
     test_fraction: Annotated[float | None, field("test_fraction", STANDARD)] = None,
     per_class: Annotated[int | None, field("per_class", STANDARD)] = None,
     resize: ReadAsOption = None,
-    gray_bits: GrayAsOption = None,
+    value_range: RangeAsOption = None,
+    bands: BandsAsOption = None,
     on_error: SkipOption = None,
     steps: Annotated[int | None, field("steps", STANDARD)] = None,
     batch: Annotated[int | None, field("batch", STANDARD)] = None,
@@ -98,7 +101,7 @@ def finetune(
 
     Example: igpt-fast finetune openai/imagegpt-small scans/ --out run --steps 500 --flip
     """
-    given = {name: getattr(value, "value", value) for name, value in locals().items() if value is not None}
+    given = given_of(**locals())
     with together(device) as processes:
         with processes.first_goes_ahead():
             start, dataset, options = _prepare(model, data, out, given)
@@ -150,7 +153,7 @@ def _prepare(
 
 def _refuse_idle(given: dict[str, Any], options: dict[str, Any], data: list[Path]) -> None:
     """InputError for an option that would change nothing."""
-    refuse_reading(data, given, ("resize", "gray_bits", "on_error", "workers"))
+    refuse_reading(data, given, ("resize", "value_range", "bands", "on_error", "workers"))
     if len(data) > 1 and "test_fraction" in given:
         raise InputError("--test-fraction changes nothing with --test, which is all that is tested on; leave one out")
     for name in ("val_fraction", "val_every"):

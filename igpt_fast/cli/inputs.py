@@ -12,7 +12,7 @@ import torch
 import typer
 
 from igpt_fast.checkpoint import Checkpoint
-from igpt_fast.cli.options import GRAY_BITS, OnError, Resize
+from igpt_fast.cli.options import BANDS, VALUE_RANGE, OnError, Resize, with_numbers
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
 from igpt_fast.images import Reading
@@ -74,16 +74,18 @@ BackgroundAsOption = Annotated[
         help="Behind transparent pixels: a name or #rrggbb.",
     ),
 ]
-GrayAsOption = Annotated[
-    int | None,
+RangeAsOption = Annotated[
+    str | None,
     typer.Option(
-        "--gray-bits",
-        metavar="B",
-        min=8,
-        max=16,
-        show_default="as the run read its own, else 16",
-        help=GRAY_BITS,
+        "--value-range",
+        metavar="LOW,HIGH",
+        show_default="as the run read its own, else all that the type holds",
+        help=VALUE_RANGE,
     ),
+]
+BandsAsOption = Annotated[
+    str | None,
+    typer.Option("--bands", metavar="B,B,B", show_default="as the run read its own, else all of 1 or 3", help=BANDS),
 ]
 SkipOption = Annotated[
     OnError | None,
@@ -134,12 +136,12 @@ def described(checkpoint: Checkpoint) -> str:
 
 
 @contextmanager
-def tokens_for(
-    checkpoint: Checkpoint, data: Path, resize: Resize | None, gray_bits: int | None, on_error: OnError | None
-) -> Iterator[TokenDataset]:
-    """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the command."""
+def tokens_for(checkpoint: Checkpoint, data: Path, given: Mapping[str, Any]) -> Iterator[TokenDataset]:
+    """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the command.
+
+    given: of READING, what the options say, see given_of.
+    """
     size, palette = checkpoint.model.config.size, checkpoint.palette
-    given = given_of(resize=resize, gray_bits=gray_bits, on_error=on_error)
     refuse_reading([data], given, READING)
     if is_token_directory(data):
         yield open_tokens(data, palette, size=size)
@@ -164,7 +166,7 @@ def refuse_reading(data: list[Path], given: Mapping[str, object], names: Iterabl
 
 def given_of(**options: Any) -> dict[str, Any]:
     """Those options that were given, as plain values."""
-    return {name: getattr(value, "value", value) for name, value in options.items() if value is not None}
+    return with_numbers({name: getattr(value, "value", value) for name, value in options.items() if value is not None})
 
 
 def reading_of(checkpoint: Checkpoint) -> dict[str, Any]:

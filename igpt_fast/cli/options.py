@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,8 +43,13 @@ ResizeOption = Annotated[
 BackgroundOption = Annotated[
     str, typer.Option("--background", metavar="COLOUR", help="Behind transparent pixels: a name or #rrggbb.")
 ]
-GRAY_BITS = "Bits that 16-bit grayscale holds: 12 in most scans."
-GrayBitsOption = Annotated[int, typer.Option("--gray-bits", metavar="B", min=8, max=16, help=GRAY_BITS)]
+VALUE_RANGE = "The values that become black and white in images of more than 8 bits: 0,4095 for most scans."
+BANDS = "Which bands become red, green and blue, as 4,3,2, or one for gray; the first is 1."
+ValueRangeOption = Annotated[
+    str | None,
+    typer.Option("--value-range", metavar="LOW,HIGH", show_default="all that the type holds", help=VALUE_RANGE),
+]
+BandsOption = Annotated[str | None, typer.Option("--bands", metavar="B,B,B", show_default="all of 1 or 3", help=BANDS)]
 OnErrorOption = Annotated[
     OnError, typer.Option("--on-error", help="A corrupt file ends the command (raise) or is skipped and listed (skip).")
 ]
@@ -68,6 +74,24 @@ def parse_size(text: str) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise InputError(f"--size {text!r} is not a size; give pixels a side as 32, or height x width as 32x48")
     return height, width
+
+
+def with_numbers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options given, --value-range and --bands among them as lists of numbers. Raises InputError."""
+    words = {"value_range": "two numbers, as 0,4095", "bands": "bands, as 4,3,2 or 1"}
+    kinds = {"value_range": _number, "bands": int}
+    read = dict(given)
+    for name, wanted in words.items():
+        if isinstance(text := read.get(name), str):
+            try:
+                read[name] = [kinds[name](part) for part in text.split(",")]
+            except ValueError as error:
+                raise InputError(f"--{name.replace('_', '-')} {text!r} is not {wanted}") from error
+    return read
+
+
+def _number(text: str) -> int | float:
+    return int(value) if (value := float(text)).is_integer() else value
 
 
 def print_json(**fields: object) -> None:

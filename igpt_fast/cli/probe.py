@@ -11,16 +11,18 @@ from rich.table import Table
 
 from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
-    GrayAsOption,
+    BandsAsOption,
     LabelledArgument,
     LimitOption,
     ModelArgument,
+    RangeAsOption,
     ReadAsOption,
     SideBySideOption,
     SkipOption,
     TestOption,
     called,
     check_place,
+    given_of,
     open_to_measure,
     tokens_for,
 )
@@ -60,7 +62,8 @@ def probe(
     ] = None,
     test: TestOption = None,
     resize: ReadAsOption = None,
-    gray_bits: GrayAsOption = None,
+    value_range: RangeAsOption = None,
+    bands: BandsAsOption = None,
     on_error: SkipOption = None,
     limit: LimitOption = None,
     per_class: Annotated[
@@ -90,6 +93,7 @@ def probe(
     test_fraction = 0.2 if test_fraction is None else test_fraction
     load_sklearn()
     check_place(out, ".png")
+    given = given_of(resize=resize, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():
@@ -98,9 +102,7 @@ def probe(
             depth = checkpoint.model.config.layers
             chosen = parse_layers(layers, depth)
             check_options(depth, chosen, test_fraction, limit, per_class, batch)
-            dataset, *tests = (
-                stack.enter_context(tokens_for(checkpoint, path, resize, gray_bits, on_error)) for path in paths
-            )
+            dataset, *tests = (stack.enter_context(tokens_for(checkpoint, path, given)) for path in paths)
         if tests:
             dataset = JoinedTokens(dataset, *tests)
             test_fraction = len(dataset.test) / len(dataset)

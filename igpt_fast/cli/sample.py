@@ -16,8 +16,9 @@ from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import (
     READING,
     BackgroundAsOption,
-    GrayAsOption,
+    BandsAsOption,
     ModelArgument,
+    RangeAsOption,
     ReadAsOption,
     check_folder,
     check_place,
@@ -30,7 +31,8 @@ from igpt_fast.console import progress, say
 from igpt_fast.decode import tell_lost
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
-from igpt_fast.images import parse_background, read_image, resize_image
+from igpt_fast.image_files import read_image
+from igpt_fast.images import parse_background, resize_image
 from igpt_fast.palette import Palette
 from igpt_fast.pictures import save_grid, to_png_bytes
 from igpt_fast.sample import Drawn, check_options, drawing_dtype, kept_pixels
@@ -154,7 +156,8 @@ def complete(
     batch: BatchOption = None,
     resize: ReadAsOption = None,
     background: BackgroundAsOption = None,
-    gray_bits: GrayAsOption = None,
+    value_range: RangeAsOption = None,
+    bands: BandsAsOption = None,
     dtype: DTypeOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
@@ -180,11 +183,12 @@ def complete(
             raise InputError(f"{what}; give image files to complete")
     checkpoint, palette = _load(model, dtype, device)
     config, where = checkpoint.model.config, checkpoint.model.wte.device
-    given = given_of(resize=resize, background=background, gray_bits=gray_bits)
+    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands)
     reading = {**READING, **reading_of(checkpoint), **given}
     originals, notes = [], Counter()
     for photo in photos:
-        image = read_image(photo.read_bytes(), str(photo), reading["background"], reading["gray_bits"])
+        of_file = (reading[name] for name in ("background", "value_range", "bands"))
+        image = read_image(photo.read_bytes(), str(photo), *of_file)
         notes.update(image.info)
         originals.append(resize_image(image, config.size, reading["resize"], str(photo)))
     originals = np.stack(originals)

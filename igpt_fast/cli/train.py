@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from igpt_fast.cli.inputs import READING
+from igpt_fast.cli.inputs import READING, given_of
 from igpt_fast.cli.learning import (
     IMAGES_PANEL,
     SHAPE,
@@ -28,7 +28,7 @@ from igpt_fast.cli.learning import (
     option,
     read_pattern,
 )
-from igpt_fast.cli.options import GRAY_BITS, JsonOption, OnError, Resize, parse_size, print_json
+from igpt_fast.cli.options import BANDS, VALUE_RANGE, JsonOption, OnError, Resize, parse_size, print_json
 from igpt_fast.cli.start import open_start, refuse_changes
 from igpt_fast.config import PRESETS, Config
 from igpt_fast.console import duration, say
@@ -96,10 +96,11 @@ def train(
     background: Annotated[
         str | None, option(IMAGES_PANEL, "--background", "Behind transparent pixels.", "white", metavar="COLOUR")
     ] = None,
-    gray_bits: Annotated[
-        int | None,
-        option(IMAGES_PANEL, "--gray-bits", GRAY_BITS, 16, metavar="B", min=8, max=16),
+    value_range: Annotated[
+        str | None,
+        option(IMAGES_PANEL, "--value-range", VALUE_RANGE, "all that the type holds", metavar="LOW,HIGH"),
     ] = None,
+    bands: Annotated[str | None, option(IMAGES_PANEL, "--bands", BANDS, "all of 1 or 3", metavar="B,B,B")] = None,
     on_error: Annotated[
         OnError | None,
         option(IMAGES_PANEL, "--on-error", "A corrupt file ends the command or is skipped and listed.", "raise"),
@@ -134,7 +135,7 @@ def train(
 
     Example: igpt-fast train photos/ --out run --layers 8 --width 256 --heads 4 --size 32 --steps 5000
     """
-    given = {name: getattr(value, "value", value) for name, value in locals().items() if value not in (None, [])}
+    given = given_of(**{name: value for name, value in locals().items() if value != []})
     given |= read_pattern(given)
     with together(device) as processes:
         with processes.first_goes_ahead():
@@ -188,7 +189,7 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
 def _refuse_idle(given: dict[str, Any], data: Path) -> None:
     """InputError for an option that would change nothing."""
     if is_token_directory(data):
-        for name in ("colors", "resize", "background", "gray_bits", "on_error", "workers"):
+        for name in ("colors", "resize", "background", "value_range", "bands", "on_error", "workers"):
             if name in given:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} changes nothing: {data} holds tokens already; leave it out, or give images")

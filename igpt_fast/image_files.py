@@ -1,0 +1,165 @@
+"""One image from the bytes of a file, whatever its kind, to 8-bit RGB.
+
+Grayscale is repeated; alpha (RGBA, LA, palettes and colours with transparency) is composited on a background; CMYK,
+YCbCr and HSV are converted; 1-bit is black and white; 16-bit grayscale is divided by 257 and rounded, or stretched from
+the values that are to be black and white, in a TIFF also where 0 is white; 16-bit colour is cut to its high byte by
+Pillow, unless it is stretched; an EXIF rotation is applied; of several pages or frames the first counts; colour
+profiles are not applied. TIFFs of several bands, of floats and of signed or 32-bit numbers, and DICOM, are read by the
+libraries of their fields (igpt_fast.scientific). Where nothing was measured (NaN, GDAL's value for no data) an image is
+transparent. LAB is refused by name, as are images larger than Pillow's limit against decompression bombs.
+"""
+
+import io
+import logging
+import warnings
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from igpt_fast import scientific
+from igpt_fast.errors import InputError
+from igpt_fast.images import parse_background
+from igpt_fast.values import DIM, Values, to_8_bits
+
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".jp2", ".j2k"}
+    | {".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".dcm", ".dicom"}
+)
+# Pillow tries these and no other: some of its readers start programs (EPS), which a picture has no business to do.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
+DARK, BYTES, PAGES = "dark", "bytes", "pages"  # keys of what read_image notes in `.info`
+
+REMEDY = "mend or remove the file"
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or else its words stand on stderr, without a file's name
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
+_SAMPLES = 277  # the TIFF tag; how many a pixel
+
+
+def read_image(
+    data: bytes | np.ndarray,
+    where: str,
+    background: str = "white",
+    value_range: tuple[float, float] | None = None,
+    bands: tuple[int, ...] | None = None,
+) -> Image.Image:
+    """Decodes one image to Pillow's RGB mode, as the head of this module says.
+
+    data: the bytes of an image file, or numbers [H, W] or [H, W, C]. where: names the image in errors. background,
+    value_range, bands: as in Reading; without bands, C is 1 (gray), 2 (with alpha), 3 or 4 (RGB, RGBA). `.info` has
+    PAGES where there are several, DARK for 16 bits of which few are used, and BYTES where value_range had nothing to
+    stretch. Raises InputError when it cannot be decoded.
+    """
+    colour = parse_background(background)
+    if not len(data):
+        raise InputError(f"{where}: the file is empty (0 bytes); {REMEDY}")
+    try:
+        # Between its limit and twice its limit Pillow only warns.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pydicom|tifffile")  # they name no file
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            found, notes = _from_array(data, bands) if isinstance(data, np.ndarray) else _open(data, value_range, bands)
+        if value_range is not None and (isinstance(found, Image.Image) or found.numbers.dtype == np.uint8):
+            notes[BYTES] = True
+        if isinstance(found, Values):
+            found, dim = to_8_bits(found, bands, value_range)
+            notes |= {DARK: True} if dim else {}
+        image = _to_rgb(found, colour)
+        image.info = notes
+        return image
+    except Exception as error:  # a damaged file makes decoders raise nearly anything, and all of it is this file's
+        raise InputError(f"{where}: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a file, and what to do."""
+    reason, remedy = " ".join(str(error).split()) or type(error).__name__, REMEDY
+    if isinstance(error, scientific.MissingLibrary):
+        reason, extra = error.args
+        remedy = f"pip install 'igpt-fast[{extra}]', or convert the file to 8-bit RGB"
+    elif isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        remedy = "cut it into smaller ones, or remove the file"
+    elif isinstance(error, Image.UnidentifiedImageError):
+        reason = "not an image that can be read"
+    return reason if "--" in reason else f"{reason}; {remedy}"  # an option is what to do
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _open(
+    data: bytes, value_range: tuple[float, float] | None, bands: tuple[int, ...] | None
+) -> tuple[Image.Image | Values, dict[str, bool]]:
+    """The image in a file by whoever reads all of it that matters here, and what is to be noted."""
+    if scientific.is_dicom(data):
+        return _with_pages(*scientific.read_dicom(data))
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except Image.UnidentifiedImageError:
+        if bytes(data[:4]) not in scientific.TIFF_MAGIC:
+            raise
+        return _with_pages(*scientific.read_tiff(data))
+    kind, mode = image.format, image.mode
+    deep = mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)
+    stretched = deep and value_range is not None
+    # Of bands that lie one behind the other Pillow may read the first, and be silent about the rest.
+    cut = kind == "TIFF" and len(image.getbands()) == 1 < image.tag_v2.get(_SAMPLES, 1)
+    if kind == "TIFF" and (bands or stretched or cut or mode in ("I", "F")):
+        return _with_pages(*scientific.read_tiff(data))
+    if kind == "PNG" and stretched:
+        return scientific.read_deep_png(data), {}
+    image.load()
+    notes = {PAGES: True} if _has_pages(image) else {}
+    if deep and max(high for _, high in image.getextrema()[: 1 if mode == "LA" else 3]) < DIM >> 8:
+        notes[DARK] = True  # Pillow has kept the high bytes
+    nodata = scientific.nodata_of(image.tag_v2.get(scientific.NODATA, "")) if kind == "TIFF" else None
+    white_is_0 = kind == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
+    # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
+    wide = mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM"))
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if wide:
+        nothing = image.info.get("transparency") if nodata is None else nodata
+        values = Values(np.asarray(image).astype(np.uint16)[..., None], False, white_is_0, nothing)
+        # A PGM says itself what its largest value is, and Pillow has stretched it to that.
+        return (values if kind != "PPM" else to_8_bits(values)[0]), notes
+    if bands or (nodata is not None and mode in ("L", "RGB") and not deep and not white_is_0):
+        image = image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")
+        return Values(np.atleast_3d(np.asarray(image)), image.mode in ("LA", "RGBA"), nodata=nodata), notes
+    return image, notes
+
+
+def _with_pages(values: Values, more: bool) -> tuple[Values, dict[str, bool]]:
+    return values, {PAGES: True} if more else {}
+
+
+def _has_pages(image: Image.Image) -> bool:
+    """Whether there is more than the page or frame that was read; MPO has pictures of the same beside it."""
+    try:
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # what lies behind the first frame is damaged, and nobody has asked for it
+        return True
+
+
+def _from_array(data: np.ndarray, bands: tuple[int, ...] | None) -> tuple[Values, dict[str, bool]]:
+    numbers = np.atleast_3d(data)
+    return Values(numbers, alpha=bands is None and numbers.shape[2] in (2, 4)), {}
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Any mode to RGB; alpha is composited: round((alpha·colour + (255 - alpha)·background) / 255)."""
+    if image.mode in ("I", "F", "LAB"):
+        kind = {"I": "32-bit integer", "F": "32-bit float", "LAB": "LAB"}[image.mode]
+        raise ValueError(f"{kind} pixels of a {image.format or 'file'} are not read, make it 8-bit RGB or a TIFF")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, background)
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image.convert("RGB")

@@ -1,0 +1,121 @@
+"""Files that Pillow does not read, or not in full, by the libraries of their fields: TIFF of many bands or of other
+numbers than bytes, colours of 16 bits (tifffile, imagecodecs), DICOM (pydicom). They are extras of the package.
+
+These serve where Pillow cannot, never instead of it: no pixel depends on which of them are installed.
+"""
+
+import importlib
+import io
+import logging
+from itertools import islice
+from types import ModuleType
+
+import numpy as np
+from PIL import Image
+
+from igpt_fast.values import Values
+
+TIFF_MAGIC = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # how one begins; the last two are BigTIFF
+NODATA = 42113  # the TIFF tag by which GDAL says which value stands for none
+
+_ORIENTATION = 274  # the TIFF tag, with EXIF's meanings
+_WHITE_IS_0 = 0  # photometric
+_ALPHA = (1, 2)  # of a TIFF's extra samples: opacity
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it warns of has no file's name
+logging.getLogger("pydicom").addHandler(logging.NullHandler())
+
+
+class MissingLibrary(Exception):
+    """What an extra of the package brings is not installed. args: the message, the extra."""
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether the bytes are those of a DICOM file."""
+    return data[128:132] == b"DICM"
+
+
+def read_tiff(data: bytes) -> tuple[Values, bool]:
+    """The first page of a TIFF, and whether there are more that are no smaller copies of it. Raises anything."""
+    with _library("tifffile", "tiff").TiffFile(io.BytesIO(data)) as tiff:
+        page = tiff.pages[0]
+        refuse_bomb(page.imagewidth, page.imagelength)
+        if page.axes not in ("YX", "YXS", "SYX"):
+            raise ValueError(f"a TIFF of {page.axes}, where an image has YX and bands")
+        numbers = page.asarray()
+        numbers = numbers[..., None] if page.axes == "YX" else numbers
+        numbers = numbers.transpose(1, 2, 0) if page.axes == "SYX" else numbers
+        turn = page.tags[_ORIENTATION].value if _ORIENTATION in page.tags else 1
+        values = Values(
+            upright(numbers, turn),
+            alpha=len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA,
+            white_is_0=page.photometric == _WHITE_IS_0,
+            nodata=nodata_of(page.tags[NODATA].value) if NODATA in page.tags else None,
+        )
+        more = any(not (other.is_reduced or other.is_mask) for other in islice(tiff.pages, 1, None))
+    return values, more
+
+
+def read_deep_png(data: bytes) -> Values:
+    """The colours of a PNG in all of their 16 bits. Raises anything."""
+    numbers = _library("imagecodecs", "tiff").png_decode(data)
+    return Values(numbers, alpha=numbers.shape[2] in (2, 4))
+
+
+def read_dicom(data: bytes) -> tuple[Values, bool]:
+    """The first frame of a DICOM file in the units of its modality (Hounsfield's in a CT), and whether there are more.
+
+    Its black and white are its own window, else all that its bits hold. Raises anything.
+    """
+    pydicom = _library("pydicom", "dicom")
+    pixels = importlib.import_module("pydicom.pixels")
+    file = pydicom.dcmread(io.BytesIO(data))
+    refuse_bomb(file.Columns, file.Rows)
+    numbers, frames = pixels.pixel_array(file, index=0), int(file.get("NumberOfFrames", None) or 1)
+    if "PaletteColor" in str(file.PhotometricInterpretation).title().replace(" ", ""):
+        numbers = pixels.apply_color_lut(numbers, file)
+    if numbers.ndim == 3:
+        return Values(numbers), frames > 1
+    signed = int(file.PixelRepresentation)
+    ends = np.array([-signed << (file.BitsStored - 1), (1 << (file.BitsStored - signed)) - 1])
+    numbers, window = (pixels.apply_modality_lut(given, file) for given in (numbers, ends))
+    window = tuple(sorted(map(float, window)))
+    if "WindowCenter" in file and "WindowWidth" in file:  # perhaps several, of which the first is shown
+        centre, width = (
+            float(np.atleast_1d(value)[0]) for value in (file["WindowCenter"].value, file["WindowWidth"].value)
+        )
+        half = (max(width, 2.0) - 1) / 2  # DICOM PS3.3, C.11.2.1.2: from c - 0.5 - (w - 1)/2 on
+        window = centre - 0.5 - half, centre - 0.5 + half
+    white_is_0 = file.PhotometricInterpretation == "MONOCHROME1"
+    return Values(np.asarray(numbers, np.float64)[..., None], white_is_0=white_is_0, window=window), frames > 1
+
+
+def nodata_of(text: object) -> float | None:
+    """The number in GDAL's tag; None where it holds none, or NaN, which needs no saying."""
+    try:
+        value = float(str(text).strip(" \0"))
+    except ValueError:
+        return None
+    return None if np.isnan(value) else value
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """[H, W, C] turned and mirrored as EXIF's orientation, 1 to 8, asks for."""
+    pixels = pixels.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else pixels
+    pixels = pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+    return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+
+
+def refuse_bomb(width: int, height: int) -> None:
+    """Pillow's limit against files that would fill the memory, for who reads without it."""
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(
+            f"{width * height:,} pixels are more than the {Image.MAX_IMAGE_PIXELS:,} that are read"
+        )
+
+
+def _library(name: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingLibrary(f"{name} reads such files, and is not here ({error})", extra) from error

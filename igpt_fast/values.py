@@ -1,0 +1,102 @@
+"""Images whose numbers are no bytes: which bands become red, green and blue, and which values black and white."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+DIM = 1 << 13  # an image of 16 bits with no value from here on comes out almost black
+
+_SHADES = 1 << 16  # whole numbers of 16 bits go through a table
+
+
+@dataclass(frozen=True)
+class Values:
+    """One image as it was stored: numbers [H, W, C], integers or floats."""
+
+    numbers: np.ndarray
+    alpha: bool = False  # whether the last channel is opacity
+    white_is_0: bool = False
+    nodata: float | None = None  # stands in all channels where nothing was measured; NaN in one of them says so, too
+    window: tuple[float, float] | None = None  # the values of black and white, where the file says so
+
+
+def to_8_bits(
+    values: Values, bands: tuple[int, ...] | None = None, value_range: tuple[float, float] | None = None
+) -> tuple[Image.Image, bool]:
+    """Numbers as gray or RGB (LA, RGBA where some of it is transparent), and whether they are whole numbers of 16 bits
+    without any from DIM on, which come out almost black.
+
+    bands: the one that becomes gray, or three, counted from 1; None: all, where there are one or three. value_range:
+    the values that become black and white, as floor(255 (v - low) / (high - low) + 1/2) has it, with those outside;
+    None: the file's own, else all that an unsigned type holds. Bytes stay as they are. What nobody measured is
+    transparent. Raises ValueError for what is impossible.
+    """
+    numbers = values.numbers
+    alpha = values.alpha and not (bands and max(bands) == numbers.shape[2])  # who asks for it knows what it is
+    count = numbers.shape[2] - alpha
+    if bands is None and count not in (1, 3):
+        raise ValueError(f"it has {count} bands: --bands (bands) says which become red, green and blue, as 4,3,2")
+    if bands is not None and max(bands) > count:
+        raise ValueError(f"it has {count} bands, so there is no band {max(bands)}, as --bands (bands) has it")
+    colours = numbers[..., :count] if bands is None else numbers[..., [band - 1 for band in bands]]
+    seen = _measured(colours, values.nodata)
+    dim = False
+    if colours.dtype != np.uint8:
+        found = colours if seen is None else colours[seen]
+        window = value_range or values.window or _all_of(found)
+        dim = window == (0, _SHADES - 1) and found.size > 0 and _largest(found, values.white_is_0) < DIM
+        colours = _scaled(colours, *window)
+    colours = 255 - colours if values.white_is_0 else colours
+    if alpha or seen is not None:
+        opacity = _opacity(numbers[..., -1]) if alpha else np.full(colours.shape[:2], 255, np.uint8)
+        opacity = opacity if seen is None else np.where(seen, opacity, 0).astype(np.uint8)
+        colours = np.concatenate([colours, opacity[..., None]], 2)
+    return Image.fromarray(np.ascontiguousarray(colours[..., 0] if colours.shape[2] == 1 else colours)), dim
+
+
+def _measured(colours: np.ndarray, nodata: float | None) -> np.ndarray | None:
+    """bool [H, W]: where something was measured; None: everywhere."""
+    seen = np.ones(colours.shape[:2], bool)
+    if colours.dtype.kind == "f":
+        seen &= ~np.isnan(colours).any(-1)
+    elif nodata is None:
+        return None
+    if nodata is not None:
+        seen &= (colours != nodata).any(-1)
+    return None if seen.all() else seen
+
+
+def _all_of(numbers: np.ndarray) -> tuple[float, float]:
+    """The least and largest value of an unsigned type. ValueError for others, which have no black and no white."""
+    if numbers.dtype.kind in "ub" and numbers.dtype.itemsize <= 2:
+        return 0, 1 if numbers.dtype.kind == "b" else np.iinfo(numbers.dtype).max
+    here = f" (here they run from {numbers.min():g} to {numbers.max():g})" if numbers.size else ""
+    raise ValueError(
+        f"values of {numbers.dtype} say of themselves neither what is black nor what is white{here}: "
+        "--value-range (value_range) does, as 0,3000"
+    )
+
+
+def _largest(numbers: np.ndarray, white_is_0: bool) -> int:
+    return _SHADES - 1 - int(numbers.min()) if white_is_0 else int(numbers.max())
+
+
+def _scaled(numbers: np.ndarray, low: float, high: float) -> np.ndarray:
+    """To uint8: `low` and less is 0, `high` and more 255. NaN is 0."""
+    if numbers.dtype.kind in "iu" and numbers.dtype.itemsize <= 2:
+        wide = np.dtype(f"{numbers.dtype.kind}2")
+        return _table(wide.char, low, high)[numbers.astype(wide).view(np.uint16)]
+    above = np.clip(np.nan_to_num(numbers.astype(np.float64), nan=low), low, high) - low
+    return ((above * 510 + (high - low)) // (2 * (high - low))).astype(np.uint8)
+
+
+@lru_cache(8)
+def _table(kind: str, low: float, high: float) -> np.ndarray:
+    """What becomes of every whole number of 16 bits, by its bits."""
+    return _scaled(np.arange(_SHADES, dtype=np.uint16).view(kind).astype(np.float64), low, high)
+
+
+def _opacity(numbers: np.ndarray) -> np.ndarray:
+    return numbers if numbers.dtype == np.uint8 else _scaled(numbers, 0, np.iinfo(numbers.dtype).max)

@@ -1,0 +1,192 @@
+"""Files that Pillow does not read, or not in full, become the pixels that their numbers say."""
+
+import io
+import struct
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from test_images import encode
+
+from igpt_fast.errors import InputError
+from igpt_fast.image_files import DARK, PAGES, read_image
+from igpt_fast.scientific import nodata_of, upright
+
+tifffile = pytest.importorskip("tifffile", reason="TIFFs beyond Pillow need the [tiff] extra")
+imagecodecs = pytest.importorskip("imagecodecs", reason="TIFFs beyond Pillow need the [tiff] extra")
+pydicom = pytest.importorskip("pydicom", reason="DICOM needs the [dicom] extra")
+
+RNG = np.random.default_rng(0)
+TILE = RNG.integers(0, 3000, (6, 9, 7)).astype(np.uint16)  # as a satellite's: bands from 0 to 3,000
+
+
+def tiff(numbers: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, numbers, metadata=None, **options)
+    return buffer.getvalue()
+
+
+def png(numbers: np.ndarray) -> bytes:
+    return imagecodecs.png_encode(np.ascontiguousarray(numbers))
+
+
+def read(data: bytes, **options: object) -> np.ndarray:
+    return np.asarray(read_image(data, "some/tile.tif", **options))
+
+
+def stretched(numbers: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.floor((np.clip(numbers.astype(float), low, high) - low) / (high - low) * 255 + 0.5).astype(np.uint8)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "zstd"])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_bands_of_a_satellite(planar, compression):
+    numbers = TILE if planar == "contig" else TILE.transpose(2, 0, 1)
+    data = tiff(numbers, photometric="minisblack", planarconfig=planar, compression=compression)
+    seen = read(data, bands=(4, 3, 2), value_range=(0, 3000))
+    assert (seen == stretched(TILE[..., [3, 2, 1]], 0, 3000)).all()
+    assert (read(data, bands=(7,), value_range=(100, 900))[..., 0] == stretched(TILE[..., 6], 100, 900)).all()
+    with pytest.raises(InputError, match=r"some/tile\.tif: it has 7 bands: --bands"):
+        read(data)
+
+
+def test_colours_of_sixteen_bits_are_stretched_in_full():
+    colours = TILE[..., :3]
+    for data in (tiff(colours, photometric="rgb"), png(colours)):
+        assert (read(data, value_range=(0, 3000)) == stretched(colours, 0, 3000)).all()
+        high_bytes = read_image(data, "x")
+        assert (np.asarray(high_bytes) == colours >> 8).all() and high_bytes.info == {DARK: True}
+    alpha = np.full((6, 9, 1), 65535, np.uint16)
+    alpha[0] = 0
+    both = np.concatenate([colours, alpha], 2)
+    for data in (tiff(both, photometric="rgb", extrasamples=["unassalpha"]), png(both)):
+        seen = read(data, value_range=(0, 3000), background="#010203")
+        assert (seen[0] == [1, 2, 3]).all() and (seen[1:] == stretched(colours[1:], 0, 3000)).all()
+
+
+@pytest.mark.parametrize("kind", ["int16", "int32", "uint32", "float32", "float64"])
+def test_numbers_that_are_no_bytes(kind):
+    numbers = np.array([[-1000, 0, 40, 400, 3000]]).astype(kind)
+    window = (0, 400) if kind == "uint32" else (-160, 240)
+    assert (read(tiff(numbers), value_range=window)[..., 0] == stretched(numbers, *window)).all()
+    with pytest.raises(InputError, match=rf"some/tile\.tif: values of {kind} say .* --value-range .* does, as 0,3000$"):
+        read(tiff(numbers))
+
+
+def test_where_white_is_0_and_what_was_not_measured():
+    numbers = np.array([[0, 1000, 3000]], np.int32)
+    assert read(tiff(numbers, photometric="miniswhite"), value_range=(0, 3000))[0, :, 0].tolist() == [255, 170, 0]
+    gdal = {"extratags": [(42113, "s", 0, "-9999", True)]}
+    holes = np.array([[-9999.0, np.nan, 1.0]], np.float32)
+    seen = read(tiff(holes, **gdal), value_range=(0, 1), background="red")
+    assert seen[0].tolist() == [[255, 0, 0], [255, 0, 0], [255, 255, 255]]
+    gdal = {"extratags": [(42113, "s", 0, "0", True)]}
+    for numbers in (np.array([[0, 255]], np.uint8), np.array([[0, 65535]], np.uint16)):  # these Pillow reads
+        assert read(tiff(numbers, **gdal), background="red")[0].tolist() == [[255, 0, 0], [255, 255, 255]]
+    assert [nodata_of(text) for text in ("-9999\0", "nan", "none", "")] == [-9999.0, None, None, None]
+
+
+def test_pages_are_noted_and_smaller_copies_are_none():
+    def noted(**second: object) -> dict:
+        buffer = io.BytesIO()
+        with tifffile.TiffWriter(buffer) as writer:
+            writer.write(TILE, photometric="minisblack", planarconfig="contig", metadata=None)
+            writer.write(TILE[::2, ::2], photometric="minisblack", planarconfig="contig", metadata=None, **second)
+        return read_image(buffer.getvalue(), "x", bands=(1,), value_range=(0, 3000)).info
+
+    assert noted() == {PAGES: True} and noted(subfiletype=1) == {}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(orientation):
+    stored = Image.fromarray(RNG.integers(0, 256, (3, 5, 3), np.uint8))
+    stored.getexif()[274] = orientation
+    turned = ImageOps.exif_transpose(stored) if orientation > 1 else stored
+    assert (upright(np.asarray(stored), orientation) == np.asarray(turned)).all()
+    tags = [(274, "H", 1, orientation, True)]
+    data = tiff(np.asarray(stored).astype(np.float32), photometric="rgb", extratags=tags)
+    assert (read(data, value_range=(0, 255)) == np.asarray(turned)).all()
+
+
+def dicom(numbers: np.ndarray, bits: int = 12, samples: int = 1, **more: object) -> bytes:
+    file = pydicom.Dataset()
+    file.file_meta = pydicom.dataset.FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    file.SOPClassUID = file.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+    file.SOPInstanceUID = file.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    file.Rows, file.Columns = numbers.shape[-2:] if samples == 1 else numbers.shape[:2]
+    file.SamplesPerPixel, file.PlanarConfiguration = samples, 0
+    file.BitsAllocated, file.BitsStored, file.HighBit = 8 * numbers.itemsize, bits, bits - 1
+    file.PixelRepresentation = int(numbers.dtype.kind == "i")
+    file.PhotometricInterpretation = "RGB" if samples == 3 else "MONOCHROME2"
+    for name, value in more.items():
+        setattr(file, name, value)
+    file.PixelData = numbers.tobytes()
+    buffer = io.BytesIO()
+    file.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+WHOLE = tiff(TILE, photometric="minisblack", planarconfig="contig"), dicom(TILE[..., 0])
+
+
+def test_dicom():
+    raw = np.array([[0, 100, 1024, 1224, 4095, 2000]], np.uint16)
+    assert (read(dicom(raw))[..., 0] == stretched(raw, 0, 4095)).all()
+    assert (read(dicom(raw, PhotometricInterpretation="MONOCHROME1"))[..., 0] == 255 - stretched(raw, 0, 4095)).all()
+    hounsfield = {"RescaleSlope": 1, "RescaleIntercept": -1024}
+    assert (read(dicom(raw, **hounsfield), value_range=(-160, 240))[..., 0] == stretched(raw - 1024.0, -160, 240)).all()
+    window = {"WindowCenter": [40, 500], "WindowWidth": [400, 2000]}  # the first: from 40 - 0.5 - 399/2 on
+    assert (read(dicom(raw, **hounsfield, **window))[..., 0] == stretched(raw - 1024.0, -160, 239)).all()
+    signed = np.array([[-2048, 0, 2047]], np.int16)
+    assert read(dicom(signed))[0, :, 0].tolist() == [0, 128, 255]
+    colours = RNG.integers(0, 256, (4, 5, 3), np.uint8)
+    assert (read(dicom(colours, 8, 3)) == colours).all()
+    frames = read_image(dicom(np.stack([raw, raw[:, ::-1]]), NumberOfFrames=2), "x")
+    assert frames.info == {PAGES: True} and (np.asarray(frames)[..., 0] == stretched(raw, 0, 4095)).all()
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    for library, extra, data, options in (
+        ("tifffile", "tiff", WHOLE[0], {}),
+        ("imagecodecs", "tiff", png(TILE[..., :3]), {"value_range": (0, 1)}),
+        ("pydicom", "dicom", WHOLE[1], {}),
+    ):
+        with monkeypatch.context() as gone:
+            gone.setitem(sys.modules, library, None)
+            with pytest.raises(
+                InputError, match=rf"some/tile\.tif: {library} reads such .*; pip install 'igpt-fast\[{extra}\]'"
+            ):
+                read(data, **options)
+    assert read(encode(Image.new("RGB", (2, 2)))).shape == (2, 2, 3)
+
+
+def test_files_that_would_fill_the_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 53)  # TILE has 54
+    for data in WHOLE:
+        with pytest.raises(InputError, match=r"54 pixels are more than the 53 that are read; cut it into smaller ones"):
+            read(data, bands=(1,))
+
+
+def test_what_is_no_tiff_and_no_dicom():
+    for data in (b"II*\0" + bytes(40), struct.pack("<2sHI", b"II", 43, 8) + bytes(60), bytes(128) + b"DICM" + bytes(9)):
+        with pytest.raises(InputError, match=r"some/tile\.tif: .*; mend or remove the file"):
+            read(data)
+    stack = tiff(np.zeros((16, 16, 16), np.float32), photometric="minisblack", volumetric=True, tile=(16, 16, 16))
+    with pytest.raises(InputError, match=r"a TIFF of .*, where an image has YX"):
+        read(stack)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_no_damage_escapes(data):
+    whole = bytearray(data.draw(st.sampled_from(WHOLE)))
+    for _ in range(data.draw(st.integers(1, 6))):
+        whole[data.draw(st.integers(0, min(len(whole), 700) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert read(bytes(whole), bands=(1,), value_range=(0, 3000)).ndim == 3
+    except InputError as error:
+        assert str(error).startswith("some/tile.tif: ")

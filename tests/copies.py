@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt_fast.ops import _native
+from igpt_fast.ops import _native, _tensors
 
 NAME = "cuda_copies"
 
@@ -32,7 +32,7 @@ class Copies:
             given = [self._carry(a, copies) for a in args[:-1]]  # the last is the stream
             first = next(there for _, there in copies.values())
             with torch.no_grad():
-                kernel(*given, _native.stream_of(first))
+                kernel(*given, _tensors.stream_of(first))
                 for here, there in copies.values():
                     _own(here.data).copy_(_own(there))  # .data: autograd need not hear of it
 

@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from igpt_fast import Config, ImageGPT, ops
 from igpt_fast.cli import info
-from igpt_fast.ops import _native
+from igpt_fast.ops import _native, _tensors
 from igpt_fast.ops._native import BACKENDS, use_backend
 from igpt_fast.patterns import compiled
 
@@ -230,8 +230,8 @@ def test_a_registered_backend_serves_by_name_only(monkeypatch):
 
 def test_poison_fills_outputs():
     with use_backend("auto", poison=True):
-        assert _native.empty((3,), torch.ones(1)).isnan().all()
-        assert _native.empty((3,), torch.ones(1), torch.int16).eq(-(2**15)).all()
+        assert _tensors.empty((3,), torch.ones(1)).isnan().all()
+        assert _tensors.empty((3,), torch.ones(1), torch.int16).eq(-(2**15)).all()
 
 
 def test_info_names_every_op():

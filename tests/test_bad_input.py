@@ -11,7 +11,7 @@ from simt.test_schedules import CASES
 from torch import Tensor
 
 from igpt_fast import BlockMask, InputError, ops
-from igpt_fast.ops import _native
+from igpt_fast.ops import _native, _tensors
 from igpt_fast.ops._native import BACKENDS, use_backend
 from igpt_fast.patterns import compiled
 
@@ -286,11 +286,11 @@ class OnGpu(Tensor):
 
 def test_with_igpt_debug_indices_on_a_gpu_are_checked(monkeypatch):
     logits, bad = torch.zeros(2, 5), torch.tensor([0, 5]).as_subclass(OnGpu)
-    _native.check_range("cross_entropy", "targets", bad, 5)  # where the host must not wait, the loss is NaN instead
+    _tensors.check_range("cross_entropy", "targets", bad, 5)  # where the host must not wait, the loss is NaN instead
     monkeypatch.setattr(_native, "_debug", True)
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    _native.check_range("cross_entropy", "targets", bad, 5)  # within a CUDA graph nobody may wait
+    _tensors.check_range("cross_entropy", "targets", bad, 5)  # within a CUDA graph nobody may wait
     capturing = False
     with pytest.raises(InputError, match=r"cross_entropy: targets hold a value outside 0\.\.4"):
         ops.cross_entropy(logits, bad)

@@ -12,20 +12,13 @@ import logging
 import os
 import re
 import threading
-import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch  # before _C: the extension then shares torch's OpenMP runtime
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from igpt_fast.errors import InputError
-
 log = logging.getLogger("igpt_fast")
-
-# Arguments of registered ops. torch 2.4 knows them by these names only, not as list[Tensor].
-Tensors = typing.Sequence[Tensor]
-OptionalTensors = typing.Sequence[typing.Optional[Tensor]]  # noqa: UP045
 
 try:
     from igpt_fast import _C
@@ -222,11 +215,6 @@ def fused_backend_for(op: str, tensors: Sequence[Tensor], refusal: str | None = 
     return backend_for(op, tensors, refusal) if name in BACKENDS and BACKENDS[name].has(op) else None
 
 
-def stream_of(t: Tensor) -> int:
-    """The raw handle of torch's current stream on the tensor's device; 0 on the CPU."""
-    return torch._C._cuda_getCurrentRawStream(t.get_device()) if t.is_cuda else 0
-
-
 def native_layers(layers: Iterable[Sequence[Tensor | None]]):
     """The weights of a model's blocks as the kernels read them; it keeps the tensors that it points into."""
     # Detached: the memory that they have now, whatever becomes of a Parameter's.
@@ -238,61 +226,11 @@ def native_masks(masks: Iterable[Sequence[Tensor]], of: Sequence[int], groups: i
     return _C.Masks([tuple(mask) for mask in masks], list(of), groups)
 
 
-def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for an output, on `like`'s device; poisoned on request, so that no kernel leaves a hole unseen."""
-    out = torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
-    if _poison:
-        out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
-    return out
+def poisons() -> bool:
+    """Whether outputs are to be filled with NaN before a kernel writes them."""
+    return _poison
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def multiprocessors(t: Tensor) -> int:
-    """How many the tensor's device has; where it is no GPU, as many as keep any CPU's threads at work."""
-    return _multiprocessors(t.device) if t.is_cuda else 128
-
-
-def same_device(op: str, **tensors: Tensor | None) -> None:
-    """Raises InputError, naming the argument, unless all tensors are where the first one is."""
-    first = home = None
-    for name, t in tensors.items():
-        if t is None:
-            continue
-        if home is None:
-            first, home = name, t.device
-        elif t.device != home:
-            raise InputError(f"{op}: {name} is on {t.device}, {first} on {home}; move both to one device")
-
-
-def check_range(op: str, name: str, indices: Tensor, limit: int, on_cpu: bool = False) -> None:
-    """InputError for indices outside 0..limit-1: on a GPU, where no kernel can say so, with IGPT_DEBUG=1.
-
-    on_cpu: there too, where no kernel looks.
-    """
-    if indices.is_cuda:  # within a CUDA graph the host does not wait: the calls before it was recorded were checked
-        asked = _debug and not torch.cuda.is_current_stream_capturing()
-    else:
-        asked = on_cpu and not torch.compiler.is_compiling()
-    if asked and ((indices < 0) | (indices >= limit)).any():
-        raise InputError(f"{op}: {name} hold a value outside 0..{limit - 1}")
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd wants to hear about a call with these inputs."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def rows(t: Tensor, sixteens: bool = False) -> Tensor:
-    """`t` with a contiguous last dimension, copied only when it has none.
-
-    sixteens: rows that begin at multiples of 16 bytes, too.
-    """
-    if t.stride(-1) != 1 and t.size(-1) != 1:
-        return t.contiguous()
-    if not sixteens or not any(at % 16 for at in (t.data_ptr(), *(n * t.element_size() for n in t.stride()[:-1]))):
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
+def debugs() -> bool:
+    """Whether indices on a GPU are to be checked before a kernel reads them."""
+    return _debug

@@ -7,7 +7,8 @@ from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._again import remember
 from igpt_fast.ops._gradient import differentiable
-from igpt_fast.ops._native import backend_for, empty, multiprocessors, needs_grad, same_device, stream_of
+from igpt_fast.ops._native import backend_for
+from igpt_fast.ops._tensors import empty, multiprocessors, needs_grad, same_device, stream_of
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

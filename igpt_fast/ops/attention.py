@@ -10,18 +10,8 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._gradient import beyond_kernels
-from igpt_fast.ops._native import (
-    backend_for,
-    empty,
-    has_cuda_kernels,
-    is_reference,
-    must_be_plain,
-    needs_grad,
-    rows,
-    same_device,
-    say_slower,
-    stream_of,
-)
+from igpt_fast.ops._native import backend_for, has_cuda_kernels, is_reference, must_be_plain, say_slower
+from igpt_fast.ops._tensors import empty, needs_grad, rows, same_device, stream_of
 from igpt_fast.patterns import FIELDS, BlockMask, unpack
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.ops._native import Tensors
+from igpt_fast.ops._tensors import Tensors
 from igpt_fast.ops.attention import backward_by, forward_by, grads_like, native_for, seen_by
 
 

@@ -7,17 +7,8 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import (
-    Tensors,
-    backend_for,
-    check_range,
-    empty,
-    has_cuda_kernels,
-    multiprocessors,
-    rows,
-    same_device,
-    stream_of,
-)
+from igpt_fast.ops._native import backend_for, has_cuda_kernels
+from igpt_fast.ops._tensors import Tensors, check_range, empty, multiprocessors, rows, same_device, stream_of
 from igpt_fast.ops.attention import refused_by_cuda, refused_head_dim
 from igpt_fast.patterns import TILE, BlockMask, Rows
 

@@ -6,7 +6,8 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._gradient import differentiable
-from igpt_fast.ops._native import backend_for, check_range, empty, needs_grad, same_device, stream_of
+from igpt_fast.ops._native import backend_for
+from igpt_fast.ops._tensors import check_range, empty, needs_grad, same_device, stream_of
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

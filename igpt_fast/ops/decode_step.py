@@ -10,17 +10,8 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import (
-    OptionalTensors,
-    Tensors,
-    empty,
-    fused_backend_for,
-    native_layers,
-    native_masks,
-    same_device,
-    serves,
-    stream_of,
-)
+from igpt_fast.ops._native import fused_backend_for, native_layers, native_masks, serves
+from igpt_fast.ops._tensors import OptionalTensors, Tensors, empty, same_device, stream_of
 from igpt_fast.ops.attention import refused_by_cuda, refused_head_dim
 from igpt_fast.ops.attention_decode import attention_decode, cache_append, check_pages
 from igpt_fast.ops.linear import linear

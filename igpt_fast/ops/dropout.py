@@ -6,7 +6,8 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._gradient import differentiable
-from igpt_fast.ops._native import backend_for, empty, needs_grad, serves
+from igpt_fast.ops._native import backend_for, serves
+from igpt_fast.ops._tensors import empty, needs_grad
 from igpt_fast.reference.dropout import LEVELS
 
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, has_cuda_kernels, needs_grad, rows, same_device, stream_of
+from igpt_fast.ops._native import backend_for, has_cuda_kernels
+from igpt_fast.ops._tensors import empty, needs_grad, rows, same_device, stream_of
 
 
 def linear(

@@ -6,7 +6,8 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._gradient import differentiable
-from igpt_fast.ops._native import empty, fused_backend_for, needs_grad, rows, same_device, stream_of
+from igpt_fast.ops._native import fused_backend_for
+from igpt_fast.ops._tensors import empty, needs_grad, rows, same_device, stream_of
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.projection import projection
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, stream_of
+from igpt_fast.ops._native import backend_for
+from igpt_fast.ops._tensors import empty, stream_of
 
 MAX_COLORS = 4096
 TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16)

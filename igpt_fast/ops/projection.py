@@ -9,7 +9,8 @@ from torch import Tensor
 from igpt_fast.errors import InputError
 from igpt_fast.ops._again import recipe_of
 from igpt_fast.ops._gradient import beyond_kernels
-from igpt_fast.ops._native import must_be_plain, needs_grad
+from igpt_fast.ops._native import must_be_plain
+from igpt_fast.ops._tensors import needs_grad
 
 ROWS = 1024  # converted at a time: their floats stay in the cache
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import backend_for, empty, same_device, stream_of
+from igpt_fast.ops._native import backend_for
+from igpt_fast.ops._tensors import empty, same_device, stream_of
 
 
 def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:

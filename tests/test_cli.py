@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import write_tokens
 
+from igpt_fast.cli import info, train
 from igpt_fast.cli import sample as commands
-from igpt_fast.cli import train
 
 
 def python(script: str, *words: object, **environment: str) -> subprocess.CompletedProcess:
@@ -106,3 +106,16 @@ def test_absurd_options_of_train(igpt, tmp_path, monkeypatch, words, message):
 def test_absurd_options_of_sample(igpt, tmp_path):
     code, _, said = igpt("sample", tmp_path, "-n", 10**8)
     assert code == 2 and "n is 100000000; ask for at most 1,000,000" in said
+
+
+def test_info_says_which_extras_are_there(monkeypatch):
+    optional = ['numpy; extra == "a"', "no-such>=2; extra == 'b'", 'numpy; extra == "b"', 'nor-this; extra == "test"']
+    wanted = ["numpy", *optional]
+    monkeypatch.setattr(info.metadata, "requires", lambda _: wanted)
+    assert info.extras() == "a; b lacks no-such"
+
+    def gone(_: str) -> None:
+        raise info.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(info.metadata, "requires", gone)
+    assert info.extras().startswith("unknown")

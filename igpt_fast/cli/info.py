@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+from importlib import metadata
 
 import torch
 import typer
@@ -21,6 +22,7 @@ UNMISSED = {
     "decode_step": "composed of other ops",
     "palette_table": "not used on a CPU",
 }
+DEVELOPERS = ("test", "lint")  # extras that no user looks for
 
 
 def register(app: typer.Typer) -> None:
@@ -50,6 +52,7 @@ def info(as_json: JsonOption = False) -> None:
         "gpu",
         "cuda",
         "cuda backend",
+        "extras",
     ):
         table.add_row(name, str(facts[name]))
     console.print(table)
@@ -87,8 +90,34 @@ def gather() -> dict:
         "gpu": "; ".join(gpus()) or "none",
         "cuda": versions(),
         "cuda backend": cuda,
+        "extras": extras(),
         "ops": {op: (_served(cpu, op, better), _served(None if lacking else "cuda", op, cuda)) for op in names},
     }
+
+
+def extras() -> str:
+    """The package's extras for users that are installed, and what the others lack."""
+    try:
+        wanted = metadata.requires("igpt-fast") or []
+    except metadata.PackageNotFoundError:
+        return "unknown: igpt_fast is not installed, only found"
+    lacking: dict[str, list[str]] = {}
+    for text in wanted:
+        if found := re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", text):
+            missing = lacking.setdefault(found[2], [])
+            missing += [] if _installed(found[1]) else [found[1]]
+    return "; ".join(
+        name if not missing else f"{name} lacks {', '.join(missing)}"
+        for name, missing in lacking.items()
+        if name not in DEVELOPERS
+    )
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        return bool(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def gpus() -> list[str]:

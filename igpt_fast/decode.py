@@ -34,7 +34,10 @@ LOST = {
         f"images of 16 bits hold no value from {DIM:,} on, and come out almost black",
         "--value-range (value_range) says which values are black and white, 0,4095 for the 12 bits of most scans",
     ),
-    BYTES: ("images have 8 bits", "--value-range (value_range) leaves those as they are"),
+    BYTES: (
+        "images have 8 bits, or say themselves what is white",
+        "--value-range (value_range) leaves those as they are",
+    ),
     PAGES: ("files hold several pages or frames", "the first of each is read"),
 }
 _told: set[str] = set()

@@ -70,6 +70,8 @@ def read_image(
         image = _to_rgb(found, colour)
         image.info = notes
         return image
+    except InputError as error:  # the options' fault, and not the file's
+        raise InputError(f"{where}: {error}") from error
     except Exception as error:  # a damaged file makes decoders raise nearly anything, and all of it is this file's
         raise InputError(f"{where}: {_why(error)}") from error
 
@@ -84,7 +86,7 @@ def _why(error: Exception) -> str:
         remedy = "cut it into smaller ones, or remove the file"
     elif isinstance(error, Image.UnidentifiedImageError):
         reason = "not an image that can be read"
-    return reason if "--" in reason else f"{reason}; {remedy}"  # an option is what to do
+    return f"{reason}; {remedy}"
 
 
 @cache
@@ -155,8 +157,9 @@ def _from_array(data: np.ndarray, bands: tuple[int, ...] | None) -> tuple[Values
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any mode to RGB; alpha is composited: round((alpha·colour + (255 - alpha)·background) / 255)."""
     if image.mode in ("I", "F", "LAB"):
-        kind = {"I": "32-bit integer", "F": "32-bit float", "LAB": "LAB"}[image.mode]
-        raise ValueError(f"{kind} pixels of a {image.format or 'file'} are not read, make it 8-bit RGB or a TIFF")
+        kind = {"I": "32-bit integers", "F": "32-bit floats", "LAB": "LAB"}[image.mode]
+        where = " but in a TIFF" if image.mode != "LAB" else ""
+        raise ValueError(f"{kind} are not read{where}, convert the image to 8-bit RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, background)

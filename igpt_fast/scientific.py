@@ -72,7 +72,7 @@ def read_dicom(data: bytes) -> tuple[Values, bool]:
     file = pydicom.dcmread(io.BytesIO(data))
     refuse_bomb(file.Columns, file.Rows)
     numbers, frames = pixels.pixel_array(file, index=0), int(file.get("NumberOfFrames", None) or 1)
-    if "PaletteColor" in str(file.PhotometricInterpretation).title().replace(" ", ""):
+    if file.PhotometricInterpretation == "PALETTE COLOR":
         numbers = pixels.apply_color_lut(numbers, file)
     if numbers.ndim == 3:
         return Values(numbers), frames > 1
@@ -81,9 +81,7 @@ def read_dicom(data: bytes) -> tuple[Values, bool]:
     numbers, window = (pixels.apply_modality_lut(given, file) for given in (numbers, ends))
     window = tuple(sorted(map(float, window)))
     if "WindowCenter" in file and "WindowWidth" in file:  # perhaps several, of which the first is shown
-        centre, width = (
-            float(np.atleast_1d(value)[0]) for value in (file["WindowCenter"].value, file["WindowWidth"].value)
-        )
+        centre, width = (float(np.atleast_1d(file[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
         half = (max(width, 2.0) - 1) / 2  # DICOM PS3.3, C.11.2.1.2: from c - 0.5 - (w - 1)/2 on
         window = centre - 0.5 - half, centre - 0.5 + half
     white_is_0 = file.PhotometricInterpretation == "MONOCHROME1"

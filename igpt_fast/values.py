@@ -6,6 +6,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from igpt_fast.errors import InputError
+
 DIM = 1 << 13  # an image of 16 bits with no value from here on comes out almost black
 
 _SHADES = 1 << 16  # whole numbers of 16 bits go through a table
@@ -31,15 +33,15 @@ def to_8_bits(
     bands: the one that becomes gray, or three, counted from 1; None: all, where there are one or three. value_range:
     the values that become black and white, as floor(255 (v - low) / (high - low) + 1/2) has it, with those outside;
     None: the file's own, else all that an unsigned type holds. Bytes stay as they are. What nobody measured is
-    transparent. Raises ValueError for what is impossible.
+    transparent. Raises InputError, without the image's name, where an option has to say more.
     """
     numbers = values.numbers
     alpha = values.alpha and not (bands and max(bands) == numbers.shape[2])  # who asks for it knows what it is
     count = numbers.shape[2] - alpha
     if bands is None and count not in (1, 3):
-        raise ValueError(f"it has {count} bands: --bands (bands) says which become red, green and blue, as 4,3,2")
+        raise InputError(f"it has {count} bands: --bands (bands) says which become red, green and blue, as 4,3,2")
     if bands is not None and max(bands) > count:
-        raise ValueError(f"it has {count} bands, so there is no band {max(bands)}, as --bands (bands) has it")
+        raise InputError(f"it has {count} bands, so there is no band {max(bands)}, as --bands (bands) has it")
     colours = numbers[..., :count] if bands is None else numbers[..., [band - 1 for band in bands]]
     seen = _measured(colours, values.nodata)
     dim = False
@@ -69,11 +71,11 @@ def _measured(colours: np.ndarray, nodata: float | None) -> np.ndarray | None:
 
 
 def _all_of(numbers: np.ndarray) -> tuple[float, float]:
-    """The least and largest value of an unsigned type. ValueError for others, which have no black and no white."""
+    """The least and largest value of an unsigned type. InputError for others, which have no black and no white."""
     if numbers.dtype.kind in "ub" and numbers.dtype.itemsize <= 2:
         return 0, 1 if numbers.dtype.kind == "b" else np.iinfo(numbers.dtype).max
     here = f" (here they run from {numbers.min():g} to {numbers.max():g})" if numbers.size else ""
-    raise ValueError(
+    raise InputError(
         f"values of {numbers.dtype} say of themselves neither what is black nor what is white{here}: "
         "--value-range (value_range) does, as 0,3000"
     )

@@ -177,6 +177,10 @@ def test_what_is_lost_is_told_once(tmp_path, caplog, workers):
     told = [r.getMessage() for r in caplog.records]
     assert len(told) == 1 and "70 images of 16 bits hold no value from 8,192 on" in told[0]
     assert "--value-range" in told[0] and sum(len(p.indices) for p in parts) == 70
+    np.save(tmp_path / "bytes.npy", np.zeros((3, 4, 4, 1), np.uint8))
+    caplog.clear()
+    list(decode(open_source(tmp_path / "bytes.npy"), Reading((4, 4), value_range=(0, 9)), workers=workers))
+    assert ["3 images have 8 bits" in r.getMessage() for r in caplog.records] == [True]
     bright = np.concatenate([p.pixels for p in decode(source, Reading((4, 4), value_range=(0, 2047)), workers=workers)])
     assert bright.max() == round(16 * 69 / 2047 * 255)
 

@@ -145,6 +145,12 @@ def test_dicom():
     assert read(dicom(signed))[0, :, 0].tolist() == [0, 128, 255]
     colours = RNG.integers(0, 256, (4, 5, 3), np.uint8)
     assert (read(dicom(colours, 8, 3)) == colours).all()
+    table = RNG.integers(0, 65536, (3, 4)).astype("<u2")
+    names = [f"{colour}PaletteColorLookupTableD" for colour in ("Red", "Green", "Blue")]
+    luts = {f"{name}ata": part.tobytes() for name, part in zip(names, table, strict=True)}
+    luts |= {f"{name}escriptor": [4, 0, 16] for name in names}
+    indexed = read(dicom(np.array([[3, 0, 1]], np.uint8), 8, PhotometricInterpretation="PALETTE COLOR", **luts))
+    assert (indexed[0] == stretched(table.T[[3, 0, 1]], 0, 65535)).all()
     frames = read_image(dicom(np.stack([raw, raw[:, ::-1]]), NumberOfFrames=2), "x")
     assert frames.info == {PAGES: True} and (np.asarray(frames)[..., 0] == stretched(raw, 0, 4095)).all()
 

@@ -109,9 +109,11 @@ def tokenize(
             palette.save(work / "palette.npy")
             np.save(work / "labels.npy", labels)
             (work / "names.json").write_text(json.dumps([source.names[index] for index in images]))
+            if source.groups is not None:
+                (work / "groups.json").write_text(json.dumps([source.groups[index] for index in images]))
             (work / "meta.json").write_text(json.dumps(meta, indent=1))
-            for name in ("palette.npy", "labels.npy", "names.json", "meta.json"):
-                with open(work / name, "rb") as file:
+            for path in {*work.iterdir()} - {*work.glob("shard-*")}:  # those are on the disk already
+                with open(path, "rb") as file:
                     os.fsync(file.fileno())
             if is_token_directory(out) and not overwrite:
                 raise InputError(f"{out}: another process has written tokens there meanwhile; start again to use them")

@@ -22,7 +22,8 @@ from PIL import Image
 from igpt_fast.errors import InputError
 from igpt_fast.image_files import BYTES, DARK, PAGES, read_image
 from igpt_fast.images import Reading, random_view, resize_image
-from igpt_fast.sources import Reader, Source, fetch
+from igpt_fast.reader import Reader, fetch
+from igpt_fast.sources import Source
 from igpt_fast.values import DIM
 
 CHUNK = 64  # images a job, or views of them: seconds of work for large photos, and at 32×32 a result of 196 kB

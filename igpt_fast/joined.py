@@ -34,6 +34,11 @@ class JoinedTokens:
         """The images' names, each relative to its own source."""
         return [*self.train.names, *self.test.names]
 
+    @property
+    def groups(self) -> list[str] | None:
+        """Those of the images to learn from; an image to test on is alone."""
+        return None if self.train.groups is None else [*self.train.groups, *self.test.names]
+
     def __len__(self) -> int:
         return len(self.train) + len(self.test)
 

@@ -22,6 +22,7 @@ class Labelled:
     classes: tuple[str, ...]
     left_out: dict[str, int]  # classes with too few images, and how many they have
     unlabelled: int  # images without a label
+    groups: np.ndarray | None = None  # int64 [N]: images of one stay together; None: each is alone
 
 
 def choose_labelled(
@@ -42,7 +43,7 @@ def choose_labelled(
     if not len(known) or dataset.classes is None:
         raise InputError(
             f"{dataset.origin}: no image has a label, or all are of one class; put each class into a folder of its "
-            "own, or labels into the .npz"
+            "own, or labels into a metadata.csv or the .npz"
         )
     unlabelled = len(dataset) - len(known)
     if limit is not None and limit < len(known):
@@ -70,7 +71,10 @@ def choose_labelled(
             used[random.permutation(np.flatnonzero((labels == label) & ~test))[per_class:]] = False
     compact = np.cumsum(good) - 1  # classes that take part, numbered without gaps
     names = tuple(dataset.classes[label] for label in np.flatnonzero(good))
-    return Labelled(known[used], compact[labels[used]], test[used], names, left_out, unlabelled)
+    groups = None
+    if dataset.groups is not None:
+        groups = np.unique(np.array(dataset.groups)[known[used]], return_inverse=True)[1].reshape(-1)
+    return Labelled(known[used], compact[labels[used]], test[used], names, left_out, unlabelled, groups)
 
 
 def warn_of_few(chosen: Labelled, per_class: int | None) -> None:
@@ -86,10 +90,28 @@ def warn_of_few(chosen: Labelled, per_class: int | None) -> None:
 def draw_validation(chosen: Labelled, fraction: float, seed: int) -> np.ndarray:
     """bool [N]: the share of each class's images to learn from that validation keeps, one at least; none for 0.
 
-    Drawn by the seed. At least one of each class stays to learn from.
+    Drawn by the seed. At least one of each class stays to learn from. Groups are kept whole: with them the share is
+    only roughly that, and a class may have none in validation.
     """
     held_out, random = np.zeros(len(chosen.labels), bool), np.random.default_rng([seed, 3])
+    if chosen.groups is not None and fraction:
+        return _whole_groups(chosen, fraction, random)
     for label in range(len(chosen.classes) if fraction else 0):
         mine = random.permutation(np.flatnonzero((chosen.labels == label) & ~chosen.test))
         held_out[mine[: min(max(1, round(fraction * len(mine))), len(mine) - 1)]] = True
+    return held_out
+
+
+def _whole_groups(chosen: Labelled, fraction: float, random: np.random.Generator) -> np.ndarray:
+    """draw_validation by groups: in random order, each that a class wants and that leaves all something to learn."""
+    learn = np.flatnonzero(~chosen.test)
+    learn = learn[np.argsort(chosen.groups[learn], kind="stable")]
+    groups = np.split(learn, np.flatnonzero(np.diff(chosen.groups[learn])) + 1)
+    number = len(chosen.classes)
+    has, held = np.bincount(chosen.labels[learn], minlength=number), np.zeros(number, np.int64)
+    held_out, wanted = np.zeros(len(chosen.labels), bool), np.maximum(1, np.round(fraction * has))
+    for group in (groups[k] for k in random.permutation(len(groups))):
+        count = np.bincount(chosen.labels[group], minlength=number)
+        if (held < wanted)[count > 0].any() and (held + count < has)[count > 0].all():
+            held_out[group], held = True, held + count
     return held_out

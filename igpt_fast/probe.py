@@ -93,7 +93,7 @@ def probe(
     chosen = choose_labelled(dataset, test_fraction, limit, per_class, seed)
     warn_of_few(chosen, per_class)
     indices, labels, test = chosen.indices, chosen.labels, chosen.test
-    folds = draw_folds(labels, test, seed)
+    folds = draw_folds(labels, test, seed, chosen.groups)
     pooled = extract_features(model, dataset, indices, layers, batch, amp, processes, 3 if joined else 1)
     if processes is not None and not processes.first:
         return None

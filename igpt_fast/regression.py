@@ -1,5 +1,6 @@
 """Logistic regression on fixed features, its penalty chosen without the test images, and a Score of how it did."""
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ import numpy as np
 
 from igpt_fast import intervals
 from igpt_fast.errors import InputError
+
+log = logging.getLogger("igpt_fast")
 
 # Inverse strengths of the L2 penalty that are tried; the best in validation is used, the smallest of equals.
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -49,12 +52,19 @@ def load_sklearn() -> tuple[type, type, type]:
     return LogisticRegression, StandardScaler, threadpool_limits
 
 
-def draw_folds(labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
+def draw_folds(labels: np.ndarray, test: np.ndarray, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
     """The part, 0 to FOLDS - 1, of every image to learn from, and -1 for the test: int64 [N].
 
-    labels: int64 [N]. test: bool [N]. Each class is dealt out evenly, in an order drawn by the seed.
+    labels: int64 [N]. test: bool [N]. Each class is dealt out evenly, in an order drawn by the seed. groups: int64 [N],
+    which are dealt out whole instead, where there are enough of them for every part to leave two classes.
     """
     folds, random = np.full(len(labels), -1), np.random.default_rng([seed, 1])
+    if groups is not None:
+        numbers, of = np.unique(groups[~test], return_inverse=True)
+        folds[~test] = (random.permutation(len(numbers)) % FOLDS)[of.reshape(-1)]
+        if all(len(np.unique(labels[learn])) > 1 for learn, _ in _parts(folds)):
+            return folds
+        log.warning("there are too few groups to choose the penalty by whole ones: it is chosen by images")
     for label in np.unique(labels):
         mine = random.permutation(np.flatnonzero((labels == label) & ~test))
         folds[mine] = np.arange(len(mine)) % FOLDS

@@ -5,6 +5,7 @@ palette.npy      float32 [colors, 3]
 shard-00000.npy  uint16 [n, H, W], and so on, in the order of the source's names
 labels.npy       int32 [N], -1 where unknown
 names.json       the name of every image, relative to its source
+groups.json      of every image, the group that stays together in a split; absent where each image is alone
 """
 
 import hashlib
@@ -25,7 +26,7 @@ FORMAT, VERSION = "igpt-fast tokens", 1
 SHARD_BYTES = 128 << 20  # large enough that a million images are few files, small enough to move about
 
 
-TOKEN_FILES = r"meta\.json|names\.json|palette\.npy|labels\.npy|shard-\d+\.npy"
+TOKEN_FILES = r"(meta|names|groups)\.json|palette\.npy|labels\.npy|shard-\d+\.npy"
 
 
 def is_token_directory(path: str | Path) -> bool:
@@ -83,17 +84,25 @@ class TokenDataset:
     @cached_property
     def names(self) -> list[str]:
         """The images' names, in the order of the tokens."""
-        with reading(f"{self.path / 'names.json'}:", self._way()):
-            names = json.loads((self.path / "names.json").read_bytes())
-            if not _are_texts(names):
-                raise ValueError("it is no list of names")
-        if len(names) != len(self):
-            raise self._broken("names.json", f"holds {len(names)} names and not {len(self)}")
-        return names
+        return self._texts("names.json")
+
+    @cached_property
+    def groups(self) -> list[str] | None:
+        """Of each image the group that stays together in every split; None: each image is alone, by its name."""
+        return self._texts("groups.json") if (self.path / "groups.json").exists() else None
 
     @cached_property
     def _hashes(self) -> np.ndarray:
-        return np.array([split_hash(name) for name in self.names], np.uint64)
+        return np.array([split_hash(name) for name in self.groups or self.names], np.uint64)
+
+    def _texts(self, file: str) -> list[str]:
+        with reading(f"{self.path / file}:", self._way()):
+            texts = json.loads((self.path / file).read_bytes())
+            if not _are_texts(texts):
+                raise ValueError("it is no list of names")
+        if len(texts) != len(self):
+            raise self._broken(file, f"holds {len(texts)} names and not {len(self)}")
+        return texts
 
     def batch(self, indices: np.ndarray) -> torch.Tensor:
         """Tokens of the images `indices` (any order, repeats allowed) as int64 [n, H, W].
@@ -113,10 +122,11 @@ class TokenDataset:
     def split(self, name: str, val_fraction: float = 0.1) -> np.ndarray:
         """Indices (int64, ascending) of the "train", "val" or "all" images.
 
-        An image is for validation when `split_hash` of its name, which is relative to its source, lies in the lowest
-        `val_fraction` of the range. So it never moves to the other side, whatever images come or go and whatever the
-        order, and a larger fraction only adds to the smaller one's. With few images the share is only roughly
-        `val_fraction`, and may be nothing. Raises InputError for another name or a fraction outside 0..1.
+        An image is for validation when `split_hash` of its group, else of its name, which is relative to its source,
+        lies in the lowest `val_fraction` of the range. So it never moves to the other side, whatever images come or go
+        and whatever the order, and a larger fraction only adds to the smaller one's. With few images or groups the
+        share is only roughly `val_fraction`, and may be nothing. Raises InputError for another name or a fraction
+        outside 0..1.
         """
         if not 0 <= val_fraction <= 1:
             raise InputError(f"val_fraction {val_fraction} is outside 0..1; give the share of validation images")

@@ -16,8 +16,8 @@ def dataset(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("labels"), labels)
 
 
-def chosen_from(labels: np.ndarray, test: np.ndarray, classes: int) -> Labelled:
-    return Labelled(np.arange(len(labels)), labels, test, tuple(map(str, range(classes))), {}, 0)
+def chosen_from(labels: np.ndarray, test: np.ndarray, classes: int, groups: np.ndarray | None = None) -> Labelled:
+    return Labelled(np.arange(len(labels)), labels, test, tuple(map(str, range(classes))), {}, 0, groups)
 
 
 @given(

@@ -30,7 +30,7 @@ LAYERS = [
         "intervals",
     },
     {"ops", "replay"},
-    {"modules", "palette", "kmeans", "decode", "arrays", "made", "sources", "pixels", "tokens"}
+    {"modules", "palette", "kmeans", "decode", "arrays", "reader", "classes", "made", "sources", "pixels", "tokens"}
     | {"images", "image_files", "scientific", "values"},
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},

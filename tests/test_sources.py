@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from igpt_fast.classes import by_folder
 from igpt_fast.errors import InputError
 from igpt_fast.made import MADE
 from igpt_fast.palette import Palette
-from igpt_fast.sources import HIDDEN, OTHER, REPLACED, SCANS, Source, label_by_folder, open_source
+from igpt_fast.sources import HIDDEN, OTHER, REPLACED, SCANS, Source, open_source
 
 NAMES = ["b/zebra.png", "b/ant.PNG", "a/x/deep.png", "a/one.png", "c/ü n.png"]
 SORTED = ["a/one.png", "a/x/deep.png", "b/ant.PNG", "b/zebra.png", "c/ü n.png"]
@@ -126,7 +127,7 @@ def test_a_tar_of_the_current_directory(folder, tmp_path):
 
 def test_labels():
     def labels(*names: str) -> tuple:
-        numbers, classes = label_by_folder(list(names))
+        numbers, classes = by_folder(list(names))
         return None if numbers is None else numbers.tolist(), classes
 
     assert labels("a.png", "b.png") == (None, None)

@@ -167,7 +167,7 @@ def _with_labels(path: Path) -> Path | Source:
     if isinstance(source, Source) and source.classes is None:
         raise InputError(
             f"{path}: no image has a label, or all are of one class; put each class into a folder of its own, or "
-            "labels into the .npz"
+            "labels into a metadata.csv or the .npz"
         )
     return source
 

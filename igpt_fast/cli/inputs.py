@@ -38,7 +38,8 @@ LabelledArgument = Annotated[
     Path,
     typer.Argument(
         metavar="DATA",
-        help="Images with labels (class folders, also in a .zip or .tar, or an .npz), or tokens of them.",
+        help="Images with labels (class folders or a metadata.csv, also in a .zip or .tar, or an .npz), or tokens of "
+        "them.",
         show_default=False,
     ),
 ]

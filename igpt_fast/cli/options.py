@@ -12,7 +12,8 @@ import typer
 from igpt_fast.errors import InputError
 
 DATA_HELP = (
-    "Images: a folder (class folders give labels), a .zip, .tar or .tar.gz, a .npy or .npz array, or one image file."
+    "Images: a folder (class folders or a metadata.csv give labels), a .zip, .tar or .tar.gz, a .npy or .npz array, or "
+    "one image file."
 )
 
 

@@ -83,8 +83,8 @@ def probe(
 ) -> None:
     """Measure how well a logistic regression on each layer's features tells the classes of DATA apart.
 
-    DATA needs labels: class folders, or an .npz with labels. Beside the layers stand the same classifier on raw pixels,
-    and the share of the most frequent class. Needs scikit-learn.
+    DATA needs labels: class folders, a metadata.csv, or an .npz with labels. Beside the layers stand the same
+    classifier on raw pixels, and the share of the most frequent class. Needs scikit-learn.
 
     Example: igpt-fast probe run/ photos/ --out probe.png
     """

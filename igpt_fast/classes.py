@@ -1,0 +1,105 @@
+"""Which class each image of a source has, and which images belong together: by folders, or by a metadata.csv.
+
+metadata.csv lies among the images, as Hugging Face's ImageFolder has it. Its first line names the columns: file_name
+(relative to where the file lies), label, and, where images of one patient or region are not to be on both sides of a
+split, group.
+"""
+
+import csv
+import io
+import logging
+import posixpath
+from dataclasses import dataclass
+
+import numpy as np
+
+from igpt_fast.errors import InputError
+
+METADATA = "metadata.csv"
+FILE, LABEL, GROUP = "file_name", "label", "group"  # its columns
+
+log = logging.getLogger("igpt_fast")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """labels: int64 [N], -1 where unknown, with the names that they index; groups: of each image. None: none."""
+
+    labels: np.ndarray | None = None
+    names: list[str] | None = None
+    groups: list[str] | None = None
+
+
+def is_table(name: str) -> bool:
+    """Whether an entry of a source is a metadata.csv."""
+    return posixpath.basename(name) == METADATA
+
+
+def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classes:
+    """The classes of images with those names. tables: each metadata.csv by its name. where: names the source in errors.
+
+    Images of which no table says anything have no label, and are a group of their own. Raises InputError for a table
+    that cannot be read, contradicts itself, or names no image of the source.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    columns: set[str] = set()
+    for table, data in tables.items():
+        columns |= _read(data, f"{where}: {table}", posixpath.dirname(table), rows, set(names))
+    groups = None
+    if GROUP in columns:  # an image's own name, where it has no group, is apart from the names of groups
+        groups = [f"group {found}" if (found := rows.get(n, {}).get(GROUP)) else f"image {n}" for n in names]
+    if LABEL not in columns:
+        return Classes(*by_folder(names), groups)
+    texts = [rows.get(name, {}).get(LABEL, "") for name in names]
+    classes = _in_order({text for text in texts if text})
+    if len(classes) < 2:
+        return Classes(groups=groups)
+    number = {text: k for k, text in enumerate(classes)} | {"": -1}
+    return Classes(np.array([number[text] for text in texts], np.int64), classes, groups)
+
+
+def by_folder(names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels (int64 [N], -1 for images beside the class folders) and class names; (None, None) with fewer than two."""
+    folders = [posixpath.dirname(name) for name in names]
+    parts = {folder: folder.split("/") if folder else [] for folder in set(folders)}
+    level = 0
+    while all(len(p) > level for p in parts.values()) and len({p[level] for p in parts.values()}) == 1:
+        level += 1
+    classes = sorted({p[level] for p in parts.values() if len(p) > level})
+    if len(classes) < 2:
+        return None, None
+    number = {folder: classes.index(p[level]) if len(p) > level else -1 for folder, p in parts.items()}
+    return np.array([number[folder] for folder in folders], np.int64), classes
+
+
+def _read(data: bytes, where: str, folder: str, rows: dict[str, dict[str, str]], images: set[str]) -> set[str]:
+    """Adds a table's rows to `rows`, by the images' names. Returns its columns, of those that are known here."""
+    try:
+        text = data.decode("utf-8-sig")
+        first = text.partition("\n")[0]
+        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
+        columns = {FILE, LABEL, GROUP} & set(lines.fieldnames or ())
+        if FILE not in columns:
+            log.warning("%s: is not used, for it has no column `file_name`", where)
+            return set()
+        found = 0
+        for line in lines:
+            name = posixpath.normpath(posixpath.join(folder, (line[FILE] or "").strip()))
+            row = {column: (line[column] or "").strip() for column in columns - {FILE}}
+            if rows.setdefault(name, row) != row:
+                raise InputError(f"{where}, line {lines.line_num}: says something else of {name} than a line before")
+            found += name in images
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{where}: is no CSV file in UTF-8 ({error}); write it again") from error
+    if not found:
+        raise InputError(f"{where}: names none of the images here; file_name is their path from here, with its ending")
+    if found < lines.line_num - 1:
+        log.warning("%s: %d of its lines name no image here", where, lines.line_num - 1 - found)
+    if LABEL not in columns:
+        log.warning("%s: has no column `label`, so folders are the classes", where)
+    return columns
+
+
+def _in_order(classes: set[str]) -> list[str]:
+    """Numbers by their size, else by the alphabet."""
+    return sorted(classes, key=int) if all(text.isdecimal() for text in classes) else sorted(classes)

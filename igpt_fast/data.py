@@ -22,7 +22,7 @@ from igpt_fast.console import Bar, say
 from igpt_fast.console import progress as show_progress
 from igpt_fast.decode import decode
 from igpt_fast.errors import InputError
-from igpt_fast.images import Reading, in_todays_words
+from igpt_fast.images import NOTED, Reading
 from igpt_fast.palette import Palette
 from igpt_fast.pixels import FIT_LIMIT, Progress, as_source, by_name, fit_palette, load_pixels, refuse_none_left
 from igpt_fast.sources import Source, open_source
@@ -201,7 +201,7 @@ def show_steps(bar: Bar, step: int, _: int) -> None:
 
 def _noted(how: Reading) -> dict[str, Any]:
     """What of it the tokens note, beside their size."""
-    noted = {name: getattr(how, name) for name in ("resize", "background", "value_range", "bands", "views")}
+    noted = {name: getattr(how, name) for name in (*NOTED, "views")}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in noted.items()}  # as JSON has it
 
 
@@ -211,7 +211,7 @@ def _summary(tokens: TokenDataset) -> str:
 
 def _refuse_other(tokens: TokenDataset, wanted: dict, palette: Palette | None, remedy: str) -> None:
     """Raises InputError, saying what differs, when tokens were not made as `wanted` and with `palette`."""
-    made = {"value_range": None, "bands": None, "views": 0, **in_todays_words(tokens.meta)}  # older ones do not say
+    made = {"value_range": None, "bands": None, "views": 0, **tokens.meta, **tokens.reading}  # older ones do not say
     words = {"source_stamp": "the images have changed since, or are others", "skipped": "corrupt images were skipped"}
     differs = [
         words.get(key, f"{key} is {made[key]}, not {value}") for key, value in wanted.items() if made[key] != value

@@ -14,6 +14,7 @@ RESIZES = ("paper", "hf", "none")
 SHORT_SIDE = 224  # pixels: the paper's crop
 TRAINED_SIDES = (256, 384)  # pixels: the short sides of which the paper's training crops
 MOST_VIEWS = 100  # of an image
+NOTED = ("resize", "background", "value_range", "bands")  # of a Reading: what is kept with tokens and models
 
 
 @dataclass(frozen=True)

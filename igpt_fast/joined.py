@@ -1,5 +1,7 @@
 """Two token directories as one: images to learn from, and others, of the same classes, to test on."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -33,6 +35,11 @@ class JoinedTokens:
     def names(self) -> list[str]:
         """The images' names, each relative to its own source."""
         return [*self.train.names, *self.test.names]
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the images to learn from were read."""
+        return self.train.reading
 
     @property
     def groups(self) -> list[str] | None:

@@ -90,6 +90,7 @@ class Loop:
                 model = ImageGPT(self.config)
         else:
             model = checkpoint.model
+        model.reading = self.batches.dataset.reading
         self.model = model.to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if self.options.ema else self.model
         self.model.activation_checkpointing = self.options.activation_checkpointing

@@ -45,6 +45,7 @@ class ImageGPT(nn.Module):
         self.activation_checkpointing = False
         self.palette: Palette | None = None  # the colours that pretrained weights came with
         self.class_names: tuple[str, ...] | None = None  # those of wclf's rows
+        self.reading: dict[str, Any] | None = None  # how its images were read, see TokenDataset.reading
         d = config.width
         self.wte = _table(config.colors, d, std=0.02)
         if config.objective == "ar":
@@ -66,14 +67,14 @@ class ImageGPT(nn.Module):
     ) -> "ImageGPT":  # fmt: skip
         """Published weights: a directory in Hugging Face's layout, a name on their hub, an OpenAI checkpoint's prefix.
 
-        `model.palette` and `model.class_names` lay with them, or are None. dtype: None, or "auto", is theirs.
+        `model.palette`, `.class_names` and `.reading` lay with them, or are None. dtype: None, or "auto", is theirs.
         size: (height, width) that their positions are brought to, by `igpt_fast.positions.resized`. heads: see
         `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
         """
         wanted, found = dtype_of(dtype, device), read_pretrained(source, size, heads)
         model = cls.empty(found.config, wanted or found.tensors["wte"].dtype, device)
         model.load_state_dict(found.tensors)
-        model.palette, model.class_names = found.palette, found.class_names
+        model.palette, model.class_names, model.reading = found.palette, found.class_names, found.reading
         return model
 
     @classmethod
@@ -86,12 +87,12 @@ class ImageGPT(nn.Module):
     def save_pretrained(self, path: str | Path, palette: Palette | None = None, overwrite: bool = False) -> None:
         """Writes a directory that transformers' ImageGPT loads, and `from_pretrained` too; whole or not at all.
 
-        palette: None writes `self.palette`, if any. overwrite: replaces such a directory. A BERT model is written too,
-        but transformers, which has none, refuses its shapes. Axial positions are written as their sums, and come back
-        as learned ones. A pattern is written for `from_pretrained`; transformers would compute dense attention, of
-        which a warning is logged. Raises InputError.
+        palette: None writes `self.palette`, if any. overwrite: replaces such a directory. Axial positions are written
+        as their sums, and come back as learned ones. A BERT model is written too, whose shapes transformers refuses,
+        and a pattern, where it would compute dense attention, of which a warning is logged. Raises InputError.
         """
-        write_pretrained(path, self.config, tensors_to_save(self), palette or self.palette, overwrite, self.class_names)
+        beside = self.class_names, self.reading
+        write_pretrained(path, self.config, tensors_to_save(self), palette or self.palette, overwrite, *beside)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits [N, T, colors]; row i predicts pixel i.   tokens [N, H, W] or [N, T], integers of torch or NumPy

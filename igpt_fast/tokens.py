@@ -14,11 +14,13 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from igpt_fast.errors import InputError, reading
+from igpt_fast.images import NOTED, in_todays_words
 from igpt_fast.made import is_run
 from igpt_fast.palette import Palette
 
@@ -77,6 +79,12 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the images were read, as far as it is noted: fields of igpt_fast.images.Reading, as JSON has them."""
+        noted = in_todays_words(self.meta)
+        return {name: noted[name] for name in NOTED if name in noted}
 
     def __reduce__(self) -> tuple:
         return TokenDataset, (self.path,)  # a process that is sent one opens the files itself

@@ -74,9 +74,9 @@ def classify(
 
     Example: igpt-fast classify run/ new-scans/ -o classes.csv
     """
-    check_place(out, ".csv")
+    check_place(out, ".csv", data)
     if confusion is not None:
-        check_place(confusion, ".png")
+        check_place(confusion, ".png", data)
     given = given_of(resize=resize, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))

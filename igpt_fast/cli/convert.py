@@ -10,10 +10,11 @@ import typer
 
 from igpt_fast.atomic import move_into_place, refuse_others, work_directory
 from igpt_fast.checkpoint import FOLDER, save_checkpoint
-from igpt_fast.cli.inputs import ModelArgument
+from igpt_fast.cli.inputs import ModelArgument, reading_of
 from igpt_fast.cli.options import JsonOption, parse_size, print_json
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
+from igpt_fast.images import NOTED
 from igpt_fast.model import ImageGPT
 from igpt_fast.palette import Palette
 from igpt_fast.weights import open_model
@@ -89,6 +90,8 @@ def convert(
         raise InputError(f"the palette has {len(colours)} colours, the model {config.colors}; give the one it has")
     if dtype is not None:
         found = _cast(found, getattr(torch, dtype.value))
+    if reading := reading_of(checkpoint):
+        found.reading = {name: reading[name] for name in NOTED if name in reading}
     if to is Layout.hf:
         found.save_pretrained(out, colours, overwrite)
     else:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from igpt_fast.atomic import write_atomically
+from igpt_fast.cli.inputs import refuse_replacing
 from igpt_fast.cli.options import (
     BackgroundOption,
     BandsOption,
@@ -186,10 +187,10 @@ def _check_palette_file(out: Path, data: Path) -> None:
     """
     if out.suffix != ".npy" or out.is_dir():
         raise InputError(f"{out}: a palette is written as a file ending in .npy; give such a name to --out")
-    picture, images = _picture_of(out), data.resolve()
-    for path in filter(Path.exists, (out, picture)):
-        if images in (path.resolve(), *path.resolve().parents):
-            raise InputError(f"{path}: is among the images, and would be replaced; give another name to --out")
+    picture = _picture_of(out)
+    if out.exists() and out.resolve() == data.resolve():
+        raise InputError(f"{out}: are the images, and would be replaced; give another name")
+    refuse_replacing(picture, data)
     if picture.is_dir() or (picture.exists() and not out.exists()):
         raise InputError(f"{picture}: is there, and the palette's picture would take its place; give another --out")
     folder = next(parent for parent in out.absolute().parents if parent.exists())

@@ -128,7 +128,7 @@ def _prepare(
     test = given.get("test", command.get("test"))
     options = chosen(STANDARD, saved["options"], given)  # finds mistakes before anything is read
     _refuse_idle(given, options, [data, *([Path(test)] if test else [])])
-    init = command.get("init") if resume else str(model)
+    init = command.get("init") if resume else str(model.absolute() if model.exists() else model)
     if init is None:
         say(f"{out} was begun in Python: with which model it does not say, so {model} is not compared with it")
     elif Path(init).resolve() != model.resolve():
@@ -142,6 +142,7 @@ def _prepare(
         for source, name, word in zip(sources, ("tokens", "test-tokens"), ("DATA", "--test"), strict=False)
     ]
     dataset = JoinedTokens(*parts) if test else parts[0]
+    images |= dataset.reading if is_token_directory(data) else {}
     options["test_fraction"] = 0.0 if test else options["test_fraction"]
     if not resume:
         say(f"beginning with the weights of {described(found)}")

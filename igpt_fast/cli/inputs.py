@@ -12,9 +12,12 @@ import torch
 import typer
 
 from igpt_fast.checkpoint import Checkpoint
+from igpt_fast.classes import is_table
 from igpt_fast.cli.options import BANDS, VALUE_RANGE, OnError, Resize, with_numbers
+from igpt_fast.console import say
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
+from igpt_fast.image_files import SUFFIXES
 from igpt_fast.images import Reading
 from igpt_fast.pixels import as_source
 from igpt_fast.processes import Processes
@@ -98,11 +101,20 @@ SkipOption = Annotated[
 ]
 
 
-def check_place(out: Path, ending: str) -> None:
-    """Finds out before the work that a file can be written. Raises InputError."""
+def check_place(out: Path, ending: str, *inputs: Path) -> None:
+    """Finds out before the work that a file can be written, over none of the `inputs`. Raises InputError."""
     if out.suffix.lower() != ending or out.is_dir():
         raise InputError(f"{out}: is written as a {ending} file; give a name ending in {ending}")
     check_folder(out.parent)
+    refuse_replacing(out, *inputs)
+
+
+def refuse_replacing(out: Path, *inputs: Path) -> None:
+    """InputError where `out` is one of the images or tables of labels that a command reads."""
+    if out.exists() and (out.suffix.lower() in SUFFIXES or is_table(out.name)):
+        for path in inputs:
+            if path.resolve() in (out.resolve(), *out.resolve().parents):
+                raise InputError(f"{out}: is among the images, and would be replaced; give another name")
 
 
 def check_folder(folder: Path) -> None:
@@ -145,7 +157,12 @@ def tokens_for(checkpoint: Checkpoint, data: Path, given: Mapping[str, Any]) -> 
     size, palette = checkpoint.model.config.size, checkpoint.palette
     refuse_reading([data], given, READING)
     if is_token_directory(data):
-        yield open_tokens(data, palette, size=size)
+        tokens = open_tokens(data, palette, size=size)
+        known = reading_of(checkpoint)
+        for name in [name for name, value in tokens.reading.items() if known.get(name, value) != value]:
+            flag, was, is_ = name.replace("_", "-"), known[name], tokens.reading[name]
+            say(f"{data} was made with --{flag} {is_}, but the model learned from images with {was}")
+        yield tokens
         return
     if palette is None:
         raise InputError(f"{checkpoint.path} has no palette to read images with; give DATA as tokens of its palette")
@@ -171,9 +188,10 @@ def given_of(**options: Any) -> dict[str, Any]:
 
 
 def reading_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How the run of the checkpoint read its images, of READING; nothing where there is none."""
+    """How the images that the model learned from were read, of READING, as far as it is known."""
     run = run_of(checkpoint)
     reading = {} if run is None else read_options(run)["command"].get("images", {})
+    reading = {**reading, **(checkpoint.model.reading or {})}
     return {name: reading[name] for name in READING if name in reading}
 
 

@@ -92,7 +92,7 @@ def probe(
         raise InputError("--test-fraction changes nothing with --test, which is all that is tested on; leave one out")
     test_fraction = 0.2 if test_fraction is None else test_fraction
     load_sklearn()
-    check_place(out, ".png")
+    check_place(out, ".png", data, *([test] if test else []))
     given = given_of(resize=resize, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))

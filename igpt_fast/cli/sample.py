@@ -25,6 +25,7 @@ from igpt_fast.cli.inputs import (
     described,
     given_of,
     reading_of,
+    refuse_replacing,
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.console import progress, say
@@ -176,7 +177,7 @@ def complete(
     options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
     check_options(**options, keep=keep)
     parse_background(background or "white")
-    _check_places(out, single)
+    _check_places(out, single, *photos)
     for photo in photos:
         if not photo.is_file():
             what = f"{photo} is a folder" if photo.is_dir() else f"there is no file {photo}"
@@ -196,7 +197,8 @@ def complete(
     tokens = torch.from_numpy(palette.encode(originals)).to(where)
     count = kept_pixels(config, keep)
     names = [f"{index:03d}-{photo.stem}-{j:03d}" for index, photo in enumerate(photos) for j in range(n)]
-    files = _singles(single, names)
+    for file in (files := _singles(single, names)):
+        refuse_replacing(file, *photos)
     with progress(len(photos) * n * (config.tokens - count), "pixels", "completing") as bar:
         drawn = _saver(palette, files)
         completed = complete_tokens(checkpoint.model, tokens, keep, **options, progress=bar.to, drawn=drawn)
@@ -222,8 +224,8 @@ def _decode(palette: Palette, tokens: Tensor) -> np.ndarray:
     return palette.decode(tokens.cpu()).numpy()
 
 
-def _check_places(out: Path, single: Path | None) -> None:
-    check_place(out, ".png")
+def _check_places(out: Path, single: Path | None, *photos: Path) -> None:
+    check_place(out, ".png", *photos)
     if single is not None:
         check_folder(single)
 

@@ -16,7 +16,7 @@ from igpt_fast.console import say
 from igpt_fast.errors import InputError, reading
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import Labelled
-from igpt_fast.run import LEARNED, learns_classes, read_options
+from igpt_fast.run import LEARNED, OPTIONS, learns_classes, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 
 CHUNK = 1 << 22  # tokens read at a time
@@ -26,29 +26,53 @@ MOST = 1 << 28  # tokens, 260,000 images of 32 × 32: to look for a few among mo
 def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarray) -> int | None:
     """How many of the images the model has learned from; None where that is not known.
 
-    Of other data than the run's own those count whose tokens are the same, where the run's still lie there whole. Of a
-    fine-tuned model's last run the images of validation count as seen: the weights were chosen by them.
+    Of other data than the run's own those count whose tokens are the same, where the run's still lie there whole; so do
+    those of the runs that it began with. Of a fine-tuned model's runs the images of validation count as seen: the
+    weights were chosen by them.
     """
-    run = run_of(checkpoint)
-    if run is None:
+    if (newest := run_of(checkpoint)) is None:
         return None
-    saved = read_options(run)
-    own = dataset if _is(dataset, saved) else _data_of(run, saved)
-    if own is None or own.size != dataset.size:
-        return None
-    if learns_classes(saved):
-        with reading(f"{run / LEARNED}:", "put it back"):
-            learned = np.load(run / LEARNED, allow_pickle=False)
-        learned = learned[learned < len(own)]
-    else:
-        learned = own.split("train", saved["options"]["val_fraction"])
-    if own is dataset:
-        return len(np.intersect1d(indices, learned))
-    try:
-        known = set(_digests(own, learned))
-    except InputError:  # a remark is not worth ending for
-        return None
-    return sum(digest in known for digest in _digests(dataset, indices))
+    seen, known = np.zeros(len(indices), bool), set()
+    for run, saved in _lineage(newest):
+        own = dataset if _is(dataset, saved) else _data_of(run, saved)
+        if own is None or own.size != dataset.size:
+            return None
+        learned = _learned(run, saved, own)
+        if own is dataset:
+            seen |= np.isin(indices, learned)
+            continue
+        try:
+            known |= set(_digests(own, learned))
+        except InputError:  # a remark is not worth ending for
+            return None
+    if known:
+        seen |= np.fromiter((digest in known for digest in _digests(dataset, indices)), bool, len(indices))
+    return int(seen.sum())
+
+
+def _lineage(run: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The run, the one whose weights it began with, and so on, each with its train.json."""
+    passed: set[Path] = set()
+    while run is not None and run.resolve() not in passed:
+        passed.add(run.resolve())
+        yield run, (saved := read_options(run))
+        begun = saved["command"].get("init")
+        run = next((path for path in _around(begun) if (path / OPTIONS).is_file()), None) if begun else None
+
+
+def _around(model: str) -> tuple[Path, ...]:
+    """Where the run lies whose weights `model` names: itself, its checkpoints or one of these."""
+    path = Path(model)
+    return path, path.parent, path.parent.parent
+
+
+def _learned(run: Path, saved: dict[str, Any], own: TokenDataset) -> np.ndarray:
+    """Indices of the images of `own` that a run has learned from, or was chosen by."""
+    if not learns_classes(saved):
+        return own.split("train", saved["options"]["val_fraction"])
+    with reading(f"{run / LEARNED}:", "put it back"):
+        learned = np.load(run / LEARNED, allow_pickle=False)
+    return learned[learned < len(own)]
 
 
 def seen_in_test(checkpoint: Checkpoint, dataset: TokenDataset | JoinedTokens, labelled: Labelled) -> int | None:

@@ -156,6 +156,8 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
     if resume and learns_classes(saved):
         way = saved["command"].get("resume", "igpt-fast finetune --resume")
         raise InputError(f"{out} is a run of finetune; go on with: {way}")
+    if saved["command"].get("from_tokens") and not is_token_directory(data):
+        raise InputError(f"{out} was trained on tokens ({saved['command'].get('data')}); give those, not {data}")
     options = chosen(STANDARD, saved["options"], given)  # finds mistakes before the images are read
     _refuse_idle(given, data)
     start = open_start(init, data, given) if init else None
@@ -179,9 +181,12 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
     remedy = {"remedy": f"{_again(out / 'tokens', out)} goes on with the tokens as they are"} if resume else {}
     more = {"seed": options["seed"], "workers": given.get("workers"), **remedy}
     dataset = _open(data, out, images, own or given.get("palette"), **more)
+    if not resume and is_token_directory(data):
+        images |= dataset.reading
     config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
-    command = {"data": str(data), "images": images, "resume": _again(data, out)}
-    command |= {"init": str(init)} if init else {}
+    command = dict(saved["command"]) if resume else {"from_tokens": is_token_directory(data)}
+    command |= {"data": str(data), "images": images, "resume": _again(data, out)}
+    command |= {"init": str(init.absolute() if init.exists() else init)} if init else {}
     model = start.model if start else None
     return dataset, {"config": config, "resume": resume, "init": model, "command": command, **options}
 

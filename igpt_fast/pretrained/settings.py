@@ -1,7 +1,7 @@
 """Hugging Face's config.json: what it asks of the forward pass, honoured or refused by name; and ours written as one.
 
-Beside their fields, files of ours hold `igpt_fast`: the grid of pixels, which theirs does not know, the objective, and
-a sparse model's pattern.
+Beside their fields, files of ours hold `igpt_fast`: the grid of pixels, which theirs does not know, the objective, a
+sparse model's pattern, and how the images were read.
 """
 
 import logging
@@ -11,6 +11,7 @@ from typing import Any
 
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
+from igpt_fast.images import NOTED, Reading
 from igpt_fast.palette import HF_CONFIG
 
 log = logging.getLogger("igpt_fast")
@@ -77,10 +78,8 @@ def read_settings(
     ours = settings.get(OURS, {})
     size = ours.get("size", [1, 1]) if isinstance(ours, dict) else None
     pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
-    if not pair or ours.keys() - {"objective", "size", "pattern"}:
-        raise InputError(
-            f"{where}: {OURS} is {ours!r}; it holds the objective, the size (height, width) and the pattern"
-        )
+    if not pair or ours.keys() - {"objective", "size", "pattern", "reading"}:
+        raise InputError(f"{where}: {OURS} is {ours!r}; it holds objective, size (height, width), pattern and reading")
     own = tuple(ours["size"]) if "size" in ours else None
     if own and grid and own != grid != (32, 32):
         says, beside = (f"{height}x{width}" for height, width in (own, grid))
@@ -144,8 +143,25 @@ def read_class_names(settings: Mapping[str, Any], classes: int, where: str) -> t
     return tuple(str(found[row]) for row in wanted)
 
 
+def read_reading(settings: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """How the images that the model has learned from were read; None where a file does not say. Raises InputError."""
+    found = settings.get(OURS, {}).get("reading")
+    try:
+        if found is not None and found.keys() <= set(NOTED) and Reading(**found):
+            return found
+    except (AttributeError, TypeError, InputError) as error:
+        raise InputError(f"{where}: {OURS} has reading {found!r}, by which no image can be read ({error})") from error
+    if found is not None:
+        raise InputError(f"{where}: {OURS} has reading {found!r}; it holds {', '.join(NOTED)}")
+    return None
+
+
 def write_settings(
-    config: Config, dtype: str, headless: bool = False, class_names: Sequence[str] | None = None
+    config: Config,
+    dtype: str,
+    headless: bool = False,
+    class_names: Sequence[str] | None = None,
+    reading: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The config.json with which transformers' ImageGPT computes what a model of `config` computes.
 
@@ -155,6 +171,8 @@ def write_settings(
     ours = {"objective": config.objective, "size": list(config.size)}
     if config.pattern is not None:
         ours["pattern"] = config.to_dict()["pattern"]
+    if reading is not None:
+        ours["reading"] = dict(reading)
     bare = "ImageGPTModel" if headless else "ImageGPTForCausalImageModeling"
     kind = "ImageGPTForImageClassification" if config.classes else bare
     settings = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from igpt_fast.batches import fingerprint
-from igpt_fast.checkpoint import Checkpoint
+from igpt_fast.checkpoint import FOLDER, Checkpoint
 from igpt_fast.cli.inputs import run_of
 from igpt_fast.console import say
 from igpt_fast.errors import InputError, reading
@@ -33,7 +33,10 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
     if (newest := run_of(checkpoint)) is None:
         return None
     seen, known = np.zeros(len(indices), bool), set()
-    for run, saved in _lineage(newest):
+    for run in _lineage(newest):
+        if run is None:
+            return None
+        saved = read_options(run)
         own = dataset if _is(dataset, saved) else _data_of(run, saved)
         if own is None or own.size != dataset.size:
             return None
@@ -50,20 +53,25 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
     return int(seen.sum())
 
 
-def _lineage(run: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The run, the one whose weights it began with, and so on, each with its train.json."""
+def _lineage(run: Path) -> Iterator[Path | None]:
+    """The run, the one whose weights it began with, and so on to fresh or published ones; None: it is not there."""
     passed: set[Path] = set()
     while run is not None and run.resolve() not in passed:
         passed.add(run.resolve())
-        yield run, (saved := read_options(run))
-        begun = saved["command"].get("init")
-        run = next((path for path in _around(begun) if (path / OPTIONS).is_file()), None) if begun else None
+        yield run
+        begun = read_options(run)["command"].get("init")
+        if begun is None:
+            return
+        path = Path(begun)  # a run, its checkpoints, or one of these
+        around = (path, path.parent, path.parent.parent)
+        run = next((place for place in around if (place / OPTIONS).is_file()), None)
+        if run is None and (any((place / FOLDER).is_dir() for place in around) or _is_gone(path)):
+            yield None
 
 
-def _around(model: str) -> tuple[Path, ...]:
-    """Where the run lies whose weights `model` names: itself, its checkpoints or one of these."""
-    path = Path(model)
-    return path, path.parent, path.parent.parent
+def _is_gone(path: Path) -> bool:
+    """Whether there was something, since what is there is noted by its whole path, that is there no more."""
+    return path.is_absolute() and not path.exists() and not path.with_name(f"{path.name}.index").exists()
 
 
 def _learned(run: Path, saved: dict[str, Any], own: TokenDataset) -> np.ndarray:

@@ -47,7 +47,7 @@ def npz_layout(path: Path) -> ArrayLayout:
         labels, classes = None, None
         if keys["labels"] is not None:
             with archive.open(members[keys["labels"]]) as stream:
-                labels, classes = _labels(np.lib.format.read_array(stream, allow_pickle=False), layout.count, path)
+                labels, classes = _labels(_stored(stream, keys["labels"], path), layout.count, path)
     return ArrayLayout(layout.count, layout.row, layout.dtype, layout.offset, member, labels, classes)
 
 
@@ -55,9 +55,7 @@ _KEYS = {"images": IMAGE_KEYS, "labels": LABEL_KEYS}
 
 
 def _layout(stream: BinaryIO, length: int, where: str) -> ArrayLayout:
-    version = np.lib.format.read_magic(stream)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read_header(stream)
+    shape, fortran, dtype = _header(stream)
     form = f"{dtype} {list(shape)}"
     if dtype.kind not in "buif" or len(shape) not in (3, 4):
         raise InputError(f"{where}: holds {form}; give numbers [N, H, W, 3] or, for grayscale, [N, H, W]")
@@ -73,6 +71,21 @@ def _layout(stream: BinaryIO, length: int, where: str) -> ArrayLayout:
     if offset + math.prod(shape) * dtype.itemsize > length:
         raise InputError(f"{where}: cut short: {form} needs more than its {length} bytes; make or copy it again")
     return ArrayLayout(shape[0], shape[1:], dtype.str, offset)
+
+
+def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and dtype."""
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read_header(stream)
+
+
+def _stored(stream: BinaryIO, name: str, path: Path) -> np.ndarray:
+    """An array. InputError for one of Python objects, which pandas makes of texts; anything for a damaged one."""
+    if _header(stream)[2].hasobject:
+        raise InputError(f"{path}: {name} is an array of Python objects; save it as {name}.astype(str)")
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _labels(values: np.ndarray, count: int, path: Path) -> tuple[np.ndarray, list[str]]:

@@ -84,6 +84,11 @@ def number(value: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def counted(count: int, unit: str) -> str:
+    """`1 image`, `2,000 images`."""
+    return f"{number(count)} {unit}{'s' * (count != 1)}"
+
+
 class Bar:
     """What `progress` hands out. `done` and `total` count units; `fields` are shown behind the time left."""
 

@@ -10,6 +10,7 @@ each: images (one image), sources (lists of them), decode (many, in parallel), p
 import errno
 import json
 import os
+import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from igpt_fast.atomic import move_into_place, refuse_others, work_directory
-from igpt_fast.console import Bar, say
+from igpt_fast.console import Bar, counted, say
 from igpt_fast.console import progress as show_progress
 from igpt_fast.decode import decode
 from igpt_fast.errors import InputError
@@ -179,19 +180,28 @@ def open_tokens(
         tokens = tokenize(source, palette, cache_dir, **options, progress=bar.to, fit=fit)
     say(f"wrote tokens to {cache_dir}: {_summary(tokens)}" if kept else f"tokenised {_summary(tokens)}")
     tokens.origin = tokens.origin if kept else source.path
-    for line in report_left_out(tokens.meta["ignored"], [s["error"] for s in tokens.meta["skipped"]]):
+    for line in report_left_out(tokens.meta["ignored"], [(s["name"], s["error"]) for s in tokens.meta["skipped"]]):
         say(line)
     return tokens
 
 
-def report_left_out(ignored: dict[str, int], skipped: list[str], listed: int = 20) -> list[str]:
-    """Lines for a person about files that were not images (counted) and corrupt ones (the first `listed` in full)."""
-    lines = [f"ignored {sum(ignored.values())} files: " + ", ".join(f"{n} {why}" for why, n in sorted(ignored.items()))]
-    lines = lines if ignored else []
+def report_left_out(ignored: dict[str, int], skipped: list[tuple[str, str]], listed: int = 20) -> list[str]:
+    """Lines for a person about files that were not images (counted), and about those that could not be read.
+
+    skipped: (name, why) of each. Of those that have the same reason the first is named; at most `listed` reasons are.
+    """
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
+    lines = [f"ignored {counted(sum(ignored.values()), 'file')}: {kinds}"] if ignored else []
+    alike: dict[str, list[str]] = {}
+    for name, error in skipped:  # numbers and what stands in brackets are an image's own
+        reason = re.sub(r"\(.*?\)|\d[\d.,]*", "", error.rpartition(f"{name}: ")[2])
+        alike.setdefault(reason, []).append(error)
     if skipped:
-        lines += [f"skipped {len(skipped)} corrupt images:", *(f"  {error}" for error in skipped[:listed])]
-        lines += [f"  and {len(skipped) - listed} more"] if len(skipped) > listed else []
-    return lines
+        lines.append(f"skipped {counted(len(skipped), 'image')} that could not be read:")
+    for errors in list(alike.values())[:listed]:
+        lines.append(f"  {errors[0]}" + (f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""))
+    rest = sum(map(len, list(alike.values())[listed:]))
+    return [*lines, f"  and {rest} more"] if rest else lines
 
 
 def show_steps(bar: Bar, step: int, _: int) -> None:
@@ -212,7 +222,10 @@ def _summary(tokens: TokenDataset) -> str:
 def _refuse_other(tokens: TokenDataset, wanted: dict, palette: Palette | None, remedy: str) -> None:
     """Raises InputError, saying what differs, when tokens were not made as `wanted` and with `palette`."""
     made = {"value_range": None, "bands": None, "views": 0, **tokens.meta, **tokens.reading}  # older ones do not say
-    words = {"source_stamp": "the images have changed since, or are others", "skipped": "corrupt images were skipped"}
+    words = {
+        "source_stamp": "the images have changed since, or are others",
+        "skipped": "unreadable images were skipped",
+    }
     differs = [
         words.get(key, f"{key} is {made[key]}, not {value}") for key, value in wanted.items() if made[key] != value
     ]

@@ -25,8 +25,8 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
     batch: images that go through the model side by side
     resize: how images come to the model's size, "paper" or "hf", see igpt_fast.images.resize_image
 
-    X is an array or a tensor: images [N, H, W, 3] or [N, 3, H, W], uint8 or float in [0, 1], or tokens [N, H, W] or
-    [N, T] in integers. A clone shares the model, which is never changed: there is nothing to fit.
+    X is an array or a tensor: images [N, H, W, 3] or [N, 3, H, W], gray ones [N, H, W, 1], uint8 or float in [0, 1],
+    or tokens [N, H, W] or [N, T] in integers. A clone shares the model, which is never changed: nothing is fitted.
     """
 
     def __init__(self, model: ImageGPT, layer: int | None = None, *, batch: int = 32, resize: str = "paper") -> None:
@@ -44,10 +44,11 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
         """float32 [N, width]. Raises InputError for parameters out of range and for what is no image and no token."""
         layer, device = self._chosen(), self.model.wte.device
         given = X if isinstance(X, Tensor | np.ndarray) else tensor_of(X, "IGPTFeatures: X is")
-        if given.dtype in (torch.uint8, np.uint8) and given.ndim == 3:
-            shape = list(given.shape)
+        kind = str(given.dtype).removeprefix("torch.")
+        if given.ndim in (2, 3) and kind in ("uint8", "bfloat16", "float16", "float32", "float64"):
             raise InputError(
-                f"IGPTFeatures: X is uint8 {shape}, gray images or tokens; give RGB images, or int64 tokens"
+                f"IGPTFeatures: X is {kind} {list(given.shape)}, gray images or tokens; give gray images as "
+                "[N, H, W, 1], and tokens as int64"
             )
         found = np.empty((len(given), self.model.config.width), np.float32)
         with torch.inference_mode():
@@ -74,6 +75,7 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
     def _tokens(self, part: Tensor) -> Tensor:
         if part.ndim != 4:
             return part
+        part = part.expand(-1, -1, -1, 3) if part.shape[3] == 1 else part  # gray
         return self.model.tokenize(part.permute(0, 3, 1, 2) if part.shape[3] == 3 else part, self.resize)
 
     def __sklearn_clone__(self) -> "IGPTFeatures":

@@ -91,7 +91,7 @@ def test_characters_that_stdout_lacks_are_replaced():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--size", ""), "--size '' is not a size"),
+        (("--size", "x"), "--size 'x' is not a size"),
         (("--seed", 2**64), "--seed is 18446744073709551616"),
         (("--layers", 10**20), "layers is 100000000000000000000; use at most 10,000"),
         (("--device", "meta"), "device 'meta' is none to train or sample on"),
@@ -106,6 +106,11 @@ def test_absurd_options_of_train(igpt, tmp_path, monkeypatch, words, message):
 def test_absurd_options_of_sample(igpt, tmp_path):
     code, _, said = igpt("sample", tmp_path, "-n", 10**8)
     assert code == 2 and "n is 100000000; ask for at most 1,000,000" in said
+
+
+def test_a_word_of_nothing_is_no_place():
+    done = python("", "palette", "", "-o", "x.npy")
+    assert done.returncode == 2 and b"one of the words is empty, perhaps a variable that is not set" in done.stderr
 
 
 def test_info_says_which_extras_are_there(monkeypatch):

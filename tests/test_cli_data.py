@@ -121,10 +121,17 @@ def test_skipping_counts_and_lists(folder):
     assert [entry["name"] for entry in json.loads(out)["skipped"]] == ["a/4.png"]
     assert json.loads(out)["ignored"] == {"not an image": 1}
     out, err = call("tokenize", folder, "--palette", "palette.npy", "--size", 4, "-o", "t", "--on-error", "skip")
-    assert "ignored 1 files: 1 not an image" in err
-    assert "skipped 1 corrupt images:" in err
+    assert "ignored 1 file: 1 not an image" in err
+    assert "skipped 1 image that could not be read:" in err
     assert f"  {folder}/a/4.png: the file is empty (0 bytes)" in err
     assert len(TokenDataset("t")) == 11
+    for k in range(3):
+        (folder / "a" / f"broken{k}.png").write_bytes(b"")
+        Image.fromarray(np.full((2, 2), k - 4.5, np.float32)).save(folder / "b" / f"{k}.tif")
+    out, err = call("palette", folder, "--colors", 8, "--size", 4, "--on-error", "skip", "--json")
+    assert len(json.loads(out)["skipped"]) == 7 and "skipped 7 images that could not be read:" in err
+    assert "4.png: the file is empty (0 bytes); mend or remove the file (and 3 more like it)\n" in err
+    assert "0.tif: values of float32" in err and "does, as 0,3000 (and 2 more like it)\n" in err and "1.tif" not in err
 
 
 @pytest.mark.parametrize(

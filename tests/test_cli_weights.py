@@ -119,7 +119,7 @@ def test_eval_skips_what_is_broken_and_names_no_place_that_goes_away(igpt, tmp_p
     code, _, said = igpt("eval", weights, tmp_path / "photos")
     assert code == 2 and "mend or remove the file, or leave such files out with --on-error skip" in said
     code, printed, said = igpt("eval", weights, tmp_path / "photos", "--on-error", "skip", "--json")
-    assert code == 0 and json.loads(printed)["images"] == 1 and "skipped 1 corrupt images" in said
+    assert code == 0 and json.loads(printed)["images"] == 1 and "skipped 1 image that could not be read" in said
     assert "tokenised 1 images, 4x6, 16 colours" in said and "igpt-fast-" not in said
     (tmp_path / "photos" / "bad.png").unlink()
     code, _, said = igpt("eval", weights, tmp_path / "photos", "--split", "val", "--val-fraction", "0")

@@ -278,9 +278,9 @@ def test_open_tokens_does_not_hide_what_a_cache_skipped(folder, tmp_path, capsys
         open_tokens(folder, PALETTE, cache, size=SIZE)
     assert not cache.exists()
     assert len(open_tokens(folder, PALETTE, cache, size=SIZE, on_error="skip")) == COUNT - 1
-    assert "skipped 1 corrupt images:" in capsys.readouterr().err
+    assert "skipped 1 image that could not be read:" in capsys.readouterr().err
     assert len(open_tokens(folder, PALETTE, cache, size=SIZE, on_error="skip")) == COUNT - 1
-    with pytest.raises(InputError, match="corrupt images were skipped"):
+    with pytest.raises(InputError, match="unreadable images were skipped"):
         open_tokens(folder, PALETTE, cache, size=SIZE)
 
 

@@ -114,8 +114,14 @@ def test_what_is_no_array_for_torch_is_refused(model, given):
 
 def test_gray_images_are_not_taken_for_tokens(model):
     gray = np.zeros((2, 4, 6), np.uint8)
-    with pytest.raises(igpt.InputError, match=r"uint8 \[2, 4, 6\], gray images or tokens"):
-        IGPTFeatures(model).transform(gray)
+    for given in (gray, gray.reshape(2, 24), torch.zeros(2, 4, 6, dtype=torch.uint8), gray / 2, torch.zeros(2, 24)):
+        with pytest.raises(
+            igpt.InputError, match=r"(uint8|float\d+) \[2, .*\], gray images or tokens; give gray .* H, W, 1\]"
+        ):
+            IGPTFeatures(model).transform(given)
+    model.palette = igpt.Palette(np.random.default_rng(0).uniform(-1, 1, (model.config.colors, 3)).astype(np.float32))
+    shades = np.random.default_rng(1).integers(0, 256, (2, 4, 6, 1), np.uint8)
+    assert np.array_equal(*(IGPTFeatures(model).transform(x) for x in (shades, shades.repeat(3, 3))))
     assert (
         IGPTFeatures(model).transform(gray.astype(np.int64)).shape
         == IGPTFeatures(model).transform(np.zeros((2, 24), ">i4")).shape

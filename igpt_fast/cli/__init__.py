@@ -92,6 +92,8 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that we print; stderr knows a way
     logging.getLogger("igpt_fast").addHandler(said := Said())
     try:
+        if "" in sys.argv[1:]:  # a variable that is not set, as in --out "$RUN"; a path of nothing is the folder here
+            raise InputError("one of the words is empty, perhaps a variable that is not set; give it, or leave it out")
         with sigterm_exits():
             app()
     except (InputError, OSError) as error:

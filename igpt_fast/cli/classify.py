@@ -9,6 +9,7 @@ import typer
 
 from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
+    BackgroundAsOption,
     BandsAsOption,
     Bf16Option,
     ModelArgument,
@@ -25,7 +26,7 @@ from igpt_fast.cli.inputs import (
 )
 from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_among
-from igpt_fast.console import answer, number, printable, say
+from igpt_fast.console import answer, counted, printable, say
 from igpt_fast.errors import InputError
 from igpt_fast.predict import Answers, answers_csv, class_names, predict, table_png
 from igpt_fast.processes import together
@@ -60,6 +61,7 @@ def classify(
         ),
     ] = None,
     resize: ReadAsOption = None,
+    background: BackgroundAsOption = None,
     value_range: RangeAsOption = None,
     bands: BandsAsOption = None,
     on_error: SkipOption = None,
@@ -77,7 +79,7 @@ def classify(
     check_place(out, ".csv", data)
     if confusion is not None:
         check_place(confusion, ".png", data)
-    given = given_of(resize=resize, value_range=value_range, bands=bands, on_error=on_error)
+    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():
@@ -95,7 +97,7 @@ def classify(
     write_atomically(out, answers_csv(answers, names, labels if known.any() else None, probabilities))
     counts = np.bincount(answers.best, minlength=len(classes))
     found = score("classifier", int((answers.best == labels)[known].sum()), int(known.sum())) if known.any() else None
-    images = f"{number(len(names))} image{'s' * (len(names) > 1)} of {called(data)}"
+    images = f"{counted(len(names), 'image')} of {called(data)}"
     for line in (
         f"{described(checkpoint)}, on {images}:",
         *_summary(answers, names, counts, found, int(known.sum())),

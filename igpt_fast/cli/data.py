@@ -28,7 +28,7 @@ from igpt_fast.cli.options import (
     print_json,
     with_numbers,
 )
-from igpt_fast.console import progress, say
+from igpt_fast.console import counted, progress, say
 from igpt_fast.data import fit_palette, report_left_out, show_steps
 from igpt_fast.data import tokenize as tokenize_images
 from igpt_fast.errors import InputError
@@ -83,7 +83,7 @@ def palette(
     picture = _picture_of(out)
     write_atomically(picture, to_png_bytes(fitted.picture()))
     seconds = time.monotonic() - began
-    _say_all(report_left_out(source.ignored, [error for _, error in skipped]))
+    _say_all(report_left_out(source.ignored, skipped))
     say(f"{len(fitted)} colours from {images} images of {grid[0]}x{grid[1]} in {seconds:.1f} s")
     say(f"inertia {fitted.inertia:.6f}: the mean squared distance of a pixel to its colour, where black to white is 12")
     say(f"wrote {out} and {picture}")
@@ -142,7 +142,7 @@ def tokenize(
     with progress(len(source), "images", "tokenising") as bar:
         tokens = tokenize_images(source, colours, out, grid, **options, progress=bar.to, **reading)
     seconds = time.monotonic() - began
-    _say_all(report_left_out(source.ignored, [entry["error"] for entry in tokens.meta["skipped"]]))
+    _say_all(report_left_out(source.ignored, [(entry["name"], entry["error"]) for entry in tokens.meta["skipped"]]))
     size_on_disk = sum(file.stat().st_size for file in out.iterdir())
     held_out = len(tokens.split("val"))
     many = f"{len(tokens)} random crops of {len(tokens) // views} images" if views else f"{len(tokens)} images"
@@ -168,7 +168,7 @@ def tokenize(
 
 def _count(source: object) -> str:
     classes = f" in {len(source.classes)} classes" if source.classes else ", without class labels"
-    return f"{len(source)} images{classes}"
+    return f"{counted(len(source), 'image')}{classes}"
 
 
 def _say_all(lines: list[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import typer
 
 from igpt_fast.cli.inputs import (
+    BackgroundAsOption,
     BandsAsOption,
     Bf16Option,
     LimitOption,
@@ -24,7 +25,7 @@ from igpt_fast.cli.inputs import (
 )
 from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_among
-from igpt_fast.console import answer, number
+from igpt_fast.console import answer, counted
 from igpt_fast.errors import InputError
 from igpt_fast.evaluate import Likelihood
 from igpt_fast.evaluate import evaluate as evaluate_model
@@ -55,6 +56,7 @@ def evaluate(
     ] = 0.1,
     limit: LimitOption = None,
     resize: ReadAsOption = None,
+    background: BackgroundAsOption = None,
     value_range: RangeAsOption = None,
     bands: BandsAsOption = None,
     on_error: SkipOption = None,
@@ -72,7 +74,7 @@ def evaluate(
     """
     if not 0 <= val_fraction <= 1:  # also catches NaN
         raise InputError(f"--val-fraction is {val_fraction}; use a fraction from 0 to 1")
-    given = given_of(resize=resize, value_range=value_range, bands=bands, on_error=on_error)
+    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():
@@ -85,7 +87,7 @@ def evaluate(
         if not processes.first:
             return
         seen = seen_among(checkpoint, dataset, indices)
-    images = f"{number(len(indices))} image{'s' * (len(indices) > 1)} of {called(data)}"
+    images = f"{counted(len(indices), 'image')} of {called(data)}"
     for line in (f"{described(checkpoint)}, on {images}:", *summary(result)):
         answer(line, as_json)
     way = "" if checkpoint.model.config.classes or split is Split.val else "; --split val leaves them out"

@@ -10,6 +10,7 @@ from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.cli.inputs import (
     READING,
+    BackgroundAsOption,
     BandsAsOption,
     LabelledArgument,
     ModelArgument,
@@ -60,6 +61,7 @@ def finetune(
     test_fraction: Annotated[float | None, field("test_fraction", STANDARD)] = None,
     per_class: Annotated[int | None, field("per_class", STANDARD)] = None,
     resize: ReadAsOption = None,
+    background: BackgroundAsOption = None,
     value_range: RangeAsOption = None,
     bands: BandsAsOption = None,
     on_error: SkipOption = None,
@@ -154,7 +156,7 @@ def _prepare(
 
 def _refuse_idle(given: dict[str, Any], options: dict[str, Any], data: list[Path]) -> None:
     """InputError for an option that would change nothing."""
-    refuse_reading(data, given, ("resize", "value_range", "bands", "on_error", "workers"))
+    refuse_reading(data, given, ("resize", "background", "value_range", "bands", "on_error", "workers"))
     if len(data) > 1 and "test_fraction" in given:
         raise InputError("--test-fraction changes nothing with --test, which is all that is tested on; leave one out")
     for name in ("val_fraction", "val_every"):

@@ -96,7 +96,7 @@ SkipOption = Annotated[
     typer.Option(
         "--on-error",
         show_default="as the run read its own, else raise",
-        help="A corrupt file ends the command (raise) or is skipped and listed (skip).",
+        help="A file that cannot be read ends the command (raise) or is left out (skip).",
     ),
 ]
 

@@ -52,7 +52,8 @@ ValueRangeOption = Annotated[
 ]
 BandsOption = Annotated[str | None, typer.Option("--bands", metavar="B,B,B", show_default="all of 1 or 3", help=BANDS)]
 OnErrorOption = Annotated[
-    OnError, typer.Option("--on-error", help="A corrupt file ends the command (raise) or is skipped and listed (skip).")
+    OnError,
+    typer.Option("--on-error", help="A file that cannot be read ends the command (raise) or is left out (skip)."),
 ]
 WorkersOption = Annotated[
     int | None,
@@ -73,7 +74,9 @@ def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*(\d{1,5})(?:\s*[x×,]\s*(\d{1,5}))?\s*", text)
     height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if height < 1 or width < 1:
-        raise InputError(f"--size {text!r} is not a size; give pixels a side as 32, or height x width as 32x48")
+        raise InputError(
+            f"--size {text!r} is not a size; give pixels a side as 32, or height x width as 32x48, up to 99999"
+        )
     return height, width
 
 

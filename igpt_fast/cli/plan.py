@@ -25,7 +25,7 @@ from igpt_fast.cli.learning import (
 )
 from igpt_fast.cli.options import JsonOption, parse_size, print_json
 from igpt_fast.config import PRESETS, Config
-from igpt_fast.console import answer, duration, number, say
+from igpt_fast.console import answer, counted, duration, number, say
 from igpt_fast.errors import InputError
 from igpt_fast.options import Options
 from igpt_fast.plan import Plan
@@ -113,7 +113,7 @@ def report(config: Config, options: Options, plan: Plan) -> list[str]:
     rate = (
         f"{number(p.batch / p.step_seconds)} images/s, {p.flop_per_image * p.batch / p.step_seconds / 1e9:,.0f} GFLOP/s"
     )
-    side = f"{p.part} image{'s' * (p.part > 1)} side by side"
+    side = f"{counted(p.part, 'image')} side by side"
     guess = "" if p.measured == p.part else f", in proportion to {p.measured} that were measured"
     lines = [
         f"{c.objective} model of {p.parameters:,} parameters: {c.shape_text}",

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
+    BackgroundAsOption,
     BandsAsOption,
     LabelledArgument,
     LimitOption,
@@ -62,6 +63,7 @@ def probe(
     ] = None,
     test: TestOption = None,
     resize: ReadAsOption = None,
+    background: BackgroundAsOption = None,
     value_range: RangeAsOption = None,
     bands: BandsAsOption = None,
     on_error: SkipOption = None,
@@ -93,7 +95,7 @@ def probe(
     test_fraction = 0.2 if test_fraction is None else test_fraction
     load_sklearn()
     check_place(out, ".png", data, *([test] if test else []))
-    given = given_of(resize=resize, value_range=value_range, bands=bands, on_error=on_error)
+    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():

@@ -103,7 +103,7 @@ def train(
     bands: Annotated[str | None, option(IMAGES_PANEL, "--bands", BANDS, "all of 1 or 3", metavar="B,B,B")] = None,
     on_error: Annotated[
         OnError | None,
-        option(IMAGES_PANEL, "--on-error", "A corrupt file ends the command or is skipped and listed.", "raise"),
+        option(IMAGES_PANEL, "--on-error", "A file that cannot be read ends the command or is left out.", "raise"),
     ] = None,
     steps: Annotated[int | None, field("steps", STANDARD)] = None,
     batch: Annotated[int | None, field("batch", STANDARD)] = None,
@@ -178,8 +178,9 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
     if not resume and size is None and is_token_directory(data):
         images["size"] = None  # a preset's, which tokens need not have
     own = start.palette if start else None
-    remedy = {"remedy": f"{_again(out / 'tokens', out)} goes on with the tokens as they are"} if resume else {}
-    more = {"seed": options["seed"], "workers": given.get("workers"), **remedy}
+    as_they_are = f"{_again(out / 'tokens', out)} goes on with the tokens as they are"
+    remedy = as_they_are if resume else "choose another --out, or delete these to make them anew"
+    more = {"seed": options["seed"], "workers": given.get("workers"), "remedy": remedy}
     dataset = _open(data, out, images, own or given.get("palette"), **more)
     if not resume and is_token_directory(data):
         images |= dataset.reading

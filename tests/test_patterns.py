@@ -224,6 +224,12 @@ def test_the_command(igpt, tmp_path):
     assert costs["order"] == "raster" and costs["pair_density"] < 0.25
     both = json.loads(igpt("pattern", "column", "--size", "8", "--objective", "bert", "--json", "-o", out)[1])
     assert both["tiles_of_dense"] == 1 and both["pair_density"] == 8 / 64
-    for wrong in (["colum"], ["row", "--size", "0"], ["row", "--size", "1x2x3"], ["row", "-o", out / "p.png"]):
+    for wrong in (
+        ["colum"],
+        ["row", "--size", "0"],
+        ["row", "--size", "1x2x3"],
+        ["row", "-o", out / "p.png"],
+        ["row", "--size", "257"],
+    ):
         code, printed, said = igpt("pattern", *wrong)
         assert code == 2 and not printed and said.startswith("error: ") and said.count("\n") == 1

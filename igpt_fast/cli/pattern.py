@@ -13,6 +13,7 @@ from igpt_fast.cli.inputs import check_place
 from igpt_fast.cli.learning import Objective
 from igpt_fast.cli.options import JsonOption, SizeOption, parse_size, print_json
 from igpt_fast.console import answer, say
+from igpt_fast.errors import InputError
 from igpt_fast.patterns.block_mask import BlockMask
 from igpt_fast.patterns.orders import tiles_by_order
 from igpt_fast.patterns.parse import parse
@@ -20,6 +21,8 @@ from igpt_fast.patterns.picture import draw
 from igpt_fast.patterns.predicates import PATTERNS
 from igpt_fast.patterns.tables import parts_of
 from igpt_fast.pictures import to_png_bytes
+
+MOST = 1 << 16  # pixels: a minute of compiling, which grows with their square
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +52,8 @@ def pattern(
     Example: igpt-fast pattern "row|neighborhood(7)" --size 64
     """
     grid, chosen = parse_size(size), parse(text)
+    if grid[0] * grid[1] > MOST:
+        raise InputError(f"--size {size} has {grid[0] * grid[1]:,} pixels; a pattern is compiled for {MOST:,} at most")
     name = re.sub(r"[^a-z0-9]+", "-", chosen.text).strip("-")
     out = Path(f"{name}-{grid[0]}x{grid[1]}.png") if out is None else out
     check_place(out, ".png")

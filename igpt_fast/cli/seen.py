@@ -24,7 +24,7 @@ MOST = 1 << 28  # tokens, 260,000 images of 32 × 32: to look for a few among mo
 
 
 def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarray) -> int | None:
-    """How many of the images the model has learned from; None where that is not known.
+    """How many of the images the model has learned from, as far as it is known; None where that is none.
 
     Of other data than the run's own those count whose tokens are the same, where the run's still lie there whole; so do
     those of the runs that it began with. Of a fine-tuned model's runs the images of validation count as seen: the
@@ -32,14 +32,13 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
     """
     if (newest := run_of(checkpoint)) is None:
         return None
-    seen, known = np.zeros(len(indices), bool), set()
+    seen, known, all_known = np.zeros(len(indices), bool), set(), True
     for run in _lineage(newest):
-        if run is None:
-            return None
-        saved = read_options(run)
-        own = dataset if _is(dataset, saved) else _data_of(run, saved)
+        saved = None if run is None else read_options(run)
+        own = None if run is None else dataset if _is(dataset, saved) else _data_of(run, saved)
         if own is None or own.size != dataset.size:
-            return None
+            all_known = False
+            continue
         learned = _learned(run, saved, own)
         if own is dataset:
             seen |= np.isin(indices, learned)
@@ -47,10 +46,10 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
         try:
             known |= set(_digests(own, learned))
         except InputError:  # a remark is not worth ending for
-            return None
+            all_known = False
     if known:
         seen |= np.fromiter((digest in known for digest in _digests(dataset, indices)), bool, len(indices))
-    return int(seen.sum())
+    return int(seen.sum()) if all_known or seen.any() else None
 
 
 def _lineage(run: Path) -> Iterator[Path | None]:

@@ -95,6 +95,7 @@ def _followers(body: list[Line]) -> list[list[int]]:
     after = []
     for at, (_, opcode, operands, maybe) in enumerate(body):
         target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
+        maybe = maybe or opcode.startswith("BRA.DIV")  # taken where lanes have parted
         jumps = [place[int(target[1], 16)]] if target and int(target[1], 16) in place else []
         ends = opcode.startswith(("EXIT", "RET")) or (jumps and not re.search(r"\bU?P\d", operands))
         after.append(jumps + ([at + 1] if at + 1 < len(body) and (maybe or not ends) else []))
@@ -137,4 +138,5 @@ def _width(opcode: str) -> int:
         return int(opcode[-1]) if opcode[-1].isdigit() else 1
     if opcode.startswith("LD"):
         return 4 if ".128" in opcode else 2 if ".64" in opcode else 1
-    return 2 if ".WIDE" in opcode or ".64" in opcode else 1
+    pair = ".WIDE" in opcode or ".64" in opcode or (opcode.startswith("CS2R") and ".32" not in opcode)
+    return 2 if pair else 1

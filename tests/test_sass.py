@@ -114,6 +114,8 @@ FLIGHT = """
     ("0x2", "LDSM.16.M88.4 R8, [R2]", "LDSM.16.M88.4 at 0x50 touches R8"),
     ("0x2", "FADD R3, R24, R25", "FADD at 0x50 touches R24"),
     ("0x1", "STG.E.128 [R2.64], R62", "STG.E.128 at 0x50 touches R64"),
+    ("0x1", "CS2R.32 R63, SRZ", None),
+    ("0x1", "CS2R R63, SRZ", "CS2R at 0x50 touches R64"),
     ("0x1", "HGMMA.64x64x16.F32.BF16 R80, R8, gdesc[UR8], RZ, gsb0", "HGMMA.64x64x16.F32.BF16 at 0x50 touches R80"),
 ])  # fmt: skip
 def test_what_a_product_in_flight_owns_is_left_alone(left, then, first):
@@ -122,6 +124,11 @@ def test_what_a_product_in_flight_owns_is_left_alone(left, then, first):
         assert not found
     else:
         assert f"{first} of a wgmma in flight" in found
+
+
+def test_lanes_that_have_parted_go_on_too():
+    text = FLIGHT.format(left="0x1", then="BRA.DIV UR7, 0x90").replace("@P0 BRA 0x10", "    FADD R3, R64, R3")
+    assert "FADD at 0x60 touches R64 of a wgmma in flight" in touched_in_flight(sass.kernels(text)["_Z6flightv"])
 
 
 def test_a_way_that_never_waits_has_an_end():

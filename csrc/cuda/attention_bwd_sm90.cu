@@ -286,10 +286,11 @@ void attention_bwd_sm90(View dq, View dk, View dv, View dout, View q, View k, Vi
       allow_shared(attention_dkdv_sm90_kernel<D, T>, K::kShared);
       allow_shared(attention_dq_sm90_kernel<D, T>, Q::kShared);
       const CUtensorMap mq = map_of<D>(q), mk = map_of<D>(k), mv = map_of<D>(v), mdout = map_of<D>(dout);
+      const CUtensorMap mo = map_of<D>(o), mstats = map_of_stats(dq);  // a refused one before the launch
       LAUNCH((attention_stats_sm90_kernel<D, T>), unsigned(heads * pattern.nq), 128, 2 * kBytes<D>, stream,
-             Heads<T>(dq), mdout, map_of<D>(o), lse.as<float>(), int(q.size[2]));
+             Heads<T>(dq), mdout, mo, lse.as<float>(), int(q.size[2]));
       LAUNCH((attention_dkdv_sm90_kernel<D, T>), keys.blocks<K>(), K::kThreads, K::kShared, stream, Heads<T>(dk),
-             Heads<T>(dv), map_of_stats(dq), mdout, mq, mk, mv, pattern, keys, scale);
+             Heads<T>(dv), mstats, mdout, mq, mk, mv, pattern, keys, scale);
       LAUNCH((attention_dq_sm90_kernel<D, T>), queries.blocks<Q>(), Q::kThreads, Q::kShared, stream, Heads<T>(dq),
              mdout, mq, mk, mv, pattern, queries, scale);
     }

@@ -244,9 +244,9 @@ void attention_fwd_sm90(View o, View lse, View q, View k, View v, BlockMaskView 
       using L = Shape<D, lines>;
       const Work work = Work::of<L>(heads, q.size[2], true, k.size[2] * 2 * D * int64_t(sizeof(T)));
       allow_shared(attention_fwd_sm90_kernel<D, lines, T>, L::kShared);
+      const CUtensorMap mq = map_of<D>(q), mk = map_of<D>(k), mv = map_of<D>(v);  // a refused one before the launch
       LAUNCH((attention_fwd_sm90_kernel<D, lines, T>), work.blocks<L>(), L::kThreads, L::kShared, stream, Heads<T>(o),
-             lse.as<float>(), map_of<D>(q), map_of<D>(k), map_of<D>(v), Pattern(q.size[2], k.size[2], causal, mask),
-             work, scale * kLog2e);
+             lse.as<float>(), mq, mk, mv, Pattern(q.size[2], k.size[2], causal, mask), work, scale * kLog2e);
     };
     if constexpr (D > 64) {
       run.template operator()<1>();

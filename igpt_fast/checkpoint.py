@@ -123,7 +123,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     model = ImageGPT.empty(config, torch.float32, device)
     copy_tensors(directory, dict(model.named_parameters()))
     palette = model.palette = Palette.load(directory / PALETTE) if PALETTE in record["files"] else None
-    model.reading = record.get("reading")
+    model.reading = record.get("reading") or {}
     model.class_names = tuple(json.loads((directory / CLASSES).read_bytes())) if CLASSES in record["files"] else None
     return Checkpoint(model, palette, record["state"], record["step"], directory)
 

@@ -45,7 +45,7 @@ class ImageGPT(nn.Module):
         self.activation_checkpointing = False
         self.palette: Palette | None = None  # the colours that pretrained weights came with
         self.class_names: tuple[str, ...] | None = None  # those of wclf's rows
-        self.reading: dict[str, Any] | None = None  # how its images were read, see TokenDataset.reading
+        self.reading: dict[str, Any] = {}  # how its images were read, as far as it is known: TokenDataset.reading
         d = config.width
         self.wte = _table(config.colors, d, std=0.02)
         if config.objective == "ar":
@@ -67,7 +67,7 @@ class ImageGPT(nn.Module):
     ) -> "ImageGPT":  # fmt: skip
         """Published weights: a directory in Hugging Face's layout, a name on their hub, an OpenAI checkpoint's prefix.
 
-        `model.palette`, `.class_names` and `.reading` lay with them, or are None. dtype: None, or "auto", is theirs.
+        `model.palette`, `.class_names` and `.reading` lay with them, or are None, or {}. dtype: None, or "auto", is theirs.
         size: (height, width) that their positions are brought to, by `igpt_fast.positions.resized`. heads: see
         `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
         """
@@ -153,16 +153,17 @@ class ImageGPT(nn.Module):
             h, delta = self.blocks[index](h, delta)
         return torch.stack(pooled) if layer is None else pooled[0]
 
-    def forward_features(self, images: Tensor, resize: str = "paper") -> Tensor:
+    def forward_features(self, images: Tensor, resize: str | None = None) -> Tensor:
         """As timm's: the final norm's output [B, T, width] of images [B, 3, H, W], as `tokenize` takes them."""
         return self.hidden(self.tokenize(images, resize))
 
-    def tokenize(self, images: Tensor, resize: str = "paper") -> Tensor:
+    def tokenize(self, images: Tensor, resize: str | None = None) -> Tensor:
         """Tokens int64 [B, H, W] of images [B, 3, any, any], uint8 or float in [0, 1], by `self.palette`.
 
-        resize: "paper" or "hf", see igpt_fast.images.resize_image. Raises InputError without a palette that fits.
+        resize: see images.resize_image; None: as `self.reading` says, or "paper". Raises InputError without a palette.
         """
-        return tokens_of(images, self.palette, self.config, resize, self.wte.device)
+        how = resize or self.reading.get("resize", "paper")
+        return tokens_of(images, self.palette, self.config, how, self.wte.device)
 
     def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The final norm's output [N, T, width], which both heads read. Arguments as in `forward`."""

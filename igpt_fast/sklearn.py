@@ -23,13 +23,16 @@ class IGPTFeatures(TransformerMixin, BaseEstimator):
     model: an ImageGPT; for images, rather than tokens, it needs a palette (`model.palette`)
     layer: 0 to model.config.layers; None: the middle one, where the best features are
     batch: images that go through the model side by side
-    resize: how images come to the model's size, "paper" or "hf", see igpt_fast.images.resize_image
+    resize: how images come to the model's size, see igpt_fast.images.resize_image; None: as the model's own did, if it
+        is known, else "paper"
 
     X is an array or a tensor: images [N, H, W, 3] or [N, 3, H, W], gray ones [N, H, W, 1], uint8 or float in [0, 1],
     or tokens [N, H, W] or [N, T] in integers. A clone shares the model, which is never changed: nothing is fitted.
     """
 
-    def __init__(self, model: ImageGPT, layer: int | None = None, *, batch: int = 32, resize: str = "paper") -> None:
+    def __init__(
+        self, model: ImageGPT, layer: int | None = None, *, batch: int = 32, resize: str | None = None
+    ) -> None:
         self.model = model
         self.layer = layer
         self.batch = batch

@@ -68,12 +68,12 @@ def test_runs_that_note_it_in_train_json_alone_are_understood(igpt, run, folder)
     state = next((run / "checkpoints").glob("*/state.json"))
     assert '"reading"' in state.read_text()
     checkpoint = load_checkpoint(run)
-    checkpoint.model.reading = None
+    checkpoint.model.reading = {}
     shutil.rmtree(run / "checkpoints")
     from igpt_fast.checkpoint import save_checkpoint
 
     save_checkpoint(run, 2, checkpoint.model, checkpoint.palette)
-    assert load_checkpoint(run).model.reading is None and nats(igpt, run, folder) == wanted
+    assert load_checkpoint(run).model.reading == {} and nats(igpt, run, folder) == wanted
     assert igpt("convert", run, "hf")[0] == 0 and nats(igpt, "hf", folder) == pytest.approx(wanted, abs=1e-6)
 
 
@@ -108,8 +108,9 @@ def test_what_a_run_began_with_has_learned_too(igpt, run, folder, tmp_path):
     others.mkdir()
     for k in range(9):
         Image.fromarray(np.random.default_rng(k + 99).integers(0, 256, (8, 20, 3), np.uint8)).save(others / f"{k}.png")
-    code, _, said = igpt("train", others, "--init", "run", "--out", "next", "--steps", 1, "--batch", 2, *HOW)
-    assert code == 0, said
+    code, _, said = igpt("train", others, "--init", "run", "--out", "next", "--steps", 1, "--batch", 2)
+    assert code == 0 and "learned from: resize hf, background black, value_range [0, 3000]" in said, said
+    assert load_checkpoint("next").model.reading == NOTED
     code, printed, said = igpt("eval", "next", "tokens", "--json")
     assert code == 0 and json.loads(printed)["seen"] == learned and f"had learned from {learned} of" in said
     assert igpt("train", others, "--out", "next", "--resume", "--steps", 2, "--batch", 2)[0] == 0

@@ -56,6 +56,8 @@ def test_other_sizes_are_resized_as_files_are(model):
         assert torch.equal(
             model.tokenize(images.permute(0, 3, 1, 2), resize), model.palette.encode(torch.tensor(small))
         )
+        model.reading = {"resize": resize}  # which is what counts where nothing is said
+        assert torch.equal(model.tokenize(images.permute(0, 3, 1, 2)), model.palette.encode(torch.tensor(small)))
 
 
 @pytest.mark.parametrize("images, message", [
@@ -94,7 +96,7 @@ def test_transformer(model):
 
 def test_conventions(model):
     features = IGPTFeatures(model, layer=1)
-    assert features.get_params() == {"model": model, "layer": 1, "batch": 32, "resize": "paper"}
+    assert features.get_params() == {"model": model, "layer": 1, "batch": 32, "resize": None}
     twin = clone(features.set_params(batch=2))
     assert twin is not features and twin.model is model and twin.batch == 2
     assert [*features.get_feature_names_out()[:2]] == ["igpt0", "igpt1"]

@@ -191,7 +191,7 @@ def reading_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """How the images that the model learned from were read, of READING, as far as it is known."""
     run = run_of(checkpoint)
     reading = {} if run is None else read_options(run)["command"].get("images", {})
-    reading = {**reading, **(checkpoint.model.reading or {})}
+    reading = {**reading, **checkpoint.model.reading}
     return {name: reading[name] for name in READING if name in reading}
 
 

@@ -12,8 +12,9 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -49,7 +50,7 @@ class Pretrained:
     palette: Palette | None
     source: str
     class_names: tuple[str, ...] | None = None  # of a classifier head, where a file says them
-    reading: dict[str, Any] | None = None  # how the images were read, where a file says it
+    reading: Mapping[str, Any] = field(default_factory=dict)  # how the images were read, where a file says it
 
 
 def read_pretrained(source: str | Path, size: tuple[int, int] | None = None, heads: int | None = None) -> Pretrained:
@@ -94,7 +95,7 @@ def write_pretrained(
     palette: Palette | None = None,
     overwrite: bool = False,
     class_names: Sequence[str] | None = None,
-    reading: Mapping[str, Any] | None = None,
+    reading: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Writes a directory in Hugging Face's layout, which appears when it is complete.
 

@@ -7,6 +7,7 @@ sparse model's pattern, and how the images were read.
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from igpt_fast.config import Config
@@ -143,17 +144,15 @@ def read_class_names(settings: Mapping[str, Any], classes: int, where: str) -> t
     return tuple(str(found[row]) for row in wanted)
 
 
-def read_reading(settings: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """How the images that the model has learned from were read; None where a file does not say. Raises InputError."""
-    found = settings.get(OURS, {}).get("reading")
+def read_reading(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """How the images that the model has learned from were read, as far as a file says. Raises InputError."""
+    found = settings.get(OURS, {}).get("reading", {})
     try:
-        if found is not None and found.keys() <= set(NOTED) and Reading(**found):
-            return found
+        if found.keys() <= set(NOTED) and Reading(**found):
+            return dict(found)
     except (AttributeError, TypeError, InputError) as error:
         raise InputError(f"{where}: {OURS} has reading {found!r}, by which no image can be read ({error})") from error
-    if found is not None:
-        raise InputError(f"{where}: {OURS} has reading {found!r}; it holds {', '.join(NOTED)}")
-    return None
+    raise InputError(f"{where}: {OURS} has reading {found!r}; it holds {', '.join(NOTED)}")
 
 
 def write_settings(
@@ -161,7 +160,7 @@ def write_settings(
     dtype: str,
     headless: bool = False,
     class_names: Sequence[str] | None = None,
-    reading: Mapping[str, Any] | None = None,
+    reading: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The config.json with which transformers' ImageGPT computes what a model of `config` computes.
 
@@ -171,7 +170,7 @@ def write_settings(
     ours = {"objective": config.objective, "size": list(config.size)}
     if config.pattern is not None:
         ours["pattern"] = config.to_dict()["pattern"]
-    if reading is not None:
+    if reading:
         ours["reading"] = dict(reading)
     bare = "ImageGPTModel" if headless else "ImageGPTForCausalImageModeling"
     kind = "ImageGPTForImageClassification" if config.classes else bare

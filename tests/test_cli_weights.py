@@ -82,6 +82,12 @@ def test_a_converted_run_takes_nothings_place(igpt, tmp_path, dataset, weights, 
     assert igpt("convert", weights, ".", "--to", "run")[0] == 0 and os.listdir(tmp_path / "here") == ["checkpoints"]
 
 
+def test_the_step_of_a_checkpoint_counts_more_than_its_name(igpt, tmp_path, dataset):
+    save_checkpoint(tmp_path / "run-7", 0, make(colors=16, size=(4, 6)), dataset.palette)
+    assert igpt("convert", tmp_path / "run-7", tmp_path / "new", "--to", "run")[0] == 0
+    assert os.listdir(tmp_path / "new" / "checkpoints") == ["step-00000000"]
+
+
 def test_bert_weights_are_converted_and_probed(igpt, tmp_path, dataset):
     save_checkpoint(tmp_path / "run", 1, make(colors=16, size=(4, 6), objective="bert"), dataset.palette)
     code, _, said = igpt("convert", tmp_path / "run", tmp_path / "w")

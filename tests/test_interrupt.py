@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from igpt_fast.interrupt import STOPPING, Stop, Stopped
+from igpt_fast.interrupt import STOPPING, Stop, Stopped, sigterm_exits
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_forgotten():
@@ -47,3 +47,22 @@ def test_nohup_is_obeyed():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_signal_does_what_it_always_does():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_sigterm_exits_within_and_does_what_it_did_behind():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, sigterm_exits():
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from definition import transcript
-from published import make, same
+from published import PALETTE, make, same
 from safetensors.torch import load_file
 
 from igpt_fast import Config, ImageGPT, InputError
@@ -82,15 +82,16 @@ def test_tables_are_resampled_on_the_grid_of_predicted_pixels(new):
 def test_models_are_opened_at_another_size(tmp_path, kind, fields, caplog):
     model = make(**fields)
     if kind == "run":
-        save_checkpoint(tmp_path / "w", 1, model)
+        save_checkpoint(tmp_path / "w", 1, model, PALETTE)
     else:
-        model.save_pretrained(tmp_path / "w")
+        model.save_pretrained(tmp_path / "w", PALETTE)
     own = open_model(tmp_path / "w", size=(4, 4)).model
     assert "resampled" not in caplog.text and own.config.size == (4, 4)
     found = open_model(tmp_path / "w", size=(6, 8)).model
     assert "position embeddings resampled from 4x4 to 6x8 pixels" in caplog.text
     assert found.config == replace(own.config, size=(6, 8))
     assert found(torch.randint(11, (2, 6, 8))).shape == (2, 48, 11)
+    assert torch.equal(found.palette.centers, own.palette.centers)
     want = resized(dict(own.named_parameters()), (4, 4), (6, 8))
     assert all(torch.equal(p, want[name]) and p.requires_grad for name, p in found.named_parameters())
     if kind == "weights":

@@ -17,7 +17,7 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
-from igpt_fast.run import check_run, locked, read_metrics, read_options
+from igpt_fast.run import check_run, circumstances, diverged, locked, read_metrics, read_options, say_differences
 from igpt_fast.tokens import TokenDataset
 from igpt_fast.train import train
 
@@ -92,6 +92,19 @@ def test_a_loss_that_is_not_finite_names_step_and_remedy_and_keeps_the_last_good
     assert "--lr" in message and "step-0000000" in message and "--resume" in message
     assert all(torch.isfinite(p).all() for p in load_checkpoint(tmp_path).model.parameters())
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path) if "loss" in row)
+
+
+def test_a_loss_that_is_not_finite_is_told_with_the_rate_of_the_step_that_made_it(tmp_path):
+    options = Options(steps=10, warmup=4, lr=4.0)
+    assert "(learning rate 1, bf16)" in str(diverged(tmp_path, "the loss is nan", options, 32, step=1))
+
+
+def test_a_checkpoint_that_does_not_say_so_is_of_one_process(capsys):
+    assert circumstances(Options(), torch.device("cpu"), 3)["processes"] == 3
+    say_differences({}, {"processes": 1})
+    assert not capsys.readouterr().err
+    say_differences({}, {"processes": 2})
+    assert capsys.readouterr().err == "changed since the checkpoint: processes 1 → 2\n"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Training: the steps are right, and an interruption anywhere changes nothing, to the bit."""
 
+import itertools
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tiny import CONFIG, FAST, raise_at, rows, same, weights, write_tokens
 
 from igpt_fast import loop
 from igpt_fast.batches import Batches, images_of_step
-from igpt_fast.checkpoint import list_checkpoints, load_checkpoint
+from igpt_fast.checkpoint import list_checkpoints, load_checkpoint, update_state
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
@@ -42,19 +44,25 @@ def test_the_first_loss_is_chance_and_the_last_is_far_below(dataset, tmp_path):
     )
 
 
-def test_one_step_is_adams(dataset, tmp_path):
+@pytest.mark.parametrize("clip", [0.1, 0.0])
+def test_one_step_is_adams(dataset, tmp_path, clip):
     """Against a plain loop: the same images, clipping, learning rate and Adam."""
-    options = {**FAST, "steps": 3, "precision": "fp32", "clip": 0.1, "warmup": 2}
+    options = {**FAST, "steps": 3, "precision": "fp32", "clip": clip, "warmup": 2, "log_every": 1}
+    before = torch.random.get_rng_state()
     result = train(dataset, tmp_path, CONFIG, **options, seed=5)
+    assert torch.equal(before, torch.random.get_rng_state()), "the caller's random numbers are left alone"
+    rates = (1.5e-3, 3e-3, 3e-3)  # warm-up; the peak; the cosine begins where it is flat
+    assert [row["lr"] for row in result.rows if "lr" in row] == pytest.approx(rates)
     torch.manual_seed(5)
     model = ImageGPT(CONFIG)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
-    for step, lr in enumerate((1.5e-3, 3e-3, 3e-3)):  # warm-up; the peak; the cosine begins where it is flat
+    for step, lr in enumerate(rates):
         optimizer.param_groups[0]["lr"] = lr
         indices = images_of_step(dataset.split("train", 0.1), 6, 5, step)
         optimizer.zero_grad()
         model.loss(dataset.batch(indices)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     for (name, ours), plain in zip(result.model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6, msg=name)
@@ -171,7 +179,7 @@ def test_what_a_run_leaves(dataset, tmp_path):
 def test_validation_is_the_mean_over_the_held_out_images(dataset, tmp_path):
     for objective in ("ar", "bert"):
         config = Config.from_dict({**CONFIG.to_dict(), "objective": objective})
-        options = {**FAST, "precision": "fp32", "val_fraction": 0.3, "val_images": 0, "batch": 4}
+        options = {**FAST, "precision": "fp32", "val_fraction": 0.3, "val_images": 0, "batch": 4, "ema": 0.9}
         result = train(dataset, tmp_path / objective, config, **options)
         batches = Batches(dataset, Options(**options), objective)
         held_out = dataset.split("val", 0.3)
@@ -194,6 +202,29 @@ def test_ema_is_a_running_average(dataset, tmp_path):
     start = ImageGPT(CONFIG)
     for a, b, c in zip(average.parameters(), plain.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(a, c + (1 - 1 / 10) * (b - c))  # the first step's decay is 1/10
+
+
+def test_samples_are_drawn_from_the_average_by_the_seed(dataset, tmp_path, monkeypatch):
+    drawn, real = [], loop.sample
+
+    def sample(model, *rest, seed, **more):
+        drawn.append(({name: p.clone() for name, p in model.named_parameters()}, seed))
+        return real(model, *rest, seed=seed, **more)
+
+    monkeypatch.setattr(loop, "sample", sample)
+    result = train(dataset, tmp_path, CONFIG, **{**FAST, "steps": 3, "sample_every": 3}, ema=0.5, seed=7)
+    ((parameters, seed),) = drawn
+    assert same(parameters, dict(result.model.named_parameters())) and seed == 7
+
+
+def test_time_is_that_of_the_steps_and_of_all_parts_of_a_run(dataset, tmp_path, monkeypatch):
+    clock = itertools.count()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))  # each step takes a second
+        result = train(dataset, tmp_path, CONFIG, **FAST)
+    assert [row["images_per_second"] for row in result.rows if "loss" in row] == [FAST["batch"]] * 3
+    update_state(result.checkpoint, {"elapsed": 1000.0}, None)
+    assert train(dataset, tmp_path, resume=True, **FAST).seconds > 1000
 
 
 def test_without_held_out_images_nothing_is_validated(dataset, tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_tokens
 
+from igpt_fast import batches as module
 from igpt_fast.batches import Batches, images_of_step, shifted
 from igpt_fast.errors import InputError
 from igpt_fast.options import Options
@@ -70,6 +71,14 @@ def test_shifting_tokens_is_padding_and_cropping_pixels(height, width, count, se
         for image, down, right in zip(padded, *by, strict=True)
     ]
     assert np.array_equal(shifted(torch.from_numpy(tokens), by).numpy(), np.stack(wanted))
+
+
+def test_shifts_reach_as_far_either_way(dataset, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(module, "shifted", lambda tokens, by: drawn.append(by) or tokens)
+    Batches(dataset, Options(batch=200, shift=2), "ar").of_step(0)
+    ((rows, columns),) = drawn
+    assert set(rows) == set(columns) == {-2, -1, 0, 1, 2}
 
 
 def test_shifts_are_drawn_anew_for_each_image_and_step(dataset):

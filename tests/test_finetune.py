@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from labelled import FAST, make, write_tokens
 
+from igpt_fast import finetune as module
 from igpt_fast.batches import Batch, Batches
 from igpt_fast.checkpoint import find_best, list_checkpoints, load_checkpoint
 from igpt_fast.errors import InputError
@@ -123,11 +124,23 @@ def test_other_images_to_test_on_and_few_to_learn_from(dataset, tmp_path):
     assert (result.train, result.val) == (21, 9) and len(result.chosen.classes) == 3, "a class that the test lacks"
 
 
-def test_a_head_that_is_there_is_replaced(dataset, tmp_path):
-    model = make(classes=7)
+@pytest.mark.parametrize("classes", [7, 3])
+def test_a_head_that_is_there_is_replaced(dataset, tmp_path, classes):
+    model = make(classes=classes)
     torch.nn.init.normal_(model.wclf)
     result = finetune(model, dataset, tmp_path, **{**FAST, "steps": 1, "lr": 1e-9, "warmup": 0})
     assert result.model.wclf.shape == (3, 24) and result.model.wclf.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"per_class": 12, "val_fraction": 0.0}])
+def test_the_seed_draws_whom_it_learns_from(dataset, tmp_path, monkeypatch, options):
+    learned = []
+    monkeypatch.setattr(
+        module, "ClassTask", lambda batches, *rest: learned.append(batches.indices) or ClassTask(batches, *rest)
+    )
+    for seed in (1, 2):
+        finetune(make(), dataset, tmp_path / str(seed), **{**FAST, "steps": 1, **options}, seed=seed)
+    assert len(learned[0]) == len(learned[1]) and not np.array_equal(*learned)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +181,16 @@ def test_data_that_do_not_fit(dataset, learned, tmp_path):
         finetune(None, dataset, learned.run, resume=True, **{**saved, "generative": 0.5})
     with pytest.raises(InputError, match="classes is 3: train learns pixels"):
         train(dataset, learned.run, resume=True)
+
+
+def test_only_a_better_validation_is_a_new_best():
+    task = ClassTask(None, FinetuneOptions(), ("a", "b"))
+    for step, (accuracy, loss) in enumerate([(0.5, 0.7), (0.5, 0.7), (0.5, 0.8), (0.4, 0.1)], start=1):
+        task.judge(step, {"val_accuracy": accuracy, "val_class_loss": loss})
+        assert (task.best, task.since) == (1, step - 1)
+    for step, (accuracy, loss) in enumerate([(0.5, 0.6), (0.6, 0.9)], start=5):
+        task.judge(step, {"val_accuracy": accuracy, "val_class_loss": loss})
+        assert (task.best, task.since) == (step, 0)
 
 
 def test_rates_stay(dataset):

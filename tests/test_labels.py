@@ -65,6 +65,11 @@ def test_few_of_each_class_are_drawn_by_the_seed(dataset, few):
     assert np.array_equal(some.indices[some.test], other.indices[other.test]), "all are tested on the same images"
 
 
+def test_a_limit_draws_by_the_seed(dataset):
+    some, again, other = (choose_labelled(dataset, 0.2, limit=40, seed=seed).indices for seed in (1, 1, 2))
+    assert np.array_equal(some, again) and not np.array_equal(some, other)
+
+
 def test_one_class_is_too_few(tmp_path):
     one = write_tokens(tmp_path, [0] * 9)
     with pytest.raises(InputError, match="only one class has images among 9; it takes two classes"):

@@ -77,6 +77,23 @@ def test_what_cannot_be_measured_is_in_proportion(monkeypatch):
     assert found.image_bytes == module._image_bytes(SMALL, Options(), CPU)
 
 
+def test_a_step_is_its_parts_and_one_update(monkeypatch):
+    def upto(self, part, seconds, bar):
+        self.sizes, self.times, self.peaks, self.update = [part], [1.0], [10**9], 0.25
+        return self
+
+    monkeypatch.setattr(module._Measure, "upto", upto)
+    assert plan(SMALL, Options(batch=24, accumulate=3), "cpu").step_seconds == 3.25
+
+
+def test_the_average_takes_its_share_of_memory(monkeypatch):
+    need = 16 * parameters(SMALL) + module._image_bytes(SMALL, Options(), CPU)
+    monkeypatch.setattr(module, "free_memory_of", lambda device: round((need + 2 * parameters(SMALL)) / module.ENOUGH))
+    assert plan(SMALL, Options(batch=1), "cpu", seconds=0).parameters == parameters(SMALL)
+    with pytest.raises(InputError, match="use a smaller model"):
+        plan(SMALL, Options(batch=1, ema=0.9), "cpu", seconds=0)
+
+
 def test_memory_ends_it_before_it_ends_the_machine(monkeypatch):
     peaks = iter([10**9, 2 * 10**9, 4 * 10**9])
     monkeypatch.setattr(module, "peak_of", lambda device: next(peaks))

@@ -137,6 +137,9 @@ def test_the_best_layer_is_validations_choice(result):
     assert result.best.validation == max(found.validation for found in result.layers)
     assert result.to_dict()["best_layer"] == result.best.layer
     json.dumps(result.to_dict(), allow_nan=False)
+    lucky = regression.Score("layer 0", 0.9, 0, 1, layer=0, validation=0.5)  # with the test images
+    preferred = regression.Score("layer 1", 0.6, 0, 1, layer=1, validation=0.8)
+    assert replace(result, layers=(lucky, preferred)).best == preferred
 
 
 def test_small_classes_and_unlabelled_images_are_left_out_and_named(model, tmp_path):

@@ -37,7 +37,7 @@ class Options:
     sample_every: int = 500  # steps between pictures of samples and of the loss; 0: none
     save_every: int = 250  # steps between checkpoints; 0: only at the end
     log_every: int = 10  # steps between lines of metrics.jsonl, each the mean over them
-    keep: int = 2  # checkpoints that are kept
+    keep: int = 2  # newest checkpoints that are kept; the best, where there is one, stays too
     seed: int = 0  # of the weights, the order of the images, flips, masks and samples
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
 

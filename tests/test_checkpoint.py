@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from igpt_fast import checkpoint as module
-from igpt_fast.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, read_record, save_checkpoint
+from igpt_fast.checkpoint import (
+    find_best,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_record,
+    save_checkpoint,
+    update_state,
+)
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
@@ -79,6 +87,22 @@ def test_the_newest_are_kept_and_counted_as_numbers(tmp_path):
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["0", "1", "2"]
     with pytest.raises(InputError, match="at least 1"):
         save(tmp_path, 6, keep=0)
+
+
+def test_the_best_stays_beside_the_newest_or_as_one_of_them(tmp_path):
+    for step, best, kept in ((1, 1, [1]), (2, 1, [1, 2]), (3, 1, [1, 2, 3]), (4, 4, [3, 4]), (5, 4, [4, 5])):
+        save(tmp_path, step, keep=2, best=best)
+        assert [load_checkpoint(path).step for path in list_checkpoints(tmp_path)] == kept
+        assert load_checkpoint(find_best(tmp_path)).step == best
+
+
+def test_another_best_can_be_noted_afterwards(tmp_path):
+    for step in (1, 2):
+        newest = save(tmp_path, step, best=1)
+    update_state(newest, {}, best=2)
+    assert find_best(tmp_path) == newest and read_record(newest)["state"] == {"seen": 2}
+    update_state(newest, {"seen": 3}, best=None)
+    assert find_best(tmp_path) == newest and load_checkpoint(tmp_path).state == {"seen": 3}
 
 
 def test_found_by_run_by_folder_and_by_name(tmp_path):

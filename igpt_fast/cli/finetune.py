@@ -93,7 +93,7 @@ def finetune(
         int | None, field("save_every", STANDARD, "Steps between checkpoints, beside the best; 0: at the end.")
     ] = None,
     log_every: Annotated[int | None, field("log_every", STANDARD)] = None,
-    keep: Annotated[int | None, field("keep", STANDARD, "Checkpoints to keep, beside the best.")] = None,
+    keep: Annotated[int | None, field("keep", STANDARD, "Newest checkpoints to keep; the best stays, too.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Teach a model the classes of DATA: a linear head on its last layer, and all its weights with it.

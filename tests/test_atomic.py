@@ -1,5 +1,6 @@
 """Files and directories appear whole or not at all, and errors name them."""
 
+import errno
 import os
 
 import pytest
@@ -28,6 +29,45 @@ def test_a_directory_is_replaced_in_one_step(tmp_path, monkeypatch, exchanges):
     if exchanges:
         with work_directory(out):
             assert len(names()) == 2, "what the killed one left is gone"
+
+
+def test_a_directory_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    out, real = tmp_path / "out", os.rename
+    out.mkdir()
+    (out / "old").touch()
+
+    def refuse(old, new):
+        if str(old).endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(old, new)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output error"), work_directory(out) as work:
+        move_into_place(work, out)
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["old"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "old").touch()
+    out = tmp_path / "out"
+    out.symlink_to("theirs")
+    with work_directory(out) as work:
+        (work / "new").touch()
+        move_into_place(work, out)
+    assert sorted(os.listdir(tmp_path)) == ["out", "theirs"] and not out.is_symlink()
+    assert os.listdir(out) == ["new"] and os.listdir(tmp_path / "theirs") == ["old"]
+
+
+def test_a_folder_that_another_process_has_come_to_use_stays(tmp_path):
+    with pytest.raises(ZeroDivisionError), work_directory(tmp_path / "made" / "deep" / "out"):
+        (tmp_path / "made" / "stranger").touch()
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path / "made") == ["stranger"]
 
 
 def test_refuse_others_names_them(tmp_path):

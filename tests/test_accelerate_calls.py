@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import igpt_fast as igpt
+from igpt_fast.accelerate.forwards import _open
 from igpt_fast.accelerate.theirs import Forward
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
@@ -94,6 +95,16 @@ def test_a_mask_for_other_slots_is_transformers_to_judge():
             except (RuntimeError, ValueError) as error:  # so does 4.57
                 found.append(type(error))
         assert found[0] is found[1] or torch.allclose(*found, atol=2e-5)
+
+
+def test_a_mask_is_read_anew_when_it_changes_or_more_of_it_counts():
+    mask = torch.zeros(1, 1, 4, 4)
+    assert _open(mask, 4)
+    mask[..., 2] = -1e9
+    assert not _open(mask, 4)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., 3] = -1e9
+    assert _open(mask, 3) and not _open(mask, 4)
 
 
 def test_what_transformers_has_breaks_no_graph():

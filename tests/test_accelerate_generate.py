@@ -133,6 +133,16 @@ def test_new_weights_reach_the_next_step(steps):
     assert len(steps) == 2
 
 
+@torch.no_grad()
+def test_a_model_put_into_training_amid_steps_takes_no_more(steps):
+    model, x = igpt.accelerate(hf(**GENERATE)), ids(1, 6)
+    cache = model(x[:, :4], use_cache=True).past_key_values
+    model(x[:, 4:5], past_key_values=cache)
+    model.train()
+    model(x[:, 5:6], past_key_values=cache)
+    assert steps == [4]
+
+
 @pytest.mark.usefixtures("reasons")
 @torch.no_grad()
 def test_what_is_no_plain_step_goes_module_by_module(steps):
@@ -148,6 +158,12 @@ def test_what_is_no_plain_step_goes_module_by_module(steps):
     places = torch.full((2, 1), 9)
     for options in ({"attention_mask": mask}, {"position_ids": places}, {"output_hidden_states": True}):
         assert torch.allclose(step(ours, **options), step(theirs, **options), atol=1e-5)
+    found = []
+    for model in (ours, theirs):
+        cache = model(x[:, :5], use_cache=True).past_key_values
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(x[:, 5:6], past_key_values=cache).logits)
+    assert found[0].dtype is found[1].dtype and torch.allclose(*found, atol=0.1) and not steps
     calls = []
     ours.transformer.h[0].attn.register_forward_hook(lambda *_: calls.append(1))
     step(ours)

@@ -115,6 +115,25 @@ def test_what_a_product_read_has_its_derivatives(name, said):
     close(found, truth)
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if "projection" in name])
+def test_what_changes_behind_a_product_changes_no_derivative(name):
+    """What a norm or an activation gave is made again where it is no longer what the product read."""
+    _, inputs = CALLS[name]
+    op = ops.rms_norm if "norm" in name else ops.bias_quick_gelu
+
+    def penalised(change):
+        x, w, m, *rest = (t.clone().requires_grad_() for t in inputs)
+        y = op(x, w)
+        out = ops.projection(y, m, *rest)
+        if change:
+            with torch.no_grad():
+                y.zero_()
+        gradient = torch.autograd.grad(out.sin().sum(), m, create_graph=True)[0]
+        return torch.autograd.grad(gradient.square().sum(), (x, w, m))
+
+    close(penalised(True), penalised(False))
+
+
 def test_other_threads_keep_their_backend():
     x, stop, seen = torch.randn(64, 64, requires_grad=True), threading.Event(), []
 

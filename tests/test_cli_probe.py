@@ -108,11 +108,16 @@ def test_layers_joined_have_a_line(igpt, run, dataset, tmp_path):
     assert found["joined"]["accuracy"] > 0.4 and found["joined"]["layer"] is None and len(found["layers"]) == 2
 
 
+def say_learned(run, dataset):
+    """Makes the run one that has learned from nine tenths of a dataset."""
+    saved = {"config": {}, "options": {"val_fraction": 0.1}, "data": fingerprint(dataset), "command": {}}
+    (run / "train.json").write_text(json.dumps(saved))
+
+
 def test_what_the_model_had_seen_is_said(igpt, run, dataset, tmp_path):
     out = ("--layers", "0", "--per-class", "4", "--json", "-o", tmp_path / "p.png")
     assert json.loads(igpt("probe", run, dataset.path, *out)[1])["seen"] is None
-    saved = {"config": {}, "options": {"val_fraction": 0.1}, "data": fingerprint(dataset), "command": {}}
-    (run / "train.json").write_text(json.dumps(saved))
+    say_learned(run, dataset)
     wanted = len(dataset.split("val", 0.2)) - len(dataset.split("val", 0.1))
     _, printed, said = igpt("probe", run, dataset.path, *out)
     assert json.loads(printed)["seen"] == wanted > 0 and json.loads(printed)["train"] == 12
@@ -121,6 +126,13 @@ def test_what_the_model_had_seen_is_said(igpt, run, dataset, tmp_path):
     assert 0 < few["seen"] <= few["test"] < wanted + len(dataset.split("val", 0.1))
     _, printed, said = igpt("probe", run, dataset.path, *out, "--test-fraction", "0.1")
     assert json.loads(printed)["seen"] == 0 and "had learned" not in said
+
+
+def test_what_the_model_had_seen_of_images_given_to_test_on(igpt, run, dataset, tmp_path):
+    say_learned(run, dataset)
+    others = write_tokens(tmp_path, np.arange(60) % 3, seed=1)
+    words = ("probe", run, others.path, "--test", dataset.path, "--layers", "0", "--json", "-o", tmp_path / "p.png")
+    assert json.loads(igpt(*words)[1])["seen"] == len(dataset.split("train", 0.1))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ def learned(igpt, tmp_path):
     """A run on 40 images, and which of them it learns from."""
     images = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
-    code, _, said = igpt("train", tmp_path / "images.npy", "--out", tmp_path / "run", *SHAPE, "--steps", "1")
+    options = (*SHAPE, "--steps", "1", "--val-fraction", "0.4")
+    code, _, said = igpt("train", tmp_path / "images.npy", "--out", tmp_path / "run", *options)
     assert code == 0, said
-    return images, TokenDataset(tmp_path / "run" / "tokens").split("train")
+    return images, TokenDataset(tmp_path / "run" / "tokens").split("train", 0.4)
 
 
 def test_images_among_others_are_found(igpt, tmp_path, learned):

@@ -12,6 +12,7 @@ from tiny import write_tokens
 from igpt_fast import InputError
 from igpt_fast.evaluate import evaluate
 from igpt_fast.intervals import of_mean
+from igpt_fast.over_images import over_images
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,21 @@ def test_the_interval_holds_the_mean_95_times_in_100(count):
     held = np.mean([abs(row.mean() - 3) <= of_mean(row) for row in draws])
     assert abs(held - 0.95) < 0.015
     assert of_mean(draws[0, :1]) is None
+
+
+@pytest.mark.parametrize(("count", "t"), [(2, 12.7062), (30, 2.0452), (31, 2.0423), (32, 2.0395), (33, 2.0369)])
+def test_the_interval_is_of_students_t_in_the_table_and_above(count, t):
+    values = np.arange(count)
+    assert of_mean(values) == pytest.approx(t * values.std(ddof=1) / math.sqrt(count), rel=3e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(dataset, value):
+    options = {"batch": 8, "processes": None, "amp": False, "doing": "scoring", "what": "scores"}
+    with pytest.raises(InputError, match="the model's scores are not finite"):
+        over_images(
+            lambda tokens: torch.full((len(tokens),), value), np.zeros(9), model(), dataset, np.arange(9), **options
+        )
 
 
 def test_what_cannot_be_scored(dataset):

@@ -76,6 +76,14 @@ def test_exchanges_mend_a_bad_start(monkeypatch):
     assert mended <= 1.1 * good < Palette.fit(pixels, colors=64).inertia
 
 
+def test_an_exchange_that_is_no_gain_is_not_kept(monkeypatch):
+    pixels = photo(3000)
+    monkeypatch.setattr(kmeans, "_exchange", lambda *args: None)
+    without = Palette.fit(pixels, colors=16)
+    monkeypatch.setattr(kmeans, "_exchange", lambda colors, weights, centers: torch.ones_like(centers))
+    assert torch.equal(Palette.fit(pixels, colors=16).centers, without.centers)
+
+
 def test_fit_is_as_good_as_scikit_learn():
     pixels = photo(20_000, seed=1)
     theirs = KMeans(n_clusters=64, n_init=1, random_state=0).fit(pixels / 127.5 - 1).inertia_ / len(pixels)

@@ -126,6 +126,19 @@ def test_the_backward_pass_in_chunks_of_rows(backend, dtype, monkeypatch):
     assert calls == [128, 128, 44] * 2  # check runs it twice
 
 
+@pytest.mark.parametrize("backend", [name for name, dtype in FUSED if dtype is BF16])
+def test_the_chunks_shares_of_the_weights_gradient_are_summed_in_float32(backend, monkeypatch):
+    monkeypatch.setattr(sys.modules[ops.linear_cross_entropy.__module__], "WORKSPACE", 1)
+    hidden, weight, target = head(128, 16, 70)
+    grads = []
+    for times in (1, 8):  # so many tiles that are the same: their sum is exact there, and is not in 16 bits
+        rows, table = hidden.to(BF16).repeat(times, 1), weight.to(BF16).requires_grad_()
+        with use_backend(backend, poison=True):
+            ops.linear_cross_entropy(rows, table, target.repeat(times)).sum().backward()
+        grads.append(table.grad)
+    assert torch.equal(grads[1], 8 * grads[0])
+
+
 @pytest.mark.parametrize(("backend", "dtype"), EVERY)
 def test_nothing_costs_nothing(backend, dtype):
     hidden = torch.zeros(0, 16, dtype=dtype, requires_grad=True)

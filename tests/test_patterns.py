@@ -92,6 +92,12 @@ def test_a_pattern_is_compiled_once():
     assert compiled("local(3)", (6, 6)) is not compiled("local(4)", (6, 6))
 
 
+def test_either_and_both_are_two_patterns():
+    either, both = (parse(f"row {sign} column") for sign in "|&")
+    assert either != both
+    assert compiled(either, (8, 8)).pairs > compiled(both, (8, 8)).pairs
+
+
 def test_a_predicate_of_ones_own():
     def above(q, k):
         return (q.col == k.col) & (k.index < q.index)
@@ -101,6 +107,8 @@ def test_a_predicate_of_ones_own():
     assert torch.equal(BlockMask.compile(above, (6, 7)).dense(), mask.dense())
     with pytest.raises(InputError, match=r"looks ahead: pixel \(0, 0\) may not see pixel \(0, 0\).*k.index < q.index"):
         BlockMask.compile(lambda q, k: q.col == k.col, (6, 7))
+    with pytest.raises(InputError, match=r"pixel \(0, 0\) may not see pixel \(7, 0\)"):  # which is in another tile
+        BlockMask.compile(lambda q, k: k.index == q.index + 70, (10, 10))
     BlockMask.compile(lambda q, k: q.col == k.col, (6, 7), causal=False)
     with pytest.raises(InputError, match="gives int; it must give a bool"):
         BlockMask.compile(lambda q, k: 1, (6, 7))

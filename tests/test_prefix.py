@@ -129,6 +129,7 @@ def test_the_default_batch_grows_with_what_is_shared():
     assert default_batch(model, 2048, 1) == 2
     assert default_batch(model, 2048, 8) == 4
     assert default_batch(model, 4000, 8) == 17
+    assert default_batch(model, 3071, 45) == 9  # a share of 68.3 slots of what is shared takes 69
 
 
 def test_a_cache_holds_what_is_behind():

@@ -223,6 +223,14 @@ def test_broken_weights_end_in_an_error_that_names_the_pixel(weight, where):
         sample(model, n=2, first=3)
 
 
+def test_an_error_behind_known_pixels_names_the_pixel_too():
+    model = make()
+    with torch.no_grad():
+        model.wpe[25].fill_(math.nan)
+    with pytest.raises(InputError, match=r"pixel \(3, 4\) of image 0 are not finite"):
+        complete(model, pixels(model, 1), keep=0.5, n=2)
+
+
 def test_a_bert_model_cannot_be_sampled():
     model = make(objective="bert")
     with pytest.raises(InputError, match="objective='ar'"):

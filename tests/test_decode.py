@@ -93,6 +93,15 @@ def test_an_error_of_the_one_reading_process_is_the_images(tmp_path, monkeypatch
     assert len(indices) == COUNT - 1
 
 
+def test_the_file_is_closed_when_decoding_ends(tmp_path):
+    source = open_source(make_npz(tmp_path / "x.npz"))
+    parts = decode(source, Reading((8, 8)), workers=0)
+    next(parts)
+    assert source.reader._stream is not None
+    parts.close()
+    assert source.reader._stream is None
+
+
 def test_some_images_only(tmp_path):
     source = open_source(make_folder(tmp_path / "x"))
     assert collect(source, indices=np.array([20, 3, 3, 11]), workers=0)[0] == [3, 11, 20]

@@ -6,6 +6,7 @@ installed, more are written here: 32 and 64 shards, older shapes, a BERT model, 
 
 import importlib.util
 import shutil
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -15,7 +16,7 @@ from definition import transcript
 from openai_checkpoint import PREFIX, SHARDS, SIZES, variable, variables, write
 
 from igpt_fast import Config, ImageGPT, InputError, Palette
-from igpt_fast.pretrained import bundle
+from igpt_fast.pretrained import bundle, openai
 from igpt_fast.pretrained.bundle import Bundle
 
 needs_tensorflow = pytest.mark.skipif(
@@ -164,6 +165,21 @@ def test_an_axis_of_another_kind_is_refused(copy, monkeypatch):
     monkeypatch.setattr(Bundle, "_table", lambda self, data: iter(rows))
     with pytest.raises(InputError, match=r"131000\.index cannot be read"):
         Bundle(copy)
+
+
+def test_an_axis_of_one_is_no_number_of_heads(monkeypatch):
+    """Projections [1, d, d] can be those of one head, or a convolution's kernel, whose rows are inputs."""
+
+    class Flat(Bundle):
+        def __init__(self, prefix):
+            super().__init__(prefix)
+            for name, entry in self.entries.items():
+                if name.endswith("_proj"):
+                    self.entries[name] = replace(entry, shape=(1, 8, 8))
+
+    monkeypatch.setattr(openai, "Bundle", Flat)
+    with pytest.raises(InputError, match="shape of the projections does not tell the number of heads; give it"):
+        ImageGPT.from_pretrained(PREFIX, size=GRID)
 
 
 def test_the_extra_is_named_when_it_is_missing(copy, monkeypatch):

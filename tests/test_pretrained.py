@@ -158,6 +158,12 @@ def test_a_models_own_grid_goes_before_a_processors(tmp_path):
         ImageGPT.from_pretrained(tmp_path)
 
 
+def test_a_processors_size_that_does_not_fit_the_positions_is_not_the_grid(saved):
+    edit(saved / "config.json", igpt_fast="gone")
+    edit(saved / "preprocessor_config.json", size={"height": 32, "width": 32})
+    assert ImageGPT.from_pretrained(saved).config.size == (4, 4)
+
+
 def test_biases_may_be_left_out_all_together(saved):
     tensors = load_file(saved / "model.safetensors")
     save_file({name: t for name, t in tensors.items() if not name.endswith(".bias")}, saved / "model.safetensors")

@@ -124,6 +124,12 @@ def write_index(folder, places):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
+def write_twice(folder):
+    tensors = load_file(folder / "model.safetensors")
+    write_index(folder, dict.fromkeys(tensors, "a.safetensors") | {"lm_head.weight": "b.safetensors"})
+    save_file(tensors, folder / "b.safetensors")
+
+
 def change(folder, **tensors):
     found = load_file(folder / "model.safetensors") | tensors
     save_file({name: t for name, t in found.items() if t is not None}, folder / "model.safetensors")
@@ -147,6 +153,7 @@ def change(folder, **tensors):
         (lambda f: write_index(f, {"lm_head.weight": "../w/a.safetensors"}), "which is no name of a .safetensors file"),
         (lambda f: write_index(f, {"lm_head.weight": 3}), "lies in 3, which is no name"),
         (lambda f: write_index(f, {"lost": "a.safetensors"}), r"a\.safetensors has no lost, which model\.safetensors"),
+        (write_twice, r"w/b\.safetensors holds lm_head\.weight, and so does \S+/w/a\.safetensors"),
         (lambda f: write_index(f, []), "has no weight_map"),
         (lambda f: write_index(f, {"lost": "a" * 5000 + ".safetensors"}), r"lies in 'a{79}, which is no name"),
         (lambda f: (f / "config.json").write_text("{"), r"w/config\.json cannot be read"),

@@ -208,6 +208,13 @@ def test_features_that_no_memory_holds(monkeypatch, model, dataset):
         probe(model, dataset)
 
 
+def test_features_that_are_joined_take_the_memory_of_three(monkeypatch, model, dataset, result):
+    monkeypatch.setattr(module, "memory_of", lambda device: 2 * result.feature_bytes)
+    with pytest.raises(InputError, match=r"take fewer with --limit or --layers"):
+        probe(model, dataset, joined=True)
+    assert probe(model, dataset).layers == result.layers
+
+
 def test_without_scikit_learn_the_extra_is_named(monkeypatch, model, dataset):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(InputError, match=r"pip install igpt-fast\[probe\]"):

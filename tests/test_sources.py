@@ -168,6 +168,17 @@ def test_scans_in_files_of_their_own_kind_are_named(folder):
         open_source(folder / "alone")
 
 
+def test_a_knot_of_links_is_refused(tmp_path):
+    make_folder(tmp_path / "album")
+    (tmp_path / "photos").mkdir()
+    for number in range(16):
+        (tmp_path / "photos" / f"{number}").symlink_to(tmp_path / "album")
+    assert len(open_source(tmp_path / "photos")) == 16 * len(NAMES)
+    (tmp_path / "photos" / "16").symlink_to(tmp_path / "album")
+    with pytest.raises(InputError, match="links lead here in more than 16 ways; give a folder without"):
+        open_source(tmp_path / "photos")
+
+
 def test_single_file(folder):
     source = open_source(folder / "a" / "one.png")
     assert (source.names, source.labels, source.classes) == (["one.png"], None, None)

@@ -83,14 +83,14 @@ def test_batch_refuses_indices_outside(directory, index):
         TokenDataset(directory).batch(np.array([0, index]))
 
 
-def test_batch_refuses_tokens_that_the_palette_lacks(tmp_path, tokens):
-    tokens[6, 2, 4] = COLORS
+@pytest.mark.parametrize("bad", [4, 6, 7])  # the first, a middle and the last image of a shard
+def test_batch_refuses_tokens_that_the_palette_lacks(tmp_path, tokens, bad):
+    tokens[bad, 2, 4] = COLORS
     data = TokenDataset(write(tmp_path / "tokens", tokens, ["x"] * 11, rows=4))
-    assert data.batch(np.arange(6)).max() < COLORS
-    with pytest.raises(
-        InputError, match=r"shard-00001\.npy: image 6 has token 7 of only 7 colours.*igpt-fast tokenize"
-    ):
-        data.batch(np.array([9, 6, 0]))
+    assert data.batch(np.arange(bad)).max() < COLORS
+    message = rf"shard-00001\.npy: image {bad} has token 7 of only 7 colours.*igpt-fast tokenize"
+    with pytest.raises(InputError, match=message):
+        data.batch(np.array([9, bad, 0]))
 
 
 def test_a_dataset_is_sent_to_a_process_as_its_path(directory, tokens):
@@ -179,6 +179,12 @@ def test_contradictions(tmp_path, tokens, change, reason):
     path = write(tmp_path / "tokens", tokens, ["x"] * 11, rows=4, **change)
     with pytest.raises(InputError, match=reason):
         TokenDataset(path)
+
+
+def test_labels_below_that_of_none_are_refused(directory):
+    np.save(directory / "labels.npy", np.arange(-2, 9).clip(max=1).astype(np.int32))
+    with pytest.raises(InputError, match=r"labels\.npy: has labels -2\.\.1, which 2 classes do not have"):
+        TokenDataset(directory)
 
 
 @pytest.mark.parametrize("text", [json.dumps([1] * 11), json.dumps({"a": 1}), "[" * 200_000])

@@ -47,6 +47,18 @@ def test_views_are_crops_of_the_image_at_sides_of_256_to_384():
         assert shares.min() < 0.03 and shares.max() > 0.97 and abs(shares.mean() - 0.5) < 0.06
 
 
+def test_the_longest_side_and_the_farthest_places_are_drawn_too():
+    drawn = []
+
+    class Most:
+        def integers(self, *ends, endpoint=False):
+            drawn.append(ends[-1] - (not endpoint))
+            return drawn[-1]
+
+    random_view(Image.new("RGB", (256, 256)), (32, 32), Most())
+    assert drawn == [384, 384 - 224, 384 - 224]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.tuples(*[st.integers(1, 500)] * 2), st.tuples(*[st.integers(1, 260)] * 2), st.integers(0, 99))
 def test_any_image_gives_views_of_any_size_in_its_own_colour(shape, size, seed):

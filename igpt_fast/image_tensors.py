@@ -30,7 +30,9 @@ def tensor_of(given: Any, what: str) -> Tensor:
         raise InputError(f"{what} {form}; give an array or a tensor of numbers") from error
 
 
-def tokens_of(images: Tensor, palette: Palette | None, config: Config, resize: str, device: torch.device) -> Tensor:
+def tokens_of(
+    images: Tensor, palette: Palette | None, config: Config, resize: str | None, device: torch.device
+) -> Tensor:
     """Resizes and quantises.   images [B, 3, H, W], uint8 or float in [0, 1] → int64 [B, config.size] on `device`
 
     Floats are rounded to 8 bits. Images of another size go through `resize_image` on the CPU, as those of files do.
@@ -47,7 +49,7 @@ def tokens_of(images: Tensor, palette: Palette | None, config: Config, resize: s
     pixels = _bytes(images.detach().to(device)).permute(0, 2, 3, 1)
     if tuple(pixels.shape[1:3]) != tuple(size):
         arrays = pixels.contiguous().cpu().numpy()
-        done = [resize_image(Image.fromarray(a), size, resize, f"image {i}") for i, a in enumerate(arrays)]
+        done = [resize_image(Image.fromarray(a), size, resize or "paper", f"image {i}") for i, a in enumerate(arrays)]
         whole = np.stack(done) if done else np.empty((0, *size, 3), np.uint8)
         pixels = torch.from_numpy(whole).to(device)
     return palette.encode(pixels.contiguous())

@@ -67,7 +67,7 @@ class ImageGPT(nn.Module):
     ) -> "ImageGPT":  # fmt: skip
         """Published weights: a directory in Hugging Face's layout, a name on their hub, an OpenAI checkpoint's prefix.
 
-        `model.palette`, `.class_names` and `.reading` lay with them, or are None, or {}. dtype: None, or "auto", is theirs.
+        `model.palette`, `.class_names` and `.reading` lay with them, or are empty. dtype: None, or "auto", is theirs.
         size: (height, width) that their positions are brought to, by `igpt_fast.positions.resized`. heads: see
         `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
         """
@@ -162,8 +162,7 @@ class ImageGPT(nn.Module):
 
         resize: see images.resize_image; None: as `self.reading` says, or "paper". Raises InputError without a palette.
         """
-        how = resize or self.reading.get("resize", "paper")
-        return tokens_of(images, self.palette, self.config, how, self.wte.device)
+        return tokens_of(images, self.palette, self.config, resize or self.reading.get("resize"), self.wte.device)
 
     def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The final norm's output [N, T, width], which both heads read. Arguments as in `forward`."""

@@ -92,6 +92,24 @@ def test_finished_images_are_kept_and_the_rest_are_drawn_behind_them(igpt, run, 
     assert np.array_equal(got, Palette(CENTERS).decode(sample(model, n=6)).numpy())
 
 
+def test_an_interrupted_sample_says_what_is_there(igpt, run, tmp_path, monkeypatch):
+    real = commands.sample_tokens
+
+    def two_and_no_more(*args, drawn, **options):
+        def stop(before, tokens):
+            drawn(before, tokens)
+            raise KeyboardInterrupt
+
+        return real(*args, drawn=stop, **options)
+
+    monkeypatch.setattr(commands, "sample_tokens", two_and_no_more)
+    words = ("sample", run, "-n", 5, "--first", 3, "--batch", 2, "-o", tmp_path / "g.png")
+    code, _, said = igpt(*words, "--single", tmp_path / "one")
+    assert code == 130 and f"2 of 5 images are in {tmp_path / 'one'}; --first 5 -n 3 gives the others" in said
+    code, _, said = igpt(*words)
+    assert code == 130 and "images are in" not in said
+
+
 def test_bfloat16_is_another_model(igpt, run, model, tmp_path):
     words = ("sample", run, "-n", 4, "--single", tmp_path / "one", "-o", tmp_path / "g.png", "--dtype", "bfloat16")
     assert igpt(*words)[0] == 0

@@ -138,7 +138,14 @@ def sample(
     checkpoint, palette = _load(model, dtype, device)
     files = _singles(single, [f"sample-{index:06d}" for index in range(first, first + n)])
     with progress(n * checkpoint.model.config.tokens, "pixels", "sampling") as bar:
-        tokens = sample_tokens(checkpoint.model, **options, progress=bar.to, drawn=_saver(palette, files))
+        try:
+            tokens = sample_tokens(checkpoint.model, **options, progress=bar.to, drawn=_saver(palette, files))
+        except KeyboardInterrupt:
+            if there := sum(file.exists() for file in files):
+                say(
+                    f"{there:,} of {n:,} images are in {single}; --first {first + there} -n {n - there} gives the others"
+                )
+            raise
     save_grid(out, _decode(palette, tokens))
     _report(checkpoint, out, files, began, as_json, images=n, seed=seed, first=first)
 

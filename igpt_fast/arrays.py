@@ -58,8 +58,8 @@ def _layout(stream: BinaryIO, length: int, where: str) -> ArrayLayout:
     shape, fortran, dtype = _header(stream)
     form = f"{dtype} {list(shape)}"
     if dtype.kind not in "buif" or len(shape) not in (3, 4):
-        raise InputError(f"{where}: holds {form}; give numbers [N, H, W, 3] or, for grayscale, [N, H, W]")
-    if len(shape) == 4 and shape[1] in (1, 3, 4) and shape[2] == shape[3] > 4:
+        raise InputError(f"{where}: holds {form}; give numbers [N, H, W, C] or, for grayscale, [N, H, W]")
+    if len(shape) == 4 and shape[2] == shape[3] > max(shape[1], 4):
         raise InputError(f"{where}: {form} has its channels first; save numpy.moveaxis(it, 1, 3).copy()")
     if len(shape) == 3 and shape[2] in (3, 4):
         raise InputError(f"{where}: {form} looks like one image; give [1, H, W, {shape[2]}]")

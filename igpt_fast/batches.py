@@ -119,11 +119,13 @@ def fingerprint(dataset: TokenDataset | JoinedTokens) -> dict[str, Any]:
     """What tells these data from others: their number, and digests of the palette and of some images' tokens."""
     if isinstance(dataset, JoinedTokens):
         return {**fingerprint(dataset.train), "test": fingerprint(dataset.test)["tokens"]}
+    groups = {} if dataset.groups is None else {"groups": digest(np.array(dataset.groups))}
     some = np.linspace(0, len(dataset), min(len(dataset), LOOKED_AT), endpoint=False, dtype=np.int64)
     return {
         "images": len(dataset),
         "palette": digest(np.asarray(dataset.palette.centers)),
         "tokens": digest(dataset.batch(some).numpy()),
+        **groups,
     }
 
 

@@ -78,13 +78,19 @@ def _read(data: bytes, where: str, folder: str, rows: dict[str, dict[str, str]],
         text = data.decode("utf-8-sig")
         first = text.partition("\n")[0]
         lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
-        columns = {FILE, LABEL, GROUP} & set(lines.fieldnames or ())
+        lines.fieldnames = [name.strip() for name in lines.fieldnames or ()]
+        columns = {FILE, LABEL, GROUP} & set(lines.fieldnames)
+        if twice := [name for name in columns if lines.fieldnames.count(name) > 1]:
+            raise InputError(f"{where}: has two columns {twice[0]}; leave one of them out")
         if FILE not in columns:
             log.warning("%s: is not used, for it has no column `file_name`", where)
             return set()
-        found = 0
+        count = found = 0
         for line in lines:
-            name = posixpath.normpath(posixpath.join(folder, (line[FILE] or "").strip()))
+            if not (line[FILE] or "").strip():
+                continue
+            count += 1
+            name = posixpath.normpath(posixpath.join(folder, line[FILE].strip()))
             row = {column: (line[column] or "").strip() for column in columns - {FILE}}
             if rows.setdefault(name, row) != row:
                 raise InputError(f"{where}, line {lines.line_num}: says something else of {name} than a line before")
@@ -92,9 +98,11 @@ def _read(data: bytes, where: str, folder: str, rows: dict[str, dict[str, str]],
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{where}: is no CSV file in UTF-8 ({error}); write it again") from error
     if not found:
-        raise InputError(f"{where}: names none of the images here; file_name is their path from here, with its ending")
-    if found < lines.line_num - 1:
-        log.warning("%s: %d of its lines name no image here", where, lines.line_num - 1 - found)
+        raise InputError(
+            f"{where}: names none of the images here; file_name is their path from here, with / and its ending"
+        )
+    if found < count:
+        log.warning("%s: %d of its %d rows name no image here", where, count - found, count)
     if LABEL not in columns:
         log.warning("%s: has no column `label`, so folders are the classes", where)
     return columns
@@ -102,4 +110,5 @@ def _read(data: bytes, where: str, folder: str, rows: dict[str, dict[str, str]],
 
 def _in_order(classes: set[str]) -> list[str]:
     """Numbers by their size, else by the alphabet."""
-    return sorted(classes, key=int) if all(text.isdecimal() for text in classes) else sorted(classes)
+    numbers = all(text.isascii() and text.isdecimal() for text in classes)
+    return sorted(classes, key=lambda text: (len(text.lstrip("0")), text.lstrip("0"), text) if numbers else text)

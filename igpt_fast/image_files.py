@@ -12,6 +12,7 @@ transparent. LAB is refused by name, as are images larger than Pillow's limit ag
 import io
 import logging
 import warnings
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -37,6 +38,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # or else its words 
 _ORIENTATION = 0x0112  # the EXIF tag
 _PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
 _SAMPLES = 277  # the TIFF tag; how many a pixel
+_PLANAR = 284  # the TIFF tag; 2: bands one behind the other
 
 
 def read_image(
@@ -49,9 +51,9 @@ def read_image(
     """Decodes one image to Pillow's RGB mode, as the head of this module says.
 
     data: the bytes of an image file, or numbers [H, W] or [H, W, C]. where: names the image in errors. background,
-    value_range, bands: as in Reading; without bands, C is 1 (gray), 2 (with alpha), 3 or 4 (RGB, RGBA). `.info` has
-    PAGES where there are several, DARK for 16 bits of which few are used, and BYTES where value_range had nothing to
-    stretch. Raises InputError when it cannot be decoded.
+    value_range, bands: as in Reading; without bands, C is 1 (gray) or 3 (RGB), of bytes also 2 or 4 (with alpha).
+    `.info` has PAGES where there are several, DARK for 16 bits of which few are used, and BYTES where value_range had
+    nothing to stretch. Raises InputError when it cannot be decoded.
     """
     colour = parse_background(background)
     if not len(data):
@@ -110,12 +112,11 @@ def _open(
     kind, mode = image.format, image.mode
     deep = mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)
     stretched = deep and value_range is not None
-    # Of bands that lie one behind the other Pillow may read the first, and be silent about the rest.
-    cut = kind == "TIFF" and len(image.getbands()) == 1 < image.tag_v2.get(_SAMPLES, 1)
-    if kind == "TIFF" and (bands or stretched or cut or mode in ("I", "F")):
+    if kind == "TIFF" and (stretched or mode in ("I", "F") or _lacks_bands(image, bands)):
         return _with_pages(*scientific.read_tiff(data))
     if kind == "PNG" and stretched:
-        return scientific.read_deep_png(data), {}
+        values, turn = scientific.read_deep_png(data), image.getexif().get(_ORIENTATION, 1)
+        return _with_pages(replace(values, numbers=scientific.upright(values.numbers, turn)), _has_pages(image))
     image.load()
     notes = {PAGES: True} if _has_pages(image) else {}
     if deep and max(high for _, high in image.getextrema()[: 1 if mode == "LA" else 3]) < DIM >> 8:
@@ -132,9 +133,18 @@ def _open(
         # A PGM says itself what its largest value is, and Pillow has stretched it to that.
         return (values if kind != "PPM" else to_8_bits(values)[0]), notes
     if bands or (nodata is not None and mode in ("L", "RGB") and not deep and not white_is_0):
-        image = image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")
+        if image.mode not in ("L", "LA", "RGB", "RGBA"):
+            _refuse(image.mode)
+            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         return Values(np.atleast_3d(np.asarray(image)), image.mode in ("LA", "RGBA"), nodata=nodata), notes
     return image, notes
+
+
+def _lacks_bands(image: Image.Image, bands: tuple[int, ...] | None) -> bool:
+    """Whether a TIFF has bands that count here and Pillow leaves out."""
+    lacks = image.tag_v2.get(_SAMPLES, 1) > len(image.getbands())
+    # Of bands that lie one behind the other Pillow may read the first, and be silent about the rest.
+    return lacks and (bands is not None or image.tag_v2.get(_PLANAR) == 2)
 
 
 def _with_pages(values: Values, more: bool) -> tuple[Values, dict[str, bool]]:
@@ -151,18 +161,22 @@ def _has_pages(image: Image.Image) -> bool:
 
 def _from_array(data: np.ndarray, bands: tuple[int, ...] | None) -> tuple[Values, dict[str, bool]]:
     numbers = np.atleast_3d(data)
-    return Values(numbers, alpha=bands is None and numbers.shape[2] in (2, 4)), {}
+    return Values(numbers, alpha=bands is None and numbers.dtype == np.uint8 and numbers.shape[2] in (2, 4)), {}
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any mode to RGB; alpha is composited: round((alpha·colour + (255 - alpha)·background) / 255)."""
-    if image.mode in ("I", "F", "LAB"):
-        kind = {"I": "32-bit integers", "F": "32-bit floats", "LAB": "LAB"}[image.mode]
-        where = " but in a TIFF" if image.mode != "LAB" else ""
-        raise ValueError(f"{kind} are not read{where}, convert the image to 8-bit RGB")
+    _refuse(image.mode)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, background)
         canvas.paste(image, mask=image.getchannel("A"))
         return canvas
     return image.convert("RGB")
+
+
+def _refuse(mode: str) -> None:
+    """ValueError for what Pillow would clip or take for other colours."""
+    if kind := {"I": "32-bit integers", "F": "32-bit floats", "LAB": "colours in LAB"}.get(mode):
+        where = " but in a TIFF" if mode != "LAB" else ""
+        raise ValueError(f"{kind} are not read{where}, convert the image to 8-bit RGB")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,13 @@ class Reading:
         if self.on_error not in ("raise", "skip"):
             raise InputError(f"on_error {self.on_error!r} is not known; give raise or skip")
         if (ends := self.value_range) is not None:
-            if len(ends) != 2 or not all(math.isfinite(end) for end in ends) or not ends[0] < ends[1]:
+            if len(ends) != 2 or not all(map(_is_finite, ends)) or not ends[0] < ends[1]:
                 raise InputError(f"value_range {ends!r} is not two numbers, that of black and a larger one of white")
             object.__setattr__(self, "value_range", tuple(ends))
         if (bands := self.bands) is not None:
-            if len(bands) not in (1, 3) or not all(isinstance(b, int | np.integer) and b >= 1 for b in bands):
+            if len(bands) not in (1, 3) or not all(
+                type(b) is not bool and isinstance(b, Integral) and b >= 1 for b in bands
+            ):
                 raise InputError(f"bands {bands!r} are not one band or three, of which the first of an image is 1")
             object.__setattr__(self, "bands", tuple(map(int, bands)))
         if not isinstance(self.views, int | np.integer) or not 0 <= self.views <= MOST_VIEWS:
@@ -67,7 +70,13 @@ def in_todays_words(reading: Mapping[str, Any]) -> dict[str, Any]:
     """How images were read, also where it was noted as `gray_bits`, those that 16-bit grayscale held."""
     words = dict(reading)
     bits = words.pop("gray_bits", 16)
+    if type(bits) is not int or not 8 <= bits <= 16:
+        raise InputError(f"gray_bits is {bits!r}, not 8 to 16")
     return words if bits == 16 else {**words, "value_range": [0, (1 << bits) - 1]}
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def parse_background(text: str) -> tuple[int, int, int]:

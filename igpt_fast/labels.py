@@ -103,15 +103,23 @@ def draw_validation(chosen: Labelled, fraction: float, seed: int) -> np.ndarray:
 
 
 def _whole_groups(chosen: Labelled, fraction: float, random: np.random.Generator) -> np.ndarray:
-    """draw_validation by groups: in random order, each that a class wants and that leaves all something to learn."""
+    """draw_validation by groups: in random order those that fit into every class's share; then, for a class that has
+    none yet, the smallest that leaves something to learn from.
+    """
     learn = np.flatnonzero(~chosen.test)
     learn = learn[np.argsort(chosen.groups[learn], kind="stable")]
     groups = np.split(learn, np.flatnonzero(np.diff(chosen.groups[learn])) + 1)
     number = len(chosen.classes)
     has, held = np.bincount(chosen.labels[learn], minlength=number), np.zeros(number, np.int64)
     held_out, wanted = np.zeros(len(chosen.labels), bool), np.maximum(1, np.round(fraction * has))
-    for group in (groups[k] for k in random.permutation(len(groups))):
-        count = np.bincount(chosen.labels[group], minlength=number)
-        if (held < wanted)[count > 0].any() and (held + count < has)[count > 0].all():
-            held_out[group], held = True, held + count
+    order = [groups[k] for k in random.permutation(len(groups))]
+    counts = [np.bincount(chosen.labels[group], minlength=number) for group in order]
+    for most, places in ((wanted, range(len(order))), (has, np.argsort([len(g) for g in order], kind="stable"))):
+        for place in places:
+            group, count = order[place], counts[place]
+            lacking = most is wanted or (held[count > 0] == 0).any()
+            if lacking and not held_out[group[0]] and (held + count <= np.minimum(most, has - 1))[count > 0].all():
+                held_out[group], held = True, held + count
+    if not held_out.any():
+        log.warning("validation has no image: no group leaves every class something to learn from")
     return held_out

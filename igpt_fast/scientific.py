@@ -9,6 +9,7 @@ import io
 import logging
 from itertools import islice
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,9 @@ NODATA = 42113  # the TIFF tag by which GDAL says which value stands for none
 
 _ORIENTATION = 274  # the TIFF tag, with EXIF's meanings
 _WHITE_IS_0 = 0  # photometric
-_ALPHA = (1, 2)  # of a TIFF's extra samples: opacity
+_PLAIN = (0, 1, 2)  # photometric: gray, from white or black on, and RGB
+_ALPHA = 2  # of a TIFF's extra samples: opacity, by which the colours are not multiplied
+_PIXEL = 16  # bytes of one at Pillow's limit of pixels, beyond which many bands would fill the memory
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it warns of has no file's name
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
@@ -39,7 +42,10 @@ def read_tiff(data: bytes) -> tuple[Values, bool]:
     """The first page of a TIFF, and whether there are more that are no smaller copies of it. Raises anything."""
     with _library("tifffile", "tiff").TiffFile(io.BytesIO(data)) as tiff:
         page = tiff.pages[0]
-        refuse_bomb(page.imagewidth, page.imagelength)
+        refuse_bomb(page.imagewidth, page.imagelength, page.samplesperpixel * ((page.bitspersample + 7) // 8))
+        if page.photometric not in _PLAIN or page.bitspersample not in (1, 8, 16, 32, 64):
+            kind = f"{page.photometric.name} of {page.bitspersample} bits"
+            raise ValueError(f"a TIFF of {kind} is not read in full, convert it to 8-bit RGB")
         if page.axes not in ("YX", "YXS", "SYX"):
             raise ValueError(f"a TIFF of {page.axes}, where an image has YX and bands")
         numbers = page.asarray()
@@ -48,7 +54,7 @@ def read_tiff(data: bytes) -> tuple[Values, bool]:
         turn = page.tags[_ORIENTATION].value if _ORIENTATION in page.tags else 1
         values = Values(
             upright(numbers, turn),
-            alpha=len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA,
+            alpha=tuple(page.extrasamples) == (_ALPHA,) and numbers.dtype.kind == "u",
             white_is_0=page.photometric == _WHITE_IS_0,
             nodata=nodata_of(page.tags[NODATA].value) if NODATA in page.tags else None,
         )
@@ -70,22 +76,48 @@ def read_dicom(data: bytes) -> tuple[Values, bool]:
     pydicom = _library("pydicom", "dicom")
     pixels = importlib.import_module("pydicom.pixels")
     file = pydicom.dcmread(io.BytesIO(data))
-    refuse_bomb(file.Columns, file.Rows)
+    refuse_bomb(file.Columns, file.Rows, file.get("SamplesPerPixel", 1) * file.BitsAllocated // 8)
     numbers, frames = pixels.pixel_array(file, index=0), int(file.get("NumberOfFrames", None) or 1)
     if file.PhotometricInterpretation == "PALETTE COLOR":
         numbers = pixels.apply_color_lut(numbers, file)
     if numbers.ndim == 3:
         return Values(numbers), frames > 1
+    _flatten(file)
+    white_is_0 = file.PhotometricInterpretation == "MONOCHROME1"
+    window = _window_of(file)
+    if (
+        window is None
+        and numbers.dtype == np.uint8
+        and "RescaleSlope" not in file
+        and "ModalityLUTSequence" not in file
+    ):
+        return Values(numbers[..., None], white_is_0=white_is_0), frames > 1
     signed = int(file.PixelRepresentation)
     ends = np.array([-signed << (file.BitsStored - 1), (1 << (file.BitsStored - signed)) - 1])
-    numbers, window = (pixels.apply_modality_lut(given, file) for given in (numbers, ends))
-    window = tuple(sorted(map(float, window)))
-    if "WindowCenter" in file and "WindowWidth" in file:  # perhaps several, of which the first is shown
-        centre, width = (float(np.atleast_1d(file[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
-        half = (max(width, 2.0) - 1) / 2  # DICOM PS3.3, C.11.2.1.2: from c - 0.5 - (w - 1)/2 on
-        window = centre - 0.5 - half, centre - 0.5 + half
-    white_is_0 = file.PhotometricInterpretation == "MONOCHROME1"
+    numbers, ends = (pixels.apply_modality_lut(given, file) for given in (numbers, ends))
+    window = window or (float(min(ends)), float(max(ends)))
     return Values(np.asarray(numbers, np.float64)[..., None], white_is_0=white_is_0, window=window), frames > 1
+
+
+def _flatten(file: Any) -> None:
+    """Puts what an enhanced DICOM file says of its first frame's values where others have it; empty entries go."""
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in (file.get(groups) or [])[:1]:
+            for kind in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                for item in (group.get(kind) or [])[:1]:
+                    file.update(item)
+    for name in ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"):
+        if name in file and file.get(name) in (None, ""):
+            del file[name]
+
+
+def _window_of(file: Any) -> tuple[float, float] | None:
+    """The values of black and white by a DICOM file's window, of several by the first; None where it has none."""
+    if "WindowCenter" not in file or "WindowWidth" not in file:
+        return None
+    centre, width = (float(np.atleast_1d(file[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
+    half = (max(width, 2.0) - 1) / 2  # DICOM PS3.3, C.11.2.1.2: from c - 0.5 - (w - 1)/2 on
+    return centre - 0.5 - half, centre - 0.5 + half
 
 
 def nodata_of(text: object) -> float | None:
@@ -104,11 +136,14 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
 
 
-def refuse_bomb(width: int, height: int) -> None:
-    """Pillow's limit against files that would fill the memory, for who reads without it."""
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+def refuse_bomb(width: int, height: int, pixel: int = 1) -> None:
+    """Pillow's limit against files that would fill the memory, for who reads without it. pixel: bytes of one."""
+    most, pixels = Image.MAX_IMAGE_PIXELS, width * height
+    if most is not None and pixels > most:
+        raise Image.DecompressionBombError(f"{pixels:,} pixels are more than the {most:,} that are read")
+    if most is not None and pixels * pixel > most * _PIXEL:
         raise Image.DecompressionBombError(
-            f"{width * height:,} pixels are more than the {Image.MAX_IMAGE_PIXELS:,} that are read"
+            f"{pixels * pixel:,} bytes are more than the {most * _PIXEL:,} that are read"
         )
 
 

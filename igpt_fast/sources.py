@@ -22,6 +22,7 @@ from igpt_fast.arrays import npy_layout, npz_layout
 from igpt_fast.classes import classes_of, is_table
 from igpt_fast.errors import InputError, reading
 from igpt_fast.image_files import SUFFIXES, read_image
+from igpt_fast.images import Reading
 from igpt_fast.made import MADE, made_here
 from igpt_fast.reader import Reader, fetch, open_stream
 
@@ -68,9 +69,10 @@ class Source:
         return np.argsort([ref[0] for ref in self.refs], kind="stable") if self.sequential else np.arange(len(self))
 
     def read(self, index: int, **reading: Any) -> np.ndarray:
-        """Image `index` at its own size, uint8 [H, W, 3]. reading, raises: as read_image."""
-        where = self.where(index)
-        return np.asarray(read_image(fetch(self.reader, self.refs[index], where), where, **reading))
+        """Image `index` at its own size, uint8 [H, W, 3]. reading: fields of Reading. Raises InputError."""
+        where, how = self.where(index), Reading(**reading)
+        data = fetch(self.reader, self.refs[index], where)
+        return np.asarray(read_image(data, where, how.background, how.value_range, how.bands))
 
 
 def open_source(path: str | Path) -> Source:
@@ -148,7 +150,7 @@ def _open_folder(path: Path) -> Source:
                 pending.append((name, own, above | {here}))
             elif own:
                 ignored[MADE] += 1
-            elif _is_table(name):
+            elif _is_table(name) and os.path.isfile(entry.path):
                 with reading(f"{entry.path}:", "allow it, or move it elsewhere"):
                     tables[name] = Path(entry.path).read_bytes()
             elif not _ignore(name, ignored, stamps):
@@ -172,9 +174,12 @@ def _open_zip(path: Path, stamp: str) -> Source:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             name = posixpath.normpath(entry.filename).lstrip("/")
+            if entry.is_dir():
+                continue
             if _is_table(name):
                 tables[name] = archive.read(entry)
-            if entry.is_dir() or _is_table(name) or _ignore(name, ignored, refs):
+                continue
+            if _ignore(name, ignored, refs):
                 continue
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 how = "encrypted" if entry.flag_bits & 1 else f"compressed by method {entry.compress_type}"

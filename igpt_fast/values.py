@@ -60,11 +60,10 @@ def to_8_bits(
 
 def _measured(colours: np.ndarray, nodata: float | None) -> np.ndarray | None:
     """bool [H, W]: where something was measured; None: everywhere."""
-    seen = np.ones(colours.shape[:2], bool)
-    if colours.dtype.kind == "f":
-        seen &= ~np.isnan(colours).any(-1)
-    elif nodata is None:
+    floats = colours.dtype.kind == "f"
+    if nodata is None and not floats:
         return None
+    seen = ~np.isnan(colours).any(-1) if floats else np.ones(colours.shape[:2], bool)
     if nodata is not None:
         seen &= (colours != nodata).any(-1)
     return None if seen.all() else seen
@@ -90,14 +89,17 @@ def _scaled(numbers: np.ndarray, low: float, high: float) -> np.ndarray:
     if numbers.dtype.kind in "iu" and numbers.dtype.itemsize <= 2:
         wide = np.dtype(f"{numbers.dtype.kind}2")
         return _table(wide.char, low, high)[numbers.astype(wide).view(np.uint16)]
-    above = np.clip(np.nan_to_num(numbers.astype(np.float64), nan=low), low, high) - low
-    return ((above * 510 + (high - low)) // (2 * (high - low))).astype(np.uint8)
+    shades = np.empty(numbers.shape, np.uint8)
+    for row, out in zip(numbers, shades, strict=True):  # a row at a time: float64 of all would be eight times its bytes
+        above = np.clip(np.nan_to_num(row.astype(np.float64), nan=low), low, high) - low
+        out[...] = (above * 510 + (high - low)) // (2 * (high - low))
+    return shades
 
 
 @lru_cache(8)
 def _table(kind: str, low: float, high: float) -> np.ndarray:
     """What becomes of every whole number of 16 bits, by its bits."""
-    return _scaled(np.arange(_SHADES, dtype=np.uint16).view(kind).astype(np.float64), low, high)
+    return _scaled(np.arange(_SHADES, dtype=np.uint16).view(kind).astype(np.float64)[None], low, high)[0]
 
 
 def _opacity(numbers: np.ndarray) -> np.ndarray:

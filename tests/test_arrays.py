@@ -64,10 +64,11 @@ def test_npz_keys(tmp_path):
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
-        (np.zeros((2, 3, 3, 3), np.complex64), r"complex64 \[2, 3, 3, 3\]; give numbers \[N, H, W, 3\]"),
+        (np.zeros((2, 3, 3, 3), np.complex64), r"complex64 \[2, 3, 3, 3\]; give numbers \[N, H, W, C\]"),
         (np.zeros((2, 3, 8, 8), np.uint8), r"uint8 \[2, 3, 8, 8\] has its channels first; save numpy.moveaxis"),
         (np.zeros((8, 8, 3), np.uint8), "looks like one image"),
         (np.zeros((0, 8, 8), np.uint8), "no pixel"),
+        (np.zeros((20, 13, 64, 64), np.float32), "has its channels first"),
         (np.zeros((8, 8), np.uint8), "give numbers"),
         (np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8)), "Fortran"),
     ],

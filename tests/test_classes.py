@@ -1,6 +1,7 @@
 """Labels and groups from a metadata.csv: read as written, kept whole in every split, wrong ones named."""
 
 import logging
+import shutil
 import tarfile
 import zipfile
 
@@ -12,6 +13,7 @@ from labelled import make
 from PIL import Image
 from test_labels import chosen_from
 
+from igpt_fast.batches import fingerprint
 from igpt_fast.data import open_source, tokenize
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
@@ -65,6 +67,16 @@ def test_how_a_table_may_be_written(folder):
     assert open_source(folder).labels.tolist() == [1, 0, -1, 0, -1]
 
 
+def test_what_a_table_may_hold_beside(folder, caplog):
+    """Blanks in its first line, lines of several lines, and rows of nothing."""
+    source = write(folder, "file_name , label,text", 'a.png,1,"two\nlines"', ",,", ",c,", "b.png,01,", "c.png,10,", "")
+    assert source.labels.tolist() == [1, 0, 2, -1, -1] and source.classes == ["01", "1", "10"] and not caplog.records
+    write(folder, "file_name,label", "a.png," + "1" * 5000, "b.png,2")
+    (folder / "metadata.csv").unlink()
+    (folder / "metadata.csv").mkdir()
+    assert open_source(folder).classes is None
+
+
 def test_a_changed_table_is_a_changed_source(folder):
     before = write(folder, *TABLE)
     after = write(folder, *TABLE[:-1])
@@ -77,7 +89,7 @@ def test_tables_that_say_less_than_hoped(folder, caplog):
     for lines, said in (
         (("file_name,text", "a.png,a cat"), "has no column `label`, so folders are the classes"),
         (("id,label", "a,cat"), "is not used, for it has no column `file_name`"),
-        (("file_name,label", "a.png,x", "b.png,y", "gone.png,z"), "1 of its lines name no image here"),
+        (("file_name,label", "a.png,x", "b.png,y", "gone.png,z"), "1 of its 3 rows name no image here"),
     ):
         source = write(folder, *lines)
         assert [said in r.getMessage() for r in caplog.records] == [True] and "metadata.csv: " in caplog.text
@@ -95,6 +107,7 @@ def test_tables_that_say_less_than_hoped(folder, caplog):
         (("file_name,label", "a,cat", "b,dog"), "metadata.csv: names none of the images here; file_name is their path"),
         (("file_name,label", "a.png,cat", "a.png,dog"), r"metadata.csv, line 3: says something else of a\.png"),
         (("file_name,label", 'a.png,"cat'), "metadata.csv: is no CSV file in UTF-8"),
+        (("file_name,label,label", "a.png,cat,dog"), "metadata.csv: has two columns label; leave one of them out"),
     ],
 )
 def test_tables_that_are_wrong_are_named(folder, lines, reason):
@@ -138,6 +151,31 @@ def test_groups_stay_together_in_every_split(grouped):
     folds = draw_folds(chosen.labels, chosen.test, 0, chosen.groups)
     assert whole(mine, *(np.flatnonzero(folds == k) for k in range(-1, FOLDS)))
     assert np.bincount(folds + 1).min() > 10 and ((folds == -1) == chosen.test).all()
+
+
+@given(st.lists(st.integers(1, 40), min_size=4, max_size=30), st.floats(0.05, 0.5), st.integers(0, 5))
+def test_no_group_is_taken_beyond_the_share(sizes, fraction, seed):
+    """But the smallest, for a class that would have none."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    labels = groups % 2
+    chosen = chosen_from(labels, np.zeros(len(labels), bool), 2, groups)
+    held_out = draw_validation(chosen, fraction, seed)
+    for label in (0, 1):
+        has, smallest = (labels == label).sum(), min(sizes[label::2])
+        assert held_out[labels == label].sum() <= max(1, round(fraction * has), smallest)
+
+
+def test_validation_of_nothing_is_said(caplog):
+    labels = np.arange(20) % 2
+    assert not draw_validation(chosen_from(labels, np.zeros(20, bool), 2, labels), 0.2, 0).any()
+    assert "validation has no image: no group leaves every class something to learn from" in caplog.text
+
+
+def test_groups_tell_data_apart(grouped, tmp_path):
+    alone = shutil.copytree(grouped.path, tmp_path / "alone")
+    (alone / "groups.json").unlink()
+    with_groups, without = fingerprint(grouped), fingerprint(TokenDataset(alone))
+    assert "groups" not in without and without.items() < with_groups.items()
 
 
 def test_views_stay_in_their_image_s_group(grouped, tmp_path):

@@ -85,6 +85,33 @@ def test_tokens_that_were_read_in_another_way_are_named(igpt, run, folder):
     assert "was made with" not in igpt("eval", run, "tokens")[2]
 
 
+def test_images_to_test_on_are_read_as_the_tokens_that_are_learned_from(igpt, run, folder, tmp_path):
+    assert igpt("convert", run, "bare")[0] == 0
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    del config["igpt_fast"]["reading"]
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    test = shutil.copytree(folder, tmp_path / "test")
+    for name in ("a/0.png", "b/1.png"):  # others than those that are learned from
+        (test / name).unlink()
+    words = ("finetune", "bare", "tokens", "--test", test, "--out", "classes")
+    code, _, said = igpt(*words, "--steps", 2, "--batch", 4)
+    assert code == 0, said
+    assert TokenDataset("classes/test-tokens").reading == NOTED
+    code, _, said = igpt(*words, "--resume", "--steps", 3)
+    assert code == 0, said
+    probe = ("probe", "bare", "tokens", "--test", test, "--json")
+    first = json.loads(igpt(*probe)[1])
+    assert first["pixels"] == json.loads(igpt(*probe, *HOW)[1])["pixels"] and first["test"] == 10
+
+
+@pytest.mark.parametrize(
+    "bad", [("--value-range", "5,1"), ("--value-range", "7"), ("--bands", "0"), ("--bands", "1,1")]
+)
+def test_complete_checks_how_photos_are_read(igpt, run, folder, bad):
+    code, _, said = igpt("complete", run, folder / "a" / "0.png", "-n", 1, *bad)
+    assert code == 2 and said.startswith(f"error: {bad[0][2:].replace('-', '_')} [") and said.count("\n") == 1
+
+
 def test_a_run_on_tokens_refuses_images_before_anything_is_made(igpt, run, folder):
     code, _, said = igpt("train", folder, "--out", "run", "--resume", "--steps", 3)
     assert code == 2 and "run was trained on tokens (tokens); give those" in said and not (run / "tokens").exists()
@@ -115,6 +142,9 @@ def test_what_a_run_began_with_has_learned_too(igpt, run, folder, tmp_path):
     assert code == 0 and json.loads(printed)["seen"] == learned and f"had learned from {learned} of" in said
     assert igpt("train", others, "--out", "next", "--resume", "--steps", 2, "--batch", 2)[0] == 0
     assert json.loads(igpt("eval", "next", folder, "--json")[1])["seen"] == learned
+    assert igpt("convert", run, "hf")[0] == 0
+    assert igpt("train", others, "--init", "hf", "--out", "third", "--steps", 1, "--batch", 2)[0] == 0
+    assert json.loads(igpt("eval", "third", "tokens", "--json")[1])["seen"] is None
     (run / "train.json").unlink()  # its weights alone say nothing of images
     assert json.loads(igpt("eval", "next", "tokens", "--json")[1])["seen"] is None
     shutil.rmtree(run)
@@ -136,4 +166,4 @@ def test_pictures_and_tables_that_are_read_are_not_replaced(igpt, run, folder):
     (folder / "metadata.csv").write_text("file_name,label\na/0.png,x\n")
     code, _, said = igpt("classify", run, folder, "-o", folder / "metadata.csv")
     (folder / "metadata.csv").unlink()
-    assert code == 2 and "would be replaced" in said and photo.read_bytes() == before
+    assert code == 2 and "would be taken for their labels" in said and photo.read_bytes() == before

@@ -3,6 +3,7 @@
 import io
 import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -74,6 +75,36 @@ def test_numbers_that_are_no_bytes(kind):
     assert (read(tiff(numbers), value_range=window)[..., 0] == stretched(numbers, *window)).all()
     with pytest.raises(InputError, match=rf"some/tile\.tif: values of {kind} say .* --value-range .* does, as 0,3000$"):
         read(tiff(numbers))
+
+
+def test_bands_are_those_of_the_picture_where_pillow_reads_all():
+    colours = Image.fromarray(RNG.integers(0, 256, (6, 9, 3), np.uint8))
+    indexed = colours.quantize(16)
+    for image in (indexed, colours.convert("CMYK"), colours.convert("YCbCr"), Image.new("L", (9, 6), 77)):
+        data = encode(image, "TIFF")
+        plain = np.asarray(image.convert("RGB"))
+        if image.mode != "L":
+            assert (read(data) == plain).all() and (read(data, bands=(3, 1, 1)) == plain[..., [2, 0, 0]]).all()
+        assert (read(data, bands=(1,))[..., 0] == plain[..., 0]).all()
+    with pytest.raises(InputError, match="colours in LAB are not read, convert the image to 8-bit RGB"):
+        read(encode(Image.new("LAB", (2, 2)), "TIFF"), bands=(1,))
+    four = np.full((6, 9, 4), 200, np.uint16)
+    with pytest.raises(InputError, match="it has 4 bands"):  # colours that opacity has been multiplied into
+        read(tiff(four, photometric="rgb", extrasamples=["assocalpha"]), value_range=(0, 255))
+    with pytest.raises(InputError, match=r"a TIFF of SEPARATED of 16 bits is not read in full, convert it"):
+        read(tiff(np.zeros((6, 9, 5), np.uint16), photometric="separated"), bands=(1,))
+
+
+def test_a_turned_png_of_sixteen_bits():
+    exif = Image.Exif()
+    exif[274] = 6
+    data = imagecodecs.png_encode(np.ascontiguousarray(TILE[..., :3]))
+    place = data.index(b"IDAT") - 4
+    body = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    data = data[:place] + chunk + data[place:]
+    assert read(data).shape == (9, 6, 3)
+    assert (read(data, value_range=(0, 3000)) == np.rot90(stretched(TILE[..., :3], 0, 3000), -1)).all()
 
 
 def test_where_white_is_0_and_what_was_not_measured():
@@ -151,6 +182,19 @@ def test_dicom():
     luts |= {f"{name}escriptor": [4, 0, 16] for name in names}
     indexed = read(dicom(np.array([[3, 0, 1]], np.uint8), 8, PhotometricInterpretation="PALETTE COLOR", **luts))
     assert (indexed[0] == stretched(table.T[[3, 0, 1]], 0, 65535)).all()
+    empty = {"WindowCenter": None, "WindowWidth": None, "RescaleSlope": None, "RescaleIntercept": None}
+    assert (read(dicom(raw, **empty)) == read(dicom(raw))).all()
+    bytes_ = np.array([[0, 9, 200]], np.uint8)
+    assert read(dicom(bytes_, 8), value_range=(0, 4095))[0, :, 0].tolist() == [0, 9, 200]
+    values, shown = pydicom.Dataset(), pydicom.Dataset()
+    values.RescaleSlope, values.RescaleIntercept, values.RescaleType = 1, -1024, "HU"
+    shown.WindowCenter, shown.WindowWidth = 40, 400
+    shared = pydicom.Dataset()  # an enhanced file has them for all frames, or for each
+    shared.PixelValueTransformationSequence, shared.FrameVOILUTSequence = [values], [shown]
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        enhanced = dicom(raw, **{groups: [shared]})
+        assert (read(enhanced)[..., 0] == stretched(raw - 1024.0, -160, 239)).all()
+        assert (read(enhanced, value_range=(0, 100))[..., 0] == stretched(raw - 1024.0, 0, 100)).all()
     frames = read_image(dicom(np.stack([raw, raw[:, ::-1]]), NumberOfFrames=2), "x")
     assert frames.info == {PAGES: True} and (np.asarray(frames)[..., 0] == stretched(raw, 0, 4095)).all()
 
@@ -175,6 +219,11 @@ def test_files_that_would_fill_the_memory_are_refused(monkeypatch):
     for data in WHOLE:
         with pytest.raises(InputError, match=r"54 pixels are more than the 53 that are read; cut it into smaller ones"):
             read(data, bands=(1,))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 54)
+    assert read(WHOLE[0], bands=(1,), value_range=(0, 1)).shape == (6, 9, 3)
+    many = tiff(np.zeros((6, 9, 17), np.uint8), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(InputError, match=r"918 bytes .*are more than the 864 that are read; cut it"):
+        read(many, bands=(1,))
 
 
 def test_what_is_no_tiff_and_no_dicom():

@@ -69,6 +69,17 @@ def test_bands_are_counted_from_one():
         read_image(numbers, "tile", bands=(8,))
 
 
+def test_four_bands_that_are_no_bytes_have_no_opacity():
+    numbers = np.random.default_rng(0).integers(0, 3000, (3, 4, 4)).astype(np.uint16)
+    for kind in ("uint16", "float32"):
+        with pytest.raises(InputError, match="it has 4 bands: --bands"):
+            read_image(numbers.astype(kind), "tile", value_range=(0, 3000))
+    seen = np.asarray(read_image(numbers, "tile", bands=(4, 2, 1), value_range=(0, 3000)))
+    assert (seen == (numbers[..., [3, 1, 0]].astype(int) * 510 + 3000) // 6000).all()
+    rgba = np.full((1, 1, 4), (9, 9, 9, 0), np.uint8)
+    assert np.asarray(read_image(rgba, "x", background="red")).tolist() == [[[255, 0, 0]]]
+
+
 def test_who_asks_for_the_opacity_gets_it():
     numbers = np.random.default_rng(0).integers(0, 256, (3, 4, 4), np.uint8)
     assert (np.asarray(to_8_bits(Values(numbers, alpha=True), (4,))[0]) == numbers[..., 3]).all()

@@ -147,7 +147,8 @@ def tokenize(
     held_out = len(tokens.split("val"))
     many = f"{len(tokens)} random crops of {len(tokens) // views} images" if views else f"{len(tokens)} images"
     say(f"{many} as {grid[0]}x{grid[1]} tokens of {tokens.colors} colours in {seconds:.1f} s")
-    say(f"by their {'names' if tokens.groups is None else 'groups'}, {held_out} are for validation and {len(tokens) - held_out} for training")
+    by = "names" if tokens.groups is None else "groups"
+    say(f"by their {by}, {held_out} are for validation and {len(tokens) - held_out} for training")
     say(f"wrote {out}/ ({size_on_disk / 1e6:.1f} MB)")
     if as_json:
         print_json(

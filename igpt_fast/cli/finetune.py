@@ -137,18 +137,19 @@ def _prepare(
         raise InputError(f"--resume with another MODEL: {out} began with {init}; give that, or another --out")
     sources = [_with_labels(path) for path in (data, *([Path(test)] if test else []))]
     found = load_checkpoint(out) if resume else open_model(model)
-    images = {**READING, **reading_of(found), **command.get("images", {})}
+    noted = TokenDataset(data).reading if is_token_directory(data) else {}  # images of --test are read as DATA's were
+    images = {**READING, **reading_of(found), **noted, **command.get("images", {})}
     images |= {name: given[name] for name in images if name in given}
     parts = [
         _tokens(source, found, out / name, word, resume, given.get("workers"), images)
         for source, name, word in zip(sources, ("tokens", "test-tokens"), ("DATA", "--test"), strict=False)
     ]
     dataset = JoinedTokens(*parts) if test else parts[0]
-    images |= dataset.reading if is_token_directory(data) else {}
     options["test_fraction"] = 0.0 if test else options["test_fraction"]
     if not resume:
         say(f"beginning with the weights of {described(found)}")
-        command = {"data": str(data), "init": init, "images": images} | ({"test": str(test)} if test else {})
+        command = {"data": str(data), "from_tokens": is_token_directory(data), "init": init, "images": images}
+        command |= {"test": str(test)} if test else {}
         command["seen"] = _seen(found, dataset, options)
     command = {**command, "resume": _again(model, data, out, given.get("test"))}
     return None if resume else found.model, dataset, {"resume": resume, "command": command, **options}

@@ -111,10 +111,12 @@ def check_place(out: Path, ending: str, *inputs: Path) -> None:
 
 def refuse_replacing(out: Path, *inputs: Path) -> None:
     """InputError where `out` is one of the images or tables of labels that a command reads."""
-    if out.exists() and (out.suffix.lower() in SUFFIXES or is_table(out.name)):
+    table = is_table(out.name)
+    if table or (out.exists() and out.suffix.lower() in SUFFIXES):
         for path in inputs:
             if path.resolve() in (out.resolve(), *out.resolve().parents):
-                raise InputError(f"{out}: is among the images, and would be replaced; give another name")
+                what = "would be taken for their labels" if table else "would be replaced"
+                raise InputError(f"{out}: is among the images, and {what}; give another name")
 
 
 def check_folder(folder: Path) -> None:
@@ -149,13 +151,16 @@ def described(checkpoint: Checkpoint) -> str:
 
 
 @contextmanager
-def tokens_for(checkpoint: Checkpoint, data: Path, given: Mapping[str, Any]) -> Iterator[TokenDataset]:
+def tokens_for(
+    checkpoint: Checkpoint, data: Path, given: Mapping[str, Any], beside: TokenDataset | None = None
+) -> Iterator[TokenDataset]:
     """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the command.
 
-    given: of READING, what the options say, see given_of.
+    given: of READING, what the options say, see given_of. beside: tokens of other images, which these are read as.
     """
     size, palette = checkpoint.model.config.size, checkpoint.palette
-    refuse_reading([data], given, READING)
+    if beside is None:
+        refuse_reading([data], given, READING)
     if is_token_directory(data):
         tokens = open_tokens(data, palette, size=size)
         known = reading_of(checkpoint)
@@ -166,8 +171,9 @@ def tokens_for(checkpoint: Checkpoint, data: Path, given: Mapping[str, Any]) -> 
         return
     if palette is None:
         raise InputError(f"{checkpoint.path} has no palette to read images with; give DATA as tokens of its palette")
-    source, run, options = as_source(data), run_of(checkpoint), {**reading_of(checkpoint), **given}
-    if not given and run is not None and _made_from(own := run / "tokens", source):
+    noted = beside.reading if beside is not None else {}
+    source, run, options = as_source(data), run_of(checkpoint), {**reading_of(checkpoint), **noted, **given}
+    if not given and not noted and run is not None and _made_from(own := run / "tokens", source):
         yield open_tokens(source, palette, own, size=size, **options)
         return
     with tempfile.TemporaryDirectory(prefix="igpt-fast-") as folder:

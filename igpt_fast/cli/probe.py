@@ -11,6 +11,7 @@ from rich.table import Table
 
 from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
+    READING,
     BackgroundAsOption,
     BandsAsOption,
     LabelledArgument,
@@ -25,6 +26,7 @@ from igpt_fast.cli.inputs import (
     check_place,
     given_of,
     open_to_measure,
+    refuse_reading,
     tokens_for,
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
@@ -37,6 +39,7 @@ from igpt_fast.probe import ProbeResult, check_options, figure_png
 from igpt_fast.probe import probe as probe_model
 from igpt_fast.processes import together
 from igpt_fast.regression import Score, load_sklearn
+from igpt_fast.tokens import is_token_directory
 
 
 def register(app: typer.Typer) -> None:
@@ -104,9 +107,13 @@ def probe(
             depth = checkpoint.model.config.layers
             chosen = parse_layers(layers, depth)
             check_options(depth, chosen, test_fraction, limit, per_class, batch)
-            dataset, *tests = (stack.enter_context(tokens_for(checkpoint, path, given)) for path in paths)
-        if tests:
-            dataset = JoinedTokens(dataset, *tests)
+            refuse_reading(paths, given, READING)
+            dataset = stack.enter_context(tokens_for(checkpoint, data, {} if is_token_directory(data) else given))
+            if test is not None:
+                beside = dataset if is_token_directory(data) else None
+                tests = stack.enter_context(tokens_for(checkpoint, test, given, beside))
+                dataset = JoinedTokens(dataset, tests)
+        if test is not None:
             test_fraction = len(dataset.test) / len(dataset)
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
         result = probe_model(

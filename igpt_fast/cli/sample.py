@@ -33,7 +33,7 @@ from igpt_fast.decode import tell_lost
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.image_files import read_image
-from igpt_fast.images import parse_background, resize_image
+from igpt_fast.images import Reading, resize_image
 from igpt_fast.palette import Palette
 from igpt_fast.pictures import save_grid, to_png_bytes
 from igpt_fast.sample import Drawn, check_options, drawing_dtype, kept_pixels
@@ -142,9 +142,8 @@ def sample(
             tokens = sample_tokens(checkpoint.model, **options, progress=bar.to, drawn=_saver(palette, files))
         except KeyboardInterrupt:
             if there := sum(file.exists() for file in files):
-                say(
-                    f"{there:,} of {n:,} images are in {single}; --first {first + there} -n {n - there} gives the others"
-                )
+                rest = f"--first {first + there} -n {n - there}"
+                say(f"{there:,} of {n:,} images are in {single}; {rest} gives the others")
             raise
     save_grid(out, _decode(palette, tokens))
     _report(checkpoint, out, files, began, as_json, images=n, seed=seed, first=first)
@@ -183,7 +182,8 @@ def complete(
     began = time.monotonic()
     options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
     check_options(**options, keep=keep)
-    parse_background(background or "white")
+    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands)
+    Reading(**given)
     _check_places(out, single, *photos)
     for photo in photos:
         if not photo.is_file():
@@ -191,14 +191,12 @@ def complete(
             raise InputError(f"{what}; give image files to complete")
     checkpoint, palette = _load(model, dtype, device)
     config, where = checkpoint.model.config, checkpoint.model.wte.device
-    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands)
-    reading = {**READING, **reading_of(checkpoint), **given}
+    how = Reading(config.size, **{**READING, **reading_of(checkpoint), **given})
     originals, notes = [], Counter()
     for photo in photos:
-        of_file = (reading[name] for name in ("background", "value_range", "bands"))
-        image = read_image(photo.read_bytes(), str(photo), *of_file)
+        image = read_image(photo.read_bytes(), str(photo), how.background, how.value_range, how.bands)
         notes.update(image.info)
-        originals.append(resize_image(image, config.size, reading["resize"], str(photo)))
+        originals.append(resize_image(image, config.size, how.resize, str(photo)))
     originals = np.stack(originals)
     tell_lost("the photos", notes)
     tokens = torch.from_numpy(palette.encode(originals)).to(where)

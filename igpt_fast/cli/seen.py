@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from igpt_fast.batches import fingerprint
-from igpt_fast.checkpoint import FOLDER, Checkpoint
+from igpt_fast.checkpoint import CONFIG, FOLDER, Checkpoint
 from igpt_fast.cli.inputs import run_of
 from igpt_fast.console import say
 from igpt_fast.errors import InputError, reading
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import Labelled
+from igpt_fast.pretrained.settings import OURS
 from igpt_fast.run import LEARNED, OPTIONS, learns_classes, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 
@@ -58,19 +60,23 @@ def _lineage(run: Path) -> Iterator[Path | None]:
     while run is not None and run.resolve() not in passed:
         passed.add(run.resolve())
         yield run
-        begun = read_options(run)["command"].get("init")
-        if begun is None:
+        command = read_options(run)["command"]
+        if (begun := command.get("init")) is None:
             return
         path = Path(begun)  # a run, its checkpoints, or one of these
         around = (path, path.parent, path.parent.parent)
         run = next((place for place in around if (place / OPTIONS).is_file()), None)
-        if run is None and (any((place / FOLDER).is_dir() for place in around) or _is_gone(path)):
+        ours = any((place / FOLDER).is_dir() for place in around) or _is_converted(path)
+        gone = not path.exists() and (path.is_absolute() or "from_tokens" not in command)  # older ones: from anywhere
+        if run is None and (ours or (gone and not path.with_name(f"{path.name}.index").exists())):
             yield None
 
 
-def _is_gone(path: Path) -> bool:
-    """Whether there was something, since what is there is noted by its whole path, that is there no more."""
-    return path.is_absolute() and not path.exists() and not path.with_name(f"{path.name}.index").exists()
+def _is_converted(path: Path) -> bool:
+    """Whether weights in Hugging Face's layout were written here, from a run perhaps."""
+    with contextlib.suppress(OSError, ValueError):
+        return OURS in json.loads((path / CONFIG).read_bytes())
+    return False
 
 
 def _learned(run: Path, saved: dict[str, Any], own: TokenDataset) -> np.ndarray:

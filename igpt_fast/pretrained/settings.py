@@ -146,7 +146,7 @@ def read_class_names(settings: Mapping[str, Any], classes: int, where: str) -> t
 
 def read_reading(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """How the images that the model has learned from were read, as far as a file says. Raises InputError."""
-    found = settings.get(OURS, {}).get("reading", {})
+    found = settings.get(OURS, {}).get("reading") or {}
     try:
         if found.keys() <= set(NOTED) and Reading(**found):
             return dict(found)

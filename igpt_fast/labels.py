@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -41,10 +42,7 @@ def choose_labelled(
     """
     known = np.flatnonzero(dataset.labels >= 0)
     if not len(known) or dataset.classes is None:
-        raise InputError(
-            f"{dataset.origin}: no image has a label, or all are of one class; put each class into a folder of its "
-            "own, or labels into a metadata.csv or the .npz"
-        )
+        raise without_classes(dataset.origin)
     unlabelled = len(dataset) - len(known)
     if limit is not None and limit < len(known):
         known = np.sort(np.random.default_rng([seed, 0]).choice(known, limit, replace=False))
@@ -75,6 +73,12 @@ def choose_labelled(
     if dataset.groups is not None:
         groups = np.unique(np.array(dataset.groups)[known[used]], return_inverse=True)[1].reshape(-1)
     return Labelled(known[used], compact[labels[used]], test[used], names, left_out, unlabelled, groups)
+
+
+def without_classes(where: str | Path) -> InputError:
+    """The error of images that cannot be told apart by classes."""
+    way = "put each class into a folder of its own, or labels into a metadata.csv or the .npz"
+    return InputError(f"{where}: no image has a label, or all are of one class; {way}")
 
 
 def warn_of_few(chosen: Labelled, per_class: int | None) -> None:

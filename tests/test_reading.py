@@ -163,6 +163,10 @@ def test_pictures_and_tables_that_are_read_are_not_replaced(igpt, run, folder):
     ):
         code, _, said = igpt(*words)
         assert code == 2 and "0.png: is among the images, and would be replaced" in said, said
+    np.save(folder / "own.npy", np.zeros(3))
+    code, _, said = igpt("palette", folder, "-o", folder / "own.npy")
+    (folder / "own.npy").unlink()
+    assert code == 2 and "own.npy: is among the images, and would be replaced" in said
     (folder / "metadata.csv").write_text("file_name,label\na/0.png,x\n")
     code, _, said = igpt("classify", run, folder, "-o", folder / "metadata.csv")
     (folder / "metadata.csv").unlink()

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from igpt_fast.atomic import write_atomically
-from igpt_fast.cli.inputs import refuse_replacing
+from igpt_fast.cli.inputs import given_of, refuse_replacing
 from igpt_fast.cli.options import (
     BackgroundOption,
     BandsOption,
@@ -26,7 +26,6 @@ from igpt_fast.cli.options import (
     WorkersOption,
     parse_size,
     print_json,
-    with_numbers,
 )
 from igpt_fast.console import counted, progress, say
 from igpt_fast.data import fit_palette, report_left_out, show_steps
@@ -73,8 +72,7 @@ def palette(
     _check_palette_file(out, data)
     grid, source = parse_size(size), as_source(data)
     say(f"{data}: {_count(source)}")
-    reading = {"resize": resize.value, "background": background, "on_error": on_error.value}
-    reading |= with_numbers({"value_range": value_range, "bands": bands})
+    reading = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with progress(min(len(source), limit or len(source)), "images", "palette") as bar:
         shown = {"progress": bar.to, "fitting": partial(show_steps, bar)}
         drawn = {"limit": limit or None, "seed": seed}
@@ -136,8 +134,7 @@ def tokenize(
     began = time.monotonic()
     grid, colours, source = parse_size(size), Palette.load(palette_path), as_source(data)
     say(f"{data}: {_count(source)}")
-    reading = {"resize": resize.value, "background": background, "on_error": on_error.value}
-    reading |= with_numbers({"value_range": value_range, "bands": bands})
+    reading = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     options = {"workers": workers, "overwrite": overwrite, "views": views}
     with progress(len(source), "images", "tokenising") as bar:
         tokens = tokenize_images(source, colours, out, grid, **options, progress=bar.to, **reading)
@@ -189,9 +186,8 @@ def _check_palette_file(out: Path, data: Path) -> None:
     if out.suffix != ".npy" or out.is_dir():
         raise InputError(f"{out}: a palette is written as a file ending in .npy; give such a name to --out")
     picture = _picture_of(out)
-    if out.exists() and out.resolve() == data.resolve():
-        raise InputError(f"{out}: are the images, and would be replaced; give another name")
-    refuse_replacing(picture, data)
+    for path in (out, picture):
+        refuse_replacing(path, data)
     if picture.is_dir() or (picture.exists() and not out.exists()):
         raise InputError(f"{picture}: is there, and the palette's picture would take its place; give another --out")
     folder = next(parent for parent in out.absolute().parents if parent.exists())

@@ -32,7 +32,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.finetune import FinetuneResult
 from igpt_fast.finetune import finetune as finetune_model
 from igpt_fast.joined import JoinedTokens
-from igpt_fast.labels import choose_labelled
+from igpt_fast.labels import choose_labelled, without_classes
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions
 from igpt_fast.pixels import as_source
@@ -169,10 +169,7 @@ def _with_labels(path: Path) -> Path | Source:
     """The images, or tokens. InputError where they have no labels, before anything is made of them."""
     source = path if is_token_directory(path) else as_source(path)
     if isinstance(source, Source) and source.classes is None:
-        raise InputError(
-            f"{path}: no image has a label, or all are of one class; put each class into a folder of its own, or "
-            "labels into a metadata.csv or the .npz"
-        )
+        raise without_classes(path)
     return source
 
 

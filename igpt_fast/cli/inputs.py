@@ -13,7 +13,7 @@ import typer
 
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.classes import is_table
-from igpt_fast.cli.options import BANDS, VALUE_RANGE, OnError, Resize, with_numbers
+from igpt_fast.cli.options import BANDS, VALUE_RANGE, OnError, Resize
 from igpt_fast.console import say
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
@@ -110,9 +110,9 @@ def check_place(out: Path, ending: str, *inputs: Path) -> None:
 
 
 def refuse_replacing(out: Path, *inputs: Path) -> None:
-    """InputError where `out` is one of the images or tables of labels that a command reads."""
+    """InputError where `out` is one of the images, arrays or tables of labels that a command reads."""
     table = is_table(out.name)
-    if table or (out.exists() and out.suffix.lower() in SUFFIXES):
+    if table or (out.exists() and out.suffix.lower() in {*SUFFIXES, ".npy", ".npz"}):
         for path in inputs:
             if path.resolve() in (out.resolve(), *out.resolve().parents):
                 what = "would be taken for their labels" if table else "would be replaced"
@@ -164,9 +164,10 @@ def tokens_for(
     if is_token_directory(data):
         tokens = open_tokens(data, palette, size=size)
         known = reading_of(checkpoint)
-        for name in [name for name, value in tokens.reading.items() if known.get(name, value) != value]:
-            flag, was, is_ = name.replace("_", "-"), known[name], tokens.reading[name]
-            say(f"{data} was made with --{flag} {is_}, but the model learned from images with {was}")
+        for name, value in tokens.reading.items():
+            if known.get(name, value) != value:
+                flag = f"--{name.replace('_', '-')} {value}"
+                say(f"{data} was made with {flag}, but the model learned from images with {known[name]}")
         yield tokens
         return
     if palette is None:
@@ -189,8 +190,22 @@ def refuse_reading(data: list[Path], given: Mapping[str, object], names: Iterabl
 
 
 def given_of(**options: Any) -> dict[str, Any]:
-    """Those options that were given, as plain values."""
-    return with_numbers({name: getattr(value, "value", value) for name, value in options.items() if value is not None})
+    """Those options that were given, as plain values, --value-range and --bands as lists. Raises InputError."""
+    given = {name: getattr(value, "value", value) for name, value in options.items() if value is not None}
+    for name, (kind, wanted) in _LISTS.items():
+        if name in given:
+            try:
+                given[name] = [kind(part) for part in given[name].split(",")]
+            except ValueError as error:
+                raise InputError(f"--{name.replace('_', '-')} {given[name]!r} is not {wanted}") from error
+    return given
+
+
+def _number(text: str) -> int | float:
+    return int(value) if (value := float(text)).is_integer() else value
+
+
+_LISTS = {"value_range": (_number, "two numbers, as 0,4095"), "bands": (int, "bands, as 4,3,2 or 1")}
 
 
 def reading_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -78,24 +77,6 @@ def parse_size(text: str) -> tuple[int, int]:
             f"--size {text!r} is not a size; give pixels a side as 32, or height x width as 32x48, up to 99999"
         )
     return height, width
-
-
-def with_numbers(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given, --value-range and --bands among them as lists of numbers. Raises InputError."""
-    words = {"value_range": "two numbers, as 0,4095", "bands": "bands, as 4,3,2 or 1"}
-    kinds = {"value_range": _number, "bands": int}
-    read = dict(given)
-    for name, wanted in words.items():
-        if isinstance(text := read.get(name), str):
-            try:
-                read[name] = [kinds[name](part) for part in text.split(",")]
-            except ValueError as error:
-                raise InputError(f"--{name.replace('_', '-')} {text!r} is not {wanted}") from error
-    return read
-
-
-def _number(text: str) -> int | float:
-    return int(value) if (value := float(text)).is_integer() else value
 
 
 def print_json(**fields: object) -> None:

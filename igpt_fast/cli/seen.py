@@ -35,8 +35,7 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
     if (newest := run_of(checkpoint)) is None:
         return None
     seen, known, all_known = np.zeros(len(indices), bool), set(), True
-    for run in _lineage(newest):
-        saved = None if run is None else read_options(run)
+    for run, saved in _lineage(newest):
         own = None if run is None else dataset if _is(dataset, saved) else _data_of(run, saved)
         if own is None or own.size != dataset.size:
             all_known = False
@@ -54,26 +53,34 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
     return int(seen.sum()) if all_known or seen.any() else None
 
 
-def _lineage(run: Path) -> Iterator[Path | None]:
-    """The run, the one whose weights it began with, and so on to fresh or published ones; None: it is not there."""
+def _lineage(run: Path) -> Iterator[tuple[Path | None, dict[str, Any]]]:
+    """The run with its train.json, the one whose weights it began with, and so on to fresh or published ones.
+
+    None: what it began with is not there, or does not say what it has learned from.
+    """
     passed: set[Path] = set()
     while run is not None and run.resolve() not in passed:
         passed.add(run.resolve())
-        yield run
-        command = read_options(run)["command"]
+        yield run, (saved := read_options(run))
+        command = saved["command"]
         if (begun := command.get("init")) is None:
             return
         path = Path(begun)  # a run, its checkpoints, or one of these
         around = (path, path.parent, path.parent.parent)
         run = next((place for place in around if (place / OPTIONS).is_file()), None)
-        ours = any((place / FOLDER).is_dir() for place in around) or _is_converted(path)
-        gone = not path.exists() and (path.is_absolute() or "from_tokens" not in command)  # older ones: from anywhere
-        if run is None and (ours or (gone and not path.with_name(f"{path.name}.index").exists())):
-            yield None
+        if run is None and _may_have_learned(path, around, "from_tokens" in command):
+            yield None, {}
 
 
-def _is_converted(path: Path) -> bool:
-    """Whether weights in Hugging Face's layout were written here, from a run perhaps."""
+def _may_have_learned(path: Path, around: tuple[Path, ...], whole: bool) -> bool:
+    """Whether weights that no train.json lies beside were perhaps made here, and not published.
+
+    whole: whether local ones were noted by their whole path; older runs have them as they were given, from anywhere.
+    """
+    if any((place / FOLDER).is_dir() for place in around):
+        return True
+    if not path.exists():
+        return (path.is_absolute() or not whole) and not path.with_name(f"{path.name}.index").exists()
     with contextlib.suppress(OSError, ValueError):
         return OURS in json.loads((path / CONFIG).read_bytes())
     return False

@@ -18,6 +18,8 @@ from igpt_fast.errors import InputError
 METADATA = "metadata.csv"
 FILE, LABEL, GROUP = "file_name", "label", "group"  # its columns
 
+_IN, _ALONE = "group ", "image "  # before a group's name, and before that of an image that has no group
+
 log = logging.getLogger("igpt_fast")
 
 
@@ -46,8 +48,8 @@ def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classe
     for table, data in tables.items():
         columns |= _read(data, f"{where}: {table}", posixpath.dirname(table), rows, set(names))
     groups = None
-    if GROUP in columns:  # an image's own name, where it has no group, is apart from the names of groups
-        groups = [f"group {found}" if (found := rows.get(n, {}).get(GROUP)) else f"image {n}" for n in names]
+    if GROUP in columns:
+        groups = [_IN + found if (found := rows.get(n, {}).get(GROUP)) else _ALONE + n for n in names]
     if LABEL not in columns:
         return Classes(*by_folder(names), groups)
     texts = [rows.get(name, {}).get(LABEL, "") for name in names]
@@ -56,6 +58,12 @@ def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classe
         return Classes(groups=groups)
     number = {text: k for k, text in enumerate(classes)} | {"": -1}
     return Classes(np.array([number[text] for text in texts], np.int64), classes, groups)
+
+
+def in_both(groups: list[str] | None, others: list[str] | None) -> list[str]:
+    """The names of the groups, as the tables have them, of which both lists hold images."""
+    both = {group for group in groups or () if group.startswith(_IN)}.intersection(others or ())
+    return sorted(group.removeprefix(_IN) for group in both)
 
 
 def by_folder(names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:

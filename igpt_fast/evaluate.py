@@ -12,6 +12,7 @@ from torch import Tensor
 from igpt_fast import intervals, ops
 from igpt_fast.errors import InputError
 from igpt_fast.joined import refuse_misfit
+from igpt_fast.labels import group_numbers
 from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
 from igpt_fast.processes import Processes
@@ -20,7 +21,9 @@ from igpt_fast.tokens import TokenDataset
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Negative log-likelihood, the mean over images. `low` to `high` is its 95 % interval (None for one image)."""
+    """Negative log-likelihood, the mean over images. `low` to `high` is its 95 % interval, by groups where images have
+    some (None for one image, or one group).
+    """
 
     nats_per_pixel: float
     low: float | None
@@ -78,6 +81,6 @@ def evaluate(
     more = 2 * config.colors  # the logits, and what becomes of them
     said = {"doing": "scoring", "what": "likelihoods"}
     over_images(nats_of, nats, model, dataset, indices, batch, more=more, processes=processes, amp=amp, **said)
-    mean, reach = float(nats.mean()), intervals.of_mean(nats)
+    mean, reach = float(nats.mean()), intervals.of_mean(nats, group_numbers(dataset, indices))
     low, high = (None, None) if reach is None else (mean - reach, mean + reach)
     return Likelihood(mean, low, high, nats, config.tokens, config.colors, time.monotonic() - began)

@@ -125,8 +125,8 @@ def _result(
     found, answers = None, None
     if test and chosen.test.any():
         answers = predict(best.model, dataset, chosen.indices[chosen.test])
-        labels = chosen.labels[chosen.test]
-        found = score("fine-tuned", int((answers.best == labels).sum()), len(labels))
+        groups = None if chosen.groups is None else chosen.groups[chosen.test]
+        found = score("fine-tuned", answers.best == chosen.labels[chosen.test], groups)
     return FinetuneResult(
         model=best.model,
         run=result.run,

@@ -1,4 +1,9 @@
-"""95 % intervals: of a mean by Student's t, of a share by Wilson's formula."""
+"""95 % intervals: of a mean by Student's t, of a share by Wilson's formula; of images in groups by whole groups.
+
+Images of one group, such as a patient's, are alike: they say less than as many of different groups. The error of a mean
+is then taken from the groups' sums, as surveys take it from clusters, and a share counts as one of so many independent
+images as would have this error (Korn and Graubard, 1998, with Wilson's formula in place of the exact one).
+"""
 
 import math
 
@@ -13,20 +18,46 @@ T95 = (
 Z95 = 1.959964  # a normal variable lies within so many standard deviations 95 % of the time
 
 
-def of_mean(values: np.ndarray) -> float | None:
-    """Half of the interval of the mean of independent values; None for fewer than two."""
-    freedom = len(values) - 1
-    if freedom < 1:
-        return None
-    # Above the table, the first two terms of t's expansion around the normal: right to four digits.
-    t = T95[freedom - 1] if freedom <= 30 else Z95 + (Z95**3 + Z95) / (4 * freedom) + 2.82 / freedom**2
-    return t * float(values.std(ddof=1)) / math.sqrt(len(values))
+def of_mean(values: np.ndarray, groups: np.ndarray | None = None) -> float | None:
+    """Half of the interval of the mean of values [N]; None for fewer than two groups.
+
+    groups: int [N], the group of each value; None: all are independent.
+    """
+    variance, number = _of_the_mean(values, groups)
+    return None if number < 2 else _t95(number - 1) * math.sqrt(variance)
 
 
-def of_share(count: int, of: int) -> tuple[float, float]:
-    """The interval of a share, count / of: it stays within 0 to 1, unlike the usual one."""
-    share, spread = count / of, Z95 * Z95 / of
+def of_share(right: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """The interval of the share of `right`, bool [N]: it stays within 0 to 1, unlike the usual one.
+
+    groups: int [N], the group of each image; None: all are independent. Of one group nothing follows: (0, 1).
+    """
+    share, of = float(right.mean()), float(len(right))
+    if groups is not None:
+        variance, number = _of_the_mean(right, groups)
+        if number < 2:
+            return 0.0, 1.0
+        independent = share * (1 - share) / of
+        if not independent:  # all right or all wrong: nothing shows how alike a group's images are, so it counts as one
+            of = float(number)
+        elif variance > independent:
+            of *= independent / variance
+        of *= (Z95 / _t95(number - 1)) ** 2
+    spread = Z95 * Z95 / of
     middle = (share + spread / 2) / (1 + spread)
     reach = Z95 * math.sqrt(share * (1 - share) / of + spread / (4 * of)) / (1 + spread)
     # In exact arithmetic both bounds keep to their side of the share, and within 0 to 1.
     return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
+
+
+def _of_the_mean(values: np.ndarray, groups: np.ndarray | None) -> tuple[float, int]:
+    """The variance of the mean, 0 of one group, and the number of groups."""
+    off = values - values.mean()
+    sums = off if groups is None else np.bincount(np.unique(groups, return_inverse=True)[1].reshape(-1), off)
+    number = len(sums)
+    return float((sums * sums).sum()) * number / max(1, number - 1) / len(values) ** 2, number
+
+
+def _t95(freedom: int) -> float:
+    # Above the table, the first two terms of t's expansion around the normal: right to four digits.
+    return T95[freedom - 1] if freedom <= 30 else Z95 + (Z95**3 + Z95) / (4 * freedom) + 2.82 / freedom**2

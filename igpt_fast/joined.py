@@ -1,20 +1,25 @@
 """Two token directories as one: images to learn from, and others, of the same classes, to test on."""
 
+import logging
 from typing import Any
 
 import numpy as np
 import torch
 
+from igpt_fast.classes import in_both
 from igpt_fast.config import Config
+from igpt_fast.console import counted
 from igpt_fast.errors import InputError
 from igpt_fast.tokens import TokenDataset
+
+log = logging.getLogger("igpt_fast")
 
 
 class JoinedTokens:
     """What a probe asks of a dataset. Its "val" images are all of `test`, whatever the fraction; the rest is `train`.
 
-    Raises InputError when the two differ in size or palette, `test` has a class that `train` has not, or is of the same
-    images.
+    Groups that both have, such as a patient's, are told in the log. Raises InputError when the two differ in size or
+    palette, `test` has a class that `train` has not, or is of the same images.
     """
 
     def __init__(self, train: TokenDataset, test: TokenDataset) -> None:
@@ -28,6 +33,10 @@ class JoinedTokens:
         known = train.classes or []
         if new := [name for name in test.classes or [] if name not in known]:
             raise InputError(f"{test.origin}: has classes that {train.origin} lacks: {', '.join(map(str, new[:5]))}")
+        if both := in_both(train.groups, test.groups):
+            few = ", ".join(both[:3]) + (", …" if len(both) > 3 else "")
+            what = f"{counted(len(both), 'group')} ({few})"
+            log.warning("%s: images of %s are learned from too, which makes the test too easy", test.origin, what)
         number = np.array([*map(known.index, test.classes or []), -1])  # the last: no label stays no label
         self.labels = np.concatenate([train.labels, number[test.labels]])
 
@@ -43,8 +52,11 @@ class JoinedTokens:
 
     @property
     def groups(self) -> list[str] | None:
-        """Those of the images to learn from; an image to test on is alone."""
-        return None if self.train.groups is None else [*self.train.groups, *self.test.names]
+        """Of each image, as in TokenDataset; no group is on both sides."""
+        if self.train.groups is None and self.test.groups is None:
+            return None
+        parts = ("learned", self.train), ("test", self.test)
+        return [f"{part} {group}" for part, tokens in parts for group in tokens.groups or tokens.names]
 
     def __len__(self) -> int:
         return len(self.train) + len(self.test)

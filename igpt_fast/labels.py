@@ -69,10 +69,15 @@ def choose_labelled(
             used[random.permutation(np.flatnonzero((labels == label) & ~test))[per_class:]] = False
     compact = np.cumsum(good) - 1  # classes that take part, numbered without gaps
     names = tuple(dataset.classes[label] for label in np.flatnonzero(good))
-    groups = None
-    if dataset.groups is not None:
-        groups = np.unique(np.array(dataset.groups)[known[used]], return_inverse=True)[1].reshape(-1)
+    groups = group_numbers(dataset, known[used])
     return Labelled(known[used], compact[labels[used]], test[used], names, left_out, unlabelled, groups)
+
+
+def group_numbers(dataset: TokenDataset | JoinedTokens, indices: np.ndarray) -> np.ndarray | None:
+    """The group of each image of `indices`, numbered: int64 [N]; None where each image is alone."""
+    if dataset.groups is None:
+        return None
+    return np.unique(np.array(dataset.groups)[indices], return_inverse=True)[1].reshape(-1)
 
 
 def without_classes(where: str | Path) -> InputError:

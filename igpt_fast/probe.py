@@ -46,6 +46,7 @@ class ProbeResult:
     seed: int
     feature_bytes: int
     seconds: float
+    test_groups: int | None = None  # among the images to test on, which the intervals take as independent; None: images
     joined: Score | None = None  # of all these layers' features side by side, where asked for
 
     @property
@@ -100,23 +101,25 @@ def probe(
     with progress((len(layers) + joined + 1) * count_fits(folds), "regressions", "fit") as bar:
 
         def fit(name: str, features: np.ndarray, layer: int | None = None) -> Score:
-            return classify(name, features, labels, folds, layer, bar.advance)
+            return classify(name, features, labels, folds, layer, bar.advance, chosen.groups)
 
         scores = tuple(fit(f"layer {layer}", features, layer) for layer, features in zip(layers, pooled, strict=True))
         together = fit("layers joined", pooled.swapaxes(0, 1).reshape(len(indices), -1)) if joined else None
         colours = np.asarray(dataset.palette.centers)[dataset.batch(indices).numpy()]
         pixels = fit("raw pixels", colours.reshape(len(indices), -1))
     most_frequent = np.bincount(labels[~test]).argmax()
+    groups = None if chosen.groups is None else chosen.groups[test]
     return ProbeResult(
         layers=scores,
         pixels=pixels,
-        majority=score("majority class", int((labels[test] == most_frequent).sum()), int(test.sum())),
+        majority=score("majority class", labels[test] == most_frequent, groups),
         depth=model.config.layers,
         classes=chosen.classes,
         left_out=chosen.left_out,
         unlabelled=chosen.unlabelled,
         train=int((~test).sum()),
         test=int(test.sum()),
+        test_groups=None if groups is None else len(np.unique(groups)),
         test_fraction=test_fraction,
         per_class=per_class,
         seed=seed,

@@ -22,7 +22,7 @@ ITERATIONS = 1000  # of L-BFGS at most; a fit that would need more is marked
 
 @dataclass(frozen=True)
 class Score:
-    """One way to answer, on the test images. `low` to `high` is Wilson's 95 % interval of the accuracy."""
+    """One way to answer, on the test images. `low` to `high` is the 95 % interval of the accuracy (intervals.py)."""
 
     name: str  # "layer 3", "raw pixels", "majority class"
     accuracy: float  # fraction of the test images
@@ -59,8 +59,8 @@ def draw_folds(labels: np.ndarray, test: np.ndarray, seed: int, groups: np.ndarr
     which are dealt out whole instead, where there are enough of them for every part to leave two classes.
     """
     folds, random = np.full(len(labels), -1), np.random.default_rng([seed, 1])
-    if groups is not None:
-        numbers, of = np.unique(groups[~test], return_inverse=True)
+    numbers, of = np.unique(np.arange(len(labels))[~test] if groups is None else groups[~test], return_inverse=True)
+    if len(numbers) < len(of):
         folds[~test] = (random.permutation(len(numbers)) % FOLDS)[of.reshape(-1)]
         if all(len(np.unique(labels[learn])) > 1 for learn, _ in _parts(folds)):
             return folds
@@ -83,16 +83,23 @@ def classify(
     folds: np.ndarray,
     layer: int | None = None,
     fitted: Callable[[], object] = lambda: None,
+    groups: np.ndarray | None = None,
 ) -> Score:
     """Chooses the strength by validation among the images to learn from, learns from all of them, and tests.
 
     features: float32 [N, D], standardised here by what is learned from. labels: int64 [N], at least two of every class
-    to learn from. folds: as draw_folds gives them. fitted: called behind each fit. Raises InputError when scikit-learn
-    is missing.
+    to learn from. folds: as draw_folds gives them. fitted: called behind each fit. groups: int64 [N], of which the
+    interval takes whole ones as independent. Raises InputError when scikit-learn is missing.
     """
+    test, parts = folds < 0, _parts(folds)
     small = features.size * len(np.unique(labels)) < SMALL
     with load_sklearn()[2](1 if small else None):
-        return _classify(name, features, labels, folds, layer, fitted)
+        found = sum(_right(features, labels, learn, ask, STRENGTHS, fitted)[0].sum(1) for learn, ask in parts)
+        best = int(np.argmax(found))
+        (right,), converged = _right(features, labels, ~test, test, STRENGTHS[best : best + 1], fitted)
+    validation = float(found[best] / sum(ask.sum() for _, ask in parts))
+    chosen = {"strength": STRENGTHS[best], "validation": validation, "converged": converged}
+    return score(name, right, None if groups is None else groups[test], layer=layer, **chosen)
 
 
 def _parts(folds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -102,26 +109,9 @@ def _parts(folds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(~test & (folds != fold), folds == fold) for fold in answered if (folds == fold).any()]
 
 
-def _classify(
-    name: str,
-    features: np.ndarray,
-    labels: np.ndarray,
-    folds: np.ndarray,
-    layer: int | None,
-    fitted: Callable[[], object],
-) -> Score:
-    test, parts = folds < 0, _parts(folds)
-    found = sum(_right(features, labels, learn, ask, STRENGTHS, fitted)[0] for learn, ask in parts)
-    best = int(np.argmax(found))
-    (right,), converged = _right(features, labels, ~test, test, STRENGTHS[best : best + 1], fitted)
-    validation = float(found[best] / sum(ask.sum() for _, ask in parts))
-    chosen = {"strength": STRENGTHS[best], "validation": validation, "converged": converged}
-    return score(name, int(right), int(test.sum()), layer=layer, **chosen)
-
-
-def score(name: str, right: int, count: int, **rest: float | int | bool | None) -> Score:
-    """A Score of `right` of `count` answers."""
-    return Score(name, right / count, *intervals.of_share(right, count), **rest)
+def score(name: str, right: np.ndarray, groups: np.ndarray | None = None, **rest: float | int | bool | None) -> Score:
+    """A Score of answers: whether each is right, bool [N], and its image's group, int64 [N], None: all are alone."""
+    return Score(name, float(right.mean()), *intervals.of_share(right, groups), **rest)
 
 
 def _right(
@@ -132,7 +122,8 @@ def _right(
     strengths: Sequence[float],
     fitted: Callable[[], object],
 ) -> tuple[np.ndarray, bool]:
-    """For each strength, right answers among `ask` of a classifier of `learn`: int64; and whether all fits converged.
+    """For each strength, which answers for `ask` of a classifier of `learn` are right: bool [strengths, asked]; and
+    whether all fits converged.
 
     strengths: ascending. A fit starts where the one before ended, which takes half the steps of starting at zero: the
     optimum of a weak penalty is far from zero and near that of one ten times as strong.
@@ -140,12 +131,12 @@ def _right(
     regression, scaler, _ = load_sklearn()
     scale, classifier = scaler(copy=False), regression(max_iter=ITERATIONS, warm_start=True)
     learned, asked = scale.fit_transform(features[learn]), scale.transform(features[ask])
-    right, converged = np.zeros(len(strengths), np.int64), True
+    right, converged = np.empty((len(strengths), len(asked)), bool), True
     for row, strength in enumerate(strengths):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it did not converge is said in the Score
             classifier.set_params(C=strength).fit(learned, labels[learn])
-        right[row] = (classifier.predict(asked) == labels[ask]).sum()
+        right[row] = classifier.predict(asked) == labels[ask]
         converged = converged and bool(classifier.n_iter_.max() < ITERATIONS)
         fitted()
     return right, converged

@@ -13,6 +13,7 @@ from labelled import make
 from PIL import Image
 from test_labels import chosen_from
 
+from igpt_fast import intervals
 from igpt_fast.batches import fingerprint
 from igpt_fast.data import open_source, tokenize
 from igpt_fast.errors import InputError
@@ -185,19 +186,33 @@ def test_views_stay_in_their_image_s_group(grouped, tmp_path):
 
 def test_a_probe_of_groups(grouped):
     result = probe(make(size=(8, 8), colors=8), grouped, layers=[1], test_fraction=0.3)
+    groups = {grouped.groups[index] for index in grouped.split("val", 0.3)}
+    assert result.test_groups == len(groups) < result.test
+    alone = intervals.of_share(np.arange(result.test) < round(result.test * result.pixels.accuracy))
+    assert result.pixels.high - result.pixels.low > alone[1] - alone[0]
     assert result.test == len(grouped.split("val", 0.3)) and result.pixels.accuracy > 0.9
 
 
-def test_joined_tokens_have_the_groups_of_those_to_learn_from(grouped, tmp_path):
+def test_joined_tokens_have_the_groups_of_both(grouped, tmp_path, caplog):
     folder = tmp_path / "test"
     folder.mkdir()
     for k in range(4):
         Image.new("L", (8, 8), 60 + 120 * (k % 2)).save(folder / f"{k}.png")
-    write(folder, "file_name,label", *(f"{k}.png,{'ab'[k % 2]}" for k in range(4)))
-    test = tokenize(folder, GRAYS, tmp_path / "tokens", (8, 8), resize="none", workers=0)
-    joined = JoinedTokens(grouped, test)
-    assert joined.groups == [*grouped.groups, *test.names] and len(choose_labelled(joined, 0.5).groups) == 244
-    assert JoinedTokens(test, grouped).groups is None
+
+    def tests(name, header, rows):
+        write(folder, f"file_name,label{header}", *(f"{k}.png,{'ab'[k % 2]}{rows}" for k in range(4)))
+        return tokenize(folder, GRAYS, tmp_path / name, (8, 8), resize="none", workers=0)
+
+    alone, one, none = tests("alone", "", ""), tests("one", ",group", ",x"), tests("none", ",group", ",")
+    for test, number in ((alone, 4), (one, 1), (none, 4)):
+        joined = JoinedTokens(grouped, test)
+        assert len(set(joined.groups)) == len(set(grouped.groups)) + number
+        assert len(choose_labelled(joined, 0.5).groups) == 244
+        assert len(set(JoinedTokens(test, grouped).groups)) == len(set(joined.groups))
+    assert not caplog.text
+    same = tests("same", ",group", ",0")
+    assert len(set(JoinedTokens(grouped, same).groups)) == len(set(grouped.groups)) + 1
+    assert "images of 1 group (0) are learned from too, which makes the test too easy" in caplog.text
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), min_size=6, max_size=60), st.floats(0.05, 0.9))

@@ -15,9 +15,12 @@ from igpt_fast.probe import ProbeResult
 from igpt_fast.regression import score
 
 PROBED = ProbeResult(
-    layers=(score("layer 0", 30, 100, layer=0, validation=0.3), score("layer 1", 80, 100, layer=1, validation=0.8)),
-    pixels=score("raw pixels", 82, 100),
-    majority=score("majority class", 10, 100),
+    layers=(
+        score("layer 0", np.arange(100) < 30, layer=0, validation=0.3),
+        score("layer 1", np.arange(100) < 80, layer=1, validation=0.8),
+    ),
+    pixels=score("raw pixels", np.arange(100) < 82),
+    majority=score("majority class", np.arange(100) < 10),
     depth=1,
     classes=("0", "1"),
     left_out={},
@@ -73,13 +76,13 @@ def words(**changes) -> str:
     ],
 )
 def test_the_verdict_says_no_more_than_the_intervals_allow(right, verdict):
-    rival = dataclasses.replace(PROBED, pixels=score("raw pixels", right, 100))
+    rival = dataclasses.replace(PROBED, pixels=score("raw pixels", np.arange(100) < right))
     assert _rival(rival).endswith(verdict) and verdict in words(few=rival)
 
 
 def test_a_climb_is_told_only_where_there_is_one():
     assert _climb(PROBED) == "80.0 % from layer 1, up from 30.0 % at layer 0"
-    near = score("layer 0", 75, 100, layer=0, validation=0.3)
+    near = score("layer 0", np.arange(100) < 75, layer=0, validation=0.3)
     assert _climb(dataclasses.replace(PROBED, layers=(near, PROBED.layers[1]))) == "80.0 % from layer 1"
 
 

@@ -11,7 +11,6 @@ from tiny import write_tokens
 
 from igpt_fast import InputError
 from igpt_fast.evaluate import evaluate
-from igpt_fast.intervals import of_mean
 from igpt_fast.over_images import over_images
 
 
@@ -55,20 +54,6 @@ def test_what_json_holds(dataset):
 def test_bf16_is_near(dataset):
     exact, near = (evaluate(model(), dataset, amp=amp).nats_per_pixel for amp in (False, True))
     assert near == pytest.approx(exact, rel=0.02) and near != exact
-
-
-@pytest.mark.parametrize("count", [2, 5, 31, 40, 200])
-def test_the_interval_holds_the_mean_95_times_in_100(count):
-    draws = np.random.default_rng(count).normal(3, 2, (4000, count))
-    held = np.mean([abs(row.mean() - 3) <= of_mean(row) for row in draws])
-    assert abs(held - 0.95) < 0.015
-    assert of_mean(draws[0, :1]) is None
-
-
-@pytest.mark.parametrize(("count", "t"), [(2, 12.7062), (30, 2.0452), (31, 2.0423), (32, 2.0395), (33, 2.0369)])
-def test_the_interval_is_of_students_t_in_the_table_and_above(count, t):
-    values = np.arange(count)
-    assert of_mean(values) == pytest.approx(t * values.std(ddof=1) / math.sqrt(count), rel=3e-4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info
 
 from igpt_fast import regression
-from igpt_fast.regression import classify, count_fits, draw_folds, score
+from igpt_fast.regression import classify, count_fits, draw_folds
 
 
 @given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 9))
@@ -71,19 +71,6 @@ def test_the_test_images_have_no_say_in_the_penalty():
     other = classify("x", features, labels, folds)
     assert (found.strength, found.validation) == (other.strength, other.validation)
     assert found.accuracy != other.accuracy and found.converged
-
-
-def test_wilsons_interval():
-    found = score("x", 8, 10)
-    assert (found.low, found.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
-
-
-@given(st.integers(1, 500), st.data())
-def test_the_interval_holds_the_accuracy_and_narrows(count, data):
-    right = data.draw(st.integers(0, count))
-    found, more = score("x", right, count), score("x", 4 * right, 4 * count)
-    assert 0 <= found.low <= found.accuracy <= found.high <= 1
-    assert more.high - more.low < found.high - found.low
 
 
 def test_small_problems_keep_to_one_thread_and_give_the_others_back(monkeypatch):

@@ -28,6 +28,7 @@ from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, print_
 from igpt_fast.cli.seen import say_seen, seen_among
 from igpt_fast.console import answer, counted, printable, say
 from igpt_fast.errors import InputError
+from igpt_fast.labels import group_numbers
 from igpt_fast.predict import Answers, answers_csv, class_names, predict, table_png
 from igpt_fast.processes import together
 from igpt_fast.regression import Score, score
@@ -93,10 +94,11 @@ def classify(
         if not processes.first:
             return
         seen, names = seen_among(checkpoint, dataset, answers.indices), dataset.names
-    known = labels >= 0
+        known = labels >= 0
+        groups = group_numbers(dataset, np.flatnonzero(known))
     write_atomically(out, answers_csv(answers, names, labels if known.any() else None, probabilities))
     counts = np.bincount(answers.best, minlength=len(classes))
-    found = score("classifier", int((answers.best == labels)[known].sum()), int(known.sum())) if known.any() else None
+    found = score("classifier", (answers.best == labels)[known], groups) if known.any() else None
     images = f"{counted(len(names), 'image')} of {called(data)}"
     for line in (
         f"{described(checkpoint)}, on {images}:",

@@ -103,7 +103,7 @@ def summary(result: Likelihood) -> list[str]:
 
     def line(unit: str) -> str:
         low, high = values[f"{unit}_low"], values[f"{unit}_high"]
-        reach = "no interval of one image" if low is None else f"95 % interval {low:.4f} – {high:.4f}"
+        reach = "no interval of one image or group" if low is None else f"95 % interval {low:.4f} – {high:.4f}"
         return f"  {values[f'{unit}_per_pixel']:.4f} {unit} per pixel ({reach})"
 
     return [line("nats"), line("bits"), f"  chance, ln {result.colors}: {values['nats_chance']:.4f} nats"]

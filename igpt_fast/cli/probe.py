@@ -31,7 +31,7 @@ from igpt_fast.cli.inputs import (
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_in_test
-from igpt_fast.console import answer, say
+from igpt_fast.console import answer, counted, say
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import choose_labelled
@@ -151,6 +151,8 @@ def show(result: ProbeResult, as_json: bool) -> None:
         f"{result.feature_bytes / 1e6:,.1f} MB of features, {result.seconds:.1f} s",
         f"* the layer that validation prefers ({100 * result.best.validation:.1f} % there)",
     ]
+    if result.test_groups is not None:
+        lines.append(f"the images to test on are of {counted(result.test_groups, 'group')}: intervals are by groups")
     if result.unlabelled:
         lines.append(f"left out {result.unlabelled:,} images without a label")
     if result.left_out:

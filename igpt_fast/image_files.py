@@ -11,7 +11,10 @@ transparent. LAB is refused by name, as are images larger than Pillow's limit ag
 
 import io
 import logging
+import os
+import string
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -38,7 +41,19 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # or else its words 
 _ORIENTATION = 0x0112  # the EXIF tag
 _PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
 _SAMPLES = 277  # the TIFF tag; how many a pixel
+_SUBFILE = 254  # the TIFF tag; 1: a smaller copy of another page, 4: a mask
 _PLANAR = 284  # the TIFF tag; 2: bands one behind the other
+
+
+def is_image(name: str, read: Callable[[int], bytes]) -> bool:
+    """Whether a file is to be read as an image: by its suffix, or, as scanners name DICOM files by numbers without one,
+    by its first bytes. read: the first so many.
+    """
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in SUFFIXES:
+        return True
+    numbered = not suffix.strip("." + string.digits) and os.path.basename(name) != "DICOMDIR"
+    return numbered and scientific.is_dicom(read(scientific.DICOM_HEAD))
 
 
 def read_image(
@@ -61,7 +76,7 @@ def read_image(
     try:
         # Between its limit and twice its limit Pillow only warns.
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="pydicom|tifffile")  # they name no file
+            warnings.filterwarnings("ignore", module="PIL|pydicom|tifffile")  # they name no file
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             found, notes = _from_array(data, bands) if isinstance(data, np.ndarray) else _open(data, value_range, bands)
         if value_range is not None and (isinstance(found, Image.Image) or found.numbers.dtype == np.uint8):
@@ -116,9 +131,9 @@ def _open(
         return _with_pages(*scientific.read_tiff(data))
     if kind == "PNG" and stretched:
         values, turn = scientific.read_deep_png(data), image.getexif().get(_ORIENTATION, 1)
-        return _with_pages(replace(values, numbers=scientific.upright(values.numbers, turn)), _has_pages(image))
+        return _with_pages(replace(values, numbers=scientific.upright(values.numbers, turn)), _has_pages(image, data))
     image.load()
-    notes = {PAGES: True} if _has_pages(image) else {}
+    notes = {PAGES: True} if _has_pages(image, data) else {}
     if deep and max(high for _, high in image.getextrema()[: 1 if mode == "LA" else 3]) < DIM >> 8:
         notes[DARK] = True  # Pillow has kept the high bytes
     nodata = scientific.nodata_of(image.tag_v2.get(scientific.NODATA, "")) if kind == "TIFF" else None
@@ -151,12 +166,24 @@ def _with_pages(values: Values, more: bool) -> tuple[Values, dict[str, bool]]:
     return values, {PAGES: True} if more else {}
 
 
-def _has_pages(image: Image.Image) -> bool:
-    """Whether there is more than the page or frame that was read; MPO has pictures of the same beside it."""
+def _has_pages(image: Image.Image, data: bytes) -> bool:
+    """Whether there is more than the page or frame that was read and what belongs to it: MPO's pictures of the same,
+    a TIFF's smaller copies and masks.
+    """
     try:
-        return image.format != "MPO" and getattr(image, "is_animated", False)
+        if image.format == "MPO" or not getattr(image, "is_animated", False):
+            return False
+        if image.format != "TIFF":
+            return True
+        pages = Image.open(io.BytesIO(data), formats=["TIFF"])
+        return any(not _is_copy(pages, page) for page in range(1, pages.n_frames))
     except Exception:  # what lies behind the first frame is damaged, and nobody has asked for it
         return True
+
+
+def _is_copy(pages: Image.Image, page: int) -> bool:
+    pages.seek(page)
+    return bool(pages.tag_v2.get(_SUBFILE, 0) & 0b101)
 
 
 def _from_array(data: np.ndarray, bands: tuple[int, ...] | None) -> tuple[Values, dict[str, bool]]:

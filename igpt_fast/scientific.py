@@ -17,6 +17,7 @@ from PIL import Image
 from igpt_fast.values import Values
 
 TIFF_MAGIC = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # how one begins; the last two are BigTIFF
+DICOM_HEAD = 132  # bytes by which one knows it
 NODATA = 42113  # the TIFF tag by which GDAL says which value stands for none
 
 _ORIENTATION = 274  # the TIFF tag, with EXIF's meanings
@@ -35,7 +36,7 @@ class MissingLibrary(Exception):
 
 def is_dicom(data: bytes) -> bool:
     """Whether the bytes are those of a DICOM file."""
-    return data[128:132] == b"DICM"
+    return data[128:DICOM_HEAD] == b"DICM"
 
 
 def read_tiff(data: bytes) -> tuple[Values, bool]:

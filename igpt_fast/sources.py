@@ -12,7 +12,9 @@ import stat
 import tarfile
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import numpy as np
 from igpt_fast.arrays import npy_layout, npz_layout
 from igpt_fast.classes import classes_of, is_table
 from igpt_fast.errors import InputError, reading
-from igpt_fast.image_files import SUFFIXES, read_image
+from igpt_fast.image_files import is_image, read_image
 from igpt_fast.images import Reading
 from igpt_fast.made import MADE, made_here
 from igpt_fast.reader import Reader, fetch, open_stream
@@ -94,7 +96,7 @@ def open_source(path: str | Path) -> Source:
     opener = _open_tar if name.endswith(TAR_SUFFIXES) else openers.get(path.suffix.lower())
     if name.endswith(SCAN_SUFFIXES):
         raise InputError(f"{path}: {SCANS}")
-    if opener is None and path.suffix.lower() not in SUFFIXES:
+    if opener is None and not is_image(path.name, partial(_read_first, str(path))):
         raise InputError(f"{path}: not a kind of file that holds images; give {KINDS}")
     info = path.stat()
     stamp = f"{info.st_size}-{info.st_mtime_ns}"
@@ -106,29 +108,44 @@ def open_source(path: str | Path) -> Source:
         return opener(path, stamp)
 
 
+@dataclass
+class _Found:
+    """What a folder or an archive holds: where its images lie, its tables, and how many files are left out, and why."""
+
+    refs: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, bytes] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+    def is_image(self, name: str, read: Callable[[int], bytes]) -> bool:
+        """Whether an entry is an image, whose place the caller then notes; a table is kept, and all else is counted.
+
+        read: its first so many bytes, of -1 all.
+        """
+        if any(map(_hidden, name.split("/"))):
+            self.ignored[HIDDEN] += 1
+        elif is_table(name):
+            self.tables[name] = read(-1)
+        elif is_image(name, read):
+            self.ignored.update([REPLACED] if name in self.refs else [])
+            return True
+        else:
+            self.ignored[SCANS if name.lower().endswith(SCAN_SUFFIXES) else OTHER] += 1
+        return False
+
+
 def _hidden(part: str) -> bool:
     return part.startswith(".") or part == "__MACOSX"
 
 
-def _is_table(name: str) -> bool:
-    return is_table(name) and not any(map(_hidden, name.split("/")))
-
-
-def _ignore(name: str, ignored: Counter[str], refs: dict) -> bool:
-    """True when a file is left out; counts it, and an earlier entry of an archive that this one replaces."""
-    if any(map(_hidden, name.split("/"))):
-        reason = HIDDEN
-    else:
-        other = SCANS if name.lower().endswith(SCAN_SUFFIXES) else OTHER
-        reason = None if os.path.splitext(name)[1].lower() in SUFFIXES else other
-    ignored.update([reason] if reason else [REPLACED] if name in refs else [])
-    return reason is not None
+def _read_first(path: str, count: int) -> bytes:
+    if not os.path.isfile(path):  # a link to nothing; a pipe, that nobody may ever write to
+        return b""
+    with reading(f"{path}:", "allow it, or move it elsewhere"), open(path, "rb") as file:
+        return file.read(count)
 
 
 def _open_folder(path: Path) -> Source:
-    stamps: dict[str, str] = {}
-    tables: dict[str, bytes] = {}
-    ignored: Counter[str] = Counter()
+    found, stamps = _Found(), {}
     pending: list[tuple[str, bool, frozenset]] = [("", False, frozenset())]
     ways: Counter[tuple[int, int]] = Counter()
     while pending:
@@ -149,67 +166,62 @@ def _open_folder(path: Path) -> Source:
             if inner and not _hidden(entry.name):
                 pending.append((name, own, above | {here}))
             elif own:
-                ignored[MADE] += 1
-            elif _is_table(name) and os.path.isfile(entry.path):
-                with reading(f"{entry.path}:", "allow it, or move it elsewhere"):
-                    tables[name] = Path(entry.path).read_bytes()
-            elif not _ignore(name, ignored, stamps):
+                found.ignored[MADE] += 1
+            elif found.is_image(name, partial(_read_first, entry.path)):
                 # A link to nothing stays in the list, so that reading it can name it; a pipe or a device goes.
                 info = entry.stat() if os.path.exists(entry.path) else None
                 if info is not None and not stat.S_ISREG(info.st_mode):
-                    ignored[OTHER] += 1
+                    found.ignored[OTHER] += 1
                 else:
-                    stamps[name] = f"{info.st_size}-{info.st_mtime_ns}" if info else ""
-    refs = {name: name for name in stamps}
-    stamps |= {name: hashlib.blake2b(table).hexdigest() for name, table in tables.items()}
+                    found.refs[name], stamps[name] = name, f"{info.st_size}-{info.st_mtime_ns}" if info else ""
+    stamps |= {name: hashlib.blake2b(table).hexdigest() for name, table in found.tables.items()}
     text = "\n".join(f"{name}\0{stamps[name]}" for name in sorted(stamps))
     stamp = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return _by_name(path, Reader(str(path), "folder"), refs, tables, ignored, stamp)
+    return _by_name(path, Reader(str(path), "folder"), found, stamp)
 
 
 def _open_zip(path: Path, stamp: str) -> Source:
-    refs: dict[str, tuple] = {}
-    tables: dict[str, bytes] = {}
-    ignored: Counter[str] = Counter()
+    found = _Found()
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             name = posixpath.normpath(entry.filename).lstrip("/")
-            if entry.is_dir():
+            if entry.is_dir() or not found.is_image(name, partial(_read_zipped, archive, entry)):
                 continue
-            if _is_table(name):
-                tables[name] = archive.read(entry)
-                continue
-            if _ignore(name, ignored, refs):
-                continue
-            if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                how = "encrypted" if entry.flag_bits & 1 else f"compressed by method {entry.compress_type}"
-                raise InputError(f"{path}: {name} is {how}; pack the images again with plain zip (deflate)")
-            refs[name] = entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC
-    return _by_name(path, Reader(str(path), "zip"), refs, tables, ignored, stamp)
+            _refuse_packing(path, entry)
+            found.refs[name] = entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC
+    return _by_name(path, Reader(str(path), "zip"), found, stamp)
+
+
+def _refuse_packing(path: Path, entry: zipfile.ZipInfo) -> None:
+    if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        how = "encrypted" if entry.flag_bits & 1 else f"compressed by method {entry.compress_type}"
+        raise InputError(f"{path}: {entry.filename} is {how}; pack the images again with plain zip (deflate)")
+
+
+def _read_zipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, count: int) -> bytes:
+    _refuse_packing(archive.filename, entry)
+    with archive.open(entry) as file:
+        return file.read(count)
 
 
 def _open_tar(path: Path, stamp: str) -> Source:
-    refs: dict[str, tuple] = {}
-    tables: dict[str, bytes] = {}
-    ignored: Counter[str] = Counter()
+    found = _Found()
     with open_stream(str(path)) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         for entry in archive:
             name = posixpath.normpath(entry.name).lstrip("/")
             if entry.isdir():
                 continue
             if not entry.isreg() or entry.sparse:  # a link or a device
-                ignored[OTHER] += 1
-            elif _is_table(name):
-                tables[name] = archive.extractfile(entry).read()
-            elif not _ignore(name, ignored, refs):
-                refs[name] = entry.offset_data, entry.size
+                found.ignored[OTHER] += 1
+            elif found.is_image(name, lambda count, entry=entry: archive.extractfile(entry).read(count)):
+                found.refs[name] = entry.offset_data, entry.size
         # tarfile takes a damaged header for the end: only blocks of zeros are one.
         stream.seek(archive.offset)
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"broken or cut after {len(refs)} images")
+            raise tarfile.ReadError(f"broken or cut after {len(found.refs)} images")
         packed = not isinstance(stream, io.BufferedReader)
         stream.seek(0, os.SEEK_END)  # a compressed one is read to its end, and so to its checksum
-    return _by_name(path, Reader(str(path), "tar"), refs, tables, ignored, stamp, sequential=packed)
+    return _by_name(path, Reader(str(path), "tar"), found, stamp, sequential=packed)
 
 
 def _open_array(path: Path, stamp: str) -> Source:
@@ -222,15 +234,14 @@ def _open_array(path: Path, stamp: str) -> Source:
     return Source(path, reader, names, refs, stamp, layout.labels, layout.classes, sequential=packed)
 
 
-def _by_name(
-    path: Path, reader: Reader, refs: dict, tables: dict, ignored: Counter[str], stamp: str, sequential: bool = False
-) -> Source:
+def _by_name(path: Path, reader: Reader, found: _Found, stamp: str, sequential: bool = False) -> Source:
     """A Source in the order of names, with its classes. Raises InputError when there is no image."""
-    if not refs:
-        count = sum(ignored.values())
+    if not found.refs:
+        ignored, count = found.ignored, sum(found.ignored.values())
         what = f"no image among its {count} files (.png, .jpg and the like)" if count else "empty"
         what += f", of which {ignored[SCANS]} are {SCANS}" if ignored[SCANS] else ""
         raise InputError(f"{path}: {what}; give {KINDS}")
-    names = sorted(refs)
-    found, refs = classes_of(names, tables, str(path)), [refs[name] for name in names]
-    return Source(path, reader, names, refs, stamp, found.labels, found.names, found.groups, dict(ignored), sequential)
+    names = sorted(found.refs)
+    refs, labelled = [found.refs[name] for name in names], classes_of(names, found.tables, str(path))
+    labels = labelled.labels, labelled.names, labelled.groups
+    return Source(path, reader, names, refs, stamp, *labels, dict(found.ignored), sequential)

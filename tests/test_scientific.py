@@ -120,15 +120,18 @@ def test_where_white_is_0_and_what_was_not_measured():
     assert [nodata_of(text) for text in ("-9999\0", "nan", "none", "")] == [-9999.0, None, None, None]
 
 
-def test_pages_are_noted_and_smaller_copies_are_none():
+@pytest.mark.parametrize(("dtype", "options"), [(np.uint8, {}), (np.int16, {"bands": (1,), "value_range": (0, 3000)})])
+def test_pages_are_noted_and_smaller_copies_are_none(dtype, options):
+    tile = np.arange(24, dtype=dtype).reshape(4, 6)
+
     def noted(**second: object) -> dict:
         buffer = io.BytesIO()
         with tifffile.TiffWriter(buffer) as writer:
-            writer.write(TILE, photometric="minisblack", planarconfig="contig", metadata=None)
-            writer.write(TILE[::2, ::2], photometric="minisblack", planarconfig="contig", metadata=None, **second)
-        return read_image(buffer.getvalue(), "x", bands=(1,), value_range=(0, 3000)).info
+            writer.write(tile, photometric="minisblack", planarconfig="contig", metadata=None)
+            writer.write(tile[::2, ::2], photometric="minisblack", planarconfig="contig", metadata=None, **second)
+        return read_image(buffer.getvalue(), "x", **options).info
 
-    assert noted() == {PAGES: True} and noted(subfiletype=1) == {}
+    assert noted() == {PAGES: True} and noted(subfiletype=1) == {} == noted(subfiletype=4)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

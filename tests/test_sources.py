@@ -15,7 +15,7 @@ from igpt_fast.classes import by_folder
 from igpt_fast.errors import InputError
 from igpt_fast.made import MADE
 from igpt_fast.palette import Palette
-from igpt_fast.sources import HIDDEN, OTHER, REPLACED, SCANS, Source, open_source
+from igpt_fast.sources import HIDDEN, OTHER, REPLACED, Source, open_source
 
 NAMES = ["b/zebra.png", "b/ant.PNG", "a/x/deep.png", "a/one.png", "c/ü n.png"]
 SORTED = ["a/one.png", "a/x/deep.png", "b/ant.PNG", "b/zebra.png", "c/ü n.png"]
@@ -154,18 +154,6 @@ def test_macosx_droppings_and_later_entries(folder, tmp_path):
     assert source.names == SORTED
     assert (source.read(0) == pixels_of("b/zebra.png")).all()  # the later of two
     assert source.ignored == {HIDDEN: 3, OTHER: 1, REPLACED: 1}
-
-
-def test_scans_in_files_of_their_own_kind_are_named(folder):
-    for name in ("a.nii", "b.nii.gz"):
-        (folder / name).write_bytes(b"x")
-        with pytest.raises(InputError, match=f"{name}: NIfTI, which is not read .export its slices as 16-bit PNG"):
-            open_source(folder / name)
-    assert open_source(folder).ignored[SCANS] == 2
-    (folder / "alone").mkdir()
-    (folder / "alone" / "a.nii").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"no image among its 1 files .*, of which 1 are NIfTI"):
-        open_source(folder / "alone")
 
 
 def test_a_knot_of_links_is_refused(tmp_path):

@@ -3,7 +3,7 @@
 import math
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from igpt_fast.errors import InputError
 
-IMAGE_KEYS, LABEL_KEYS = ("images", "x", "data"), ("labels", "y")
+IMAGE_KEYS, LABEL_KEYS, GROUP_KEYS = ("images", "x", "data"), ("labels", "y"), ("groups",)
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class ArrayLayout:
     member: str = ""
     labels: np.ndarray | None = None
     classes: list[str] | None = None
+    groups: np.ndarray | None = None
 
 
 def npy_layout(path: Path) -> ArrayLayout:
@@ -34,7 +35,7 @@ def npy_layout(path: Path) -> ArrayLayout:
 
 
 def npz_layout(path: Path) -> ArrayLayout:
-    """The layout of the images in an .npz file, with its labels. Raises as npy_layout does."""
+    """The layout of the images in an .npz file, with its labels and groups. Raises as npy_layout does."""
     with zipfile.ZipFile(path) as archive:
         members = {n.removesuffix(".npy").lower(): n for n in archive.namelist() if n.endswith(".npy")}
         keys = {kind: next((k for k in wanted if k in members), None) for kind, wanted in _KEYS.items()}
@@ -44,14 +45,16 @@ def npz_layout(path: Path) -> ArrayLayout:
         member = members[keys["images"]]
         with archive.open(member) as stream:
             layout = _layout(stream, archive.getinfo(member).file_size, f"{path}: {member}")
-        labels, classes = None, None
-        if keys["labels"] is not None:
-            with archive.open(members[keys["labels"]]) as stream:
-                labels, classes = _labels(_stored(stream, keys["labels"], path), layout.count, path)
-    return ArrayLayout(layout.count, layout.row, layout.dtype, layout.offset, member, labels, classes)
+        beside = {}
+        for kind in ("labels", "groups"):
+            if keys[kind] is not None:
+                with archive.open(members[keys[kind]]) as stream:
+                    beside[kind] = _each(_stored(stream, keys[kind], path), layout.count, f"{path}: {kind}")
+    labels, classes = _labels(beside["labels"]) if "labels" in beside else (None, None)
+    return replace(layout, member=member, labels=labels, classes=classes, groups=beside.get("groups"))
 
 
-_KEYS = {"images": IMAGE_KEYS, "labels": LABEL_KEYS}
+_KEYS = {"images": IMAGE_KEYS, "labels": LABEL_KEYS, "groups": GROUP_KEYS}
 
 
 def _layout(stream: BinaryIO, length: int, where: str) -> ArrayLayout:
@@ -88,15 +91,21 @@ def _stored(stream: BinaryIO, name: str, path: Path) -> np.ndarray:
     return np.lib.format.read_array(stream, allow_pickle=False)
 
 
-def _labels(values: np.ndarray, count: int, path: Path) -> tuple[np.ndarray, list[str]]:
-    """Integers (negative: unknown) or strings to labels int64 [N] and the sorted classes that they index."""
+def _each(values: np.ndarray, count: int, where: str) -> np.ndarray:
+    """An integer or a string of each image, [N]; bytes become text."""
     if values.size != count or values.dtype.kind not in "iuUS":
         form = f"{values.dtype} {list(values.shape)}"
-        raise InputError(f"{path}: labels are {form}; give one integer or string for each of the {count} images")
+        raise InputError(f"{where} are {form}; give one integer or string for each of the {count} images")
     values = values.reshape(-1)
-    unknown = values < 0 if values.dtype.kind == "i" else np.zeros(count, bool)
+    if values.dtype.kind == "S":
+        return np.array([value.decode("utf-8", "backslashreplace") for value in values.tolist()])
+    return values
+
+
+def _labels(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Integers (negative: unknown) or strings to labels int64 [N] and the sorted classes that they index."""
+    unknown = values < 0 if values.dtype.kind == "i" else np.zeros(len(values), bool)
     known, labels = np.unique(values[~unknown], return_inverse=True)
-    result = np.full(count, -1, np.int64)
+    result = np.full(len(values), -1, np.int64)
     result[~unknown] = labels.reshape(-1)
-    texts = (value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value) for value in known)
-    return result, list(texts)
+    return result, [str(value) for value in known]

@@ -9,6 +9,7 @@ import csv
 import io
 import logging
 import posixpath
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +50,7 @@ def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classe
         columns |= _read(data, f"{where}: {table}", posixpath.dirname(table), rows, set(names))
     groups = None
     if GROUP in columns:
-        groups = [_IN + found if (found := rows.get(n, {}).get(GROUP)) else _ALONE + n for n in names]
+        groups = as_groups((rows.get(name, {}).get(GROUP, "") for name in names), names)
     if LABEL not in columns:
         return Classes(*by_folder(names), groups)
     texts = [rows.get(name, {}).get(LABEL, "") for name in names]
@@ -58,6 +59,11 @@ def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classe
         return Classes(groups=groups)
     number = {text: k for k, text in enumerate(classes)} | {"": -1}
     return Classes(np.array([number[text] for text in texts], np.int64), classes, groups)
+
+
+def as_groups(texts: Iterable[str], names: list[str]) -> list[str]:
+    """The groups of a Source: of an image without one (""), its own name, apart from the names of groups."""
+    return [_IN + text if text else _ALONE + name for text, name in zip(texts, names, strict=True)]
 
 
 def in_both(groups: list[str] | None, others: list[str] | None) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from igpt_fast.arrays import npy_layout, npz_layout
-from igpt_fast.classes import classes_of, is_table
+from igpt_fast.classes import as_groups, classes_of, is_table
 from igpt_fast.errors import InputError, reading
 from igpt_fast.image_files import is_image, read_image
 from igpt_fast.images import Reading
@@ -83,8 +83,9 @@ def open_source(path: str | Path) -> Source:
     Class labels: the first level of folders that tells images apart (wrapping folders that hold everything are passed
     over), its names sorted; or what a metadata.csv says, see igpt_fast.classes. Hidden files, __MACOSX, files without
     an image's suffix and, in a folder, what igpt-fast made (igpt_fast.made) are counted in `.ignored`. Arrays are
-    numbers [N, H, W, C] or [N, H, W]; an .npz holds them as images, x or data, and labels as labels or y. Raises
-    InputError when there is no such path, it is cut short, or no image is in it.
+    numbers [N, H, W, C] or [N, H, W]; an .npz holds them as images, x or data, labels as labels or y, and, where images
+    of one group stay together, groups. Raises InputError when there is no such path, it is cut short, or no image is in
+    it.
     """
     path = Path(path)
     name = path.name.lower()
@@ -231,7 +232,8 @@ def _open_array(path: Path, stamp: str) -> Source:
     refs = [(layout.offset + row * length, length) for row in range(layout.count)]
     reader = Reader(str(path), "array", layout.member, layout.row, layout.dtype)
     names = [f"{row:08d}" for row in range(layout.count)]
-    return Source(path, reader, names, refs, stamp, layout.labels, layout.classes, sequential=packed)
+    groups = None if layout.groups is None else as_groups(map(str, layout.groups.tolist()), names)
+    return Source(path, reader, names, refs, stamp, layout.labels, layout.classes, groups, sequential=packed)
 
 
 def _by_name(path: Path, reader: Reader, found: _Found, stamp: str, sequential: bool = False) -> Source:

@@ -50,6 +50,15 @@ def test_npz_keys(tmp_path):
         np.savez(tmp_path / "x.npz", **{key: images, "labels": np.array(["dog", "cat"])})
         source = open_source(tmp_path / "x.npz")
         assert (source.classes, source.labels.tolist()) == (["cat", "dog"], [1, 0])
+    assert source.groups is None
+    for groups in (np.array([7, 7]), np.array(["7", "7"]), np.array([b"7", b"7"])):
+        np.savez(tmp_path / "x.npz", x=images, groups=groups)
+        assert open_source(tmp_path / "x.npz").groups == ["group 7", "group 7"]
+    np.savez(tmp_path / "x.npz", x=images, groups=np.array(["7", ""]))
+    assert open_source(tmp_path / "x.npz").groups == ["group 7", "image 00000001"]
+    np.savez(tmp_path / "x.npz", x=images, groups=np.zeros(2))
+    with pytest.raises(InputError, match=r"x\.npz: groups are float64 \[2\]; give one integer or string for each"):
+        open_source(tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz", pictures=images)
     with pytest.raises(InputError, match=r"no images among its arrays \(pictures\); name the array images or x"):
         open_source(tmp_path / "x.npz")

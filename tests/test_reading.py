@@ -102,6 +102,17 @@ def test_images_to_test_on_are_read_as_the_tokens_that_are_learned_from(igpt, ru
     probe = ("probe", "bare", "tokens", "--test", test, "--json")
     first = json.loads(igpt(*probe)[1])
     assert first["pixels"] == json.loads(igpt(*probe, *HOW)[1])["pixels"] and first["test"] == 10
+    turned = (
+        "probe",
+        "bare",
+        test,
+        "--test",
+        "tokens",
+        *HOW,
+        "--json",
+    )  # the other way round, where tokens are tested on
+    code, printed, said = igpt(*turned)
+    assert code == 0 and "was made with" not in said and json.loads(printed)["train"] == 10
 
 
 @pytest.mark.parametrize(

@@ -108,10 +108,11 @@ def probe(
             chosen = parse_layers(layers, depth)
             check_options(depth, chosen, test_fraction, limit, per_class, batch)
             refuse_reading(paths, given, READING)
-            dataset = stack.enter_context(tokens_for(checkpoint, data, {} if is_token_directory(data) else given))
+            options = {path: {} if is_token_directory(path) else given for path in paths}
+            dataset = stack.enter_context(tokens_for(checkpoint, data, options[data]))
             if test is not None:
                 beside = dataset if is_token_directory(data) else None
-                tests = stack.enter_context(tokens_for(checkpoint, test, given, beside))
+                tests = stack.enter_context(tokens_for(checkpoint, test, options[test], beside))
                 dataset = JoinedTokens(dataset, tests)
         if test is not None:
             test_fraction = len(dataset.test) / len(dataset)

@@ -1,8 +1,8 @@
 """The linear probe: how well a logistic regression on a layer's features tells the classes apart.
 
-The paper's protocol for small data sets: features are means over positions (`ImageGPT.features`), the classifier is
-scikit-learn's L-BFGS logistic regression. Beside the layers stand two scores that need no model: the same classifier on
-the raw pixels, and the answer that is always the most frequent class.
+The paper's protocol: features are means over positions (`ImageGPT.features`), the classifier is scikit-learn's L-BFGS
+logistic regression, and for as many images as ImageNet has SGD. Beside the layers stand two scores that need no model:
+the same classifier on the raw pixels, and the answer that is always the most frequent class.
 """
 
 import math
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from igpt_fast import sgd
 from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
 from igpt_fast.device import memory_of
@@ -26,6 +27,8 @@ from igpt_fast.over_images import over_images
 from igpt_fast.pictures import COLOURS, figure_png_bytes, new_figure, set_title
 from igpt_fast.processes import Processes
 from igpt_fast.regression import Score, classify, count_fits, draw_folds, load_sklearn, score
+
+SOLVERS = LBFGS, SGD = "lbfgs", "sgd"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class ProbeResult:
     feature_bytes: int
     seconds: float
     test_groups: int | None = None  # among the images to test on, which the intervals take as independent; None: images
+    solver: str = LBFGS
+    epochs: int | None = None  # of SGD
     joined: Score | None = None  # of all these layers' features side by side, where asked for
 
     @property
@@ -72,6 +77,8 @@ def probe(
     batch: int | None = None,
     amp: bool = False,
     processes: Processes | None = None,
+    solver: str = LBFGS,
+    epochs: int = sgd.EPOCHS,
 ) -> ProbeResult | None:
     """Probes a model's layers on a labelled dataset.
 
@@ -81,32 +88,47 @@ def probe(
     per_class: learn from so few of each class, to see what little teaching is worth. `seed` draws both, and the parts
     of the validation; nothing else is left to chance. batch: images side by side; None: what fits. amp: features in
     bf16 autocast. processes: those that share the images, see igpt_fast.processes.together; the first alone learns from
-    their features, and others are given None. Progress is shown on stderr. All features are held at once: images ·
-    layers · width · 4 bytes.
+    their features, and others are given None. solver: "lbfgs", or "sgd" for hundreds of thousands of images, which goes
+    over them `epochs` times. Progress is shown on stderr. All features are held at once: images · layers · width · 4
+    bytes.
 
     Raises InputError for a dataset without labels, with one class, with too few images or with tokens that do not fit
     the model, and for options out of range.
     """
     began = time.monotonic()
-    layers = check_options(model.config.layers, layers, test_fraction, limit, per_class, batch)
-    load_sklearn()  # before any work
+    layers = check_options(model.config.layers, layers, test_fraction, limit, per_class, batch, solver, epochs)
+    if solver == LBFGS:
+        load_sklearn()  # before any work
     refuse_misfit(dataset, model.config)
     chosen = choose_labelled(dataset, test_fraction, limit, per_class, seed)
     warn_of_few(chosen, per_class)
     indices, labels, test = chosen.indices, chosen.labels, chosen.test
     folds = draw_folds(labels, test, seed, chosen.groups)
-    pooled = extract_features(model, dataset, indices, layers, batch, amp, processes, 3 if joined else 1)
+    by_lbfgs = solver == LBFGS
+    pooled = extract_features(model, dataset, indices, layers, batch, amp, processes, 3 if joined and by_lbfgs else 1)
     if processes is not None and not processes.first:
         return None
-    with progress((len(layers) + joined + 1) * count_fits(folds), "regressions", "fit") as bar:
+    count, unit = (count_fits(folds), "regressions") if by_lbfgs else (2 * epochs, "epochs")
+    with progress((len(layers) + joined + 1) * count, unit, "fit") as bar:
 
-        def fit(name: str, features: np.ndarray, layer: int | None = None) -> Score:
-            return classify(name, features, labels, folds, layer, bar.advance, chosen.groups)
+        def fit(name: str, fetch: sgd.Fetch, layer: int | None = None) -> Score:
+            what = labels, folds, layer, bar.advance, chosen.groups
+            if by_lbfgs:
+                return classify(name, fetch(slice(None)), *what)
+            return sgd.classify(name, fetch, *what, epochs=epochs, seed=seed, device=model.wte.device)
 
-        scores = tuple(fit(f"layer {layer}", features, layer) for layer, features in zip(layers, pooled, strict=True))
-        together = fit("layers joined", pooled.swapaxes(0, 1).reshape(len(indices), -1)) if joined else None
-        colours = np.asarray(dataset.palette.centers)[dataset.batch(indices).numpy()]
-        pixels = fit("raw pixels", colours.reshape(len(indices), -1))
+        def all_layers(rows: np.ndarray) -> np.ndarray:
+            return np.concatenate(pooled[:, rows], 1)
+
+        def colours(rows: np.ndarray) -> np.ndarray:
+            found = np.asarray(dataset.palette.centers)[dataset.batch(indices[rows]).numpy()]
+            return found.reshape(len(found), -1)
+
+        scores = tuple(
+            fit(f"layer {layer}", features.__getitem__, layer) for layer, features in zip(layers, pooled, strict=True)
+        )
+        together = fit("layers joined", all_layers) if joined else None
+        pixels = fit("raw pixels", colours)
     most_frequent = np.bincount(labels[~test]).argmax()
     groups = None if chosen.groups is None else chosen.groups[test]
     return ProbeResult(
@@ -125,6 +147,8 @@ def probe(
         seed=seed,
         feature_bytes=pooled.nbytes,
         seconds=time.monotonic() - began,
+        solver=solver,
+        epochs=None if by_lbfgs else epochs,
         joined=together,
     )
 
@@ -136,6 +160,8 @@ def check_options(
     limit: int | None = None,
     per_class: int | None = None,
     batch: int | None = None,
+    solver: str = LBFGS,
+    epochs: int = sgd.EPOCHS,
 ) -> list[int]:
     """The layers to probe, ascending. Raises InputError for an option out of range; `top` is the model's last layer."""
     chosen = list(range(top + 1)) if layers is None else sorted(set(layers))
@@ -143,7 +169,10 @@ def check_options(
         raise InputError(f"layers {', '.join(map(str, chosen)) or 'none'} were asked; this model has layers 0 to {top}")
     if not 0 < test_fraction < 1:  # also catches NaN
         raise InputError(f"test fraction is {test_fraction}; use a fraction between 0 and 1, such as 0.2")
-    for name, value, least in (("limit", limit, 1), ("per class", per_class, 2), ("batch", batch, 1)):
+    if solver not in SOLVERS:
+        raise InputError(f"solver is {solver!r}; use {' or '.join(SOLVERS)}")
+    given = ("limit", limit, 1), ("per class", per_class, 2), ("batch", batch, 1), ("epochs", epochs, 1)
+    for name, value, least in given:
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; use at least {least}")
     return chosen

@@ -29,9 +29,10 @@ class Score:
     low: float
     high: float
     layer: int | None = None
-    strength: float | None = None  # C, the inverse strength of the penalty
-    validation: float | None = None  # accuracy in validation with that strength, among the images to learn from
-    converged: bool = True  # False: L-BFGS stopped at ITERATIONS
+    strength: float | None = None  # C, the inverse strength of L-BFGS's penalty
+    validation: float | None = None  # accuracy in validation with what it has chosen, among the images to learn from
+    converged: bool = True  # False: L-BFGS stopped at ITERATIONS, or SGD became infinite
+    rate: float | None = None  # of SGD, at first
 
     def __str__(self) -> str:
         """`93.1 % (95 % interval 90.2 – 95.2 %)`."""
@@ -62,7 +63,7 @@ def draw_folds(labels: np.ndarray, test: np.ndarray, seed: int, groups: np.ndarr
     numbers, of = np.unique(np.arange(len(labels))[~test] if groups is None else groups[~test], return_inverse=True)
     if len(numbers) < len(of):
         folds[~test] = (random.permutation(len(numbers)) % FOLDS)[of.reshape(-1)]
-        if all(len(np.unique(labels[learn])) > 1 for learn, _ in _parts(folds)):
+        if all(len(np.unique(labels[learn])) > 1 for learn, _ in parts_of(folds)):
             return folds
         log.warning("there are too few groups to choose the penalty by whole ones: it is chosen by images")
     for label in np.unique(labels):
@@ -73,7 +74,7 @@ def draw_folds(labels: np.ndarray, test: np.ndarray, seed: int, groups: np.ndarr
 
 def count_fits(folds: np.ndarray) -> int:
     """How many regressions `classify` fits."""
-    return len(STRENGTHS) * len(_parts(folds)) + 1
+    return len(STRENGTHS) * len(parts_of(folds)) + 1
 
 
 def classify(
@@ -91,7 +92,7 @@ def classify(
     to learn from. folds: as draw_folds gives them. fitted: called behind each fit. groups: int64 [N], of which the
     interval takes whole ones as independent. Raises InputError when scikit-learn is missing.
     """
-    test, parts = folds < 0, _parts(folds)
+    test, parts = folds < 0, parts_of(folds)
     small = features.size * len(np.unique(labels)) < SMALL
     with load_sklearn()[2](1 if small else None):
         found = sum(_right(features, labels, learn, ask, STRENGTHS, fitted)[0].sum(1) for learn, ask in parts)
@@ -102,7 +103,7 @@ def classify(
     return score(name, right, None if groups is None else groups[test], layer=layer, **chosen)
 
 
-def _parts(folds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def parts_of(folds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each part of the validation what is learned from and what is asked."""
     test = folds < 0
     answered = range(FOLDS if (~test).sum() <= FEW else 1)

@@ -1,6 +1,7 @@
 """`igpt-fast probe`: one object on stdout, the figure where it was asked for, nothing else left, one-line refusals."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -168,3 +169,14 @@ def test_without_a_palette_only_tokens_can_be_probed(igpt, model, dataset, tmp_p
     code, _, said = igpt("probe", tmp_path / "bare", dataset.path.with_suffix(".npz"), "-o", tmp_path / "p.png")
     assert code == 2 and "has no palette to read images with" in said
     assert igpt("probe", tmp_path / "bare", dataset.path, "--layers", "0", "-o", tmp_path / "p.png")[0] == 0
+
+
+def test_a_probe_by_sgd(igpt, run, dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)  # which it does not ask for
+    words = ("probe", run, dataset.path, "--layers", "0", "--out", tmp_path / "p.png")
+    code, printed, _ = igpt(*words, "--solver", "sgd", "--epochs", "5")
+    assert code == 0 and "rate" in printed and " C " not in printed
+    found = json.loads(igpt(*words, "--solver", "sgd", "--json")[1])
+    assert (found["solver"], found["epochs"]) == ("sgd", 100) and found["layers"][0]["rate"] > 0
+    code, _, said = igpt(*words, "--epochs", "5")
+    assert code == 2 and "--epochs is for --solver sgd" in said

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import ExitStack
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -35,11 +36,14 @@ from igpt_fast.console import answer, counted, say
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import choose_labelled
-from igpt_fast.probe import ProbeResult, check_options, figure_png
+from igpt_fast.probe import LBFGS, SOLVERS, ProbeResult, check_options, figure_png
 from igpt_fast.probe import probe as probe_model
 from igpt_fast.processes import together
 from igpt_fast.regression import Score, load_sklearn
+from igpt_fast.sgd import EPOCHS
 from igpt_fast.tokens import is_token_directory
+
+Solver = Enum("Solver", {name: name for name in SOLVERS}, type=str)
 
 
 def register(app: typer.Typer) -> None:
@@ -75,6 +79,13 @@ def probe(
         int | None,
         typer.Option("--per-class", min=2, metavar="N", show_default="all", help="Learn from N images of each class."),
     ] = None,
+    solver: Annotated[
+        Solver, typer.Option("--solver", help="lbfgs, or sgd for hundreds of thousands of images, as the paper has it.")
+    ] = Solver.lbfgs,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", min=1, metavar="N", show_default=str(EPOCHS), help="Passes of sgd over the images."),
+    ] = None,
     batch: SideBySideOption = None,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Features in bf16 autocast: faster, a little less exact.")
@@ -89,14 +100,17 @@ def probe(
     """Measure how well a logistic regression on each layer's features tells the classes of DATA apart.
 
     DATA needs labels: class folders, a metadata.csv, or an .npz with labels. Beside the layers stand the same
-    classifier on raw pixels, and the share of the most frequent class. Needs scikit-learn.
+    classifier on raw pixels, and the share of the most frequent class. Needs scikit-learn, but for --solver sgd.
 
     Example: igpt-fast probe run/ photos/ --out probe.png
     """
     if test is not None and test_fraction is not None:
         raise InputError("--test-fraction changes nothing with --test, which is all that is tested on; leave one out")
     test_fraction = 0.2 if test_fraction is None else test_fraction
-    load_sklearn()
+    if solver is Solver.lbfgs:
+        if epochs is not None:
+            raise InputError("--epochs is for --solver sgd: lbfgs goes on until it has converged; leave it out")
+        load_sklearn()
     check_place(out, ".png", data, *([test] if test else []))
     given = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
@@ -117,9 +131,8 @@ def probe(
         if test is not None:
             test_fraction = len(dataset.test) / len(dataset)
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
-        result = probe_model(
-            checkpoint.model, dataset, layers=chosen, joined=joined, **options, amp=bf16, processes=processes
-        )
+        how = {"amp": bf16, "processes": processes, "solver": solver.value, "epochs": epochs or EPOCHS}
+        result = probe_model(checkpoint.model, dataset, layers=chosen, joined=joined, **options, **how)
         if not processes.first:
             return
         seen = seen_in_test(checkpoint, dataset, choose_labelled(dataset, test_fraction, limit, per_class, seed))
@@ -137,7 +150,7 @@ def probe(
 
 def show(result: ProbeResult, as_json: bool) -> None:
     """Prints the result as a table, with a line for everything that a reader must know beside it."""
-    table = Table("", "accuracy", "95 % interval", "C")
+    table = Table("", "accuracy", "95 % interval", "C" if result.solver == LBFGS else "rate")
     learned = (*result.layers, *([result.joined] if result.joined else []), result.pixels)
     for score in (*learned, result.majority):
         if score is result.pixels:
@@ -160,7 +173,12 @@ def show(result: ProbeResult, as_json: bool) -> None:
         few = ", ".join(f"{name} ({count})" for name, count in result.left_out.items())
         lines.append(f"left out classes with too few images to learn from and test on: {few}")
     if slow := [score.name for score in learned if not score.converged]:
-        lines.append(f"L-BFGS had not converged when it was stopped for {', '.join(slow)}: a little more may be in it")
+        names = ", ".join(slow)
+        lines.append(
+            f"L-BFGS had not converged when it was stopped for {names}: a little more may be in it"
+            if result.solver == LBFGS
+            else f"SGD became infinite for {names}, though not in validation: try more --epochs or another --seed"
+        )
     for line in lines:
         answer(line, as_json)
 
@@ -179,6 +197,7 @@ def parse_layers(text: str, top: int) -> list[int]:
 
 
 def _row(score: Score, best: bool) -> tuple[str, ...]:
-    strength = "" if score.strength is None else f"{score.strength:g}{'' if score.converged else ' †'}"
+    chosen = score.strength if score.rate is None else score.rate
+    strength = "" if chosen is None else f"{chosen:g}{'' if score.converged else ' †'}"
     interval = f"{100 * score.low:.1f} – {100 * score.high:.1f} %"
     return f"{score.name}{' *' if best else ''}", f"{100 * score.accuracy:.1f} %", interval, strength

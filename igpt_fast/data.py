@@ -163,7 +163,8 @@ def open_tokens(
     fit = {"colors": colors, "seed": seed, "limit": FIT_LIMIT} if palette is None else None
     if is_token_directory(cache_dir):
         tokens = TokenDataset(cache_dir)
-        wanted = {"size": list(how.size), **_noted(how), "source_stamp": source.stamp}
+        wanted = {"size": list(how.size), **_noted(how)}
+        wanted |= {} if tokens.made_of(source.stamp) else {"source_stamp": source.stamp}
         wanted |= {"skipped": []} if how.on_error == "raise" else {}
         wanted |= {"palette_fit": fit} if palette is None else {}
         _refuse_other(tokens, wanted, palette, remedy)

@@ -32,6 +32,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 KINDS = "a folder, a .zip, .tar or .tar.gz, a .npy or .npz array, or an image file"
 HIDDEN, OTHER, REPLACED = "hidden", "not an image", "replaced by a later entry of the same name"
 SCAN_SUFFIXES = (".nii", ".nii.gz")
+GLANCE = 1 << 12  # bytes of a file that are looked at in some 64 places
 MOST_WAYS = 16  # to one folder by links; a knot of them would have no end that anybody waits for
 SCANS = "NIfTI, which is not read (export its slices as 16-bit PNG)"
 
@@ -99,11 +100,11 @@ def open_source(path: str | Path) -> Source:
         raise InputError(f"{path}: {SCANS}")
     if opener is None and not is_image(path.name, partial(_read_first, str(path))):
         raise InputError(f"{path}: not a kind of file that holds images; give {KINDS}")
-    info = path.stat()
-    stamp = f"{info.st_size}-{info.st_mtime_ns}"
+    with reading(f"{path}:", "allow it, or move it elsewhere"):
+        stamp = _stamp(path)
     if opener is None:
         return Source(path, Reader(str(path.parent), "folder"), [path.name], [path.name], stamp)
-    if not info.st_size:
+    if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty (0 bytes); give {KINDS}")
     with reading(f"{path}:", "it may be cut short: make or copy it again"):
         return opener(path, stamp)
@@ -143,6 +144,18 @@ def _read_first(path: str, count: int) -> bytes:
         return b""
     with reading(f"{path}:", "allow it, or move it elsewhere"), open(path, "rb") as file:
         return file.read(count)
+
+
+def _stamp(path: Path) -> str:
+    """Of a file: its size, its time, and a digest of some of its bytes, for arrays of one shape have one size, and what an
+    archive unpacks may have one time.
+    """
+    info, digest = path.stat(), hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        for at in range(0, info.st_size, max(GLANCE, info.st_size // 64)):
+            file.seek(at)
+            digest.update(file.read(GLANCE))
+    return f"{info.st_size}-{info.st_mtime_ns}-{digest.hexdigest()}"
 
 
 def _open_folder(path: Path) -> Source:

@@ -86,6 +86,12 @@ class TokenDataset:
         noted = in_todays_words(self.meta)
         return {name: noted[name] for name in NOTED if name in noted}
 
+    def made_of(self, stamp: str) -> bool:
+        """Whether these are tokens of the images of a Source with that stamp."""
+        made = self.meta["source_stamp"]
+        # Older tokens know a file by its size and its time alone.
+        return made in (stamp, stamp.rpartition("-")[0])
+
     def __reduce__(self) -> tuple:
         return TokenDataset, (self.path,)  # a process that is sent one opens the files itself
 

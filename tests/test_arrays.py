@@ -1,8 +1,13 @@
 """Images in .npy and .npz files, with their labels, are found where they lie; arrays of another form are refused."""
 
+import json
+import os
+
 import numpy as np
 import pytest
+from labelled import PALETTE
 
+from igpt_fast.data import open_tokens, tokenize
 from igpt_fast.errors import InputError
 from igpt_fast.sources import open_source
 
@@ -103,3 +108,20 @@ def test_headers_that_are_damaged(tmp_path, old, new, reason):
     (tmp_path / "x.npy").write_bytes(data.replace(old, new))
     with pytest.raises(InputError, match=rf"x\.npy: .*{reason}"):
         open_source(tmp_path / "x.npy")
+
+
+def test_arrays_of_one_size_and_one_time_are_told_apart(tmp_path):
+    """As an archive unpacks them. Tokens from before stamps knew bytes are those of their images still."""
+    for name, value in (("train", 9), ("test", 10)):
+        np.save(tmp_path / f"{name}.npy", np.full((40, 32, 32, 3), value, np.uint8))
+        os.utime(tmp_path / f"{name}.npy", ns=(10**18, 10**18))
+    train, test = (open_source(tmp_path / f"{name}.npy") for name in ("train", "test"))
+    assert train.stamp != test.stamp and train.stamp == open_source(tmp_path / "train.npy").stamp
+    tokens = tokenize(train, PALETTE, tmp_path / "tokens", workers=0)
+    assert tokens.made_of(train.stamp) and not tokens.made_of(test.stamp)
+    with pytest.raises(InputError, match="the images have changed since, or are others"):
+        open_tokens(test, PALETTE, tmp_path / "tokens")
+    meta = json.loads((tmp_path / "tokens" / "meta.json").read_text())
+    meta["source_stamp"] = train.stamp.rpartition("-")[0]
+    (tmp_path / "tokens" / "meta.json").write_text(json.dumps(meta))
+    assert len(open_tokens(train, PALETTE, tmp_path / "tokens")) == 40

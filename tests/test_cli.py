@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import write_tokens
 
-from igpt_fast.cli import info, train
+from igpt_fast.cli import app, info, train
 from igpt_fast.cli import sample as commands
 
 
@@ -124,3 +124,8 @@ def test_info_says_which_extras_are_there(monkeypatch):
 
     monkeypatch.setattr(info.metadata, "requires", gone)
     assert info.extras().startswith("unknown")
+
+
+def test_help_leaves_the_breaks_of_lines_to_the_terminal():
+    for command in app.registered_commands:
+        assert "Example:" in command.help and "\n" not in command.help.replace("\n\n", "")

@@ -1,5 +1,6 @@
 """The command line: `igpt-fast COMMAND`. One module per group; this file wires them."""
 
+import inspect
 import io
 import logging
 import os
@@ -84,6 +85,9 @@ def _root(
 
 for _group in (data, pattern, plan, train, sample, probe, demo, finetune, classify, evaluate, convert, info):
     _group.register(app)
+for _command in app.registered_commands:  # Typer would keep the line breaks of a docstring where a terminal has its own
+    _paragraphs = inspect.cleandoc(_command.callback.__doc__).split("\n\n")
+    _command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in _paragraphs)
 
 
 def main() -> None:

@@ -218,7 +218,7 @@ def reading_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _made_from(tokens: Path, source: Source) -> bool:
     with suppress(InputError):  # broken ones are of no use, and no reason to end
-        return is_token_directory(tokens) and TokenDataset(tokens).meta["source_stamp"] == source.stamp
+        return is_token_directory(tokens) and TokenDataset(tokens).made_of(source.stamp)
     return False
 
 

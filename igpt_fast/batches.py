@@ -119,7 +119,7 @@ def fingerprint(dataset: TokenDataset | JoinedTokens) -> dict[str, Any]:
     """What tells these data from others: their number, and digests of the palette and of some images' tokens."""
     if isinstance(dataset, JoinedTokens):
         return {**fingerprint(dataset.train), "test": fingerprint(dataset.test)["tokens"]}
-    groups = {} if dataset.groups is None else {"groups": digest(np.array(dataset.groups))}
+    groups = {} if dataset.groups is None else {"groups": _digest_of_texts(dataset.groups)}
     some = np.linspace(0, len(dataset), min(len(dataset), LOOKED_AT), endpoint=False, dtype=np.int64)
     return {
         "images": len(dataset),
@@ -132,6 +132,14 @@ def fingerprint(dataset: TokenDataset | JoinedTokens) -> dict[str, Any]:
 def digest(values: np.ndarray) -> str:
     """A few letters that tell one array's contents from another's."""
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]
+
+
+def _digest_of_texts(texts: list[str]) -> str:
+    """digest() of them as one array, which a single long one would make huge."""
+    found, width = hashlib.sha256(), max(map(len, texts))
+    for at in range(0, len(texts), LOOKED_AT):
+        found.update(np.array(texts[at : at + LOOKED_AT], f"U{width}").tobytes())
+    return found.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=2)

@@ -46,8 +46,9 @@ def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classe
     """
     rows: dict[str, dict[str, str]] = {}
     columns: set[str] = set()
+    images = set(names)
     for table, data in tables.items():
-        columns |= _read(data, f"{where}: {table}", posixpath.dirname(table), rows, set(names))
+        columns |= _read(data, f"{where}: {table}", posixpath.dirname(table), rows, images)
     groups = None
     if GROUP in columns:
         groups = as_groups((rows.get(name, {}).get(GROUP, "") for name in names), names)
@@ -82,8 +83,16 @@ def by_folder(names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
     classes = sorted({p[level] for p in parts.values() if len(p) > level})
     if len(classes) < 2:
         return None, None
-    number = {folder: classes.index(p[level]) if len(p) > level else -1 for folder, p in parts.items()}
-    return np.array([number[folder] for folder in folders], np.int64), classes
+    number = {name: k for k, name in enumerate(classes)}
+    of = {folder: number[p[level]] if len(p) > level else -1 for folder, p in parts.items()}
+    return np.array([of[folder] for folder in folders], np.int64), classes
+
+
+def by_class(labels: np.ndarray, which: np.ndarray) -> list[np.ndarray]:
+    """The images `which`, bool [N], of each class that has some: indices, ascending, the classes too."""
+    places = np.flatnonzero(which)
+    places = places[np.argsort(labels[places], kind="stable")]
+    return np.split(places, np.flatnonzero(np.diff(labels[places])) + 1) if len(places) else []
 
 
 def _read(data: bytes, where: str, folder: str, rows: dict[str, dict[str, str]], images: set[str]) -> set[str]:

@@ -99,7 +99,7 @@ def tokenize(
                 "colors": len(palette),
                 "shards": writer.finish(rows),
                 "classes": source.classes,
-                "class_counts": source.classes and {c: int((labels == k).sum()) for k, c in enumerate(source.classes)},
+                "class_counts": source.classes and _counts(labels, source.classes),
                 **_noted(how),
                 "source": str(source.path.absolute()),
                 "source_stamp": source.stamp,
@@ -184,6 +184,11 @@ def open_tokens(
     for line in report_left_out(tokens.meta["ignored"], [(s["name"], s["error"]) for s in tokens.meta["skipped"]]):
         say(line)
     return tokens
+
+
+def _counts(labels: np.ndarray, classes: list[str]) -> dict[str, int]:
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    return dict(zip(classes, counts.tolist(), strict=True))
 
 
 def report_left_out(ignored: dict[str, int], skipped: list[tuple[str, str]], listed: int = 20) -> list[str]:

@@ -30,14 +30,14 @@ class JoinedTokens:
             raise InputError(f"{test.origin}: its images have another size or palette than those of {train.origin}")
         if train.meta["source_stamp"] == test.meta["source_stamp"]:
             raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
-        known = train.classes or []
+        known = {name: k for k, name in enumerate(train.classes or [])}
         if new := [name for name in test.classes or [] if name not in known]:
             raise InputError(f"{test.origin}: has classes that {train.origin} lacks: {', '.join(map(str, new[:5]))}")
         if both := in_both(train.groups, test.groups):
             few = ", ".join(both[:3]) + (", …" if len(both) > 3 else "")
             what = f"{counted(len(both), 'group')} ({few})"
             log.warning("%s: images of %s are learned from too, which makes the test too easy", test.origin, what)
-        number = np.array([*map(known.index, test.classes or []), -1])  # the last: no label stays no label
+        number = np.array([*map(known.__getitem__, test.classes or []), -1])  # the last: no label stays no label
         self.labels = np.concatenate([train.labels, number[test.labels]])
 
     @property
@@ -51,10 +51,8 @@ class JoinedTokens:
         return self.train.reading
 
     @property
-    def groups(self) -> list[str] | None:
-        """Of each image, as in TokenDataset; no group is on both sides."""
-        if self.train.groups is None and self.test.groups is None:
-            return None
+    def groups(self) -> list[str]:
+        """Of each image its group, or its own name; none is on both sides."""
         parts = ("learned", self.train), ("test", self.test)
         return [f"{part} {group}" for part, tokens in parts for group in tokens.groups or tokens.names]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt_fast.classes import by_class
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.tokens import TokenDataset
@@ -65,8 +66,8 @@ def choose_labelled(
     used = good[labels]
     if per_class is not None:
         random = np.random.default_rng([seed, 2])
-        for label in np.flatnonzero(good):
-            used[random.permutation(np.flatnonzero((labels == label) & ~test))[per_class:]] = False
+        for mine in by_class(labels, used & ~test):
+            used[random.permutation(mine)[per_class:]] = False
     compact = np.cumsum(good) - 1  # classes that take part, numbered without gaps
     names = tuple(dataset.classes[label] for label in np.flatnonzero(good))
     groups = group_numbers(dataset, known[used])
@@ -74,10 +75,15 @@ def choose_labelled(
 
 
 def group_numbers(dataset: TokenDataset | JoinedTokens, indices: np.ndarray) -> np.ndarray | None:
-    """The group of each image of `indices`, numbered: int64 [N]; None where each image is alone."""
-    if dataset.groups is None:
+    """The group of each image of `indices`, numbered: int64 [N]; None where each image of the dataset is alone.
+
+    Crops of one image, which share its name, are a group.
+    """
+    owners = dataset.groups or dataset.names
+    number = {owner: k for k, owner in enumerate(sorted(set(owners)))}
+    if len(number) == len(owners):
         return None
-    return np.unique(np.array(dataset.groups)[indices], return_inverse=True)[1].reshape(-1)
+    return np.fromiter((number[owner] for owner in owners), np.int64, len(owners))[indices]
 
 
 def without_classes(where: str | Path) -> InputError:
@@ -105,9 +111,8 @@ def draw_validation(chosen: Labelled, fraction: float, seed: int) -> np.ndarray:
     held_out, random = np.zeros(len(chosen.labels), bool), np.random.default_rng([seed, 3])
     if chosen.groups is not None and fraction:
         return _whole_groups(chosen, fraction, random)
-    for label in range(len(chosen.classes) if fraction else 0):
-        mine = random.permutation(np.flatnonzero((chosen.labels == label) & ~chosen.test))
-        held_out[mine[: min(max(1, round(fraction * len(mine))), len(mine) - 1)]] = True
+    for mine in by_class(chosen.labels, ~chosen.test) if fraction else ():
+        held_out[random.permutation(mine)[: min(max(1, round(fraction * len(mine))), len(mine) - 1)]] = True
     return held_out
 
 
@@ -122,13 +127,14 @@ def _whole_groups(chosen: Labelled, fraction: float, random: np.random.Generator
     has, held = np.bincount(chosen.labels[learn], minlength=number), np.zeros(number, np.int64)
     held_out, wanted = np.zeros(len(chosen.labels), bool), np.maximum(1, np.round(fraction * has))
     order = [groups[k] for k in random.permutation(len(groups))]
-    counts = [np.bincount(chosen.labels[group], minlength=number) for group in order]
+    counts = [np.unique(chosen.labels[group], return_counts=True) for group in order]
     for most, places in ((wanted, range(len(order))), (has, np.argsort([len(g) for g in order], kind="stable"))):
         for place in places:
-            group, count = order[place], counts[place]
-            lacking = most is wanted or (held[count > 0] == 0).any()
-            if lacking and not held_out[group[0]] and (held + count <= np.minimum(most, has - 1))[count > 0].all():
-                held_out[group], held = True, held + count
+            group, (its, count) = order[place], counts[place]
+            lacking = most is wanted or (held[its] == 0).any()
+            if lacking and not held_out[group[0]] and (held[its] + count <= np.minimum(most, has - 1)[its]).all():
+                held_out[group] = True
+                held[its] += count
     if not held_out.any():
         log.warning("validation has no image: no group leaves every class something to learn from")
     return held_out

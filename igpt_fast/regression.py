@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from igpt_fast import intervals
+from igpt_fast.classes import by_class
 from igpt_fast.errors import InputError
 
 log = logging.getLogger("igpt_fast")
@@ -66,9 +67,8 @@ def draw_folds(labels: np.ndarray, test: np.ndarray, seed: int, groups: np.ndarr
         if all(len(np.unique(labels[learn])) > 1 for learn, _ in parts_of(folds)):
             return folds
         log.warning("there are too few groups to choose the penalty by whole ones: it is chosen by images")
-    for label in np.unique(labels):
-        mine = random.permutation(np.flatnonzero((labels == label) & ~test))
-        folds[mine] = np.arange(len(mine)) % FOLDS
+    for mine in by_class(labels, ~test):
+        folds[random.permutation(mine)] = np.arange(len(mine)) % FOLDS
     return folds
 
 

@@ -147,8 +147,8 @@ def _read_first(path: str, count: int) -> bytes:
 
 
 def _stamp(path: Path) -> str:
-    """Of a file: its size, its time, and a digest of some of its bytes, for arrays of one shape have one size, and what an
-    archive unpacks may have one time.
+    """Of a file: its size, its time, and a digest of some of its bytes: arrays of one shape have one size, and what is
+    unpacked may have one time.
     """
     info, digest = path.stat(), hashlib.blake2b(digest_size=8)
     with open(path, "rb") as file:

@@ -15,6 +15,7 @@ from test_labels import chosen_from
 
 from igpt_fast import intervals
 from igpt_fast.batches import fingerprint
+from igpt_fast.classes import by_class
 from igpt_fast.data import open_source, tokenize
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
@@ -182,6 +183,32 @@ def test_groups_tell_data_apart(grouped, tmp_path):
 def test_views_stay_in_their_image_s_group(grouped, tmp_path):
     views = tokenize(grouped.path.parent, GRAYS, tmp_path / "views", (8, 8), views=2, workers=0)
     assert views.groups == [group for group in grouped.groups for _ in range(2)]
+
+
+def test_crops_of_an_image_stay_together_without_groups(tmp_path):
+    folder = tmp_path / "photos"
+    for k in range(60):
+        (folder / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 60 + 120 * (k % 2)).save(folder / "ab"[k % 2] / f"{k}.png")
+    views = tokenize(folder, GRAYS, tmp_path / "views", (8, 8), views=3, workers=0)
+    chosen = choose_labelled(views, 0.2)
+    assert views.groups is None and len(np.unique(chosen.groups)) == 60
+    names = np.array(views.names)[chosen.indices]
+    held_out, folds = draw_validation(chosen, 0.2, 0), draw_folds(chosen.labels, chosen.test, 0, chosen.groups)
+    parts = [held_out, ~held_out & ~chosen.test, chosen.test], [folds == k for k in range(-1, FOLDS)]
+    for split in parts:
+        assert all(part.any() for part in split) and sum(len(set(names[part])) for part in split) == 60
+    assert choose_labelled(tokenize(folder, GRAYS, tmp_path / "one", (8, 8), workers=0), 0.2).groups is None
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.integers(0, 9))
+def test_images_by_class(labels, seed):
+    labels = np.array(labels, np.int64)
+    which = np.random.default_rng(seed).random(len(labels)) < 0.6
+    found = by_class(labels, which)
+    wanted = [np.flatnonzero((labels == label) & which) for label in np.unique(labels)]
+    wanted = [part for part in wanted if len(part)]
+    assert len(found) == len(wanted) and all(map(np.array_equal, found, wanted))
 
 
 def test_a_probe_of_groups(grouped):

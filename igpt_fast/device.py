@@ -52,8 +52,14 @@ def free_memory_of(device: torch.device, limit: Path = LIMIT) -> int:
     used, whole = limit.with_name(USED[limit.name]), memory_of(device, limit)
     # Of a container without a limit of its own, what is used is that of all others, too.
     counted = used.is_file() and whole < _machine()
-    others = int(used.read_text()) - own if counted else 0  # the files that it has read included
+    others = int(used.read_text()) - _of_files(used.with_name("memory.stat")) - own if counted else 0
     return min(whole - max(0, others), free + own)
+
+
+def _of_files(stat: Path) -> int:
+    """Bytes of a control group that hold what was read of files, and go when others want the room."""
+    found = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+    return int(found.get("total_inactive_file") or found.get("inactive_file", 0))
 
 
 def processor() -> str:

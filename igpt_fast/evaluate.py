@@ -67,7 +67,7 @@ def evaluate(
     began, config = time.monotonic(), model.config
     if config.objective != "ar":
         raise InputError(f"an objective={config.objective!r} model gives whole images no likelihood; use an 'ar' model")
-    refuse_misfit(dataset, config)
+    refuse_misfit(dataset, config, model.palette)
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     if not len(indices):
         raise InputError(f"{dataset.origin}: no image is left to score; choose another split")

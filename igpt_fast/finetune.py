@@ -100,7 +100,7 @@ def finetune(
         config = replace((checkpoint.model if checkpoint else model).config, classes=len(chosen.classes))
         if checkpoint:
             refuse_differences(run, checkpoint.model.config.to_dict(), config.to_dict())
-        refuse_misfit(dataset, config)
+        refuse_misfit(dataset, config, (checkpoint.model if checkpoint else model).palette)
         task = ClassTask(Batches(dataset, o, config.objective, parts, labels), o, chosen.classes)
         if checkpoint:
             return task, config, None

@@ -46,13 +46,13 @@ def tokens_of(
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         shape = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise InputError(f"the images are {shape}; give a tensor [B, 3, H, W], uint8 or float in [0, 1]")
-    pixels = _bytes(images.detach().to(device)).permute(0, 2, 3, 1)
+    pixels = _bytes(images.detach()).permute(0, 2, 3, 1)
     if tuple(pixels.shape[1:3]) != tuple(size):
         arrays = pixels.contiguous().cpu().numpy()
         done = [resize_image(Image.fromarray(a), size, resize or "paper", f"image {i}") for i, a in enumerate(arrays)]
         whole = np.stack(done) if done else np.empty((0, *size, 3), np.uint8)
-        pixels = torch.from_numpy(whole).to(device)
-    return palette.encode(pixels.contiguous())
+        pixels = torch.from_numpy(whole)
+    return palette.encode(pixels.to(device).contiguous())
 
 
 def _bytes(images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from igpt_fast.classes import in_both
 from igpt_fast.config import Config
 from igpt_fast.console import counted
 from igpt_fast.errors import InputError
+from igpt_fast.palette import Palette
 from igpt_fast.tokens import TokenDataset
 
 log = logging.getLogger("igpt_fast")
@@ -25,8 +26,7 @@ class JoinedTokens:
     def __init__(self, train: TokenDataset, test: TokenDataset) -> None:
         self.train, self.test, self.origin = train, test, train.origin
         self.size, self.colors, self.palette, self.classes = train.size, train.colors, train.palette, train.classes
-        same = np.array_equal(np.asarray(train.palette.centers), np.asarray(test.palette.centers))
-        if train.size != test.size or not same:
+        if train.size != test.size or not _alike(train.palette, test.palette):
             raise InputError(f"{test.origin}: its images have another size or palette than those of {train.origin}")
         if train.meta["source_stamp"] == test.meta["source_stamp"]:
             raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
@@ -74,8 +74,18 @@ class JoinedTokens:
         return out
 
 
-def refuse_misfit(dataset: TokenDataset | JoinedTokens, config: Config) -> None:
-    """InputError where the images have another size or number of colours than a model of `config` reads."""
+def refuse_misfit(dataset: TokenDataset | JoinedTokens, config: Config, palette: Palette | None = None) -> None:
+    """InputError where the images have another size or number of colours than a model of `config` reads, or, where its
+    palette is known, other colours.
+    """
     if dataset.size != config.size or dataset.colors != config.colors:
         is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, config))
         raise InputError(f"{dataset.origin}: the images are {is_}, the model is made for {wants}; tokenise them for it")
+    if palette is not None and not _alike(dataset.palette, palette):
+        raise InputError(
+            f"{dataset.origin}: its colours are others than the model's; tokenise the images with the model's palette"
+        )
+
+
+def _alike(one: Palette, other: Palette) -> bool:
+    return np.array_equal(np.asarray(one.centers), np.asarray(other.centers))

@@ -90,7 +90,7 @@ class Loop:
                 model = ImageGPT(self.config)
         else:
             model = checkpoint.model
-        model.reading = self.batches.dataset.reading
+        model.reading, model.palette = self.batches.dataset.reading, self.palette
         self.model = model.to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if self.options.ema else self.model
         self.model.activation_checkpointing = self.options.activation_checkpointing
@@ -143,7 +143,7 @@ class Loop:
     def _update(self, learned: nn.Module) -> tuple[Tensor, ...]:
         """One optimizer step → its losses and its gradient's norm, on the device. Stopped leaves the weights alone."""
         options, processes = self.options, self.processes
-        batch = self.batches.of_step(self.step).each(lambda t: processes.share(t).to(self.device))
+        batch = self.batches.of_step(self.step).each(lambda t: processes.share(t).to(self.device, non_blocking=True))
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(len(self.task.losses), device=self.device)
         images, size = len(batch.tokens), len(batch.tokens) // options.accumulate
@@ -162,8 +162,7 @@ class Loop:
         if options.ema:
             decay = min(options.ema, (1 + self.step) / (10 + self.step))  # the first weights are not worth remembering
             with torch.no_grad():
-                for average, parameter in zip(self.average.parameters(), self.named.values(), strict=True):
-                    average.lerp_(parameter, 1 - decay)
+                torch._foreach_lerp_([*self.average.parameters()], [*self.named.values()], 1 - decay)
         return *total, norm.detach()
 
     def _learn(self, learned: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
@@ -229,7 +228,8 @@ class Loop:
             self.task.judge(self.step, row)
             return
         total = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        for number, batch in enumerate(self.batches.validation(self.options.batch // self.options.accumulate)):
+        at_once = self.options.batch // (self.options.accumulate * self.processes.count)
+        for number, batch in enumerate(self.batches.validation(at_once)):
             self.stop.check()
             if number % self.processes.count == self.processes.rank:
                 with self._autocast():

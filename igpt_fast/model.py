@@ -10,7 +10,7 @@ the stream stays float32 and the norms hand autocast's dtype to the linears.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -133,25 +133,25 @@ class ImageGPT(nn.Module):
             raise InputError("this model has no classifier head: igpt-fast finetune, or Config(classes=...), gives one")
         return ops.projection((self.hidden(tokens) if hidden is None else hidden).mean(1), self.wclf)
 
-    def features(self, tokens: Tensor, layer: int | None = None, pool: bool = True) -> Tensor:
+    def features(self, tokens: Tensor, layer: int | Sequence[int] | None = None, pool: bool = True) -> Tensor:
         """The paper's probe features: means over positions, float32.   tokens [N, H, W] or [N, T]
 
         Layer l < layers is the ln_1 output of block l (what its attention reads), `layers` the final norm's. Returns
-        [N, width] for one layer (blocks above it do not run), [layers + 1, N, width] for None; pool=False: of every
-        position, [..., N, T, width]. BERT models see all.
+        [N, width] for one layer, [k, N, width] for k of them or, with None, for all; blocks above the last do not run.
+        pool=False: of every position, [..., N, T, width]. BERT models see all.
         """
         last = self.config.layers
-        if layer is not None and (not isinstance(layer, Integral) or not 0 <= layer <= last):
-            raise InputError(f"features of layer {layer} were asked; this model has layers 0 to {last}")
-        h, delta, pooled = self._start(self.check_tokens(tokens)), None, []
+        wanted = range(last + 1) if layer is None else layer if isinstance(layer, Sequence) else [layer]
+        if not len(wanted) or not all(isinstance(one, Integral) and 0 <= one <= last for one in wanted):
+            raise InputError(f"features of layer {layer} were asked for; this model has layers 0 to {last}")
+        h, delta, pooled = self._start(self.check_tokens(tokens)), None, {}
         for index, weight in enumerate([*(block.ln_1 for block in self.blocks), self.ln_f]):
-            if layer is None or layer == index:
+            if index in wanted:
                 x, _ = _norm(h, delta, weight, self.config.eps, torch.promote_types(h.dtype, torch.float32))
-                pooled.append(x.mean(1) if pool else x)
-            if index == (last if layer is None else layer):
-                break
-            h, delta = self.blocks[index](h, delta)
-        return torch.stack(pooled) if layer is None else pooled[0]
+                pooled[index] = x.mean(1) if pool else x
+            if index < max(wanted):
+                h, delta = self.blocks[index](h, delta)
+        return pooled[layer] if isinstance(layer, Integral) else torch.stack([pooled[index] for index in wanted])
 
     def forward_features(self, images: Tensor, resize: str | None = None) -> Tensor:
         """As timm's: the final norm's output [B, T, width] of images [B, 3, H, W], as `tokenize` takes them."""

@@ -5,6 +5,7 @@ it; what is saved, and the steps of sampling, know tensors only.
 """
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
@@ -15,9 +16,13 @@ HOME = "igpt_fast.model"  # where the classes of our modules are
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether nobody would notice that a module of ours is computed with its weights, and not called."""
-    own = module.__dict__
-    return type(module).__module__ == HOME and "forward" not in own and not any(own[kind] for kind in HOOKS)
+    """Whether calling a module does no more than compute with its weights, as one of ours does."""
+    return type(module).__module__ == HOME and "forward" not in module.__dict__ and not is_watched(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks, its own or those of all modules."""
+    return _has_any_global_hook() or any(module.__dict__.get(kind) for kind in HOOKS)
 
 
 def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:

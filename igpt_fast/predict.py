@@ -60,7 +60,7 @@ def predict(
     without a head, tokens that do not fit it, no image at all, a batch below 1, and probabilities that are not finite.
     """
     classes, config = class_names(model), model.config
-    refuse_misfit(dataset, config)
+    refuse_misfit(dataset, config, model.palette)
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     if not len(indices):
         raise InputError(f"{dataset.origin}: no image is left to classify")

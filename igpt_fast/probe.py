@@ -99,13 +99,15 @@ def probe(
     layers = check_options(model.config.layers, layers, test_fraction, limit, per_class, batch, solver, epochs)
     if solver == LBFGS:
         load_sklearn()  # before any work
-    refuse_misfit(dataset, model.config)
+    refuse_misfit(dataset, model.config, model.palette)
     chosen = choose_labelled(dataset, test_fraction, limit, per_class, seed)
     warn_of_few(chosen, per_class)
     indices, labels, test = chosen.indices, chosen.labels, chosen.test
     folds = draw_folds(labels, test, seed, chosen.groups)
     by_lbfgs = solver == LBFGS
-    pooled = extract_features(model, dataset, indices, layers, batch, amp, processes, 3 if joined and by_lbfgs else 1)
+    widest = max(model.config.width * (len(layers) if joined else 1), 3 * model.config.tokens)
+    beside = 2 * 4 * len(indices) * widest if by_lbfgs else 0  # what one classifier reads, and that standardised
+    pooled = extract_features(model, dataset, indices, layers, batch, amp, processes, beside)
     if processes is not None and not processes.first:
         return None
     count, unit = (count_fits(folds), "regressions") if by_lbfgs else (2 * epochs, "epochs")
@@ -166,7 +168,9 @@ def check_options(
     """The layers to probe, ascending. Raises InputError for an option out of range; `top` is the model's last layer."""
     chosen = list(range(top + 1)) if layers is None else sorted(set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] > top:
-        raise InputError(f"layers {', '.join(map(str, chosen)) or 'none'} were asked; this model has layers 0 to {top}")
+        raise InputError(
+            f"layers {', '.join(map(str, chosen)) or 'none'} were asked for; this model has layers 0 to {top}"
+        )
     if not 0 < test_fraction < 1:  # also catches NaN
         raise InputError(f"test fraction is {test_fraction}; use a fraction between 0 and 1, such as 0.2")
     if solver not in SOLVERS:
@@ -186,26 +190,25 @@ def extract_features(
     batch: int | None = None,
     amp: bool = False,
     processes: Processes | None = None,
-    copies: int = 1,
+    beside: int = 0,
 ) -> np.ndarray:
     """Pooled features of the images `indices`: float32 [len(layers), len(indices), width], all layers in one pass.
 
-    amp: matrix products in bf16 autocast. processes: those that share the images. Raises InputError when the machine's
-    memory cannot hold so many copies of them.
+    amp: matrix products in bf16 autocast. processes: those that share the images. beside: bytes that will be needed
+    beside them. Raises InputError when the machine's memory cannot hold all that.
     """
     config = model.config
-    needed, there = copies * len(layers) * len(indices) * config.width * 4, memory_of(torch.device("cpu"))
+    needed, there = len(layers) * len(indices) * config.width * 4 + beside, memory_of(torch.device("cpu"))
     if needed > there:
+        what = f"{len(indices):,} images at {len(layers)} layers" + (", and what a classifier reads," if beside else "")
         raise InputError(
-            f"the features of {len(indices):,} images at {len(layers)} layers take {needed / 1e9:.1f} GB and this "
-            f"machine has {there / 1e9:.1f} GB; take fewer with --limit or --layers"
+            f"the features of {what} take {needed / 1e9:.1f} GB and this machine has {there / 1e9:.1f} GB; take fewer "
+            "with --limit or --layers, or --solver sgd, which reads them batch by batch"
         )
     pooled = np.empty((len(layers), len(indices), config.width), np.float32)
 
     def features(tokens: Tensor) -> Tensor:
-        if len(layers) == 1:
-            return model.features(tokens, layers[0])[:, None].float()  # the blocks above need not run
-        return model.features(tokens)[list(layers)].transpose(0, 1).float()
+        return model.features(tokens, layers).transpose(0, 1).float()
 
     over_images(
         features,

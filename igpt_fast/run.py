@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from igpt_fast.atomic import write_atomically
-from igpt_fast.checkpoint import list_checkpoints
+from igpt_fast.checkpoint import Checkpoint, list_checkpoints
 from igpt_fast.config import Config
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
@@ -59,6 +59,13 @@ def check_run(run: str | Path, resume: bool) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise InputError(f"cannot write into {run}: {there}: {error.strerror}; use another --out") from error
+
+
+def refuse_new(run: Path, checkpoint: Checkpoint | None) -> None:
+    """InputError where another process has saved something between `check_run` and the lock."""
+    newest = list_checkpoints(run)[-1:]
+    if newest != ([] if checkpoint is None else [checkpoint.path]):
+        raise InputError(f"another process has trained into {run} meanwhile: start again, with --resume to go on")
 
 
 @contextmanager

@@ -25,7 +25,15 @@ from igpt_fast.loop import Loop
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
 from igpt_fast.processes import Processes, together
-from igpt_fast.run import Result, broken_off, check_run, locked, refuse_differences, refuse_unequal_shares
+from igpt_fast.run import (
+    Result,
+    broken_off,
+    check_run,
+    locked,
+    refuse_differences,
+    refuse_new,
+    refuse_unequal_shares,
+)
 from igpt_fast.task import PixelTask
 from igpt_fast.weights import reshaped
 
@@ -88,6 +96,7 @@ def carry_out(
                 if processes.first:
                     run.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked(run))
+                    refuse_new(run, checkpoint)
                 loop = Loop(task, run, config, processes, checkpoint, start, stop, dict(command or {}))
             with stop:
                 return loop.go(), task
@@ -111,7 +120,7 @@ def _beginning(
         raise InputError(f"classes is {config.classes}: train learns pixels; igpt_fast.finetune learns classes too")
     if checkpoint:
         refuse_differences(run, checkpoint.model.config.to_dict(), config.to_dict())
-    refuse_misfit(dataset, config)
+    refuse_misfit(dataset, config, None if init is None else init.palette)
     if init is None:
         return config, None
     return config, own_copy(init, config)

@@ -30,7 +30,7 @@ def from_hf(
     source: nn.Module | Mapping[str, Tensor],
     heads: int | None = None,
     size: tuple[int, int] | None = None,
-    eps: float = 1e-5,
+    eps: float | None = None,
 ) -> ImageGPT:
     """An ImageGPT with the weights of a transformers ImageGPT model, or of its state dict; in their dtype, on the CPU.
 
@@ -41,6 +41,8 @@ def from_hf(
     """
     headless, names = False, None
     if isinstance(source, nn.Module):
+        if heads is not None or eps is not None:
+            raise InputError("a model brings its own heads and eps; leave out heads= and eps=, or give its state dict")
         check_supported(source.config, "the model's config")
         heads, eps, headless = source.config.n_head, source.config.layer_norm_epsilon, not hasattr(source, "lm_head")
         names = {"id2label": {str(row): name for row, name in source.config.id2label.items()}}
@@ -49,7 +51,7 @@ def from_hf(
     if heads is None:
         raise InputError("a state dict does not say how many attention heads it has; pass heads= (S and M: 8, L: 16)")
     grid = grid_of(theirs.shape(WPE, 2)[0], size, "the state dict")
-    config = infer_config(theirs, heads=heads, size=grid, eps=eps)
+    config = infer_config(theirs, heads=heads, size=grid, eps=1e-5 if eps is None else eps)
     config, ours = to_ours(theirs, config, headless or bool(config.classes))
     model = ImageGPT.empty(config, ours["wte"].dtype, "cpu")
     model.load_state_dict(ours)

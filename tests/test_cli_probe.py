@@ -139,7 +139,7 @@ def test_what_the_model_had_seen_of_images_given_to_test_on(igpt, run, dataset, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--layers", "9"), "layers 9 were asked; this model has layers 0 to 2"),
+        (("--layers", "9"), "layers 9 were asked for; this model has layers 0 to 2"),
         (("--layers", "x"), "--layers 'x' is not understood"),
         (("--test-fraction", "2"), "test fraction is 2.0"),
         (("--test-fraction", "0.2", "--test", "elsewhere"), "--test-fraction changes nothing with --test"),

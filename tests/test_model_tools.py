@@ -110,7 +110,10 @@ def test_features_of_every_position_have_the_pooled_ones_for_mean(model):
     every = model.features(TOKENS, pool=False)
     assert every.shape == (3, 4, 12, 16) and torch.equal(every.mean(2), model.features(TOKENS))
     assert torch.equal(model.features(TOKENS, 1, pool=False), every[1])
-    for layer in ([0, 1], 1.0, 3, -1):
+    assert torch.equal(model.features(TOKENS, [2, 0], pool=False), every[[2, 0]])
+    model.blocks[1].forward = None  # which layers 0 and 1 do not ask for
+    assert torch.equal(model.features(TOKENS, (0, 1)), every[:2].mean(2))
+    for layer in ([0, 3], [], [1.0], 1.0, 3, -1):
         with pytest.raises(igpt.InputError, match="this model has layers 0 to 2"):
             model.features(TOKENS, layer)
 

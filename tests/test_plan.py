@@ -147,6 +147,14 @@ def test_the_estimate_of_an_image_is_near_what_is_measured():
         assert found.image_bytes / 2.5 < module._image_bytes(config, options, CPU) < 2.5 * found.image_bytes, options
 
 
+def assert_pages_count_as_free(limit, name):
+    """What a container has read of files goes when room is wanted."""
+    stat, before = limit.with_name("memory.stat"), free_memory_of(CPU, limit)
+    stat.write_text(f"anon 7\n{name} {5 * 10**8}\n")
+    assert abs(free_memory_of(CPU, limit) - before - 5 * 10**8) < 10**8
+    stat.unlink()
+
+
 def test_memory_of_this_machine(tmp_path):
     limit = tmp_path / "memory.max"
     whole = memory_of(CPU, limit)
@@ -159,6 +167,7 @@ def test_memory_of_this_machine(tmp_path):
     limit.write_text(f"{whole - 1}\n")
     (tmp_path / "memory.current").write_text(f"{whole - 10**9}\n")
     assert free_memory_of(CPU, limit) < 10**9 + 8 * 10**9 and free > 10**9
+    assert_pages_count_as_free(limit, "inactive_file")
     older = tmp_path / "memory.limit_in_bytes"  # as the first version of control groups has them
     (tmp_path / "memory.usage_in_bytes").write_text(f"{whole - 10**9}\n")
     for bound, least in ((whole - 1, 0), (2**63 - 4096, free - 10**9)):  # the second is none: all that is used counts
@@ -166,6 +175,7 @@ def test_memory_of_this_machine(tmp_path):
         assert memory_of(CPU, older) == min(bound, whole) and free_memory_of(CPU, older) > least
     older.write_text(f"{whole - 1}\n")
     assert free_memory_of(CPU, older) < 10**9 + 8 * 10**9
+    assert_pages_count_as_free(older, "inactive_file 0\ntotal_inactive_file")
     restart_peak(CPU)
     before = peak_of(CPU)
     del_me = torch.ones(50 << 20, dtype=torch.uint8)

@@ -161,9 +161,9 @@ def test_the_figure_is_a_picture(result):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": [3]}, "layers 3 were asked; this model has layers 0 to 2"),
+        ({"layers": [3]}, "layers 3 were asked for; this model has layers 0 to 2"),
         ({"layers": [-1, 0]}, "layers 0 to 2"),
-        ({"layers": []}, "layers none were asked"),
+        ({"layers": []}, "layers none were asked for"),
         ({"test_fraction": 0.0}, "test fraction is 0.0"),
         ({"test_fraction": float("nan")}, "test fraction is nan"),
         ({"test_fraction": 1.0}, "test fraction is 1.0"),
@@ -208,11 +208,16 @@ def test_features_that_no_memory_holds(monkeypatch, model, dataset):
         probe(model, dataset)
 
 
-def test_features_that_are_joined_take_the_memory_of_three(monkeypatch, model, dataset, result):
-    monkeypatch.setattr(module, "memory_of", lambda device: 2 * result.feature_bytes)
-    with pytest.raises(InputError, match=r"take fewer with --limit or --layers"):
-        probe(model, dataset, joined=True)
-    assert probe(model, dataset).layers == result.layers
+@pytest.mark.parametrize(("joined", "widest"), [(False, 3 * 4 * 5), (True, 3 * 24)])
+def test_what_a_classifier_reads_has_room_beside_the_features(monkeypatch, model, dataset, result, joined, widest):
+    """Raw pixels, or all layers joined, whichever is wider, and the same standardised."""
+    layers = [0, 1, 2] if joined else [1]
+    most = 240 * 4 * (2 * widest + len(layers) * 24)
+    monkeypatch.setattr(module, "memory_of", lambda device: most)
+    assert probe(model, dataset, layers=layers, joined=joined)
+    monkeypatch.setattr(module, "memory_of", lambda device: most - 1)
+    with pytest.raises(InputError, match=r"and what a classifier reads, take .*; take fewer with --limit or --layers"):
+        probe(model, dataset, layers=layers, joined=joined)
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch, model, dataset):

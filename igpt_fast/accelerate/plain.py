@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from igpt_fast.accelerate.theirs import ATTENTION, Forward, theirs
+from igpt_fast.modules import HOOKS, is_watched
 
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 NUMBERS = "eps", "layer_idx", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"
 
 # Of an attention: its mask buffer, that one's memory and version, and whether it is causal.
@@ -19,14 +19,13 @@ _known: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionar
 
 
 def plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module is a `kind` and nobody would notice that its call is left out: no hooks, no other forward."""
+    """Whether a module is a `kind` whose call does no more than transformers' forward: no hooks, no other forward."""
     own = module.__dict__
     return (
         type(module) is kind
         and kind.forward is theirs().forwards[kind]
-        and not any(map(own.get, HOOKS))
         and ("forward" not in own or type(own["forward"]) is Forward)
-        and not _has_any_global_hook()
+        and not is_watched(module)
     )
 
 

@@ -188,6 +188,11 @@ def _check_palette_file(out: Path, data: Path) -> None:
     picture = _picture_of(out)
     for path in (out, picture):
         refuse_replacing(path, data)
+    if out.exists():
+        try:
+            Palette.load(out)
+        except InputError as error:
+            raise InputError(f"{out}: is there and holds no palette; give another --out") from error
     if picture.is_dir() or (picture.exists() and not out.exists()):
         raise InputError(f"{picture}: is there, and the palette's picture would take its place; give another --out")
     folder = next(parent for parent in out.absolute().parents if parent.exists())

@@ -7,6 +7,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import (
     BackgroundAsOption,
     BandsAsOption,
@@ -21,6 +22,7 @@ from igpt_fast.cli.inputs import (
     described,
     given_of,
     open_to_measure,
+    run_of,
     tokens_for,
 )
 from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, SeedOption, print_json
@@ -30,6 +32,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.evaluate import Likelihood
 from igpt_fast.evaluate import evaluate as evaluate_model
 from igpt_fast.processes import together
+from igpt_fast.run import learns_classes, read_options
 
 
 class Split(str, Enum):
@@ -52,8 +55,14 @@ def evaluate(
         Split, typer.Option("--split", help="val: the images that training with this --val-fraction held out.")
     ] = Split.all,
     val_fraction: Annotated[
-        float, typer.Option("--val-fraction", metavar="F", help="Share of the images, by their names, that is val.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            "--val-fraction",
+            metavar="F",
+            show_default="as the run held out, else 0.1",
+            help="Share of the images, by their names, that is val.",
+        ),
+    ] = None,
     limit: LimitOption = None,
     resize: ReadAsOption = None,
     background: BackgroundAsOption = None,
@@ -72,7 +81,7 @@ def evaluate(
 
     Example: igpt-fast eval openai/imagegpt-small photos/ --json
     """
-    if not 0 <= val_fraction <= 1:  # also catches NaN
+    if val_fraction is not None and not 0 <= val_fraction <= 1:  # also catches NaN
         raise InputError(f"--val-fraction is {val_fraction}; use a fraction from 0 to 1")
     given = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
@@ -80,21 +89,30 @@ def evaluate(
         with processes.first_goes_ahead():
             checkpoint = open_to_measure(model, [data], processes)
             dataset = stack.enter_context(tokens_for(checkpoint, data, given))
+        val_fraction = _held_out_by(checkpoint) if val_fraction is None else val_fraction
         indices = dataset.split(split.value, val_fraction)
         if limit is not None and limit < len(indices):
             indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
         result = evaluate_model(checkpoint.model, dataset, indices, batch, bf16, processes)
         if not processes.first:
             return
-        seen = seen_among(checkpoint, dataset, indices)
+        seen, unseen = seen_among(checkpoint, dataset, indices), dataset.split("val", val_fraction)
+        way = seen and split is not Split.val and len(unseen) and seen_among(checkpoint, dataset, unseen) == 0
     images = f"{counted(len(indices), 'image')} of {called(data)}"
     for line in (f"{described(checkpoint)}, on {images}:", *summary(result)):
         answer(line, as_json)
-    way = "" if checkpoint.model.config.classes or split is Split.val else "; --split val leaves them out"
-    say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images{way}")
+    without = "; --split val leaves them out" if way else ""
+    say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images{without}")
     if as_json:
         facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split.value, "seen": seen}
         print_json(**facts, **result.to_dict())
+
+
+def _held_out_by(checkpoint: Checkpoint) -> float:
+    """The share of the images that the model's run held out; 0.1 where none is known."""
+    run = run_of(checkpoint)
+    saved = None if run is None else read_options(run)
+    return 0.1 if saved is None or learns_classes(saved) else saved["options"]["val_fraction"]
 
 
 def summary(result: Likelihood) -> list[str]:

@@ -148,7 +148,12 @@ def _prepare(
     options["test_fraction"] = 0.0 if test else options["test_fraction"]
     if not resume:
         say(f"beginning with the weights of {described(found)}")
-        command = {"data": str(data), "from_tokens": is_token_directory(data), "init": init, "images": images}
+        command = {
+            "data": str(data.absolute()),
+            "from_tokens": is_token_directory(data),
+            "init": init,
+            "images": images,
+        }
         command |= {"test": str(test)} if test else {}
         command["seen"] = _seen(found, dataset, options)
     command = {**command, "resume": _again(model, data, out, given.get("test"))}

@@ -138,10 +138,12 @@ def sample(
     checkpoint, palette = _load(model, dtype, device)
     files = _singles(single, [f"sample-{index:06d}" for index in range(first, first + n)])
     with progress(n * checkpoint.model.config.tokens, "pixels", "sampling") as bar:
+        written: list[Path] = []
         try:
-            tokens = sample_tokens(checkpoint.model, **options, progress=bar.to, drawn=_saver(palette, files))
-        except KeyboardInterrupt:
-            if there := sum(file.exists() for file in files):
+            drawn = _saver(palette, files, written)
+            tokens = sample_tokens(checkpoint.model, **options, progress=bar.to, drawn=drawn)
+        except (KeyboardInterrupt, SystemExit):
+            if 0 < (there := len(written)) < n:
                 rest = f"--first {first + there} -n {n - there}"
                 say(f"{there:,} of {n:,} images are in {single}; {rest} gives the others")
             raise
@@ -205,7 +207,7 @@ def complete(
     for file in (files := _singles(single, names)):
         refuse_replacing(file, *photos)
     with progress(len(photos) * n * (config.tokens - count), "pixels", "completing") as bar:
-        drawn = _saver(palette, files)
+        drawn = _saver(palette, files, [])
         completed = complete_tokens(checkpoint.model, tokens, keep, **options, progress=bar.to, drawn=drawn)
     images = _decode(palette, completed)
     shown = _decode(palette, tokens)
@@ -240,12 +242,15 @@ def _singles(folder: Path | None, names: list[str]) -> list[Path]:
     return [] if folder is None else [folder / f"{name}.png" for name in names]
 
 
-def _saver(palette: Palette, files: list[Path]) -> Drawn:
-    """What writes finished images into their files, one pixel a pixel, so that only a batch is lost with a machine."""
+def _saver(palette: Palette, files: list[Path], written: list[Path]) -> Drawn:
+    """What writes finished images into their files, one pixel a pixel, so that only a batch is lost with a machine. It
+    adds them to `written`.
+    """
 
     def save(before: int, tokens: Tensor) -> None:
         for path, image in zip(files[before:], _decode(palette, tokens) if files else (), strict=False):
             write_atomically(path, to_png_bytes(image))
+            written.append(path)
 
     return save
 

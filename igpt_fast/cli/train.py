@@ -186,7 +186,7 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
         images |= dataset.reading
     config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
     command = dict(saved["command"]) if resume else {"from_tokens": is_token_directory(data)}
-    command |= {"data": str(data), "images": images, "resume": _again(data, out)}
+    command |= {"data": str(data.absolute()), "images": images, "resume": _again(data, out)}
     command |= {"init": str(init.absolute() if init.exists() else init)} if init else {}
     model = start.model if start else None
     return dataset, {"config": config, "resume": resume, "init": model, "command": command, **options}

@@ -147,6 +147,7 @@ def test_skipping_counts_and_lists(folder):
         (["palette", "photos", "-o", "p.txt"], "ending in .npy"),
         (["palette", "photos/a/0.png", "-o", "photos/a/0.npy"], "0.png: is among the images, and would be replaced"),
         (["palette", "photos", "-o", "photos/b/1.npy"], "photos/b/1.png: is among the images"),
+        (["palette", "photos", "-o", "bad.npy"], "bad.npy: is there and holds no palette; give another --out"),
         (["palette", "photos", "-o", "own.npy"], "own.png: is there, and the palette's picture would take its place"),
         (["palette", "photos", "-o", "texts/c.npy"], "texts/c.png: is there"),
         (["palette", "photos", "-o", "texts/a.txt/p.npy"], "texts/a.txt/p.npy: cannot be written"),

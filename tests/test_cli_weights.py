@@ -114,6 +114,11 @@ def test_eval_of_weights_and_of_runs(igpt, tmp_path, dataset, weights):
     assert json.loads(printed)["seen"] == 40 - held_out and "--split val leaves them out" in said
     _, printed, said = igpt("eval", run, dataset.path, "--json", "--split", "val")
     assert json.loads(printed)["images"] == held_out and "had learned" not in said
+    few = train(dataset, tmp_path / "few", CONFIG, **{**FAST, "steps": 2, "val_fraction": 0.05}).run
+    _, printed, said = igpt("eval", few, dataset.path, "--json", "--split", "val")  # what this run has held out
+    assert 0 < json.loads(printed)["images"] == len(dataset.split("val", 0.05)) < held_out and "learned" not in said
+    _, _, said = igpt("eval", few, dataset.path, "--val-fraction", "0.5")  # whose val the run has learned from, too
+    assert "had learned from" in said and "leaves them out" not in said
 
 
 def test_eval_skips_what_is_broken_and_names_no_place_that_goes_away(igpt, tmp_path, weights):

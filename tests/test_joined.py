@@ -2,10 +2,17 @@
 
 import numpy as np
 import pytest
-from labelled import write_tokens
+import torch
+from labelled import COLORS, PALETTE, SIZE, write_tokens
 
+from igpt_fast import Config, ImageGPT, InputError, Palette
 from igpt_fast.batches import fingerprint
+from igpt_fast.evaluate import evaluate
+from igpt_fast.finetune import finetune as fit
 from igpt_fast.joined import JoinedTokens
+from igpt_fast.predict import predict
+from igpt_fast.probe import probe
+from igpt_fast.train import train as teach
 
 
 @pytest.fixture
@@ -28,3 +35,26 @@ def test_other_images_to_test_on_are_other_data(three):
     found = [fingerprint(JoinedTokens(train, test)) for test in tests]
     assert found[0] != found[1] and [each["test"] for each in found] == [fingerprint(t)["tokens"] for t in tests]
     assert {**found[0], "test": None} == {**fingerprint(train), "test": None}
+
+
+def test_tokens_of_other_colours_are_refused(three, tmp_path):
+    """By all who read them with a model whose palette is known."""
+    train, test, _ = three
+    torch.manual_seed(0)
+    model = ImageGPT(Config(layers=1, width=8, heads=1, colors=COLORS, size=SIZE, classes=3))
+    headless = ImageGPT(Config(layers=1, width=8, heads=1, colors=COLORS, size=SIZE))
+    calls = [
+        lambda: evaluate(headless, test),
+        lambda: predict(model, test),
+        lambda: probe(headless, JoinedTokens(train, test), layers=[0]),
+        lambda: fit(headless, train, tmp_path / "ft", steps=1, batch=4, val_fraction=0.2),
+        lambda: teach(train, tmp_path / "run", init=headless, steps=1, batch=4),
+    ]
+    for each in (model, headless):
+        each.palette = Palette(np.asarray(PALETTE.centers)[::-1].copy())
+    for call in calls:
+        with pytest.raises(InputError, match="its colours are others than the model's"):
+            call()
+    for known in (PALETTE, None):
+        model.palette = headless.palette = known
+        assert all(call() for call in calls[:3])

@@ -150,3 +150,18 @@ def test_a_trace_is_the_model():
     model, other = make().eval(), tokens().flip(0)
     traced = torch.jit.trace(model, tokens(), check_trace=False)
     assert torch.allclose(traced(other), model(other), atol=1e-4)
+
+
+@pytest.mark.parametrize("every", [nn.modules.module.register_module_forward_hook, "pre"])
+def test_hooks_of_all_modules_see_every_linear(every):
+    """A profiler's, as a count of operations has them."""
+    every = nn.modules.module.register_module_forward_pre_hook if every == "pre" else every
+    model, seen = make(), []
+    handle = every(lambda module, *_: seen.append(module))
+    try:
+        model.loss(tokens())
+    finally:
+        handle.remove()
+    for block in model.blocks:
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj):
+            assert any(module is linear for module in seen)

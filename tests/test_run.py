@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CONFIG, FAST, write_tokens
 
+from igpt_fast import train as module
 from igpt_fast.checkpoint import load_checkpoint, save_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
@@ -185,3 +186,19 @@ def test_damaged_records_are_named(dataset, tmp_path):
     (tmp_path / "train.json").unlink()
     with pytest.raises(InputError, match=r"train\.json is missing"):
         read_options(tmp_path)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_another_process_saves_before_the_lock_is_not_lost(dataset, tmp_path, monkeypatch, resume):
+    """It ends between the look at the run and the lock."""
+    if resume:
+        train(dataset, tmp_path, CONFIG, **{**FAST, "steps": 2})
+
+    def other(*_):
+        save_checkpoint(tmp_path, 3, ImageGPT(CONFIG), dataset.palette)
+
+    monkeypatch.setattr(module, "refuse_unequal_shares", other)
+    config = None if resume else CONFIG
+    with pytest.raises(InputError, match=r"another process has trained into .* meanwhile: start again"):
+        train(dataset, tmp_path, config, resume=resume, **{**FAST, "steps": 9})
+    assert load_checkpoint(tmp_path).step == 3

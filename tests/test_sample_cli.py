@@ -93,12 +93,12 @@ def test_finished_images_are_kept_and_the_rest_are_drawn_behind_them(igpt, run, 
 
 
 def test_an_interrupted_sample_says_what_is_there(igpt, run, tmp_path, monkeypatch):
-    real = commands.sample_tokens
+    real, ends = commands.sample_tokens, [KeyboardInterrupt()]
 
     def two_and_no_more(*args, drawn, **options):
         def stop(before, tokens):
             drawn(before, tokens)
-            raise KeyboardInterrupt
+            raise ends[0]
 
         return real(*args, drawn=stop, **options)
 
@@ -108,6 +108,14 @@ def test_an_interrupted_sample_says_what_is_there(igpt, run, tmp_path, monkeypat
     assert code == 130 and f"2 of 5 images are in {tmp_path / 'one'}; --first 5 -n 3 gives the others" in said
     code, _, said = igpt(*words)
     assert code == 130 and "images are in" not in said
+    (tmp_path / "old").mkdir()
+    for number in range(3, 8):  # of another seed: they do not count
+        (tmp_path / "old" / f"sample-{number:06d}.png").write_bytes(b"")
+    ends[:] = [SystemExit(143)]  # as SIGTERM does
+    code, _, said = igpt(*words, "--single", tmp_path / "old")
+    assert code == 143 and "2 of 5 images are in" in said and "--first 5 -n 3 gives the others" in said
+    code, _, said = igpt("sample", run, "-n", 2, "-o", tmp_path / "g.png", "--single", tmp_path / "all")
+    assert code == 143 and "gives the others" not in said  # all are there
 
 
 def test_bfloat16_is_another_model(igpt, run, model, tmp_path):

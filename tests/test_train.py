@@ -42,6 +42,7 @@ def test_the_first_loss_is_chance_and_the_last_is_far_below(dataset, tmp_path):
     assert torch.equal(found.model.wte, result.model.wte) and torch.equal(
         found.palette.centers, dataset.palette.centers
     )
+    assert result.model.palette is dataset.palette
 
 
 @pytest.mark.parametrize("clip", [0.1, 0.0])

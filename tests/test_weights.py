@@ -35,6 +35,15 @@ def compare(hf, ours, n):
     return ((ours(tokens) - want).abs().max() / want.abs().max()).item()
 
 
+def test_what_a_model_brings_is_not_said_again():
+    hf = theirs()
+    for more in ({"heads": 4}, {"eps": 1e-5}):
+        with pytest.raises(InputError, match="a model brings its own heads and eps; leave out heads= and eps="):
+            from_hf(hf, **more)
+    assert from_hf(hf.state_dict(), heads=4, eps=1e-3).config.eps == 1e-3
+    assert from_hf(hf.state_dict(), heads=4).config.eps == 1e-5
+
+
 @pytest.mark.parametrize("biases", [False, True])
 def test_logits_equal_theirs_at_s_width(biases):
     hf = theirs(biases=biases, n_layer=2, n_embd=512, n_head=8, n_positions=256, vocab_size=513)

@@ -1,5 +1,6 @@
 """Patterns: the tile tables against definitions on two pixels, by brute force; the parser; orders; the command."""
 
+import dataclasses
 import json
 
 import pytest
@@ -241,3 +242,12 @@ def test_the_command(igpt, tmp_path):
     ):
         code, printed, said = igpt("pattern", *wrong)
         assert code == 2 and not printed and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_what_is_made_of_a_mask_for_a_device_is_made_once(monkeypatch):
+    mask, meta = BlockMask.compile("column", (6, 7)), torch.device("meta")
+    moved, seen = mask.to(meta), mask.dense_on(torch.device("cpu"))
+    assert mask.to(meta) is moved and moved.tensors[0].device == meta and moved.raster is mask.raster.to(meta)
+    monkeypatch.setattr(BlockMask, "dense", None)
+    assert mask.dense_on(torch.device("cpu")) is seen and seen[1] is True
+    assert dataclasses.replace(mask, pairs=3)._kept == {}

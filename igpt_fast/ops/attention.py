@@ -47,7 +47,8 @@ def attention_packed(
     causal: bool = True,
     scale: float | None = None,
 ) -> Tensor:
-    """attention() on one fused buffer: the gradient comes back as one fused buffer too, nothing is stacked or copied.
+    """attention() on one fused buffer: the gradient comes back as one fused buffer too. Nothing is stacked or copied,
+    but in a compiled graph, where the three gradients are put together.
 
     qkv [B, T, 3, H, D]: what the fused projection gives, viewed   → [B, T, H, D], contiguous
     mask: one for all heads, or several that are cycled over them; heads of one mask share a call, on strided slices.
@@ -156,12 +157,9 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
     """torch's own kernels where they mean the same, though not where it transforms what it is given: some have neither
     tangents nor rules for batches. The reference keeps a matrix of all pairs.
     """
-    seen = None if mask is None else mask.dense()
+    seen, all_see = (None, True) if mask is None else mask.dense_on(q.device)
     alike = not (is_reference() or must_be_plain() or q.is_meta)
-    alike = alike and scale > 0 and q.dtype is k.dtype and q.dtype is v.dtype
-    alike = alike and (seen is None or bool(seen.any(-1).all()))
-    seen = None if seen is None else seen.to(q.device)
-    if not alike:
+    if not (alike and scale > 0 and q.dtype is k.dtype and q.dtype is v.dtype and all_see):
         o = reference.attention.attention(q, k, v, seen, causal, scale)[0]
     else:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and seen is None, scale=scale)

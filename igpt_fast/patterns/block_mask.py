@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class BlockMask:
     pairs: int = 0  # that see each other
     order: str = "raster"  # the name of the token order, or of each part's
     in_raster: "BlockMask | None" = field(default=None, repr=False)  # the same mask; None: it is that itself
+    _kept: dict[object, Any] = field(default_factory=dict, init=False, repr=False)  # what is made of it, once
 
     @classmethod
     def compile(
@@ -147,6 +149,13 @@ class BlockMask:
         """The mask as bool [tokens, tokens], from the predicate, not from the tiles."""
         return self.seen(torch.arange(self.tokens), self.tokens)
 
+    def dense_on(self, device: torch.device) -> tuple[Tensor, bool]:
+        """`dense()` on a device, made once, and whether every slot sees something."""
+        if ("dense", device) not in self._kept:
+            seen = self.dense()
+            self._kept["dense", device] = seen.to(device), bool(seen.any(-1).all())
+        return self._kept["dense", device]
+
     def tiles(self) -> int:
         """How many tiles the kernels walk over."""
         return sum(len(tables[1]) for tables in parts_of(self.tensors))
@@ -177,11 +186,14 @@ class BlockMask:
         return start.to(self.tensors[0].device)
 
     def to(self, device: torch.device) -> "BlockMask":
-        """The same mask with its tables on another device."""
+        """The same mask with its tables on another device, copied once."""
         if self.tensors[0].device == device:
             return self
-        raster = self.in_raster and self.in_raster.to(device)
-        return dataclasses.replace(self, tensors=tuple(t.to(device) for t in self.tensors), in_raster=raster)
+        if device not in self._kept:
+            raster = self.in_raster and self.in_raster.to(device)
+            tensors = tuple(t.to(device) for t in self.tensors)
+            self._kept[device] = dataclasses.replace(self, tensors=tensors, in_raster=raster)
+        return self._kept[device]
 
 
 def _rows(n: int, causal: bool) -> Iterator[tuple[Tensor, int]]:

@@ -103,8 +103,8 @@ def _each(values: np.ndarray, count: int, where: str) -> np.ndarray:
 
 
 def _labels(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Integers (negative: unknown) or strings to labels int64 [N] and the sorted classes that they index."""
-    unknown = values < 0 if values.dtype.kind == "i" else np.zeros(len(values), bool)
+    """Integers (negative: unknown) or strings (empty: unknown) to labels int64 [N] and the sorted classes."""
+    unknown = values == "" if values.dtype.kind == "U" else values < 0
     known, labels = np.unique(values[~unknown], return_inverse=True)
     result = np.full(len(values), -1, np.int64)
     result[~unknown] = labels.reshape(-1)

@@ -1,5 +1,6 @@
 """Files and directories that appear whole or not at all, whatever happens meanwhile."""
 
+import contextlib
 import ctypes
 import fcntl
 import glob
@@ -8,7 +9,6 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from igpt_fast.errors import InputError
@@ -21,28 +21,32 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     or read-only, or `path` is a directory.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{os.getpid()}.tmp")  # the name itself may be as long as may be
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def work_directory(out: Path, work: Path | None = None) -> Iterator[Path]:
     """Makes a directory, `work` or a hidden one beside `out`, to write into what then becomes `out`.
 
     When the block fails it goes, and so do the folders made for it; hidden ones of processes that were killed go first,
-    whose locks nobody holds any more. Raises InputError when it cannot be made.
+    whose locks nobody holds any more. Raises InputError when it cannot be made, or cannot become `out`.
     """
+    if out.is_dir() and (os.path.ismount(out) or Path.cwd().is_relative_to(out.resolve())):
+        why = "a disk is mounted there" if os.path.ismount(out) else "you are in it"
+        raise InputError(f"{out}: cannot be replaced as a whole ({why}); give a folder inside, or another place")
     if work is None:
         folder, name = out.absolute().parent, out.absolute().name
         for old in folder.glob(f".{glob.escape(name)}.{'[0-9a-f]' * 8}.tmp"):

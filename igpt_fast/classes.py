@@ -48,11 +48,14 @@ def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classe
     columns: set[str] = set()
     images = set(names)
     for table, data in tables.items():
-        columns |= _read(data, f"{where}: {table}", posixpath.dirname(table), rows, images)
+        named = f"{where}: {table}"
+        columns |= _read(data, named, posixpath.dirname(table), rows, images)
     groups = None
     if GROUP in columns:
         groups = as_groups((rows.get(name, {}).get(GROUP, "") for name in names), names)
     if LABEL not in columns:
+        if columns:
+            log.warning("%s: has no column `label`, so folders are the classes", where if len(tables) > 1 else named)
         return Classes(*by_folder(names), groups)
     texts = [rows.get(name, {}).get(LABEL, "") for name in names]
     classes = _in_order({text for text in texts if text})
@@ -126,8 +129,6 @@ def _read(data: bytes, where: str, folder: str, rows: dict[str, dict[str, str]],
         )
     if found < count:
         log.warning("%s: %d of its %d rows name no image here", where, count - found, count)
-    if LABEL not in columns:
-        log.warning("%s: has no column `label`, so folders are the classes", where)
     return columns
 
 

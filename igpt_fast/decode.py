@@ -24,7 +24,6 @@ from igpt_fast.image_files import BYTES, DARK, PAGES, read_image
 from igpt_fast.images import Reading, random_view, resize_image
 from igpt_fast.reader import Reader, fetch
 from igpt_fast.sources import Source
-from igpt_fast.values import DIM
 
 CHUNK = 64  # images a job, or views of them: seconds of work for large photos, and at 32×32 a result of 196 kB
 FEW = 500  # images: below, starting workers takes longer than they save
@@ -32,7 +31,7 @@ MOST_WORKERS = 32  # beyond, the pipes and not the decoders are the limit
 # What read_image notes: images that it is about, and what to know.
 LOST = {
     DARK: (
-        f"images of 16 bits hold no value from {DIM:,} on, and come out almost black",
+        "images of 16 bits use less than an eighth of their values, and come out almost black, or of one gray",
         "--value-range (value_range) says which values are black and white, 0,4095 for the 12 bits of most scans",
     ),
     BYTES: (

@@ -41,6 +41,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # or else its words 
 _ORIENTATION = 0x0112  # the EXIF tag
 _PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
 _SAMPLES = 277  # the TIFF tag; how many a pixel
+_FORMAT, _SIGNED = 339, 2  # the TIFF tag of what kind of numbers they are
 _SUBFILE = 254  # the TIFF tag; 1: a smaller copy of another page, 4: a mask
 _PLANAR = 284  # the TIFF tag; 2: bands one behind the other
 
@@ -127,7 +128,8 @@ def _open(
     kind, mode = image.format, image.mode
     deep = mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)
     stretched = deep and value_range is not None
-    if kind == "TIFF" and (stretched or mode in ("I", "F") or _lacks_bands(image, bands)):
+    nodata = scientific.nodata_of(image.tag_v2.get(scientific.NODATA, "")) if kind == "TIFF" else None
+    if kind == "TIFF" and (stretched or (deep and nodata is not None) or _is_beyond_pillow(image, bands)):
         return _with_pages(*scientific.read_tiff(data))
     if kind == "PNG" and stretched:
         values, turn = scientific.read_deep_png(data), image.getexif().get(_ORIENTATION, 1)
@@ -136,8 +138,13 @@ def _open(
     notes = {PAGES: True} if _has_pages(image, data) else {}
     if deep and max(high for _, high in image.getextrema()[: 1 if mode == "LA" else 3]) < DIM >> 8:
         notes[DARK] = True  # Pillow has kept the high bytes
-    nodata = scientific.nodata_of(image.tag_v2.get(scientific.NODATA, "")) if kind == "TIFF" else None
     white_is_0 = kind == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
+    if kind == "PNG" and mode == "L" and "transparency" in image.info:  # Pillow has spread the shades of fewer bits
+        image.info["transparency"] = image.info["transparency"] * 255 // ((1 << data[24]) - 1)
+    elif mode == "P" and nodata is not None:  # of the numbers of its colours
+        seen = Image.fromarray(255 * (np.asarray(image) != nodata).astype(np.uint8))
+        image = image.convert("RGB")
+        image.putalpha(seen)
     # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
     wide = mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM"))
     if image.getexif().get(_ORIENTATION, 1) != 1:
@@ -147,19 +154,24 @@ def _open(
         values = Values(np.asarray(image).astype(np.uint16)[..., None], False, white_is_0, nothing)
         # A PGM says itself what its largest value is, and Pillow has stretched it to that.
         return (values if kind != "PPM" else to_8_bits(values)[0]), notes
-    if bands or (nodata is not None and mode in ("L", "RGB") and not deep and not white_is_0):
-        if image.mode not in ("L", "LA", "RGB", "RGBA"):
+    if bands or (nodata is not None and mode in ("L", "RGB")):
+        if image.mode not in ("L", "LA", "RGB", "RGBA") or "transparency" in image.info:
             _refuse(image.mode)
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+            colours = "L" if image.mode == "L" else "RGB"
+            image = image.convert(f"{colours}A" if "transparency" in image.info else colours)
+        nodata = 255 - nodata if nodata is not None and white_is_0 and mode == "L" else nodata  # Pillow turns it over
         return Values(np.atleast_3d(np.asarray(image)), image.mode in ("LA", "RGBA"), nodata=nodata), notes
     return image, notes
 
 
-def _lacks_bands(image: Image.Image, bands: tuple[int, ...] | None) -> bool:
-    """Whether a TIFF has bands that count here and Pillow leaves out."""
-    lacks = image.tag_v2.get(_SAMPLES, 1) > len(image.getbands())
-    # Of bands that lie one behind the other Pillow may read the first, and be silent about the rest.
-    return lacks and (bands is not None or image.tag_v2.get(_PLANAR) == 2)
+def _is_beyond_pillow(image: Image.Image, bands: tuple[int, ...] | None) -> bool:
+    """Whether a TIFF has numbers that Pillow takes for others, or bands that count here and it leaves out."""
+    tags = image.tag_v2
+    if image.mode in ("I", "F") or _SIGNED in tags.get(_FORMAT, ()):
+        return True
+    lacks = tags.get(_SAMPLES, 1) > len(image.getbands())
+    # Of gray ones, and of those that lie one behind the other, Pillow reads the first, and is silent about the rest.
+    return lacks and (bands is not None or image.mode == "L" or tags.get(_PLANAR) == 2)
 
 
 def _with_pages(values: Values, more: bool) -> tuple[Values, dict[str, bool]]:

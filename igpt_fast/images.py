@@ -39,13 +39,15 @@ class Reading:
         if self.on_error not in ("raise", "skip"):
             raise InputError(f"on_error {self.on_error!r} is not known; give raise or skip")
         if (ends := self.value_range) is not None:
-            if len(ends) != 2 or not all(map(_is_finite, ends)) or not ends[0] < ends[1]:
-                raise InputError(f"value_range {ends!r} is not two numbers, that of black and a larger one of white")
+            two = _is_list(ends) and len(ends) == 2 and all(map(_is_finite, ends))
+            if not two or not 0 < 510 * (ends[1] - ends[0]) < math.inf:
+                raise InputError(
+                    f"value_range {ends!r} is not two numbers: the value of black, then a larger one of white"
+                )
             object.__setattr__(self, "value_range", tuple(ends))
         if (bands := self.bands) is not None:
-            if len(bands) not in (1, 3) or not all(
-                type(b) is not bool and isinstance(b, Integral) and b >= 1 for b in bands
-            ):
+            whole = _is_list(bands) and all(type(b) is not bool and isinstance(b, Integral) and b >= 1 for b in bands)
+            if not whole or len(bands) not in (1, 3):
                 raise InputError(f"bands {bands!r} are not one band or three, of which the first of an image is 1")
             object.__setattr__(self, "bands", tuple(map(int, bands)))
         if not isinstance(self.views, int | np.integer) or not 0 <= self.views <= MOST_VIEWS:
@@ -79,10 +81,14 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple | np.ndarray)
+
+
 def parse_background(text: str) -> tuple[int, int, int]:
     """Reads a colour name or #rrggbb as (red, green, blue), 0..255. Raises InputError on anything else."""
     try:
-        colour = ImageColor.getrgb(text)
+        colour = ImageColor.getrgb(text) if isinstance(text, str) else ()
     except ValueError:
         colour = ()
     if len(colour) != 3:

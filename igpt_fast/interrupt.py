@@ -63,14 +63,18 @@ class Stop:
 
 @contextmanager
 def sigterm_exits() -> Iterator[None]:
-    """Within it SIGTERM raises SystemExit(143), so that what was begun is cleaned up as after Ctrl-C."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _exit) if main else None
+    """Within it SIGTERM, and the SIGHUP of a terminal that goes, raise SystemExit(128 + the signal), so that what was
+    begun is cleaned up as after Ctrl-C.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        heard = [which for which in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(which) is not signal.SIG_IGN]
+        before = {which: signal.signal(which, _exit) for which in heard}
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for which, handler in before.items():
+            signal.signal(which, signal.SIG_DFL if handler is None else handler)
 
 
 def _exit(which: int, _: FrameType | None) -> None:

@@ -28,7 +28,7 @@ class JoinedTokens:
         self.size, self.colors, self.palette, self.classes = train.size, train.colors, train.palette, train.classes
         if train.size != test.size or not _alike(train.palette, test.palette):
             raise InputError(f"{test.origin}: its images have another size or palette than those of {train.origin}")
-        if train.meta["source_stamp"] == test.meta["source_stamp"]:
+        if test.made_of(train.meta.get("source_stamp", "-")):
             raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
         known = {name: k for k, name in enumerate(train.classes or [])}
         if new := [name for name in test.classes or [] if name not in known]:

@@ -98,7 +98,10 @@ def answers_csv(answers: Answers, names: Sequence[str], labels: np.ndarray | Non
         label = [answers.classes[labels[row]] if labels[row] >= 0 else ""] if known else []
         every = [f"{p:.6f}" for p in of_all] if whole else []
         writer.writerow([names[index], answers.classes[best], f"{of_all[best]:.6f}", *label, *every])
-    return text.getvalue().encode("utf-8", "surrogateescape")  # a name that is no text in UTF-8 keeps its bytes
+    try:
+        return text.getvalue().encode("utf-8", "surrogateescape")  # a name that is no text in UTF-8 keeps its bytes
+    except UnicodeEncodeError:  # half of a character, which a class of an array can be called
+        return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def table_png(table: np.ndarray, classes: tuple[str, ...], title: str) -> bytes:

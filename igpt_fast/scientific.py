@@ -43,6 +43,8 @@ def read_tiff(data: bytes) -> tuple[Values, bool]:
     """The first page of a TIFF, and whether there are more that are no smaller copies of it. Raises anything."""
     with _library("tifffile", "tiff").TiffFile(io.BytesIO(data)) as tiff:
         page = tiff.pages[0]
+        if page.dtype is not None and page.dtype.kind == "c":
+            raise ValueError("complex numbers are no brightness, convert the image to 8-bit RGB")
         refuse_bomb(page.imagewidth, page.imagelength, page.samplesperpixel * ((page.bitspersample + 7) // 8))
         if page.photometric not in _PLAIN or page.bitspersample not in (1, 8, 16, 32, 64):
             kind = f"{page.photometric.name} of {page.bitspersample} bits"
@@ -96,8 +98,11 @@ def read_dicom(data: bytes) -> tuple[Values, bool]:
     signed = int(file.PixelRepresentation)
     ends = np.array([-signed << (file.BitsStored - 1), (1 << (file.BitsStored - signed)) - 1])
     numbers, ends = (pixels.apply_modality_lut(given, file) for given in (numbers, ends))
-    window = window or (float(min(ends)), float(max(ends)))
-    return Values(np.asarray(numbers, np.float64)[..., None], white_is_0=white_is_0, window=window), frames > 1
+    bounds = float(min(ends)), float(max(ends))
+    if bounds[0] == bounds[1]:
+        raise ValueError("its rescale slope is 0, which makes all values one")
+    values = np.asarray(numbers, np.float64)[..., None]
+    return Values(values, white_is_0=white_is_0, window=window, bounds=bounds), frames > 1
 
 
 def _flatten(file: Any) -> None:

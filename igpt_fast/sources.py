@@ -100,6 +100,8 @@ def open_source(path: str | Path) -> Source:
         raise InputError(f"{path}: {SCANS}")
     if opener is None and not is_image(path.name, partial(_read_first, str(path))):
         raise InputError(f"{path}: not a kind of file that holds images; give {KINDS}")
+    if not path.is_file():
+        raise InputError(f"{path}: is a pipe or a device; give {KINDS}")
     with reading(f"{path}:", "allow it, or move it elsewhere"):
         stamp = _stamp(path)
     if opener is None:
@@ -136,7 +138,7 @@ class _Found:
 
 
 def _hidden(part: str) -> bool:
-    return part.startswith(".") or part == "__MACOSX"
+    return (part.startswith(".") and part != "..") or part == "__MACOSX"
 
 
 def _read_first(path: str, count: int) -> bytes:
@@ -219,16 +221,19 @@ def _read_zipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, count: int) -
 
 
 def _open_tar(path: Path, stamp: str) -> Source:
-    found = _Found()
+    found, places = _Found(), {}
     with open_stream(str(path)) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         for entry in archive:
             name = posixpath.normpath(entry.name).lstrip("/")
             if entry.isdir():
                 continue
-            if not entry.isreg() or entry.sparse:  # a link or a device
+            place = places.get(posixpath.normpath(entry.linkname)) if entry.islnk() else None  # of what has two names
+            if entry.isreg() and not entry.sparse:
+                place = places[posixpath.normpath(entry.name)] = entry.offset_data, entry.size
+            if place is None:  # a link or a device
                 found.ignored[OTHER] += 1
             elif found.is_image(name, lambda count, entry=entry: archive.extractfile(entry).read(count)):
-                found.refs[name] = entry.offset_data, entry.size
+                found.refs[name] = place
         # tarfile takes a damaged header for the end: only blocks of zeros are one.
         stream.seek(archive.offset)
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

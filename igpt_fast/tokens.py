@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from igpt_fast.errors import InputError, reading
-from igpt_fast.images import NOTED, in_todays_words
+from igpt_fast.images import NOTED, Reading, in_todays_words
 from igpt_fast.made import is_run
 from igpt_fast.palette import Palette
 
@@ -88,9 +88,8 @@ class TokenDataset:
 
     def made_of(self, stamp: str) -> bool:
         """Whether these are tokens of the images of a Source with that stamp."""
-        made = self.meta["source_stamp"]
         # Older tokens know a file by its size and its time alone.
-        return made in (stamp, stamp.rpartition("-")[0])
+        return self.meta.get("source_stamp") in (stamp, stamp.rpartition("-")[0])
 
     def __reduce__(self) -> tuple:
         return TokenDataset, (self.path,)  # a process that is sent one opens the files itself
@@ -111,6 +110,8 @@ class TokenDataset:
 
     def _texts(self, file: str) -> list[str]:
         with reading(f"{self.path / file}:", self._way()):
+            if json.loads((self.path / "meta.json").read_bytes()) != self.meta:
+                raise self._broken(file, "was written anew since the tokens were opened")
             texts = json.loads((self.path / file).read_bytes())
             if not _are_texts(texts):
                 raise ValueError("it is no list of names")
@@ -123,7 +124,10 @@ class TokenDataset:
 
         Raises IndexError for an index outside 0..N-1, InputError for a token that the palette does not have.
         """
-        indices = np.asarray(indices, np.int64).reshape(-1)
+        indices = np.asarray(indices).reshape(-1)
+        if len(indices) and indices.dtype.kind not in "iu":
+            raise InputError(f"the indices are {indices.dtype}; give whole numbers, as numpy.flatnonzero of a mask")
+        indices = indices.astype(np.int64)
         if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"an index of {indices.min()}..{indices.max()} is outside 0..{len(self) - 1}")
         tokens = gather(self.shards, self._starts, indices)
@@ -162,8 +166,14 @@ class TokenDataset:
             whole = all(type(n) is int and n >= 1 for n in (height, width, meta["colors"], *meta["shards"]))
             classes = meta["classes"]
             named = classes is None or (_are_texts(classes) and len(set(classes)) == len(classes))
-            if not whole or not named or not 1 <= sum(meta["shards"]) == meta["images"]:
+            told = isinstance(meta.get("source_stamp", ""), str) and isinstance(meta.get("skipped", []), list)
+            if not whole or not named or not told or not 1 <= sum(meta["shards"]) == meta["images"]:
                 raise ValueError("its entries contradict each other")
+        try:
+            noted = in_todays_words(meta)
+            Reading(meta["size"], **{name: noted[name] for name in NOTED if name in noted})
+        except InputError as error:
+            raise self._broken("meta.json", str(error)) from error
         return meta
 
     def _load(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,6 +10,7 @@ from igpt_fast.errors import InputError
 
 DIM = 1 << 13  # an image of 16 bits with no value from here on comes out almost black
 
+_AT_ONCE = 1 << 20  # numbers
 _SHADES = 1 << 16  # whole numbers of 16 bits go through a table
 
 
@@ -22,13 +23,14 @@ class Values:
     white_is_0: bool = False
     nodata: float | None = None  # stands in all channels where nothing was measured; NaN in one of them says so, too
     window: tuple[float, float] | None = None  # the values of black and white, where the file says so
+    bounds: tuple[float, float] | None = None  # those that can be stored at all, where the type does not say so
 
 
 def to_8_bits(
     values: Values, bands: tuple[int, ...] | None = None, value_range: tuple[float, float] | None = None
 ) -> tuple[Image.Image, bool]:
-    """Numbers as gray or RGB (LA, RGBA where some of it is transparent), and whether they are whole numbers of 16 bits
-    without any from DIM on, which come out almost black.
+    """Numbers as gray or RGB (LA, RGBA where some of it is transparent), and whether they use so few of the values that
+    they could have, by which they are scaled, that little can be seen.
 
     bands: the one that becomes gray, or three, counted from 1; None: all, where there are one or three. value_range:
     the values that become black and white, as floor(255 (v - low) / (high - low) + 1/2) has it, with those outside;
@@ -47,8 +49,10 @@ def to_8_bits(
     dim = False
     if colours.dtype != np.uint8:
         found = colours if seen is None else colours[seen]
-        window = value_range or values.window or _all_of(found)
-        dim = window == (0, _SHADES - 1) and found.size > 0 and _largest(found, values.white_is_0) < DIM
+        window = value_range or values.window
+        if window is None:
+            window = values.bounds or _all_of(found)
+            dim = found.size > 0 and _is_dim(found, values)
         colours = _scaled(colours, *window)
     colours = 255 - colours if values.white_is_0 else colours
     if alpha or seen is not None:
@@ -80,8 +84,14 @@ def _all_of(numbers: np.ndarray) -> tuple[float, float]:
     )
 
 
-def _largest(numbers: np.ndarray, white_is_0: bool) -> int:
-    return _SHADES - 1 - int(numbers.min()) if white_is_0 else int(numbers.max())
+def _is_dim(numbers: np.ndarray, values: Values) -> bool:
+    """Whether numbers of 16 bits have no value from DIM on, or those of other bounds as small a share of them."""
+    if values.bounds is not None:
+        low, high = values.bounds
+        return float(numbers.max()) - float(numbers.min()) < (high - low) * DIM / _SHADES
+    if numbers.dtype != np.uint16:
+        return False
+    return (_SHADES - 1 - int(numbers.min()) if values.white_is_0 else int(numbers.max())) < DIM
 
 
 def _scaled(numbers: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -90,9 +100,11 @@ def _scaled(numbers: np.ndarray, low: float, high: float) -> np.ndarray:
         wide = np.dtype(f"{numbers.dtype.kind}2")
         return _table(wide.char, low, high)[numbers.astype(wide).view(np.uint16)]
     shades = np.empty(numbers.shape, np.uint8)
-    for row, out in zip(numbers, shades, strict=True):  # a row at a time: float64 of all would be eight times its bytes
-        above = np.clip(np.nan_to_num(row.astype(np.float64), nan=low), low, high) - low
-        out[...] = (above * 510 + (high - low)) // (2 * (high - low))
+    flat, out = numbers.reshape(-1), shades.reshape(-1)
+    for at in range(0, len(flat), _AT_ONCE):  # float64 of all would be eight times its bytes
+        part = flat[at : at + _AT_ONCE].astype(np.float64)
+        above = np.clip(np.nan_to_num(part, nan=low), low, high) - low
+        out[at : at + _AT_ONCE] = (above * 510 + (high - low)) // (2 * (high - low))
     return shades
 
 

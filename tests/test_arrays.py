@@ -125,3 +125,9 @@ def test_arrays_of_one_size_and_one_time_are_told_apart(tmp_path):
     meta["source_stamp"] = train.stamp.rpartition("-")[0]
     (tmp_path / "tokens" / "meta.json").write_text(json.dumps(meta))
     assert len(open_tokens(train, PALETTE, tmp_path / "tokens")) == 40
+
+
+def test_a_label_of_nothing_is_unknown(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.zeros((3, 2, 2, 3), np.uint8), y=np.array(["b", "", "a"]))
+    source = open_source(tmp_path / "x.npz")
+    assert source.classes == ["a", "b"] and source.labels.tolist() == [1, -1, 0]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,32 @@ def test_a_failing_write_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"/a\.png'$") as error:
         write_atomically(tmp_path / "a.png", b"data")
     assert error.value.filename == str(tmp_path / "a.png") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_folder_one_is_in_and_mounted_ones_are_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "out" / "in").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "in")
+    for out in (Path(), tmp_path / "out"):
+        with pytest.raises(InputError, match=r"cannot be replaced as a whole \(you are in it\)"), work_directory(out):
+            pass
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "out")
+    with (
+        pytest.raises(InputError, match=r"a disk is mounted there\); give a folder inside"),
+        work_directory(Path("out")),
+    ):
+        pass
+    assert os.listdir(tmp_path) == ["out"] and os.listdir("out") == ["in"]
+
+
+def test_the_longest_names_are_written(tmp_path):
+    path = tmp_path / ("x" * 251 + ".png")
+    write_atomically(path, b"data")
+    assert path.read_bytes() == b"data" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(OSError, match="File name too long") as error:
+        write_atomically(tmp_path / ("x" * 300 + ".png"), b"data")
+    assert error.value.filename == str(tmp_path / ("x" * 300 + ".png"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"a\.png") as error:
+        write_atomically(tmp_path / "file" / "deep" / "a.png", b"data")
+    assert error.value.filename == str(tmp_path / "file" / "deep" / "a.png")

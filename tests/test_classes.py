@@ -211,6 +211,17 @@ def test_images_by_class(labels, seed):
     assert len(found) == len(wanted) and all(map(np.array_equal, found, wanted))
 
 
+def test_tables_that_share_labels_and_groups_out(folder, caplog):
+    for part, header in (("p", "label"), ("q", "group")):
+        (folder / part).mkdir()
+        for k in range(2):
+            Image.new("L", (4, 4), 100 * k).save(folder / part / f"{k}.png")
+        write(folder / part, f"file_name,{header}", *(f"{k}.png,{'xy'[k]}" for k in range(2)))
+    caplog.clear()
+    source = open_source(folder)
+    assert source.classes == ["x", "y"] and "no column `label`" not in caplog.text
+
+
 def test_a_probe_of_groups(grouped):
     result = probe(make(size=(8, 8), colors=8), grouped, layers=[1], test_fraction=0.3)
     groups = {grouped.groups[index] for index in grouped.split("val", 0.3)}

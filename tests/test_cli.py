@@ -129,3 +129,14 @@ def test_info_says_which_extras_are_there(monkeypatch):
 def test_help_leaves_the_breaks_of_lines_to_the_terminal():
     for command in app.registered_commands:
         assert "Example:" in command.help and "\n" not in command.help.replace("\n\n", "")
+
+
+def test_closed_streams_are_no_error(tmp_path):
+    data = write_tokens(tmp_path)
+    words = [sys.executable, "-m", "igpt_fast.cli", "palette", str(data.path.parent / "images.npy"), "--colors", "4"]
+    for number, closed in enumerate(("2>&-", ">&-", "2>&- >&-")):
+        out = tmp_path / f"{number}.npy"
+        done = subprocess.run(
+            ["sh", "-c", f'"$@" {closed}', "sh", *words, "--size", "4x6", "-o", str(out)], check=False
+        )
+        assert done.returncode == 0 and out.exists()

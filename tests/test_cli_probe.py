@@ -180,3 +180,11 @@ def test_a_probe_by_sgd(igpt, run, dataset, tmp_path, monkeypatch):
     assert (found["solver"], found["epochs"]) == ("sgd", 100) and found["layers"][0]["rate"] > 0
     code, _, said = igpt(*words, "--epochs", "5")
     assert code == 2 and "--epochs is for --solver sgd" in said
+
+
+def test_the_picture_is_there_though_nobody_reads_the_figures(igpt, run, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "igpt_fast.cli.probe.show", lambda *_: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe"))
+    )
+    code, _, _ = igpt("probe", run, dataset.path, "--layers", "0", "--out", tmp_path / "p.png")
+    assert code != 0 and Image.open(tmp_path / "p.png").size == (960, 600)

@@ -131,7 +131,10 @@ def test_only_a_few_jobs_are_under_way(tmp_path, monkeypatch, workers, kind):
         ({"resize": "stretch"}, "paper, hf, none"),
         ({"background": "nocolour"}, "background"),
         ({"on_error": "ignore"}, "raise or skip"),
-        ({"value_range": (5, 5)}, r"value_range \(5, 5\) is not two numbers, that of black and a larger one of white"),
+        (
+            {"value_range": (5, 5)},
+            r"value_range \(5, 5\) is not two numbers: the value of black, then a larger one of white",
+        ),
         ({"value_range": (0, float("nan"))}, "value_range .* is not two numbers"),
         ({"value_range": (0, 1, 2)}, "value_range .* is not two numbers"),
         ({"bands": (1, 2)}, r"bands \(1, 2\) are not one band or three"),

@@ -91,3 +91,8 @@ def test_the_picture_is_one(count):
     picture = Image.open(io.BytesIO(table_png(table, names, "50 % of $data$")))
     pixels = np.asarray(picture.convert("RGB"))
     assert min(picture.size) > 300 and (pixels.std((0, 1)) > 5).all()
+
+
+def test_half_a_character_in_a_class_is_spelled_out():
+    answers = Answers(np.arange(1), np.array([[1.0, 0.0]], np.float32), ("\ud800x", "b"))
+    assert answers_csv(answers, ["a.png"]).splitlines()[1] == b"a.png,\\ud800x,1.000000"

@@ -92,6 +92,16 @@ def test_finished_images_are_kept_and_the_rest_are_drawn_behind_them(igpt, run, 
     assert np.array_equal(got, Palette(CENTERS).decode(sample(model, n=6)).numpy())
 
 
+def test_the_grid_takes_no_single_images_place(igpt, run, photos, tmp_path):
+    one = tmp_path / "one"
+    code, _, said = igpt("sample", run, "-n", 4, "--single", one, "-o", one / "sample-000001.png")
+    assert code == 2 and "one of the single images is to be there; give another name to --out" in said
+    grid = one / f"000-{photos[0].stem}-000.png"
+    code, _, said = igpt("complete", run, photos[0], "-n", 1, "--single", one, "-o", grid)
+    assert code == 2 and "one of the single images is to be there" in said and not one.exists()
+    assert igpt("sample", run, "-n", 1, "--single", one, "-o", one / "grid.png")[0] == 0
+
+
 def test_an_interrupted_sample_says_what_is_there(igpt, run, tmp_path, monkeypatch):
     real, ends = commands.sample_tokens, [KeyboardInterrupt()]
 
@@ -154,7 +164,7 @@ def test_complete_reads_photos_as_the_run_read_its_images(igpt, run, tmp_path, m
     Image.fromarray(values).save(tmp_path / "scan.png")
     words = ("complete", run, tmp_path / "scan.png", "-n", 1)
     code, _, said = igpt(*words)
-    assert code == 0 and "hold no value from 8,192 on" in said and shown.pop().max() == round(4089 / 257)
+    assert code == 0 and "use less than an eighth of their values" in said and shown.pop().max() == round(4089 / 257)
     images = {"resize": "hf", "background": "white", "gray_bits": 12, "on_error": "raise"}
     saved = {"config": {}, "options": {}, "data": {}, "command": {"images": images}}
     (run / "train.json").write_text(json.dumps(saved))

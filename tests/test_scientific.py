@@ -185,6 +185,12 @@ def test_dicom():
     luts |= {f"{name}escriptor": [4, 0, 16] for name in names}
     indexed = read(dicom(np.array([[3, 0, 1]], np.uint8), 8, PhotometricInterpretation="PALETTE COLOR", **luts))
     assert (indexed[0] == stretched(table.T[[3, 0, 1]], 0, 65535)).all()
+    for less in ({}, hounsfield):  # a CT without a window keeps to a small part of what it could store
+        assert read_image(dicom(raw // 2, 16, **less), "x").info == {DARK: True}
+        assert read_image(dicom(raw * 8, 16, **less), "x").info == {}
+    assert read_image(dicom(np.array([[-1024, 0, 3000]], np.int16), 16), "x").info == {DARK: True}
+    with pytest.raises(InputError, match="its rescale slope is 0"):
+        read(dicom(raw, RescaleSlope=0, RescaleIntercept=5))
     empty = {"WindowCenter": None, "WindowWidth": None, "RescaleSlope": None, "RescaleIntercept": None}
     assert (read(dicom(raw, **empty)) == read(dicom(raw))).all()
     bytes_ = np.array([[0, 9, 200]], np.uint8)

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import zipfile
 
 import pytest
 from test_sources import SORTED, make_folder, pixels_of, png
@@ -45,3 +46,21 @@ def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: real(path if path != closed else folder / "nothing"))
     with pytest.raises(InputError, match=r"/c: cannot be read \(No such .*\); allow it, or move it elsewhere"):
         open_source(folder)
+
+
+def test_names_that_lead_up_and_hard_links_in_archives(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "up.zip", "w") as archive:
+        archive.write(folder / "a/one.png", "../../a/one.png")
+        archive.write(folder / "b/ant.PNG", "b/ant.PNG")
+    source = open_source(tmp_path / "up.zip")
+    assert source.names == ["../../a/one.png", "b/ant.PNG"] and not source.ignored
+    assert (source.read(0) == pixels_of("a/one.png")).all()
+    os.link(folder / "a/one.png", folder / "b/same.png")
+    os.link(folder / "notes.txt", folder / "b/notes.png")  # its first name is no image's, this one is
+    with tarfile.open(tmp_path / "linked.tar", "w") as archive:
+        for name in ("a/one.png", "notes.txt", "b/same.png", "b/notes.png"):
+            archive.add(folder / name, f"./{name}")
+        assert archive.getmembers()[2].islnk()
+    source = open_source(tmp_path / "linked.tar")
+    assert source.names == ["a/one.png", "b/notes.png", "b/same.png"] and source.ignored == {OTHER: 1}
+    assert (source.read(2) == pixels_of("a/one.png")).all()

@@ -40,3 +40,9 @@ def test_dicom_files_need_no_suffix(folder, tmp_path, kind):
     assert open_source(folder / "b/IM0001").names == ["IM0001"]
     with pytest.raises(InputError, match="README: not a kind of file that holds images"):
         open_source(folder / "b/README")
+
+
+def test_a_pipe_is_no_file_of_images(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png: is a pipe or a device; give a folder"):
+        open_source(tmp_path / "a.png")

@@ -263,3 +263,27 @@ def test_only_the_works_of_the_dead_are_removed(tmp_path, monkeypatch):
         write_tokens(tmp_path)
     assert len(during) == 1 and during != [".tokens.0123abcd.tmp"], "the dead one's is gone, the living one's is not"
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "images.npy", "tokens"])
+
+
+def test_indices_are_whole_numbers(directory):
+    data = TokenDataset(directory)
+    for bad in (np.ones(11, bool), [0.5], np.array(["1"])):
+        with pytest.raises(InputError, match=r"give whole numbers, as numpy\.flatnonzero of a mask"):
+            data.batch(bad)
+    assert len(data.batch([])) == 0 and len(data.batch(np.array([3], np.uint8))) == 1
+
+
+def test_names_of_tokens_that_were_written_anew_are_not_taken_for_theirs(tmp_path, tokens):
+    old = TokenDataset(write(tmp_path / "t", tokens, [f"{k}.png" for k in range(11)]))
+    os.rename(tmp_path / "t", tmp_path / "gone")
+    write(tmp_path / "t", tokens, [f"other {k}.png" for k in range(11)], source_stamp="2")
+    with pytest.raises(InputError, match=r"names\.json: was written anew since the tokens were opened"):
+        _ = old.names
+
+
+@pytest.mark.parametrize(
+    "change", [{"source_stamp": 5}, {"skipped": 3}, {"background": 5}, {"value_range": 7}, {"bands": 1}, {"resize": []}]
+)
+def test_a_meta_that_no_image_was_read_by(tmp_path, tokens, change):
+    with pytest.raises(InputError, match=r"meta\.json"):
+        TokenDataset(write(tmp_path / "t", tokens, [f"{k}.png" for k in range(11)], **change))

@@ -92,6 +92,9 @@ for _command in app.registered_commands:  # Typer would keep the line breaks of 
 
 def main() -> None:
     """Entry point of `igpt-fast`. Bad input: one `error:` line, exit code 2. IGPT_TRACEBACK=1: the traceback."""
+    for name in ("stdout", "stderr"):  # closed ones are None, which nobody can print to
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that we print; stderr knows a way
     logging.getLogger("igpt_fast").addHandler(said := Said())

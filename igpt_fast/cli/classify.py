@@ -100,17 +100,18 @@ def classify(
     counts = np.bincount(answers.best, minlength=len(classes))
     found = score("classifier", (answers.best == labels)[known], groups) if known.any() else None
     images = f"{counted(len(names), 'image')} of {called(data)}"
-    for line in (
-        f"{described(checkpoint)}, on {images}:",
-        *_summary(answers, names, counts, found, int(known.sum())),
-    ):
-        answer(line, as_json)
-    less = "on others it is right less often"
+    lines = f"{described(checkpoint)}, on {images}:", *_summary(answers, names, counts, found, int(known.sum()))
+    try:
+        for line in lines:
+            answer(line, as_json)
+    finally:  # whoever reads them may have gone
+        if confusion is not None:
+            table = Answers(answers.indices[known], answers.probabilities[known], classes).table(labels[known])
+            title = f"{found.accuracy:.1%} of {known.sum():,} images of {called(data)} are right"
+            write_atomically(confusion, table_png(table, classes, title))
+    less = "expect fewer right answers on others"
     say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images: {less}")
     if confusion is not None:
-        table = Answers(answers.indices[known], answers.probabilities[known], classes).table(labels[known])
-        title = f"{found.accuracy:.1%} of {known.sum():,} images of {called(data)} are right"
-        write_atomically(confusion, table_png(table, classes, title))
         say(f"wrote {confusion}")
     say(f"wrote {out}")
     if as_json:

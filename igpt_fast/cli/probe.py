@@ -122,11 +122,11 @@ def probe(
             chosen = parse_layers(layers, depth)
             check_options(depth, chosen, test_fraction, limit, per_class, batch)
             refuse_reading(paths, given, READING)
-            options = {path: {} if is_token_directory(path) else given for path in paths}
-            dataset = stack.enter_context(tokens_for(checkpoint, data, options[data]))
+            how = {path: {} if is_token_directory(path) else given for path in paths}
+            dataset = stack.enter_context(tokens_for(checkpoint, data, how[data]))
             if test is not None:
                 beside = dataset if is_token_directory(data) else None
-                tests = stack.enter_context(tokens_for(checkpoint, test, options[test], beside))
+                tests = stack.enter_context(tokens_for(checkpoint, test, how[test], beside))
                 dataset = JoinedTokens(dataset, tests)
         if test is not None:
             test_fraction = len(dataset.test) / len(dataset)
@@ -137,14 +137,19 @@ def probe(
             return
         seen = seen_in_test(checkpoint, dataset, choose_labelled(dataset, test_fraction, limit, per_class, seed))
     step = "" if checkpoint.step is None else f", step {checkpoint.step},"
-    show(result, as_json)
-    how = "with their labels" if checkpoint.model.config.classes else "without their labels"
-    say_seen(checkpoint, seen, f"the model itself had learned from {seen or 0:,} of the images held out here, {how}")
-    if as_json:
-        facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen}
-        print_json(figure=str(out), **facts, **result.to_dict())
-    # Last: a picture that cannot be written must not take the figures along.
-    write_atomically(out, figure_png(result, f"Linear probe of {model.name or model}{step} on {called(test or data)}"))
+    try:
+        show(result, as_json)
+        how = "with their labels" if checkpoint.model.config.classes else "without their labels"
+        say_seen(
+            checkpoint, seen, f"the model itself had learned from {seen or 0:,} of the images held out here, {how}"
+        )
+        if as_json:
+            facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen}
+            print_json(figure=str(out), **facts, **result.to_dict())
+    finally:  # last, for a picture that cannot be written must not take the figures along; nor they it
+        write_atomically(
+            out, figure_png(result, f"Linear probe of {model.name or model}{step} on {called(test or data)}")
+        )
     say(f"wrote {out}")
 
 

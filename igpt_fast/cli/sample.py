@@ -136,7 +136,7 @@ def sample(
     check_options(**options)
     _check_places(out, single)
     checkpoint, palette = _load(model, dtype, device)
-    files = _singles(single, [f"sample-{index:06d}" for index in range(first, first + n)])
+    files = _singles(single, [f"sample-{index:06d}" for index in range(first, first + n)], out)
     with progress(n * checkpoint.model.config.tokens, "pixels", "sampling") as bar:
         written: list[Path] = []
         try:
@@ -203,8 +203,8 @@ def complete(
     tell_lost("the photos", notes)
     tokens = torch.from_numpy(palette.encode(originals)).to(where)
     count = kept_pixels(config, keep)
-    names = [f"{index:03d}-{photo.stem}-{j:03d}" for index, photo in enumerate(photos) for j in range(n)]
-    for file in (files := _singles(single, names)):
+    names = [f"{index:03d}-{photo.stem[:50]}-{j:03d}" for index, photo in enumerate(photos) for j in range(n)]
+    for file in (files := _singles(single, names, out)):
         refuse_replacing(file, *photos)
     with progress(len(photos) * n * (config.tokens - count), "pixels", "completing") as bar:
         drawn = _saver(palette, files, [])
@@ -237,9 +237,12 @@ def _check_places(out: Path, single: Path | None, *photos: Path) -> None:
         check_folder(single)
 
 
-def _singles(folder: Path | None, names: list[str]) -> list[Path]:
-    """The files of single images; none without a folder."""
-    return [] if folder is None else [folder / f"{name}.png" for name in names]
+def _singles(folder: Path | None, names: list[str], grid: Path) -> list[Path]:
+    """The files of single images; none without a folder. InputError where the grid is to be one of them."""
+    files = [] if folder is None else [folder / f"{name}.png" for name in names]
+    if files and grid.name in {file.name for file in files} and grid.resolve().parent == folder.resolve():
+        raise InputError(f"{grid}: one of the single images is to be there; give another name to --out")
+    return files
 
 
 def _saver(palette: Palette, files: list[Path], written: list[Path]) -> Drawn:

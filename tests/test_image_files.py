@@ -1,0 +1,125 @@
+"""Files in which Pillow alone would take one number for another, or lose what is transparent."""
+
+import io
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from test_images import encode
+
+from igpt_fast.errors import InputError
+from igpt_fast.image_files import read_image
+from igpt_fast.images import Reading
+from igpt_fast.values import Values, to_8_bits
+
+NODATA = [(42113, "s", 0, "0", True)]  # GDAL's tag, of 0
+
+
+def tiff(numbers: np.ndarray, photometric: str = "minisblack", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, numbers, photometric=photometric, planarconfig="contig", metadata=None, **options)
+    return buffer.getvalue()
+
+
+def gray_png(depth: int, row: bytes, width: int, transparent: int) -> bytes:
+    """A row of a gray PNG with a transparent shade, which Pillow does not write in so few bits."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, 0, 0, 0, 0))
+    rest = chunk(b"tRNS", struct.pack(">H", transparent)) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + head + rest + chunk(b"IEND", b"")
+
+
+def read(data: bytes, **options: object) -> list:
+    """The first row, with lime behind what is transparent."""
+    return np.asarray(read_image(data, "x", "lime", **options))[0].tolist()
+
+
+LIME = [0, 255, 0]
+
+
+def gray(value: int) -> list[int]:
+    return [value] * 3
+
+
+def test_signed_bytes_are_no_bytes():
+    data = tiff(np.array([[-128, -1, 0, 127]], np.int8))
+    with pytest.raises(InputError, match="values of int8 say of themselves neither what is black"):
+        read(data)
+    assert read(data, value_range=(-128, 127)) == [gray(0), gray(127), gray(128), gray(255)]
+
+
+def test_nodata_is_transparent_in_every_kind_of_tiff():
+    deep = np.array([[[0, 0, 0], [65535, 0, 257]]], np.uint16)
+    assert read(tiff(deep, "rgb", extratags=NODATA)) == [LIME, [255, 0, 1]]
+    white = np.array([[0, 255, 200]], np.uint8)
+    assert read(tiff(white, "miniswhite", extratags=NODATA)) == [LIME, gray(0), gray(55)]
+    assert read(tiff(white.astype(np.uint16) * 257, "miniswhite", extratags=NODATA))[0] == LIME
+    table = np.arange(768, dtype=np.uint16).reshape(3, 256) * 64
+    found = read(tiff(np.array([[0, 3, 200]], np.uint8), "palette", colormap=table, extratags=NODATA))
+    assert found[0] == LIME and LIME not in found[1:]
+    assert found[1:] == read(tiff(np.array([[3, 200]], np.uint8), "palette", colormap=table))
+
+
+@pytest.mark.parametrize("bands", [None, (1,)])
+def test_a_transparent_shade_of_a_png(bands):
+    plain = Image.fromarray(np.array([[9, 200]], np.uint8))
+    assert read(encode(plain, transparency=200), bands=bands) == [gray(9), LIME]
+    assert read(gray_png(1, b"\x40", 2, 1), bands=bands) == [gray(0), LIME]
+    assert read(gray_png(2, b"\x1b", 4, 2), bands=bands) == [gray(0), gray(85), LIME, gray(255)]
+    assert read(gray_png(4, b"\x3f", 2, 3), bands=bands) == [LIME, gray(255)]
+
+
+def test_a_transparent_colour_of_a_png():
+    image = encode(Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)), transparency=(1, 2, 3))
+    assert read(image) == [LIME, [4, 5, 6]] and read(image, bands=(3, 2, 1)) == [LIME, [6, 5, 4]]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_two_bands_are_gray_and_opacity_only_where_the_file_says_so(kind):
+    pair = np.array([[[9, 200], [7, 0]]], kind)
+    with pytest.raises(InputError, match="it has 2 bands"):
+        read(tiff(pair, extrasamples=["unspecified"]))
+    if kind is np.uint8:
+        assert read(tiff(pair, extrasamples=["unassalpha"]))[1] == LIME
+
+
+def test_complex_numbers_are_refused():
+    with pytest.raises(InputError, match="complex numbers are no brightness"):
+        read(tiff(np.ones((2, 2), np.complex64)), value_range=(0, 1))
+
+
+def test_a_tall_image_takes_no_longer_than_a_wide_one():
+    numbers = np.linspace(0, 1, 3_000_001, dtype=np.float32)
+    began = time.monotonic()
+    tall = to_8_bits(Values(numbers.reshape(-1, 1, 1)), value_range=(0, 1))[0]
+    assert time.monotonic() - began < 3
+    wide = to_8_bits(Values(numbers.reshape(1, -1, 1)), value_range=(0, 1))[0]
+    assert np.array_equal(np.asarray(tall).reshape(-1), np.asarray(wide).reshape(-1))
+
+
+@pytest.mark.parametrize("ends", [(-1e308, 1e308), (0, 1e306), 5, "05", (0, None)])
+def test_ranges_that_no_number_can_be_measured_by(ends):
+    with pytest.raises(InputError, match="is not two numbers: the value of black, then a larger one of white"):
+        Reading(value_range=ends)
+
+
+@pytest.mark.parametrize(("options", "name"), [({"bands": 1}, "bands"), ({"background": None}, "background")])
+def test_options_of_another_type(options, name):
+    with pytest.raises(InputError, match=f"^{name} "):
+        Reading(**options)
+
+
+def test_few_of_the_values_that_could_be_stored_are_noted():
+    values = np.array([[[0], [1000], [8191]]], np.float64)
+    for low, dim in ((-32768.0, True), (0.0, True), (-1024.0, True)):
+        assert to_8_bits(Values(values, bounds=(low, low + 65535)))[1] is dim
+    assert not to_8_bits(Values(values * 1.1, bounds=(0.0, 65535.0)))[1]
+    assert not to_8_bits(Values(values, bounds=(0.0, 65535.0)), value_range=(0, 65535))[1]
+    assert not to_8_bits(Values(values, bounds=(0.0, 65535.0), window=(0.0, 9e4)))[1]

@@ -34,7 +34,7 @@ from igpt_fast.modules import tensors_to_save
 from igpt_fast.palette import Palette
 
 FORMAT = 1  # of the directory; a reader refuses a later one by name
-FOLDER = "checkpoints"
+FOLDER, NAME = "checkpoints", "step-{:08d}"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 CONFIG, PALETTE, CLASSES, STATE = "config.json", "palette.npy", "classes.json", "state.json"
 TEMPORARY = ".tmp-"  # what a directory's name begins with while it is written or removed
@@ -79,7 +79,8 @@ def save_checkpoint(
     if keep < 1:
         raise InputError(f"keep is {keep}; keep at least 1 checkpoint")
     folder = Path(run) / FOLDER
-    target, temporary = folder / f"step-{step:08d}", folder / f"{TEMPORARY}step-{step:08d}-{os.getpid()}"
+    name = NAME.format(step)
+    target, temporary = folder / name, folder / f"{TEMPORARY}{name}-{os.getpid()}"
     if target.exists():
         raise InputError(f"{target} is already there; remove it to save that step again")
     try:
@@ -94,7 +95,7 @@ def save_checkpoint(
         left = list_checkpoints(run)
         way = f"{left[-1]} is intact: make room, then go on with --resume" if left else "make room, then start again"
         raise InputError(f"cannot save step {step} in {folder}: {_reason(error)}; {way}") from error
-    for old in [path for path in list_checkpoints(run)[:-keep] if _step(path) != best]:
+    for old in [path for path in list_checkpoints(run)[:-keep] if step_of(path) != best]:
         # Renamed first: a removal that is cut short must not leave half a checkpoint under a checkpoint's name.
         os.rename(old, folder / f"{TEMPORARY}{old.name}")
     _clean(folder)
@@ -153,7 +154,7 @@ def list_checkpoints(run: str | Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = (p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -172,7 +173,7 @@ def find_best(path: str | Path) -> Path:
     """As `find_checkpoint`, but of a run whose newest checkpoint says that another is the best, that. InputError."""
     newest = find_checkpoint(path)
     number = None if newest == Path(path) else read_record(newest).get("best")
-    best = newest if number is None else newest.with_name(f"step-{number:08d}")
+    best = newest if number is None else newest.with_name(NAME.format(number))
     if not best.is_dir():
         raise InputError(f"{best} is missing, the run's best: put it back, or give a checkpoint itself, as {newest}")
     return best
@@ -286,7 +287,8 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _step(directory: Path) -> int:
+def step_of(directory: Path) -> int:
+    """The step that a checkpoint's directory is named after."""
     return int(directory.name.removeprefix("step-"))
 
 

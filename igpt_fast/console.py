@@ -17,9 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 WINDOW = 30.0  # seconds over which the rate is measured: long enough to be calm, short enough to follow a change
 REDRAW = 0.1  # seconds between two computations of the text: advancing must cost next to nothing
-LINE_EVERY = (
-    10.0  # seconds between two plain lines at first; later a twentieth of the time run, so that logs stay short
-)
+# Seconds between two plain lines at first; later a twentieth of the time run, so that logs stay short.
+LINE_EVERY = 10.0
 LINE_AT_LEAST = 600.0  # and never less often than this
 
 

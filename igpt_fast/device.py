@@ -23,7 +23,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if str(device).partition(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"device {str(device)!r} is none to train or sample on: use auto, cpu or cuda")
+        raise InputError(f"device {str(device)!r} is not supported: use auto, cpu or cuda")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

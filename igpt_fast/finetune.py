@@ -112,7 +112,7 @@ def finetune(
     with together(device) as processes:
         result, task = carry_out(prepare, run, o, processes, resume, command)
         if result.step < o.steps:
-            say(f"no better validation since {o.patience} of them: ended at step {result.step}")
+            say(f"ended at step {result.step}: validation has not become better {o.patience} times in a row")
         return _result(result, task, dataset, chosen, test=processes.first)
 
 

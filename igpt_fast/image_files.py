@@ -38,7 +38,6 @@ REMEDY = "mend or remove the file"
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or else its words stand on stderr, without a file's name
 
-_ORIENTATION = 0x0112  # the EXIF tag
 _PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
 _SAMPLES = 277  # the TIFF tag; how many a pixel
 _FORMAT, _SIGNED = 339, 2  # the TIFF tag of what kind of numbers they are
@@ -132,7 +131,7 @@ def _open(
     if kind == "TIFF" and (stretched or (deep and nodata is not None) or _is_beyond_pillow(image, bands)):
         return _with_pages(*scientific.read_tiff(data))
     if kind == "PNG" and stretched:
-        values, turn = scientific.read_deep_png(data), image.getexif().get(_ORIENTATION, 1)
+        values, turn = scientific.read_deep_png(data), image.getexif().get(scientific.ORIENTATION, 1)
         return _with_pages(replace(values, numbers=scientific.upright(values.numbers, turn)), _has_pages(image, data))
     image.load()
     notes = {PAGES: True} if _has_pages(image, data) else {}
@@ -147,7 +146,7 @@ def _open(
         image.putalpha(seen)
     # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
     wide = mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM"))
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    if image.getexif().get(scientific.ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if wide:
         nothing = image.info.get("transparency") if nodata is None else nodata

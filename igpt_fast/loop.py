@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast.batches import Batch, fingerprint
-from igpt_fast.checkpoint import Checkpoint, list_checkpoints, save_checkpoint, update_state
+from igpt_fast.checkpoint import Checkpoint, list_checkpoints, save_checkpoint, step_of, update_state
 from igpt_fast.config import Config
 from igpt_fast.console import Bar, progress, say
 from igpt_fast.errors import InputError
@@ -27,6 +27,7 @@ from igpt_fast.run import (
     diverged,
     drop_later_pictures,
     introduction,
+    picture_of,
     refuse_differences,
     refuse_idle_steps,
     say_differences,
@@ -67,7 +68,7 @@ class Loop:
             refuse_idle_steps(run, self.step, self.options, state["free"], task.done)
             say(f"going on from {checkpoint.path}")
             say_differences(state["free"], self._circumstances())
-            if task.best is not None and not (checkpoint.path.with_name(f"step-{task.best:08d}")).is_dir():
+            if task.best is not None and task.best not in map(step_of, list_checkpoints(run)):
                 say(f"the best weights so far, of step {task.best}, are gone: the best of what follows counts")
                 task.forget_best()
         self.window: list[Any] = [tuple(of_step) for of_step in state["window"]]  # losses, norm: since the last row
@@ -244,7 +245,7 @@ class Loop:
 
     def _draw(self) -> None:
         """samples/step-….png, where the model can be sampled from at all, and loss.png; cut short by a signal."""
-        path = self.run / "samples" / f"step-{self.step:06d}.png"
+        path = picture_of(self.run, self.step)
         if self.config.objective == "ar" and not path.exists():
             dtype = drawing_dtype(self.device)
             model = self.average if dtype is self.average.wte.dtype else copy.deepcopy(self.average).to(dtype)
@@ -260,7 +261,7 @@ class Loop:
         self._read_window()
         if not self.processes.first:
             return self.run
-        if (saved := list_checkpoints(self.run)) and int(saved[-1].name[5:]) == self.step:
+        if (saved := list_checkpoints(self.run)) and step_of(saved[-1]) == self.step:
             update_state(saved[-1], {"task": self.task.state()}, self.task.best)
             return saved[-1]
         tensors = state_tensors(self.optimizer, self.named)

@@ -95,7 +95,7 @@ class Options:
 
 @dataclass(frozen=True)
 class FinetuneOptions(Options):
-    """How to learn classes: as Options, with an early end, at a constant learning rate, a tenth at width 512."""
+    """How to learn classes: as Options, with an early end and a constant rate, a tenth of theirs at width 512."""
 
     FIXED: ClassVar[tuple[str, ...]] = (*Options.FIXED, "generative", "test_fraction", "per_class")
     PEAK: ClassVar[float] = 3e-4

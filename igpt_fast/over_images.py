@@ -34,9 +34,9 @@ def over_images(
 
     of: from tokens, int64 [n, H, W] on the model's device, to [n, …], by the model. batch: images side by side; None:
     what fits, see images_at_once, which `more` is for. processes: those that look at a share of the images each; all
-    are given what all have found. amp: bf16 autocast.
-    doing: for the bar, as "scoring". what: for errors, as "likelihoods". Raises InputError for a batch below 1, for
-    processes with different models or images, and where not all that was found is finite.
+    are given what all have found. amp: bf16 autocast. doing: for the bar, as "scoring". what: for errors, as
+    "likelihoods". Raises InputError for a batch below 1, for processes with different models or images, and where not
+    all that was found is finite.
     """
     if batch is None:
         batch = images_at_once(model.config, more)

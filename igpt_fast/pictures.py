@@ -60,9 +60,9 @@ def to_png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None, scale: int | None = None) -> None:
-    """Writes `grid(images, columns, scale)` as a PNG. images: uint8 [N, H, W, 3]. Raises InputError, OSError."""
-    write_atomically(path, to_png_bytes(grid(images, columns, scale)))
+def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) -> None:
+    """Writes `grid(images, columns)` as a PNG. images: uint8 [N, H, W, 3]. Raises InputError, OSError."""
+    write_atomically(path, to_png_bytes(grid(images, columns)))
 
 
 def new_figure(width: float, height: float) -> tuple["Figure", "Axes"]:
@@ -153,12 +153,11 @@ def save_curve(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     x_label: str,
     y_label: str,
-    title: str = "",
     levels: Mapping[str, float] | None = None,
     markers: bool = False,
 ) -> None:
-    """Writes `curve_png_bytes(…)` to `path`. Raises InputError, OSError."""
-    write_atomically(path, curve_png_bytes(curves, x_label, y_label, title, levels, markers))
+    """Writes `curve_png_bytes(…)`, without a title, to `path`. Raises InputError, OSError."""
+    write_atomically(path, curve_png_bytes(curves, x_label, y_label, "", levels, markers))
 
 
 def set_title(axes: "Axes", text: str) -> None:

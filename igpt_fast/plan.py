@@ -35,9 +35,8 @@ class Plan:
     steps: int
     batch: int
     part: int  # images of a step that go side by side
-    measured: (
-        int  # so many did; fewer than `part` where time or memory did not allow it: then figures are in proportion
-    )
+    # So many did; fewer than `part` where time or memory did not allow it: then figures are in proportion.
+    measured: int
     peak_bytes: int
     free_bytes: int  # what no other program holds
     device_bytes: int

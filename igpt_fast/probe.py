@@ -8,7 +8,7 @@ the same classifier on the raw pixels, and the answer that is always the most fr
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from igpt_fast.data import TokenDataset
 from igpt_fast.device import memory_of
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
-from igpt_fast.labels import choose_labelled, warn_of_few
+from igpt_fast.labels import Labelled, choose_labelled, warn_of_few
 from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
 from igpt_fast.pictures import COLOURS, figure_png_bytes, new_figure, set_title
@@ -50,6 +50,7 @@ class ProbeResult:
     feature_bytes: int
     seconds: float
     test_groups: int | None = None  # among the images to test on, which the intervals take as independent; None: images
+    chosen: Labelled | None = field(default=None, repr=False, compare=False)  # which images these are
     solver: str = LBFGS
     epochs: int | None = None  # of SGD
     joined: Score | None = None  # of all these layers' features side by side, where asked for
@@ -61,7 +62,9 @@ class ProbeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**asdict(self), "best_layer": self.best.layer}
+        values = asdict(replace(self, chosen=None))
+        del values["chosen"]
+        return {**values, "best_layer": self.best.layer}
 
 
 def probe(
@@ -149,6 +152,7 @@ def probe(
         seed=seed,
         feature_bytes=pooled.nbytes,
         seconds=time.monotonic() - began,
+        chosen=chosen,
         solver=solver,
         epochs=None if by_lbfgs else epochs,
         joined=together,

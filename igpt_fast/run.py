@@ -156,7 +156,9 @@ def refuse_idle_steps(run: Path, step: int, options: Options, saved: Mapping[str
     new = [name for name in ("lr", "warmup", "clip") if name in saved and saved[name] != now[name]]
     if done and (new or saved["steps"] != options.steps):
         name = new[0] if new else "steps"
-        raise InputError(f"--{name} changes nothing: {run} has ended, no validation was better; give more --patience")
+        raise InputError(
+            f"--{name} changes nothing: {run} ended because validation did not become better; give more --patience"
+        )
     if step == options.steps and new:
         raise InputError(
             f"--{new[0]} changes nothing: {run} has taken its {step} steps; give more --steps, or leave it out"
@@ -170,9 +172,14 @@ def refuse_unequal_shares(options: Options, processes: int) -> None:
         raise InputError(f"--batch {options.batch} cannot be split evenly among {among}: use a multiple of {parts}")
 
 
+def picture_of(run: Path, step: int) -> Path:
+    """Where the picture of samples of a step is."""
+    return run / "samples" / f"step-{step:06d}.png"
+
+
 def drop_later_pictures(run: Path, step: int) -> None:
     """Removes the pictures of samples of steps beyond `step`, which will be taken again."""
-    for picture in (run / "samples").glob("step-*.png"):
+    for picture in picture_of(run, 0).parent.glob("step-*.png"):
         number = re.fullmatch(r"step-(\d+)", picture.stem)
         if number and int(number[1]) > step:
             picture.unlink()

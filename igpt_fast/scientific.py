@@ -20,7 +20,7 @@ TIFF_MAGIC = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # how one begins; the last 
 DICOM_HEAD = 132  # bytes by which one knows it
 NODATA = 42113  # the TIFF tag by which GDAL says which value stands for none
 
-_ORIENTATION = 274  # the TIFF tag, with EXIF's meanings
+ORIENTATION = 274  # the tag of EXIF and of TIFF
 _WHITE_IS_0 = 0  # photometric
 _PLAIN = (0, 1, 2)  # photometric: gray, from white or black on, and RGB
 _ALPHA = 2  # of a TIFF's extra samples: opacity, by which the colours are not multiplied
@@ -54,7 +54,7 @@ def read_tiff(data: bytes) -> tuple[Values, bool]:
         numbers = page.asarray()
         numbers = numbers[..., None] if page.axes == "YX" else numbers
         numbers = numbers.transpose(1, 2, 0) if page.axes == "SYX" else numbers
-        turn = page.tags[_ORIENTATION].value if _ORIENTATION in page.tags else 1
+        turn = page.tags[ORIENTATION].value if ORIENTATION in page.tags else 1
         values = Values(
             upright(numbers, turn),
             alpha=tuple(page.extrasamples) == (_ALPHA,) and numbers.dtype.kind == "u",

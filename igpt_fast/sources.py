@@ -33,7 +33,7 @@ KINDS = "a folder, a .zip, .tar or .tar.gz, a .npy or .npz array, or an image fi
 HIDDEN, OTHER, REPLACED = "hidden", "not an image", "replaced by a later entry of the same name"
 SCAN_SUFFIXES = (".nii", ".nii.gz")
 GLANCE = 1 << 12  # bytes of a file that are looked at in some 64 places
-MOST_WAYS = 16  # to one folder by links; a knot of them would have no end that anybody waits for
+MOST_WAYS = 16  # to one folder by links, which can multiply without an end that anybody waits for
 SCANS = "NIfTI, which is not read (export its slices as 16-bit PNG)"
 
 

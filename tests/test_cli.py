@@ -94,7 +94,7 @@ def test_characters_that_stdout_lacks_are_replaced():
         (("--size", "x"), "--size 'x' is not a size"),
         (("--seed", 2**64), "--seed is 18446744073709551616"),
         (("--layers", 10**20), "layers is 100000000000000000000; use at most 10,000"),
-        (("--device", "meta"), "device 'meta' is none to train or sample on"),
+        (("--device", "meta"), "device 'meta' is not supported"),
     ],
 )
 def test_absurd_options_of_train(igpt, tmp_path, monkeypatch, words, message):

@@ -114,7 +114,7 @@ def test_resume_goes_on_and_refuses_what_is_another_run(place, tuned, igpt):
         (["--resize", "hf"], "holds tokens, which are read already; leave out --resize, or give the images"),
         (["--workers", "2"], "holds tokens, which are read already; leave out --workers"),
         (["--resume"], "holds no checkpoint to go on from"),
-        (["--device", "abacus"], "device 'abacus' is none to train or sample on"),
+        (["--device", "abacus"], "device 'abacus' is not supported"),
         (["--patience", "3", "--val-fraction", "0"], "--patience changes nothing with --val-fraction 0"),
         (["--test", "TOKENS"], "holds the images that are learned from; give others to test on"),
     ],

@@ -145,7 +145,7 @@ def test_what_the_model_had_seen_of_images_given_to_test_on(igpt, run, dataset, 
         (("--test-fraction", "0.2", "--test", "elsewhere"), "--test-fraction changes nothing with --test"),
         (("--test", "DATA"), "holds the images that are learned from; give others to test on"),
         (("--out", "probe.txt"), "a name ending in .png"),
-        (("--device", "nonsense"), "device 'nonsense' is none to train or sample on"),
+        (("--device", "nonsense"), "device 'nonsense' is not supported"),
     ],
 )
 def test_the_command_refuses_in_one_line(igpt, run, dataset, tmp_path, monkeypatch, words, message):

@@ -106,7 +106,7 @@ def test_images_are_tokenised_once_and_a_palette_may_be_given(tmp_path, monkeypa
         (["--size", "8"], "size is [4, 6], not [8, 8]"),
         (["--size", "x"], "--size 'x' is not a size"),
         (["--colors", "16"], "--colors changes nothing"),
-        (["--device", "abacus"], "device 'abacus' is none to train or sample on"),
+        (["--device", "abacus"], "device 'abacus' is not supported"),
         (["--resume"], "holds no checkpoint to go on from"),
         (["--palette", "none.npy"], "none.npy"),
         (["--pattern", "rwo"], "no pattern named 'rwo'; did you mean 'row'?"),

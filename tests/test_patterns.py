@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from igpt_fast import BlockMask, InputError
 from igpt_fast.patterns import PATTERNS, Rows, compiled, parse, parts_of, row, unpack
@@ -250,4 +251,6 @@ def test_what_is_made_of_a_mask_for_a_device_is_made_once(monkeypatch):
     assert mask.to(meta) is moved and moved.tensors[0].device == meta and moved.raster is mask.raster.to(meta)
     monkeypatch.setattr(BlockMask, "dense", None)
     assert mask.dense_on(torch.device("cpu")) is seen and seen[1] is True
-    assert dataclasses.replace(mask, pairs=3)._kept == {}
+    assert (fresh := dataclasses.replace(mask, pairs=3))._kept == {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert fresh.to(meta).tensors[0].device == meta and fresh._kept == {}

@@ -168,7 +168,7 @@ def test_runs_that_cannot_be_started_or_resumed(dataset, tmp_path):
     check_run(tmp_path / "a/b/c", resume=False)
     assert not (tmp_path / "a").exists(), "asking leaves no trace"
     for device in ("abacus", "meta"):
-        with pytest.raises(InputError, match=f"device '{device}' is none to train or sample on: use auto, cpu or cuda"):
+        with pytest.raises(InputError, match=f"device '{device}' is not supported: use auto, cpu or cuda"):
             train(dataset, tmp_path / "new", CONFIG, device=device, **FAST)
     assert not (tmp_path / "new").exists()
 

@@ -1,7 +1,9 @@
 // attention_bwd:  dq, dk, dv of attention_fwd, from dout, q, k, v, o and lse
 //
-// With P = exp(scale q k^T - lse), delta = rowsum(dout o), dS = scale P (dout v^T - delta):  dv = P^T dout   dk = dS^T
-// q   dq = dS k. A task owns what it sums: nothing is shared, nothing is added atomically, and the bits do not depend
+// P = exp(scale q k^T - lse)   delta = rowsum(dout o)   dS = scale P (dout v^T - delta)
+// dv = P^T dout   dk = dS^T q   dq = dS k
+//
+// A task owns what it sums: nothing is shared, nothing is added atomically, and the bits do not depend
 // on the threads. It owns one head, walks over query tiles i and, inside, over the key tiles j that they see. Tiles are
 // transposed (keys down, queries across): so lse and delta are plain vectors, P^T and dS^T are row-major operands of dv
 // and dk, and dq^T = k^T dS^T is summed while i lasts. dk and dv are summed in a place that a key tile has from the

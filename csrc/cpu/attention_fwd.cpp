@@ -4,9 +4,10 @@
 // k and v of a few heads are packed once; a task then owns 64 queries of one head and walks over its key tiles with the
 // online softmax: S = Q K^T, running maximum m and sum l, O = O exp(m_old - m) + P V. Bound by multiply-adds: 4 D
 // flops a score against about 20 vector instructions a vector of scores; with AMX, which at D = 64 multiplies a tile in
-// 1,000 cycles, by those instructions and by the caches. A query that sees no key gives o = 0 and lse =
-// -1e30. attention_dropout_fwd:  the same, causal, o from weights some of which are dropped and the others scaled;
-// about ten instructions a vector more.
+// 1,000 cycles, by those instructions and by the caches. A query that sees no key gives o = 0 and lse = -1e30.
+//
+// attention_dropout_fwd:  the same, causal, o from weights some of which are dropped and the others scaled; about ten
+// instructions a vector more.
 #include "attention.h"
 
 namespace igpt {

@@ -2,9 +2,12 @@
 //
 // x [..., C]   residual, sum like x, maybe of another dtype   weight [C]   y [..., C]   rstd [...] f32.   dtypes: f32,
 // bf16, mixed at will. A row is converted to float once, stays in the L1 cache, and is written once: the bytes of x,
-// residual, sum and y bound it. Backward:  g = dy weight    dx = rstd (g - s rstd^2 mean(g s)) (+ dsum)    dweight =
-// sum over rows of dy s rstd dweight is [P, C]: the rows are split into P equal groups, group p sums its own into row
-// p, and row 0 receives their sum. P is the caller's choice, so the bits do not depend on the number of threads.
+// residual, sum and y bound it.
+//
+// Backward:  g = dy weight    dx = rstd (g - s rstd^2 mean(g s)) (+ dsum)    dweight = sum over rows of (dy s rstd)
+//
+// dweight is [P, C]: the rows are split into P equal groups, group p sums its own into row p, and row 0 receives their
+// sum. P is the caller's choice, so the bits do not depend on the number of threads.
 #include "../common/check.h"
 #include "parallel.h"
 #include "simd.h"

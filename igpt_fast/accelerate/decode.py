@@ -105,7 +105,7 @@ class _Buffer:
         self._eps = model.transformer.ln_f.eps
         self._model, self._state = weakref.ref(model), State(model)
         self._shown: list[tuple[Tensor, ...]] = []
-        self._counted = _CountedSteps(self) if counts(data) else None
+        self._counted = _CountedSteps(self) if counts_on_device(data) else None
 
     def step(self, pixels: Tensor, slot: int) -> Tensor:
         """One token more.   pixels int64 [B] → logits [B, V]"""
@@ -133,7 +133,7 @@ class _Buffer:
         return self._model() is model and self._state.holds()
 
 
-def counts(cache: Tensor) -> bool:
+def counts_on_device(cache: Tensor) -> bool:
     """Whether steps count their slots on the device: on a GPU, where kernels read them there."""
     refused = functools.partial(refused_by_cuda, dtype=cache.dtype, head_dim=cache.shape[-1])
     return cache.is_cuda and serves("attention_decode", (cache,), refused)
@@ -175,7 +175,7 @@ def _buffer_of(cache: Any, model: nn.Module, past: int) -> tuple[str | None, _Bu
     if reason is not None:
         return reason, None
     refusal = refused_head_dim(like.shape[3])
-    if not counts(like) and fused_backend_for("decode_step", (like,), refusal) is None:  # it has said why
+    if not counts_on_device(like) and fused_backend_for("decode_step", (like,), refusal) is None:  # it has said why
         return None, None
     weights = _step_weights(model) if buffer is None else buffer.all_weights
     B, H, _, D = like.shape

@@ -35,7 +35,6 @@ from igpt_fast.cli.seen import say_seen, seen_in_test
 from igpt_fast.console import answer, counted, say
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
-from igpt_fast.labels import choose_labelled
 from igpt_fast.probe import LBFGS, SOLVERS, ProbeResult, check_options, figure_png
 from igpt_fast.probe import probe as probe_model
 from igpt_fast.processes import together
@@ -135,7 +134,7 @@ def probe(
         result = probe_model(checkpoint.model, dataset, layers=chosen, joined=joined, **options, **how)
         if not processes.first:
             return
-        seen = seen_in_test(checkpoint, dataset, choose_labelled(dataset, test_fraction, limit, per_class, seed))
+        seen = seen_in_test(checkpoint, dataset, result.chosen)
     step = "" if checkpoint.step is None else f", step {checkpoint.step},"
     try:
         show(result, as_json)

@@ -37,7 +37,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.options import Options
 from igpt_fast.palette import Palette
 from igpt_fast.processes import together
-from igpt_fast.run import METRICS, Result, check_run, learns_classes, read_options
+from igpt_fast.run import METRICS, Result, check_run, learns_classes, picture_of, read_options
 from igpt_fast.task import CURVE
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
@@ -219,7 +219,7 @@ def _open(data: Path, out: Path, images: dict[str, Any], palette: Palette | Path
 
 
 def _picture(result: Result, sample_every: int) -> Path | None:
-    path = result.run / "samples" / f"step-{result.step:06d}.png"
+    path = picture_of(result.run, result.step)
     return path if sample_every and path.exists() else None
 
 

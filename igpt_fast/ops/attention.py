@@ -157,8 +157,10 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
     """torch's own kernels where they mean the same, though not where it transforms what it is given: some have neither
     tangents nor rules for batches. The reference keeps a matrix of all pairs.
     """
-    seen, all_see = (None, True) if mask is None else mask.dense_on(q.device)
     alike = not (is_reference() or must_be_plain() or q.is_meta)
+    seen, all_see = None, True
+    if mask is not None:  # what is made while somebody watches is not to be kept
+        seen, all_see = mask.dense_on(q.device) if alike else (mask.dense().to(q.device), False)
     if not (alike and scale > 0 and q.dtype is k.dtype and q.dtype is v.dtype and all_see):
         o = reference.attention.attention(q, k, v, seen, causal, scale)[0]
     else:

@@ -13,7 +13,7 @@ from igpt_fast.ops.projection import projection
 
 ROWS = 128  # of a kernel's tile
 # Bytes of dlogits at a time: of 512 colours and 16 bits 32,768 rows, 32 images of 32 x 32. Where they are all, the
-# weight's gradient is one product; halves would have to be added up (PLAN.md, 6).
+# weight's gradient is one product; halves would have to be added up (benchmarks/results/PLAN.md, 6).
 WORKSPACE = 32 << 20
 
 

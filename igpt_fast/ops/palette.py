@@ -12,7 +12,8 @@ from igpt_fast.ops._tensors import empty, stream_of
 MAX_COLORS = 4096
 TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16)
 COLORS = 1 << 24  # of 8 bits a channel
-# Distances from which a table repays itself on a GPU: what the plain loop makes of them in a table's time (PLAN.md, 5).
+# Distances from which a table repays itself on a GPU: what the plain loop makes of them in a table's time, see 5 in
+# benchmarks/results/PLAN.md.
 TABLE_PAYS = 100_000_000
 TILE, MOST_TILES = 1 << 14, 1 << 12  # color_histogram on a GPU: pixels that a block sorts, and tiles at a time
 SORTING_PAYS = 1 << 22  # pixels; fewer are counted without

@@ -189,11 +189,13 @@ class BlockMask:
         """The same mask with its tables on another device, copied once."""
         if self.tensors[0].device == device:
             return self
-        if device not in self._kept:
-            raster = self.in_raster and self.in_raster.to(device)
-            tensors = tuple(t.to(device) for t in self.tensors)
-            self._kept[device] = dataclasses.replace(self, tensors=tensors, in_raster=raster)
-        return self._kept[device]
+        if device in self._kept:
+            return self._kept[device]
+        raster = self.in_raster and self.in_raster.to(device)
+        made = dataclasses.replace(self, tensors=tuple(t.to(device) for t in self.tensors), in_raster=raster)
+        # A tracer's tensors are of use to nobody behind it.
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        return made if traced else self._kept.setdefault(device, made)
 
 
 def _rows(n: int, causal: bool) -> Iterator[tuple[Tensor, int]]:

@@ -65,10 +65,10 @@ def read_pretrained(source: str | Path, size: tuple[int, int] | None = None, hea
     path = Path(source)
     if path.is_dir() and (path / CONFIG).is_file():
         refuse_heads(source, heads)
-        return _read_layout(lambda name: path / name if (path / name).is_file() else None, str(source), size)
+        return _read_layout(_find_in(path), str(source), size)
     if prefix := find_bundle(path):
         config, tensors = read_openai(prefix, heads, size)
-        return _checked(config, tensors, _palette_beside(prefix), str(prefix), size)
+        return _checked(config, tensors, _palette(_find_in(prefix.parent)), str(prefix), size)
     if path.exists() or not is_hub_name(str(source)):
         if (path / "checkpoints").is_dir():
             way = f"igpt_fast.weights.open_model({str(source)!r}).model, or `igpt-fast convert {source} DIR` first"
@@ -139,7 +139,7 @@ def _read_layout(find: Find, source: str, size: tuple[int, int] | None) -> Pretr
     path = find(CONFIG)
     settings = read_json(path)
     theirs = read_weights(find, source)
-    palette = Palette.load(place) if (place := next(filter(None, map(find, PALETTES)), None)) else None
+    palette = _palette(find)
     fields = read_settings(settings, str(path), _grid(find, settings), size)
     try:
         classes = theirs.shape(SCORE, 2)[0] if SCORE in theirs.tensors else 0
@@ -166,10 +166,14 @@ def _grid(find: Find, settings: Mapping[str, Any]) -> tuple[int, int] | None:
     return grid if grid[0] * grid[1] == settings.get("n_positions") else None
 
 
-def _palette_beside(prefix: Path) -> Palette | None:
-    """The palette in a checkpoint's folder, where there is one."""
-    there = [prefix.parent / name for name in PALETTES if (prefix.parent / name).is_file()]
-    return Palette.load(there[0]) if there else None
+def _find_in(folder: Path) -> Find:
+    return lambda name: folder / name if (folder / name).is_file() else None
+
+
+def _palette(find: Find) -> Palette | None:
+    """The palette beside the weights, where there is one."""
+    place = next(filter(None, map(find, PALETTES)), None)
+    return None if place is None else Palette.load(place)
 
 
 def _checked(

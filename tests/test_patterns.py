@@ -247,7 +247,9 @@ def test_the_command(igpt, tmp_path):
 
 def test_what_is_made_of_a_mask_for_a_device_is_made_once(monkeypatch):
     mask, meta = BlockMask.compile("column", (6, 7)), torch.device("meta")
-    moved, seen = mask.to(meta), mask.dense_on(torch.device("cpu"))
+    with torch.inference_mode():
+        moved, seen = mask.to(meta), mask.dense_on(torch.device("cpu"))
+    assert not any(t.is_inference() for t in (*moved.tensors, seen[0]))
     assert mask.to(meta) is moved and moved.tensors[0].device == meta and moved.raster is mask.raster.to(meta)
     monkeypatch.setattr(BlockMask, "dense", None)
     assert mask.dense_on(torch.device("cpu")) is seen and seen[1] is True

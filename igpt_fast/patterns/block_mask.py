@@ -152,8 +152,9 @@ class BlockMask:
     def dense_on(self, device: torch.device) -> tuple[Tensor, bool]:
         """`dense()` on a device, made once, and whether every slot sees something."""
         if ("dense", device) not in self._kept:
-            seen = self.dense()
-            self._kept["dense", device] = seen.to(device), bool(seen.any(-1).all())
+            with torch.inference_mode(False):  # a tensor of that mode could not be used in a graph of autograd
+                seen = self.dense()
+                self._kept["dense", device] = seen.to(device), bool(seen.any(-1).all())
         return self._kept["dense", device]
 
     def tiles(self) -> int:
@@ -192,7 +193,9 @@ class BlockMask:
         if device in self._kept:
             return self._kept[device]
         raster = self.in_raster and self.in_raster.to(device)
-        made = dataclasses.replace(self, tensors=tuple(t.to(device) for t in self.tensors), in_raster=raster)
+        with torch.inference_mode(False):
+            tensors = tuple(t.to(device) for t in self.tensors)
+        made = dataclasses.replace(self, tensors=tensors, in_raster=raster)
         # A tracer's tensors are of use to nobody behind it.
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         return made if traced else self._kept.setdefault(device, made)

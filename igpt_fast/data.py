@@ -76,46 +76,14 @@ def tokenize(
     try:
         with work_directory(out) as work:  # now: after an hour of work is a bad moment to learn that it cannot be
             writer = ShardWriter(work, len(source) * how.each, how.size, shard_images)
-            failures: list[tuple[int, str]] = []
-            done = 0
-            for part in decode(source, how, workers):
-                if len(part.indices):
-                    writer.write(how.rows(part.indices), np.asarray(palette.encode(part.pixels)).astype(np.uint16))
-                failures += part.failures
-                done += part.seen
-                if progress is not None:
-                    progress(done, len(source))
+            failures = _encode(source, how, palette, workers, writer, progress)
             kept = np.delete(np.arange(len(source)), [index for index, _ in failures])
             refuse_none_left(source, len(kept), failures)
-            rows, images = how.rows(kept), kept.repeat(how.each)
-            labels = np.full(len(rows), -1, np.int32)
-            if source.labels is not None:
-                labels[:] = source.labels[images]
-            meta = {
-                "format": FORMAT,
-                "version": VERSION,
-                "images": len(rows),
-                "size": list(how.size),
-                "colors": len(palette),
-                "shards": writer.finish(rows),
-                "classes": source.classes,
-                "class_counts": source.classes and _counts(labels, source.classes),
-                **_noted(how),
-                "source": str(source.path.absolute()),
-                "source_stamp": source.stamp,
-                "ignored": source.ignored,
-                "skipped": [{"name": name, "error": error} for name, error in by_name(source, failures)],
-                "palette_fit": fit,
-            }
+            shards = writer.finish(how.rows(kept))
             palette.save(work / "palette.npy")
-            np.save(work / "labels.npy", labels)
-            (work / "names.json").write_text(json.dumps([source.names[index] for index in images]))
-            if source.groups is not None:
-                (work / "groups.json").write_text(json.dumps([source.groups[index] for index in images]))
-            (work / "meta.json").write_text(json.dumps(meta, indent=1))
-            for path in {*work.iterdir()} - {*work.glob("shard-*")}:  # those are on the disk already
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+            _describe(
+                work, source, how, kept.repeat(how.each), failures, {"colors": len(palette), "shards": shards}, fit
+            )
             if is_token_directory(out) and not overwrite:
                 raise InputError(f"{out}: another process has written tokens there meanwhile; start again to use them")
             _refuse_existing(out, overwrite)
@@ -127,6 +95,65 @@ def tokenize(
             error.filename = str(out)
         raise
     return TokenDataset(out)
+
+
+def _encode(
+    source: Source,
+    how: Reading,
+    palette: Palette,
+    workers: int | None,
+    writer: ShardWriter,
+    progress: Progress | None,
+) -> list[tuple[int, str]]:
+    """Writes the tokens of all images that can be read → the others, and what is wrong with each."""
+    failures: list[tuple[int, str]] = []
+    done = 0
+    for part in decode(source, how, workers):
+        if len(part.indices):
+            writer.write(how.rows(part.indices), np.asarray(palette.encode(part.pixels)).astype(np.uint16))
+        failures += part.failures
+        done += part.seen
+        if progress is not None:
+            progress(done, len(source))
+    return failures
+
+
+def _describe(
+    work: Path,
+    source: Source,
+    how: Reading,
+    images: np.ndarray,
+    failures: list[tuple[int, str]],
+    made: dict[str, Any],
+    fit: dict | None,
+) -> None:
+    """Writes what lies beside the shards, in full. images: int64 [rows], of the source. made: of meta, by the caller."""
+    labels = np.full(len(images), -1, np.int32)
+    if source.labels is not None:
+        labels[:] = source.labels[images]
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "images": len(images),
+        "size": list(how.size),
+        **made,
+        "classes": source.classes,
+        "class_counts": source.classes and _counts(labels, source.classes),
+        **_noted(how),
+        "source": str(source.path.absolute()),
+        "source_stamp": source.stamp,
+        "ignored": source.ignored,
+        "skipped": [{"name": name, "error": error} for name, error in by_name(source, failures)],
+        "palette_fit": fit,
+    }
+    np.save(work / "labels.npy", labels)
+    (work / "names.json").write_text(json.dumps([source.names[index] for index in images]))
+    if source.groups is not None:
+        (work / "groups.json").write_text(json.dumps([source.groups[index] for index in images]))
+    (work / "meta.json").write_text(json.dumps(meta, indent=1))
+    for path in {*work.iterdir()} - {*work.glob("shard-*")}:  # those are on the disk already
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def open_tokens(

@@ -3,6 +3,7 @@
 Nothing is extracted to disk: a Source knows where each image's bytes lie, and its Reader fetches them.
 """
 
+import contextlib
 import hashlib
 import io
 import math
@@ -185,7 +186,9 @@ def _open_folder(path: Path) -> Source:
                 found.ignored[MADE] += 1
             elif found.is_image(name, partial(_read_first, entry.path)):
                 # A link to nothing stays in the list, so that reading it can name it; a pipe or a device goes.
-                info = entry.stat() if os.path.exists(entry.path) else None
+                info = None
+                with contextlib.suppress(OSError):
+                    info = entry.stat()
                 if info is not None and not stat.S_ISREG(info.st_mode):
                     found.ignored[OTHER] += 1
                 else:

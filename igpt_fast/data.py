@@ -127,7 +127,7 @@ def _describe(
     made: dict[str, Any],
     fit: dict | None,
 ) -> None:
-    """Writes what lies beside the shards, in full. images: int64 [rows], of the source. made: of meta, by the caller."""
+    """Writes, in full, what lies beside the shards. images: int64 [rows], of the source. made: of meta, by others."""
     labels = np.full(len(images), -1, np.int32)
     if source.labels is not None:
         labels[:] = source.labels[images]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from igpt_fast.regression import Score, parts_of, score
 
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # that are tried; the smallest of equals is used
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # that are tried; the smallest of equals is used
 MOMENTUM, BATCH, EPOCHS = 0.9, 256, 100
 AT_ONCE = 4096  # images that are looked at together where nothing is learned
 

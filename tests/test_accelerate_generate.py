@@ -26,7 +26,7 @@ def steps(request, monkeypatch):
     record = lambda *args, **kwargs: (found.append(int(args[3])), real(*args, **kwargs))[1]  # noqa: E731
     monkeypatch.setattr(decode.ops, "decode_step", record)
     if request.param == "device":
-        monkeypatch.setattr(decode, "counts", lambda cache: True)
+        monkeypatch.setattr(decode, "counts_on_device", lambda cache: True)
     return found
 
 
@@ -80,7 +80,7 @@ def test_counted_steps_run_a_gpus_kernels(monkeypatch):
     backends("attention_decode")  # makes the bench known
     single = sys.modules[ops.decode_step.__module__]
     monkeypatch.setattr(single, "_OURS", single._OURS._replace(linear=reference.linear.linear))
-    monkeypatch.setattr(decode, "counts", lambda cache: True)
+    monkeypatch.setattr(decode, "counts_on_device", lambda cache: True)
     monkeypatch.setattr(decode, "ROOM", 8)
     upcast = {"reorder_and_upcast_attn": True}  # or 4.57 cuts the root of 32
     ours = igpt.accelerate(hf(**GENERATE, n_head=2, **upcast)).to(torch.bfloat16)

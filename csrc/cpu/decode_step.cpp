@@ -115,9 +115,10 @@ struct Buffers {
   Buffers(const Sizes& s, int threads)
       : dx(padded_for<E>(s.d)), inner_x(padded_for<E>(s.inner)), wide(padded(s.d)),
         room(std::max(room_for<E>(s.B, s.d), room_for<E>(s.B, s.inner))), prepared(scratch<uint32_t>(threads * room)) {
+    // Of what each thread has, none of it is cleared here: that would be the longest part of a step on many cores.
     qkv = scratch<float>(s.B * 3 * s.d), delta = scratch<float>(s.B * s.d);
-    h = zeros<float>(threads * s.B * wide), scores = scratch<float>(threads * padded(s.slot + 1));
-    x = zeros<X>(threads * s.B * dx), mixed = zeros<X>(s.B * dx), z = zeros<X>(s.B * inner_x);
+    h = scratch<float>(threads * s.B * wide), scores = scratch<float>(threads * padded(s.slot + 1));
+    x = scratch<X>(threads * s.B * dx), mixed = zeros<X>(s.B * dx), z = zeros<X>(s.B * inner_x);
   }
 };
 
@@ -212,12 +213,14 @@ static void run_step(const View& logits, const View& cache, const View& prefix, 
     typename E::X* const x = buffers.x.get() + thread * s.B * dx;
     uint32_t* const room = buffers.prepared.get() + thread * buffers.room;
     const MatrixUnit used;
-    for (int64_t b = 0; b < s.B; ++b)
+    for (int64_t b = 0; b < s.B; ++b) {
+      std::fill(x + b * dx + s.d, x + (b + 1) * dx, typename E::X{});
       for (int64_t c = 0; c < s.d; c += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, s.d - c), pixel = pixels.as<int64_t>()[b];
         store(h + b * wide + c,
               load_upto(wte.as<T>() + pixel * s.d + c, n) + load_upto(wpe.as<T>() + s.slot * s.d + c, n));
       }
+    }
     // A linear's end is where the threads meet: what it wrote may be read behind it, what it read may be written.
     for (int64_t l = 0; l < layers.count; ++l) {
       const LayerView& w = layers.layer[l];

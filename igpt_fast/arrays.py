@@ -92,10 +92,12 @@ def _stored(stream: BinaryIO, name: str, path: Path) -> np.ndarray:
 
 
 def _each(values: np.ndarray, count: int, where: str) -> np.ndarray:
-    """An integer or a string of each image, [N]; bytes become text."""
+    """An integer (negative: unknown) or a string (empty: unknown) of each image, [N]; bytes become text."""
     if values.size != count or values.dtype.kind not in "iuUS":
         form = f"{values.dtype} {list(values.shape)}"
-        raise InputError(f"{where} are {form}; give one integer or string for each of the {count} images")
+        raise InputError(
+            f"{where} are {form}; give one integer or string for each of the {count} images, or leave them out"
+        )
     values = values.reshape(-1)
     if values.dtype.kind == "S":
         return np.array([value.decode("utf-8", "backslashreplace") for value in values.tolist()])

@@ -260,7 +260,9 @@ def _refuse_other(tokens: TokenDataset, wanted: dict, palette: Palette | None, r
         "skipped": "unreadable images were skipped",
     }
     differs = [
-        words.get(key, f"{key} is {made[key]}, not {value}") for key, value in wanted.items() if made[key] != value
+        words.get(key, f"{key} is {made.get(key)}, not {value}")
+        for key, value in wanted.items()
+        if made.get(key) != value
     ]
     if palette is not None and not np.array_equal(np.asarray(palette.centers), np.asarray(tokens.palette.centers)):
         differs.append(f"the palette is another ({tokens.colors} colours, the one given has {len(palette)})")

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import count
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -47,12 +48,13 @@ _PLANAR = 284  # the TIFF tag; 2: bands one behind the other
 
 def is_image(name: str, read: Callable[[int], bytes]) -> bool:
     """Whether a file is to be read as an image: by its suffix, or, as scanners name DICOM files by numbers without one,
-    by its first bytes. read: the first so many.
+    by its first bytes. read: the first so many, none where they cannot be had.
     """
     suffix = os.path.splitext(name)[1].lower()
     if suffix in SUFFIXES:
         return True
-    numbered = not suffix.strip("." + string.digits) and os.path.basename(name) != "DICOMDIR"
+    listing = os.path.basename(name).upper().partition(";")[0] == "DICOMDIR"  # of a disk's files
+    numbered = not suffix.strip("." + string.digits) and not listing
     return numbered and scientific.is_dicom(read(scientific.DICOM_HEAD))
 
 
@@ -128,8 +130,11 @@ def _open(
     deep = mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)
     stretched = deep and value_range is not None
     nodata = scientific.nodata_of(image.tag_v2.get(scientific.NODATA, "")) if kind == "TIFF" else None
-    if kind == "TIFF" and (stretched or (deep and nodata is not None) or _is_beyond_pillow(image, bands)):
+    if kind == "TIFF" and (stretched or _is_beyond_pillow(image, bands)):
         return _with_pages(*scientific.read_tiff(data))
+    if deep and mode == "RGB" and nodata is not None:  # which the high bytes that Pillow keeps do not tell
+        values, more = scientific.read_tiff(data)
+        return _with_pages(replace(values, numbers=values.numbers[..., :3]), more)
     if kind == "PNG" and stretched:
         values, turn = scientific.read_deep_png(data), image.getexif().get(scientific.ORIENTATION, 1)
         return _with_pages(replace(values, numbers=scientific.upright(values.numbers, turn)), _has_pages(image, data))
@@ -187,7 +192,9 @@ def _has_pages(image: Image.Image, data: bytes) -> bool:
         if image.format != "TIFF":
             return True
         pages = Image.open(io.BytesIO(data), formats=["TIFF"])
-        return any(not _is_copy(pages, page) for page in range(1, pages.n_frames))
+        return any(not _is_copy(pages, page) for page in count(1))
+    except EOFError:
+        return False
     except Exception:  # what lies behind the first frame is damaged, and nobody has asked for it
         return True
 

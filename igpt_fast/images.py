@@ -40,7 +40,7 @@ class Reading:
             raise InputError(f"on_error {self.on_error!r} is not known; give raise or skip")
         if (ends := self.value_range) is not None:
             two = _is_list(ends) and len(ends) == 2 and all(map(_is_finite, ends))
-            if not two or not 0 < 510 * (ends[1] - ends[0]) < math.inf:
+            if not two or not 0 < 510 * (float(ends[1]) - float(ends[0])) < math.inf:
                 raise InputError(
                     f"value_range {ends!r} is not two numbers: the value of black, then a larger one of white"
                 )
@@ -78,7 +78,10 @@ def in_todays_words(reading: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _is_list(value: object) -> bool:

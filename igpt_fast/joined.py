@@ -28,7 +28,7 @@ class JoinedTokens:
         self.size, self.colors, self.palette, self.classes = train.size, train.colors, train.palette, train.classes
         if train.size != test.size or not _alike(train.palette, test.palette):
             raise InputError(f"{test.origin}: its images have another size or palette than those of {train.origin}")
-        if test.made_of(train.meta.get("source_stamp", "-")):
+        if test.made_of(train.stamp) or train.made_of(test.stamp):
             raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
         known = {name: k for k, name in enumerate(train.classes or [])}
         if new := [name for name in test.classes or [] if name not in known]:
@@ -66,7 +66,7 @@ class JoinedTokens:
 
     def batch(self, indices: np.ndarray) -> torch.Tensor:
         """Tokens of the images `indices` as int64 [n, H, W]."""
-        indices = np.asarray(indices, np.int64)
+        indices = np.asarray(indices)
         out, late = torch.empty(len(indices), *self.size, dtype=torch.int64), indices >= len(self.train)
         for dataset, part, start in ((self.train, ~late, 0), (self.test, late, len(self.train))):
             if part.any():

@@ -109,7 +109,8 @@ def draw_validation(chosen: Labelled, fraction: float, seed: int) -> np.ndarray:
     only roughly that, and a class may have none in validation.
     """
     held_out, random = np.zeros(len(chosen.labels), bool), np.random.default_rng([seed, 3])
-    if chosen.groups is not None and fraction:
+    learned = chosen.groups[~chosen.test] if chosen.groups is not None else ()
+    if fraction and len(np.unique(learned)) < len(learned):
         return _whole_groups(chosen, fraction, random)
     for mine in by_class(chosen.labels, ~chosen.test) if fraction else ():
         held_out[random.permutation(mine)[: min(max(1, round(fraction * len(mine))), len(mine) - 1)]] = True

@@ -63,7 +63,9 @@ class Loop:
             self.step, state = checkpoint.step, checkpoint.state
             if "fixed" not in state:
                 raise InputError(f"{checkpoint.path} holds weights alone: begin a run with them, as --init (init=)")
-            refuse_differences(run, {"shift": 0, **state["fixed"]}, self.fixed)
+            # What older runs do not say.
+            unsaid = {"shift": 0} | {name: self.fixed[name] for name in ("validation images",) if name in self.fixed}
+            refuse_differences(run, {**unsaid, **state["fixed"]}, self.fixed)
             task.restore(state.get("task", {}))
             refuse_idle_steps(run, self.step, self.options, state["free"], task.done)
             say(f"going on from {checkpoint.path}")

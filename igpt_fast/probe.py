@@ -205,9 +205,10 @@ def extract_features(
     needed, there = len(layers) * len(indices) * config.width * 4 + beside, memory_of(torch.device("cpu"))
     if needed > there:
         what = f"{len(indices):,} images at {len(layers)} layers" + (", and what a classifier reads," if beside else "")
+        or_else = ", or --solver sgd, which reads them batch by batch" if needed - beside <= there else ""
         raise InputError(
             f"the features of {what} take {needed / 1e9:.1f} GB and this machine has {there / 1e9:.1f} GB; take fewer "
-            "with --limit or --layers, or --solver sgd, which reads them batch by batch"
+            f"with --limit or --layers{or_else}"
         )
     pooled = np.empty((len(layers), len(indices), config.width), np.float32)
 

@@ -18,7 +18,7 @@ RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # that are tried; 
 MOMENTUM, BATCH, EPOCHS = 0.9, 256, 100
 AT_ONCE = 4096  # images that are looked at together where nothing is learned
 
-Fetch = Callable[[np.ndarray], np.ndarray]  # the features of some images, int64 [n] → float32 [n, D]
+Fetch = Callable[[np.ndarray | slice], np.ndarray]  # the features of some images, int64 [n] → float32 [n, D]
 
 
 def classify(

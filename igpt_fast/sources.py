@@ -83,11 +83,11 @@ def open_source(path: str | Path) -> Source:
     """Lists the images of a folder (recursively), a .zip, a .tar (plain, .gz, .bz2, .xz), a .npy or .npz, or one file.
 
     Class labels: the first level of folders that tells images apart (wrapping folders that hold everything are passed
-    over), its names sorted; or what a metadata.csv says, see igpt_fast.classes. Hidden files, __MACOSX, files without
-    an image's suffix and, in a folder, what igpt-fast made (igpt_fast.made) are counted in `.ignored`. Arrays are
-    numbers [N, H, W, C] or [N, H, W]; an .npz holds them as images, x or data, labels as labels or y, and, where images
-    of one group stay together, groups. Raises InputError when there is no such path, it is cut short, or no image is in
-    it.
+    over), its names sorted; or what a metadata.csv says, see igpt_fast.classes. Hidden files, __MACOSX, files that are
+    no images by their names (DICOM without a suffix is known by its first bytes) and, in a folder, what igpt-fast made
+    (igpt_fast.made) are counted in `.ignored`. Arrays are numbers [N, H, W, C] or [N, H, W]; an .npz holds them as
+    images, x or data, labels as labels or y, and, where images of one group stay together, groups. Raises InputError
+    when there is no such path, it is cut short, or no image is in it.
     """
     path = Path(path)
     name = path.name.lower()
@@ -121,10 +121,10 @@ class _Found:
     tables: dict[str, bytes] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
 
-    def is_image(self, name: str, read: Callable[[int], bytes]) -> bool:
+    def takes(self, name: str, read: Callable[[int], bytes]) -> bool:
         """Whether an entry is an image, whose place the caller then notes; a table is kept, and all else is counted.
 
-        read: its first so many bytes, of -1 all.
+        read: its first so many bytes, none where they cannot be had; of -1 all.
         """
         if any(map(_hidden, name.split("/"))):
             self.ignored[HIDDEN] += 1
@@ -145,8 +145,13 @@ def _hidden(part: str) -> bool:
 def _read_first(path: str, count: int) -> bytes:
     if not os.path.isfile(path):  # a link to nothing; a pipe, that nobody may ever write to
         return b""
-    with reading(f"{path}:", "allow it, or move it elsewhere"), open(path, "rb") as file:
-        return file.read(count)
+    try:
+        with reading(f"{path}:", "allow it, or move it elsewhere"), open(path, "rb") as file:
+            return file.read(count)
+    except InputError:
+        if count < 0:
+            raise
+        return b""  # not known to be an image by its name, nor by these
 
 
 def _stamp(path: Path) -> str:
@@ -184,7 +189,7 @@ def _open_folder(path: Path) -> Source:
                 pending.append((name, own, above | {here}))
             elif own:
                 found.ignored[MADE] += 1
-            elif found.is_image(name, partial(_read_first, entry.path)):
+            elif found.takes(name, partial(_read_first, entry.path)):
                 # A link to nothing stays in the list, so that reading it can name it; a pipe or a device goes.
                 info = None
                 with contextlib.suppress(OSError):
@@ -204,7 +209,7 @@ def _open_zip(path: Path, stamp: str) -> Source:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             name = posixpath.normpath(entry.filename).lstrip("/")
-            if entry.is_dir() or not found.is_image(name, partial(_read_zipped, archive, entry)):
+            if entry.is_dir() or not found.takes(name, partial(_read_zipped, archive, entry)):
                 continue
             _refuse_packing(path, entry)
             found.refs[name] = entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC
@@ -218,25 +223,35 @@ def _refuse_packing(path: Path, entry: zipfile.ZipInfo) -> None:
 
 
 def _read_zipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, count: int) -> bytes:
-    _refuse_packing(archive.filename, entry)
-    with archive.open(entry) as file:
-        return file.read(count)
+    try:
+        with archive.open(entry) as file:
+            return file.read(count)
+    except RuntimeError:  # encrypted, or compressed in a way that nobody here knows
+        if count < 0:
+            _refuse_packing(archive.filename, entry)
+        return b""
 
 
 def _open_tar(path: Path, stamp: str) -> Source:
-    found, places = _Found(), {}
+    found, places, heads = _Found(), {}, {}
     with open_stream(str(path)) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         for entry in archive:
             name = posixpath.normpath(entry.name).lstrip("/")
             if entry.isdir():
                 continue
-            place = places.get(posixpath.normpath(entry.linkname)) if entry.islnk() else None  # of what has two names
+            own = posixpath.normpath(entry.linkname if entry.islnk() else entry.name)  # of two names, the first
+
+            def read(count: int, entry: tarfile.TarInfo = entry, own: str = own) -> bytes:
+                if not entry.islnk():  # a link's place may be far behind, in a stream that only goes on
+                    heads[own] = archive.extractfile(entry).read(count)
+                return heads.get(own, b"")
+
             if entry.isreg() and not entry.sparse:
-                place = places[posixpath.normpath(entry.name)] = entry.offset_data, entry.size
-            if place is None:  # a link or a device
+                places[own] = entry.offset_data, entry.size
+            if own not in places or not (entry.isreg() or entry.islnk()) or entry.sparse:  # a link or a device
                 found.ignored[OTHER] += 1
-            elif found.is_image(name, lambda count, entry=entry: archive.extractfile(entry).read(count)):
-                found.refs[name] = place
+            elif found.takes(name, read):
+                found.refs[name] = places[own]
         # tarfile takes a damaged header for the end: only blocks of zeros are one.
         stream.seek(archive.offset)
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -253,7 +268,9 @@ def _open_array(path: Path, stamp: str) -> Source:
     refs = [(layout.offset + row * length, length) for row in range(layout.count)]
     reader = Reader(str(path), "array", layout.member, layout.row, layout.dtype)
     names = [f"{row:08d}" for row in range(layout.count)]
-    groups = None if layout.groups is None else as_groups(map(str, layout.groups.tolist()), names)
+    groups = layout.groups
+    if groups is not None:
+        groups = as_groups(("" if isinstance(one, int) and one < 0 else str(one) for one in groups.tolist()), names)
     return Source(path, reader, names, refs, stamp, layout.labels, layout.classes, groups, sequential=packed)
 
 

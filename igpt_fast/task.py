@@ -126,8 +126,9 @@ class ClassTask(PixelTask):
         write_atomically(run / LEARNED, data.getvalue())
 
     def fixed(self) -> dict[str, Any]:
-        """The classes, in their order, and which image has which."""
-        return {"classes": list(self.classes), "labels": digest(self.batches.labels)}
+        """The classes, in their order, which image has which, and which ones validation has."""
+        held_out = digest(self.batches.held_out)
+        return {"classes": list(self.classes), "labels": digest(self.batches.labels), "validation images": held_out}
 
     def state(self) -> dict[str, Any]:
         """The best so far."""

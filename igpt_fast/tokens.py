@@ -86,10 +86,15 @@ class TokenDataset:
         noted = in_todays_words(self.meta)
         return {name: noted[name] for name in NOTED if name in noted}
 
+    @property
+    def stamp(self) -> str:
+        """That of the Source that they were made of; "" where it is not noted."""
+        return self.meta.get("source_stamp", "")
+
     def made_of(self, stamp: str) -> bool:
         """Whether these are tokens of the images of a Source with that stamp."""
         # Older tokens know a file by its size and its time alone.
-        return self.meta.get("source_stamp") in (stamp, stamp.rpartition("-")[0])
+        return bool(self.stamp) and self.stamp in (stamp, stamp.rpartition("-")[0])
 
     def __reduce__(self) -> tuple:
         return TokenDataset, (self.path,)  # a process that is sent one opens the files itself

@@ -41,7 +41,9 @@ def to_8_bits(
     alpha = values.alpha and not (bands and max(bands) == numbers.shape[2])  # who asks for it knows what it is
     count = numbers.shape[2] - alpha
     if bands is None and count not in (1, 3):
-        raise InputError(f"it has {count} bands: --bands (bands) says which become red, green and blue, as 4,3,2")
+        raise InputError(
+            f"it has {count} bands: --bands (bands) says which become red, green and blue, as 4,3,2, or gray, as 1"
+        )
     if bands is not None and max(bands) > count:
         raise InputError(f"it has {count} bands, so there is no band {max(bands)}, as --bands (bands) has it")
     colours = numbers[..., :count] if bands is None else numbers[..., [band - 1 for band in bands]]

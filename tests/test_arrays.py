@@ -9,6 +9,7 @@ from labelled import PALETTE
 
 from igpt_fast.data import open_tokens, tokenize
 from igpt_fast.errors import InputError
+from igpt_fast.joined import JoinedTokens
 from igpt_fast.sources import open_source
 
 
@@ -61,6 +62,8 @@ def test_npz_keys(tmp_path):
         assert open_source(tmp_path / "x.npz").groups == ["group 7", "group 7"]
     np.savez(tmp_path / "x.npz", x=images, groups=np.array(["7", ""]))
     assert open_source(tmp_path / "x.npz").groups == ["group 7", "image 00000001"]
+    np.savez(tmp_path / "x.npz", x=images, groups=np.array([-1, 7]))
+    assert open_source(tmp_path / "x.npz").groups == ["image 00000000", "group 7"]
     np.savez(tmp_path / "x.npz", x=images, groups=np.zeros(2))
     with pytest.raises(InputError, match=r"x\.npz: groups are float64 \[2\]; give one integer or string for each"):
         open_source(tmp_path / "x.npz")
@@ -119,12 +122,21 @@ def test_arrays_of_one_size_and_one_time_are_told_apart(tmp_path):
     assert train.stamp != test.stamp and train.stamp == open_source(tmp_path / "train.npy").stamp
     tokens = tokenize(train, PALETTE, tmp_path / "tokens", workers=0)
     assert tokens.made_of(train.stamp) and not tokens.made_of(test.stamp)
+    again = tokenize(train, PALETTE, tmp_path / "again", workers=0)
     with pytest.raises(InputError, match="the images have changed since, or are others"):
         open_tokens(test, PALETTE, tmp_path / "tokens")
     meta = json.loads((tmp_path / "tokens" / "meta.json").read_text())
     meta["source_stamp"] = train.stamp.rpartition("-")[0]
     (tmp_path / "tokens" / "meta.json").write_text(json.dumps(meta))
     assert len(open_tokens(train, PALETTE, tmp_path / "tokens")) == 40
+    older = open_tokens(tmp_path / "tokens")
+    for pair in ((older, again), (again, older), (again, again), (older, older)):
+        with pytest.raises(InputError, match="holds the images that are learned from"):
+            JoinedTokens(*pair)
+    del meta["source_stamp"], meta["resize"]
+    (tmp_path / "tokens" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="resize is None, not paper; the images have changed since"):
+        open_tokens(train, PALETTE, tmp_path / "tokens")
 
 
 def test_a_label_of_nothing_is_unknown(tmp_path):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from test_images import encode
 
 from igpt_fast.errors import InputError
-from igpt_fast.image_files import read_image
+from igpt_fast.image_files import PAGES, read_image
 from igpt_fast.images import Reading
 from igpt_fast.values import Values, to_8_bits
 
@@ -104,7 +105,7 @@ def test_a_tall_image_takes_no_longer_than_a_wide_one():
     assert np.array_equal(np.asarray(tall).reshape(-1), np.asarray(wide).reshape(-1))
 
 
-@pytest.mark.parametrize("ends", [(-1e308, 1e308), (0, 1e306), 5, "05", (0, None)])
+@pytest.mark.parametrize("ends", [(-1e308, 1e308), (0, 1e306), (0, 10**307), (0, 10**400), 5, "05", (0, None)])
 def test_ranges_that_no_number_can_be_measured_by(ends):
     with pytest.raises(InputError, match="is not two numbers: the value of black, then a larger one of white"):
         Reading(value_range=ends)
@@ -123,3 +124,18 @@ def test_few_of_the_values_that_could_be_stored_are_noted():
     assert not to_8_bits(Values(values * 1.1, bounds=(0.0, 65535.0)))[1]
     assert not to_8_bits(Values(values, bounds=(0.0, 65535.0)), value_range=(0, 65535))[1]
     assert not to_8_bits(Values(values, bounds=(0.0, 65535.0), window=(0.0, 9e4)))[1]
+
+
+def test_nodata_of_sixteen_bits_beside_bands_that_are_no_colours():
+    """As many tiles have near infrared behind red, green and blue."""
+    deep = np.array([[[0, 0, 0, 9], [65535, 0, 257, 9]]], np.uint16)
+    assert read(tiff(deep, "rgb", extrasamples=["unspecified"], extratags=NODATA)) == [LIME, [255, 0, 1]]
+    assert read(tiff(deep, "rgb", extrasamples=["assocalpha"], extratags=NODATA))
+
+
+def test_a_stack_is_known_by_its_second_page(monkeypatch):
+    pages = [Image.new("L", (4, 4), gray) for gray in range(20)]
+    data, seen = encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]), []
+    real = TiffImageFile.seek
+    monkeypatch.setattr(TiffImageFile, "seek", lambda self, page: seen.append(page) or real(self, page))
+    assert read_image(data, "x").info == {PAGES: True} and max(seen) == 1

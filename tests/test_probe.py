@@ -216,8 +216,12 @@ def test_what_a_classifier_reads_has_room_beside_the_features(monkeypatch, model
     monkeypatch.setattr(module, "memory_of", lambda device: most)
     assert probe(model, dataset, layers=layers, joined=joined)
     monkeypatch.setattr(module, "memory_of", lambda device: most - 1)
-    with pytest.raises(InputError, match=r"and what a classifier reads, take .*; take fewer with --limit or --layers"):
+    with pytest.raises(InputError, match=r"and what a classifier reads, take .* --limit or --layers, or --solver sgd"):
         probe(model, dataset, layers=layers, joined=joined)
+    monkeypatch.setattr(module, "memory_of", lambda device: 240 * 4 * len(layers) * 24 - 1)
+    for solver in ("lbfgs", "sgd"):  # which would not do here
+        with pytest.raises(InputError, match=r"take fewer with --limit or --layers$"):
+            probe(model, dataset, layers=layers, joined=joined, solver=solver)
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch, model, dataset):

@@ -104,7 +104,8 @@ def evaluate(
     without = "; --split val leaves them out" if way else ""
     say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images{without}")
     if as_json:
-        facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split.value, "seen": seen}
+        facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen}
+        facts |= {"split": split.value, "val_fraction": None if split is Split.all else val_fraction}
         print_json(**facts, **result.to_dict())
 
 

@@ -121,11 +121,11 @@ def probe(
             chosen = parse_layers(layers, depth)
             check_options(depth, chosen, test_fraction, limit, per_class, batch)
             refuse_reading(paths, given, READING)
-            how = {path: {} if is_token_directory(path) else given for path in paths}
-            dataset = stack.enter_context(tokens_for(checkpoint, data, how[data]))
+            readings = {path: {} if is_token_directory(path) else given for path in paths}
+            dataset = stack.enter_context(tokens_for(checkpoint, data, readings[data]))
             if test is not None:
                 beside = dataset if is_token_directory(data) else None
-                tests = stack.enter_context(tokens_for(checkpoint, test, how[test], beside))
+                tests = stack.enter_context(tokens_for(checkpoint, test, readings[test], beside))
                 dataset = JoinedTokens(dataset, tests)
         if test is not None:
             test_fraction = len(dataset.test) / len(dataset)
@@ -138,9 +138,11 @@ def probe(
     step = "" if checkpoint.step is None else f", step {checkpoint.step},"
     try:
         show(result, as_json)
-        how = "with their labels" if checkpoint.model.config.classes else "without their labels"
+        with_labels = "with their labels" if checkpoint.model.config.classes else "without their labels"
         say_seen(
-            checkpoint, seen, f"the model itself had learned from {seen or 0:,} of the images held out here, {how}"
+            checkpoint,
+            seen,
+            f"the model itself had learned from {seen or 0:,} of the images held out here, {with_labels}",
         )
         if as_json:
             facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen}

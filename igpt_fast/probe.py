@@ -113,8 +113,8 @@ def probe(
     pooled = extract_features(model, dataset, indices, layers, batch, amp, processes, beside)
     if processes is not None and not processes.first:
         return None
-    count, unit = (count_fits(folds), "regressions") if by_lbfgs else (2 * epochs, "epochs")
-    with progress((len(layers) + joined + 1) * count, unit, "fit") as bar:
+    fits = count_fits(folds) if by_lbfgs else 2 * epochs
+    with progress((len(layers) + joined + 1) * fits, "regressions" if by_lbfgs else "epochs", "fit") as bar:
 
         def fit(name: str, fetch: sgd.Fetch, layer: int | None = None) -> Score:
             what = labels, folds, layer, bar.advance, chosen.groups
@@ -122,18 +122,9 @@ def probe(
                 return classify(name, fetch(slice(None)), *what)
             return sgd.classify(name, fetch, *what, epochs=epochs, seed=seed, device=model.wte.device)
 
-        def all_layers(rows: np.ndarray) -> np.ndarray:
-            return np.concatenate(pooled[:, rows], 1)
-
-        def colours(rows: np.ndarray) -> np.ndarray:
-            found = np.asarray(dataset.palette.centers)[dataset.batch(indices[rows]).numpy()]
-            return found.reshape(len(found), -1)
-
-        scores = tuple(
-            fit(f"layer {layer}", features.__getitem__, layer) for layer, features in zip(layers, pooled, strict=True)
-        )
-        together = fit("layers joined", all_layers) if joined else None
-        pixels = fit("raw pixels", colours)
+        scores = tuple(fit(f"layer {n}", features.__getitem__, n) for n, features in zip(layers, pooled, strict=True))
+        together = fit("layers joined", lambda rows: np.concatenate(pooled[:, rows], 1)) if joined else None
+        pixels = fit("raw pixels", lambda rows: _colours(dataset, indices[rows]))
     most_frequent = np.bincount(labels[~test]).argmax()
     groups = None if chosen.groups is None else chosen.groups[test]
     return ProbeResult(
@@ -157,6 +148,12 @@ def probe(
         epochs=None if by_lbfgs else epochs,
         joined=together,
     )
+
+
+def _colours(dataset: TokenDataset | JoinedTokens, indices: np.ndarray) -> np.ndarray:
+    """The images' raw pixels: float32 [N, 3 · H · W]."""
+    found = np.asarray(dataset.palette.centers)[dataset.batch(indices).numpy()]
+    return found.reshape(len(found), -1)
 
 
 def check_options(

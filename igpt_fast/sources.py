@@ -229,6 +229,7 @@ def _read_zipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, count: int) -
     except RuntimeError:  # encrypted, or compressed in a way that nobody here knows
         if count < 0:
             _refuse_packing(archive.filename, entry)
+            raise
         return b""
 
 

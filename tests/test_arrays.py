@@ -143,3 +143,13 @@ def test_a_label_of_nothing_is_unknown(tmp_path):
     np.savez(tmp_path / "x.npz", x=np.zeros((3, 2, 2, 3), np.uint8), y=np.array(["b", "", "a"]))
     source = open_source(tmp_path / "x.npz")
     assert source.classes == ["a", "b"] and source.labels.tolist() == [1, -1, 0]
+
+
+def test_bytes_all_over_a_file_tell_it_from_others(tmp_path):
+    images, stamps = np.zeros((40, 32, 32, 3), np.uint8), []
+    for last in (0, 9):
+        images[-4:] = last
+        np.save(tmp_path / "x.npy", images)
+        os.utime(tmp_path / "x.npy", (1, 1))
+        stamps.append(open_source(tmp_path / "x.npy").stamp)
+    assert stamps[0] != stamps[1]

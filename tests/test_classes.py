@@ -15,7 +15,7 @@ from test_labels import chosen_from
 
 from igpt_fast import intervals
 from igpt_fast.batches import fingerprint
-from igpt_fast.classes import by_class
+from igpt_fast.classes import by_class, classes_of
 from igpt_fast.data import open_source, tokenize
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
@@ -269,3 +269,20 @@ def test_too_few_groups_for_the_penalty_are_said(caplog):
     folds = draw_folds(labels, np.zeros(40, bool), 0, groups)
     assert np.bincount(folds).tolist() == [8] * 5
     assert "too few groups" in caplog.text
+
+
+@pytest.mark.parametrize(("number", "listed"), [(3, "0, 1, 2"), (4, "0, 1, 2, …")])
+def test_groups_on_both_sides_are_listed_up_to_three(caplog, tmp_path, number, listed):
+    parts = []
+    for seed in range(2):
+        images = np.random.default_rng(seed).integers(0, 256, (8, 8, 8), np.uint8)
+        np.savez(tmp_path / f"{seed}.npz", images=images, labels=np.arange(8) % 2, groups=np.arange(8) % number)
+        parts.append(tokenize(tmp_path / f"{seed}.npz", GRAYS, tmp_path / f"t{seed}", (8, 8), workers=0))
+    JoinedTokens(*parts)
+    assert f"images of {number} groups ({listed}) are learned from too" in caplog.text
+
+
+def test_tables_without_labels_are_told_together(caplog):
+    tables = {f"{name}/metadata.csv": f"file_name,group\n{k}.png,x".encode() for k, name in ((1, "a"), (2, "b"))}
+    classes_of(["a/1.png", "b/2.png"], tables, "photos")
+    assert "photos: has no column `label`" in caplog.text

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from labelled import COLORS, PALETTE, SIZE, write_tokens
 from PIL import Image
 
 from igpt_fast.batches import fingerprint
-from igpt_fast.checkpoint import save_checkpoint
-from igpt_fast.cli.probe import parse_layers
+from igpt_fast.checkpoint import load_checkpoint, save_checkpoint
+from igpt_fast.cli.probe import _row, parse_layers, show
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
@@ -188,3 +189,12 @@ def test_the_picture_is_there_though_nobody_reads_the_figures(igpt, run, dataset
     )
     code, _, _ = igpt("probe", run, dataset.path, "--layers", "0", "--out", tmp_path / "p.png")
     assert code != 0 and Image.open(tmp_path / "p.png").size == (960, 600)
+
+
+def test_what_stands_beside_the_figures_of_sgd(run, dataset, capsys):
+    found = probe(load_checkpoint(run).model, dataset, layers=[1], solver="sgd", epochs=1)
+    assert _row(found.pixels, False)[3] == f"{found.pixels.rate:g}"
+    show(replace(found, test_groups=7, pixels=replace(found.pixels, converged=False)), False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "SGD became infinite for raw pixels" in said and "L-BFGS" not in said
+    assert "the images to test on are of 7 groups: intervals are by groups" in said

@@ -14,6 +14,7 @@ from igpt_fast.evaluate import evaluate
 from igpt_fast.finetune import finetune
 from igpt_fast.labels import choose_labelled, draw_validation
 from igpt_fast.predict import predict
+from igpt_fast.probe import probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,6 +39,13 @@ def test_likelihoods(grouped):
     assert found.high - found.nats_per_pixel == pytest.approx(intervals.of_mean(found.per_image, each))
     assert intervals.of_mean(found.per_image, each) > 1.5 * intervals.of_mean(found.per_image)
     assert evaluate(model, grouped, np.arange(12)).low is None  # of one group nothing follows for others
+
+
+def test_the_most_frequent_class(grouped):
+    found = probe(make(), grouped, layers=[0], test_fraction=0.4)
+    groups, labels = found.chosen.groups[found.chosen.test], found.chosen.labels[found.chosen.test]
+    right = labels == np.bincount(found.chosen.labels[~found.chosen.test]).argmax()
+    assert (found.majority.low, found.majority.high) == intervals.of_share(right, groups) != intervals.of_share(right)
 
 
 def test_fine_tuned_and_classified(grouped, igpt, tmp_path):

@@ -139,3 +139,13 @@ def test_a_stack_is_known_by_its_second_page(monkeypatch):
     real = TiffImageFile.seek
     monkeypatch.setattr(TiffImageFile, "seek", lambda self, page: seen.append(page) or real(self, page))
     assert read_image(data, "x").info == {PAGES: True} and max(seen) == 1
+
+
+def test_frames_of_other_kinds_are_noted():
+    frames = [Image.new("L", (4, 4), gray) for gray in (0, 255)]
+    for kind in ("GIF", "PNG", "WEBP"):
+        assert PAGES in read_image(encode(frames[0], kind, save_all=True, append_images=frames[1:]), "x").info
+
+
+def test_black_and_white_is_not_dim():
+    assert to_8_bits(Values(np.array([[[True], [False]]])))[1] is False

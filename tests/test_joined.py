@@ -7,6 +7,7 @@ from labelled import COLORS, PALETTE, SIZE, write_tokens
 
 from igpt_fast import Config, ImageGPT, InputError, Palette
 from igpt_fast.batches import fingerprint
+from igpt_fast.data import tokenize
 from igpt_fast.evaluate import evaluate
 from igpt_fast.finetune import finetune as fit
 from igpt_fast.joined import JoinedTokens
@@ -58,3 +59,10 @@ def test_tokens_of_other_colours_are_refused(three, tmp_path):
     for known in (PALETTE, None):
         model.palette = headless.palette = known
         assert all(call() for call in calls[:3])
+
+
+def test_tokens_of_two_palettes_are_not_joined(three, tmp_path):
+    other = Palette(np.asarray(PALETTE.centers)[::-1].copy())
+    test = tokenize(tmp_path / "part-1.npz", other, tmp_path / "other", SIZE, resize="none", workers=0)
+    with pytest.raises(InputError, match="another size or palette"):
+        JoinedTokens(three[0], test)

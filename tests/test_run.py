@@ -18,7 +18,17 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
-from igpt_fast.run import check_run, circumstances, diverged, locked, read_metrics, read_options, say_differences
+from igpt_fast.run import (
+    check_run,
+    circumstances,
+    diverged,
+    drop_later_pictures,
+    locked,
+    picture_of,
+    read_metrics,
+    read_options,
+    say_differences,
+)
 from igpt_fast.tokens import TokenDataset
 from igpt_fast.train import train
 
@@ -202,3 +212,11 @@ def test_what_another_process_saves_before_the_lock_is_not_lost(dataset, tmp_pat
     with pytest.raises(InputError, match=r"another process has trained into .* meanwhile: start again"):
         train(dataset, tmp_path, config, resume=resume, **{**FAST, "steps": 9})
     assert load_checkpoint(tmp_path).step == 3
+
+
+def test_pictures_of_the_steps_behind_go(tmp_path):
+    for step in (2, 4, 6):
+        picture_of(tmp_path, step).parent.mkdir(exist_ok=True)
+        picture_of(tmp_path, step).touch()
+    drop_later_pictures(tmp_path, 4)
+    assert [picture_of(tmp_path, step).exists() for step in (2, 4, 6)] == [True, True, False]

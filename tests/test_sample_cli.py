@@ -92,13 +92,16 @@ def test_finished_images_are_kept_and_the_rest_are_drawn_behind_them(igpt, run, 
     assert np.array_equal(got, Palette(CENTERS).decode(sample(model, n=6)).numpy())
 
 
-def test_the_grid_takes_no_single_images_place(igpt, run, photos, tmp_path):
+def test_the_grid_takes_no_single_images_place(igpt, run, photos, tmp_path, monkeypatch):
     one = tmp_path / "one"
     code, _, said = igpt("sample", run, "-n", 4, "--single", one, "-o", one / "sample-000001.png")
     assert code == 2 and "one of the single images is to be there; give another name to --out" in said
     grid = one / f"000-{photos[0].stem}-000.png"
     code, _, said = igpt("complete", run, photos[0], "-n", 1, "--single", one, "-o", grid)
     assert code == 2 and "one of the single images is to be there" in said and not one.exists()
+    monkeypatch.chdir(tmp_path)
+    code, _, said = igpt("complete", run, photos[0], "-n", 1, "--single", "one", "-o", grid)
+    assert code == 2 and "one of the single images is to be there" in said
     assert igpt("sample", run, "-n", 1, "--single", one, "-o", one / "grid.png")[0] == 0
 
 

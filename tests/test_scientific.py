@@ -189,6 +189,8 @@ def test_dicom():
         assert read_image(dicom(raw // 2, 16, **less), "x").info == {DARK: True}
         assert read_image(dicom(raw * 8, 16, **less), "x").info == {}
     assert read_image(dicom(np.array([[-1024, 0, 3000]], np.int16), 16), "x").info == {DARK: True}
+    falling = read(dicom(np.array([[0, 2000, 4095]], np.uint16), RescaleSlope=-1, RescaleIntercept=4095))
+    assert falling[0, :, 0].tolist() == [255, 130, 0]
     with pytest.raises(InputError, match="its rescale slope is 0"):
         read(dicom(raw, RescaleSlope=0, RescaleIntercept=5))
     empty = {"WindowCenter": None, "WindowWidth": None, "RescaleSlope": None, "RescaleIntercept": None}

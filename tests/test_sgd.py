@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from labelled import COLORS, SIZE, write_tokens
 
+from igpt_fast import probe as module
 from igpt_fast import regression, sgd
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
@@ -37,20 +38,22 @@ def test_as_good_as_lbfgs(classes, spread):
     folds = folds_of(labels)
     ours = sgd.classify("x", features.__getitem__, labels, folds, epochs=30)
     theirs = regression.classify("x", features, labels, folds)
+    assert abs(ours.validation - theirs.validation) < 0.03
     assert 1 / classes + 0.2 < theirs.accuracy < 0.98
     assert abs(ours.accuracy - theirs.accuracy) < 0.02 and ours.rate in sgd.RATES and ours.strength is None
     assert ours.converged and ours.low < ours.accuracy < ours.high
 
 
-def test_it_learns_what_torch_learns():
+def test_it_learns_what_torch_learns(monkeypatch):
     """The last classifier is that of torch's own loop with the rate that was chosen."""
-    features, labels = clouds(300, 3, 6, 1.5)
+    features, labels = clouds(1600, 7, 6, 2.0)
     folds = folds_of(labels)
+    monkeypatch.setattr(sgd, "RATES", (0.3,))  # with which momentum matters
     found = sgd.classify("x", features.__getitem__, labels, folds, epochs=3, seed=5)
     learned, asked = np.flatnonzero(folds >= 0), np.flatnonzero(folds < 0)
     x = torch.from_numpy(features)
     x = (x - x[learned].mean(0)) / x[learned].std(0, correction=0)
-    head = torch.nn.Linear(6, 3)
+    head = torch.nn.Linear(6, 7)
     torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
     optimizer = torch.optim.SGD(head.parameters(), found.rate, momentum=0.9)
     random, step, batches = np.random.default_rng([5, 4]), 0, -(-len(learned) // 256)
@@ -140,3 +143,40 @@ def test_a_probe_by_sgd(model, dataset):
 def test_bad_options(model, dataset, options, message):
     with pytest.raises(InputError, match=message):
         probe(model, dataset, **options)
+
+
+def test_one_image_that_is_not_finite_is_enough_to_say_so(monkeypatch):
+    features, labels = clouds(600, 2, 3, 0.5)
+    folds = folds_of(labels)
+    features[0] = np.inf  # which is tested, in the first of two parts
+    monkeypatch.setattr(sgd, "AT_ONCE", 149)
+    assert not sgd.classify("x", features.__getitem__, labels, folds, epochs=1).converged
+
+
+def test_batches_have_at_most_so_many(monkeypatch):
+    (features, labels), lengths = clouds(600, 2, 3, 0.5), []
+    monkeypatch.setattr(sgd, "AT_ONCE", 256)
+    sgd.classify("x", lambda rows: lengths.append(len(rows)) or features[rows], labels, folds_of(labels), epochs=1)
+    assert max(lengths) <= 256
+
+
+def test_groups_widen_the_interval():
+    features, labels = clouds(300, 3, 6, 1.5)
+    folds, groups = folds_of(labels), np.arange(300) // 30
+    alone, by = (sgd.classify("x", features.__getitem__, labels, folds, groups=g, epochs=3) for g in (None, groups))
+    assert alone.accuracy == by.accuracy and by.high - by.low > alone.high - alone.low
+
+
+def test_moments_are_summed_in_double():
+    values = np.random.default_rng(0).normal(0, 1e25, (5000, 1)).astype(np.float32)
+    assert sgd._moments(values.__getitem__, np.arange(5000))[1] == pytest.approx(values.astype(float).std(), rel=1e-5)
+
+
+def test_what_a_probe_asks_of_it(model, dataset, monkeypatch, capsys):
+    """No scikit-learn, no room for what L-BFGS reads, its own seed, and twice as many epochs."""
+    monkeypatch.setattr(module, "load_sklearn", None)
+    monkeypatch.setattr(module, "memory_of", lambda device: 240 * 4 * 24)
+    real, seeds = sgd.classify, []
+    monkeypatch.setattr(sgd, "classify", lambda *a, seed=0, **k: seeds.append(seed) or real(*a, seed=seed, **k))
+    probe(model, dataset, layers=[1], solver="sgd", epochs=1, seed=7)
+    assert seeds == [7, 7] and "4/4 epochs" in capsys.readouterr().err

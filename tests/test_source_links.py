@@ -61,6 +61,9 @@ def test_names_that_lead_up_and_hard_links_in_archives(folder, tmp_path):
         for name in ("a/one.png", "notes.txt", "b/same.png", "b/notes.png"):
             archive.add(folder / name, f"./{name}")
         assert archive.getmembers()[2].islnk()
+        gone = tarfile.TarInfo("gone.png")
+        gone.type, gone.linkname = tarfile.LNKTYPE, "nowhere.png"
+        archive.addfile(gone)
     source = open_source(tmp_path / "linked.tar")
-    assert source.names == ["a/one.png", "b/notes.png", "b/same.png"] and source.ignored == {OTHER: 1}
+    assert source.names == ["a/one.png", "b/notes.png", "b/same.png"] and source.ignored == {OTHER: 2}
     assert (source.read(2) == pixels_of("a/one.png")).all()

@@ -264,7 +264,7 @@ def _refuse_other(tokens: TokenDataset, wanted: dict, palette: Palette | None, r
         for key, value in wanted.items()
         if made.get(key) != value
     ]
-    if palette is not None and not np.array_equal(np.asarray(palette.centers), np.asarray(tokens.palette.centers)):
+    if palette is not None and not palette.equals(tokens.palette):
         differs.append(f"the palette is another ({tokens.colors} colours, the one given has {len(palette)})")
     if differs:
         raise InputError(f"{tokens.path}: these tokens were made in another way: {'; '.join(differs)}; {remedy}")

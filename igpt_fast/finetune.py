@@ -125,8 +125,7 @@ def _result(
     found, answers = None, None
     if test and chosen.test.any():
         answers = predict(best.model, dataset, chosen.indices[chosen.test])
-        groups = None if chosen.groups is None else chosen.groups[chosen.test]
-        found = score("fine-tuned", answers.best == chosen.labels[chosen.test], groups)
+        found = score("fine-tuned", answers.best == chosen.labels[chosen.test], chosen.test_groups)
     return FinetuneResult(
         model=best.model,
         run=result.run,

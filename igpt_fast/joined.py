@@ -26,7 +26,7 @@ class JoinedTokens:
     def __init__(self, train: TokenDataset, test: TokenDataset) -> None:
         self.train, self.test, self.origin = train, test, train.origin
         self.size, self.colors, self.palette, self.classes = train.size, train.colors, train.palette, train.classes
-        if train.size != test.size or not _alike(train.palette, test.palette):
+        if train.size != test.size or not train.palette.equals(test.palette):
             raise InputError(f"{test.origin}: its images have another size or palette than those of {train.origin}")
         if test.made_of(train.stamp) or train.made_of(test.stamp):
             raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
@@ -81,11 +81,7 @@ def refuse_misfit(dataset: TokenDataset | JoinedTokens, config: Config, palette:
     if dataset.size != config.size or dataset.colors != config.colors:
         is_, wants = (f"{o.size[0]}x{o.size[1]} in {o.colors} colours" for o in (dataset, config))
         raise InputError(f"{dataset.origin}: the images are {is_}, the model is made for {wants}; tokenise them for it")
-    if palette is not None and not _alike(dataset.palette, palette):
+    if palette is not None and not dataset.palette.equals(palette):
         raise InputError(
             f"{dataset.origin}: its colours are others than the model's; tokenise the images with the model's palette"
         )
-
-
-def _alike(one: Palette, other: Palette) -> bool:
-    return np.array_equal(np.asarray(one.centers), np.asarray(other.centers))

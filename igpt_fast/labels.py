@@ -26,6 +26,11 @@ class Labelled:
     unlabelled: int  # images without a label
     groups: np.ndarray | None = None  # int64 [N]: images of one stay together; None: each is alone
 
+    @property
+    def test_groups(self) -> np.ndarray | None:
+        """The groups of the images to test on."""
+        return None if self.groups is None else self.groups[self.test]
+
 
 def choose_labelled(
     dataset: TokenDataset | JoinedTokens,

@@ -63,8 +63,7 @@ class Loop:
             self.step, state = checkpoint.step, checkpoint.state
             if "fixed" not in state:
                 raise InputError(f"{checkpoint.path} holds weights alone: begin a run with them, as --init (init=)")
-            # What older runs do not say.
-            unsaid = {"shift": 0} | {name: self.fixed[name] for name in ("validation images",) if name in self.fixed}
+            unsaid = {"shift": 0, "validation images": self.fixed.get("validation images")}  # by older runs
             refuse_differences(run, {**unsaid, **state["fixed"]}, self.fixed)
             task.restore(state.get("task", {}))
             refuse_idle_steps(run, self.step, self.options, state["free"], task.done)

@@ -41,6 +41,10 @@ class Palette:
     def __len__(self) -> int:
         return len(self.centers)
 
+    def equals(self, other: "Palette") -> bool:
+        """Whether another has the same colours in the same order."""
+        return np.array_equal(np.asarray(self.centers), np.asarray(other.centers))
+
     def __repr__(self) -> str:
         return f"Palette({len(self)} colours)"
 

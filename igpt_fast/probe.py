@@ -105,7 +105,7 @@ def probe(
     refuse_misfit(dataset, model.config, model.palette)
     chosen = choose_labelled(dataset, test_fraction, limit, per_class, seed)
     warn_of_few(chosen, per_class)
-    indices, labels, test = chosen.indices, chosen.labels, chosen.test
+    indices, labels, test, groups = chosen.indices, chosen.labels, chosen.test, chosen.test_groups
     folds = draw_folds(labels, test, seed, chosen.groups)
     by_lbfgs = solver == LBFGS
     widest = max(model.config.width * (len(layers) if joined else 1), 3 * model.config.tokens)
@@ -117,7 +117,7 @@ def probe(
     with progress((len(layers) + joined + 1) * fits, "regressions" if by_lbfgs else "epochs", "fit") as bar:
 
         def fit(name: str, fetch: sgd.Fetch, layer: int | None = None) -> Score:
-            what = labels, folds, layer, bar.advance, chosen.groups
+            what = labels, folds, layer, bar.advance, groups
             if by_lbfgs:
                 return classify(name, fetch(slice(None)), *what)
             return sgd.classify(name, fetch, *what, epochs=epochs, seed=seed, device=model.wte.device)
@@ -126,7 +126,6 @@ def probe(
         together = fit("layers joined", lambda rows: np.concatenate(pooled[:, rows], 1)) if joined else None
         pixels = fit("raw pixels", lambda rows: _colours(dataset, indices[rows]))
     most_frequent = np.bincount(labels[~test]).argmax()
-    groups = None if chosen.groups is None else chosen.groups[test]
     return ProbeResult(
         layers=scores,
         pixels=pixels,

@@ -89,8 +89,8 @@ def classify(
     """Chooses the strength by validation among the images to learn from, learns from all of them, and tests.
 
     features: float32 [N, D], standardised here by what is learned from. labels: int64 [N], at least two of every class
-    to learn from. folds: as draw_folds gives them. fitted: called behind each fit. groups: int64 [N], of which the
-    interval takes whole ones as independent. Raises InputError when scikit-learn is missing.
+    to learn from. folds: as draw_folds gives them. fitted: called behind each fit. groups: of the images to test on, of
+    which the interval takes whole ones as independent. Raises InputError when scikit-learn is missing.
     """
     test, parts = folds < 0, parts_of(folds)
     small = features.size * len(np.unique(labels)) < SMALL
@@ -100,7 +100,7 @@ def classify(
         (right,), converged = _right(features, labels, ~test, test, STRENGTHS[best : best + 1], fitted)
     validation = float(found[best] / sum(ask.sum() for _, ask in parts))
     chosen = {"strength": STRENGTHS[best], "validation": validation, "converged": converged}
-    return score(name, right, None if groups is None else groups[test], layer=layer, **chosen)
+    return score(name, right, groups, layer=layer, **chosen)
 
 
 def parts_of(folds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

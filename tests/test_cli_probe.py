@@ -6,16 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from labelled import COLORS, PALETTE, SIZE, write_tokens
+from labelled import PALETTE, SIZE, make, write_tokens
 from PIL import Image
 
 from igpt_fast.batches import fingerprint
 from igpt_fast.checkpoint import load_checkpoint, save_checkpoint
 from igpt_fast.cli.probe import _row, parse_layers, show
-from igpt_fast.config import Config
 from igpt_fast.errors import InputError
-from igpt_fast.model import ImageGPT
 from igpt_fast.probe import probe
 
 
@@ -26,8 +23,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return ImageGPT(Config(layers=2, width=24, heads=3, colors=COLORS, size=SIZE))
+    return make()
 
 
 @pytest.fixture(scope="module")

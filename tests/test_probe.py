@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from labelled import COLORS, SIZE, write_tokens
+from labelled import COLORS, SIZE, make, write_tokens
 from PIL import Image
 
 from igpt_fast import probe as module
@@ -26,8 +26,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return ImageGPT(Config(layers=2, width=24, heads=3, colors=COLORS, size=SIZE))
+    return make()
 
 
 @pytest.fixture(scope="module")

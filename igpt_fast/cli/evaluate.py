@@ -96,8 +96,10 @@ def evaluate(
         result = evaluate_model(checkpoint.model, dataset, indices, batch, bf16, processes)
         if not processes.first:
             return
-        seen, unseen = seen_among(checkpoint, dataset, indices), dataset.split("val", val_fraction)
-        way = seen and split is not Split.val and len(unseen) and seen_among(checkpoint, dataset, unseen) == 0
+        seen, way = seen_among(checkpoint, dataset, indices), False
+        if seen and split is not Split.val:
+            unseen = dataset.split("val", val_fraction)
+            way = len(unseen) > 0 and seen_among(checkpoint, dataset, unseen) == 0
     images = f"{counted(len(indices), 'image')} of {called(data)}"
     for line in (f"{described(checkpoint)}, on {images}:", *summary(result)):
         answer(line, as_json)

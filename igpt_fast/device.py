@@ -62,12 +62,20 @@ def _of_files(stat: Path) -> int:
     return int(found.get("total_inactive_file") or found.get("inactive_file", 0))
 
 
-def processor() -> str:
-    """The processor's name as Linux tells it, else its architecture."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name as Linux tells it, else its architecture.
+
+    Virtual machines may keep the model from the name ("AMD EPYC"): its family and model numbers stand for it then.
+    """
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    facts: dict[str, str] = {}
+    for key, colon, value in (line.partition(":") for line in lines):
+        if colon:
+            facts.setdefault(key.strip(), value.strip())  # of the first core
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in facts or any(letter.isdigit() for letter in name):
+        return name
+    return f"{name} (family {facts['cpu family']}, model {facts.get('model', 'unknown')})"
 
 
 def images_at_once(config: Config, more: int = 0) -> int:

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from igpt_fast import plan as module
 from igpt_fast.cached import KVCache
 from igpt_fast.config import Config
-from igpt_fast.device import free_memory_of, memory_of, peak_of, restart_peak
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.ops import attention
@@ -145,44 +144,6 @@ def test_the_estimate_of_an_image_is_near_what_is_measured():
         found = plan(config, options, "cpu", seconds=60)
         assert found.measured == 8
         assert found.image_bytes / 2.5 < module._image_bytes(config, options, CPU) < 2.5 * found.image_bytes, options
-
-
-def assert_pages_count_as_free(limit, name):
-    """What a container has read of files goes when room is wanted."""
-    stat, before = limit.with_name("memory.stat"), free_memory_of(CPU, limit)
-    stat.write_text(f"anon 7\n{name} {5 * 10**8}\n")
-    assert abs(free_memory_of(CPU, limit) - before - 5 * 10**8) < 10**8
-    stat.unlink()
-
-
-def test_memory_of_this_machine(tmp_path):
-    limit = tmp_path / "memory.max"
-    whole = memory_of(CPU, limit)
-    limit.write_text("max\n")
-    assert memory_of(CPU, limit) == whole
-    limit.write_text("1000000\n")
-    assert memory_of(CPU, limit) == 1000000 < free_memory_of(CPU) <= memory_of(CPU)
-    limit.write_text(f"{10**13}\n")
-    free = free_memory_of(CPU, limit)
-    limit.write_text(f"{whole - 1}\n")
-    (tmp_path / "memory.current").write_text(f"{whole - 10**9}\n")
-    assert free_memory_of(CPU, limit) < 10**9 + 8 * 10**9 and free > 10**9
-    assert_pages_count_as_free(limit, "inactive_file")
-    older = tmp_path / "memory.limit_in_bytes"  # as the first version of control groups has them
-    (tmp_path / "memory.usage_in_bytes").write_text(f"{whole - 10**9}\n")
-    for bound, least in ((whole - 1, 0), (2**63 - 4096, free - 10**9)):  # the second is none: all that is used counts
-        older.write_text(f"{bound}\n")
-        assert memory_of(CPU, older) == min(bound, whole) and free_memory_of(CPU, older) > least
-    older.write_text(f"{whole - 1}\n")
-    assert free_memory_of(CPU, older) < 10**9 + 8 * 10**9
-    assert_pages_count_as_free(older, "inactive_file 0\ntotal_inactive_file")
-    restart_peak(CPU)
-    before = peak_of(CPU)
-    del_me = torch.ones(50 << 20, dtype=torch.uint8)
-    assert peak_of(CPU) - before > 45 << 20
-    del del_me
-    restart_peak(CPU)
-    assert peak_of(CPU) - before < 20 << 20
 
 
 def test_the_command(igpt, tmp_path):

@@ -1,13 +1,12 @@
 """Config: every number that fixes an Image GPT's shape, checked once, here."""
 
 import math
-import operator
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, whole
 from igpt_fast.patterns import described, normalised, of_layer
 
 OBJECTIVES = ("ar", "bert")
@@ -50,7 +49,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, least, most in WHOLE:
-            self._set(name, _whole(name, getattr(self, name), least, most))
+            self._set(name, whole(name, getattr(self, name), least, most))
         if self.width % self.heads:
             width, heads = _nearest_multiple(self.width, self.heads), _nearest_divisor(self.width, self.heads)
             raise InputError(
@@ -60,14 +59,14 @@ class Config:
         size = self.size if isinstance(self.size, (tuple, list)) else (self.size, self.size)
         if len(size) != 2:
             raise InputError(f"size is {self.size!r}; give (height, width) in pixels, such as (32, 32)")
-        height, width = _whole("size (height)", size[0], 1, 10**5), _whole("size (width)", size[1], 1, 10**5)
+        height, width = whole("size (height)", size[0], 1, 10**5), whole("size (width)", size[1], 1, 10**5)
         self._set("size", (height, width))
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective is {self.objective!r}; use one of {', '.join(map(repr, OBJECTIVES))}")
         if not isinstance(self.bias, bool):
             raise InputError(f"bias is {self.bias!r}; use true or false")
         mlp_width = 4 * self.width if self.mlp_width is None else self.mlp_width
-        self._set("mlp_width", _whole("mlp_width", mlp_width, 1, 10**6))
+        self._set("mlp_width", whole("mlp_width", mlp_width, 1, 10**6))
         number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
         if not number or not 0 < self.eps <= sys.float_info.max:
             raise InputError(f"eps is {self.eps!r}; use a small positive number such as 1e-5")
@@ -132,19 +131,6 @@ class Config:
 def _lists(value: Any) -> Any:
     """Tuples, within tuples too, as the lists that JSON makes of them."""
     return [_lists(element) for element in value] if isinstance(value, tuple) else value
-
-
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    """`value` as an int; InputError when it is not a whole number from `least` to `most`."""
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise InputError(f"{name} is {value!r}; use a whole number of at least {least}")
-    if number > most:
-        raise InputError(f"{name} is {value!r}; use at most {most:,}")
-    return number
 
 
 def _nearest_multiple(value: int, step: int) -> int:

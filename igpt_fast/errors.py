@@ -1,7 +1,9 @@
 """The one exception that means: the caller can mend this."""
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class InputError(ValueError):
@@ -9,6 +11,22 @@ class InputError(ValueError):
 
     The command line prints it after `error:` and exits with code 2.
     """
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None, otherwise: str = "") -> int:
+    """`value` as an int. InputError when it is no whole number, or none from `least` to `most`.
+
+    otherwise: what else may be given, as ", or leave it out".
+    """
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise InputError(f"{name} is {value!r}; use a whole number of at least {least}{otherwise}")
+    if most is not None and number > most:
+        raise InputError(f"{name} is {value!r}; use at most {most:,}{otherwise}")
+    return number
 
 
 @contextmanager

@@ -43,6 +43,7 @@ _PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
 _SAMPLES = 277  # the TIFF tag; how many a pixel
 _FORMAT, _SIGNED = 339, 2  # the TIFF tag of what kind of numbers they are
 _SUBFILE = 254  # the TIFF tag; 1: a smaller copy of another page, 4: a mask
+_DEPTH = 32997  # the TIFF tag; slices of a volume, of which the first is read
 _PLANAR = 284  # the TIFF tag; 2: bands one behind the other
 
 
@@ -128,7 +129,8 @@ def _open(
         return _with_pages(*scientific.read_tiff(data))
     kind, mode = image.format, image.mode
     deep = mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)
-    stretched = deep and value_range is not None
+    # A transparent colour has 16 bits, too, of which Pillow keeps 8 on one side only.
+    stretched = deep and (value_range is not None or (kind == "PNG" and "transparency" in image.info))
     nodata = scientific.nodata_of(image.tag_v2.get(scientific.NODATA, "")) if kind == "TIFF" else None
     if kind == "TIFF" and (stretched or _is_beyond_pillow(image, bands)):
         return _with_pages(*scientific.read_tiff(data))
@@ -186,6 +188,8 @@ def _has_pages(image: Image.Image, data: bytes) -> bool:
     """Whether there is more than the page or frame that was read and what belongs to it: MPO's pictures of the same,
     a TIFF's smaller copies and masks.
     """
+    if image.format == "TIFF" and image.tag_v2.get(_DEPTH, 1) > 1:
+        return True
     try:
         if image.format == "MPO" or not getattr(image, "is_animated", False):
             return False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast.atomic import write_atomically
-from igpt_fast.errors import InputError, reading
+from igpt_fast.errors import InputError, reading, whole
 from igpt_fast.kmeans import cluster, histogram, unit
 from igpt_fast.ops.palette import MAX_COLORS, TOKEN_DTYPES, palette_assign, palette_decode
 
@@ -64,8 +64,8 @@ class Palette:
         palette of exactly these, and a logged warning. progress: called as progress(step, most steps there can be).
         Raises InputError for images of another form, none at all, or a number of colours out of range.
         """
-        if not 2 <= colors <= MAX_COLORS:
-            raise InputError(f"a palette of {colors} colours cannot be fitted; choose from 2 to {MAX_COLORS}")
+        whole("colors", colors, 2, MAX_COLORS)
+        whole("seed", seed, 0)
         batches = [images] if isinstance(images, (np.ndarray, Tensor)) else images
         found, pixels, device = histogram(_pixels(batch, "Palette.fit") for batch in batches)
         if not len(found):
@@ -93,6 +93,8 @@ class Palette:
             path = there[0]
         if not path.exists():
             raise InputError(f"there is no palette {path}; make one with `igpt-fast palette`")
+        if not path.is_file():
+            raise InputError(f"{path} is a pipe or a device; give a palette as .npy or {HF_CONFIG}")
         if path.suffix not in (".npy", ".npz", ".json"):
             raise InputError(f"{path} is no palette: give one as .npy or {HF_CONFIG}")
         with reading(path, f"give a palette as .npy or {HF_CONFIG}"):
@@ -142,8 +144,11 @@ class Palette:
         Raises InputError, naming it, for a token outside 0..K-1, and for tokens that are not integers.
         """
         numpy = isinstance(tokens, np.ndarray)
-        whole = tokens.dtype.kind in "iu" if numpy else not (tokens.is_floating_point() or tokens.dtype is torch.bool)
-        if not whole:
+        if numpy:
+            integers = tokens.dtype.kind in "iu"
+        else:
+            integers = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool)
+        if not integers:
             raise InputError(f"tokens are {tokens.dtype}; give integers, such as Palette.encode returns")
         index = torch.from_numpy(tokens.astype(np.int64)) if numpy else tokens
         if index.dtype not in TOKEN_DTYPES:

@@ -15,6 +15,7 @@ import numpy as np
 from igpt_fast.errors import reading
 from igpt_fast.image_files import REMEDY
 
+MOST = 2 << 30  # bytes of an image that a zip may unpack: a file of zeros is packed a thousandfold
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
 
 
@@ -58,15 +59,18 @@ class Reader:
             return zipfile.ZipFile(self.path).open(self.member)
         return open_stream(self.path) if self.kind == "tar" else open(self.path, "rb")
 
-    def _fetch_zip(self, offset: int, stored: int, method: int, crc: int) -> bytes:
+    def _fetch_zip(self, offset: int, stored: int, size: int, method: int, crc: int) -> bytes:
+        if size > MOST:
+            raise ValueError(f"it unpacks to {size:,} bytes, of which no more than {MOST:,} are read")
         self._stream.seek(offset)
         head = self._stream.read(30)  # the entry's own header; the name and extra field behind it may differ in length
         if head[:4] != b"PK\3\4":
             raise ValueError("its place in the zip holds something else")
         self._stream.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), os.SEEK_CUR)
         data = self._stream.read(stored)
-        data = zlib.decompress(data, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else data
-        if zlib.crc32(data) != crc:
+        if method == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # and no more, whatever is packed
+        if len(data) != size or zlib.crc32(data) != crc:
             raise ValueError("its checksum in the zip does not match")
         return data
 

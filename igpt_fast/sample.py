@@ -6,7 +6,6 @@ on its neighbours.
 """
 
 from collections.abc import Callable, Iterator
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from igpt_fast.cached import Decoder, KVCache, cache_slots, check_model, prefill, shared_slots
 from igpt_fast.config import Config
 from igpt_fast.drawing import Options, draw
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, whole
 from igpt_fast.model import ImageGPT
 from igpt_fast.ops.sampling import check_sampling
 
@@ -105,16 +104,12 @@ def check_options(
 ) -> None:
     """Raise InputError for the first option that is out of range. Needs no model: call it before one is loaded."""
     check_sampling(temperature, top_k, top_p)
-    if not isinstance(n, Integral) or n < 1:
-        raise InputError(f"n is {n}; ask for at least 1 image")
-    if n > MOST:
+    if whole("n", n, 1) > MOST:
         raise InputError(f"n is {n}; ask for at most {MOST:,} images at once, and then for more with another first")
-    if not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
-        raise InputError(f"seed is {seed}; use a whole number from 0 to 2**64 - 1")
-    if not isinstance(first, Integral) or not 0 <= first <= LAST:
-        raise InputError(f"first is {first}; use a whole number from 0 to {LAST:,}")
-    if batch is not None and batch < 1:
-        raise InputError(f"batch is {batch}; use at least 1")
+    whole("seed", seed, 0, (1 << 64) - 1)
+    whole("first", first, 0, LAST)
+    if batch is not None:
+        whole("batch", batch, 1)
     if not 0 <= keep <= 1:  # also catches NaN
         raise InputError(f"keep is {keep}; use a fraction from 0 (keep nothing) to 1 (keep the whole image)")
 

@@ -212,7 +212,8 @@ def _open_zip(path: Path, stamp: str) -> Source:
             if entry.is_dir() or not found.takes(name, partial(_read_zipped, archive, entry)):
                 continue
             _refuse_packing(path, entry)
-            found.refs[name] = entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC
+            sizes = entry.compress_size, entry.file_size
+            found.refs[name] = entry.header_offset, *sizes, entry.compress_type, entry.CRC
     return _by_name(path, Reader(str(path), "zip"), found, stamp)
 
 

@@ -175,8 +175,9 @@ def test_workers_end_when_decoding_does(tmp_path):
     with pytest.raises(InputError) as kept:  # and with it the frame that started workers
         list(decode(open_source(tmp_path / "x"), Reading((8, 8)), workers=2))
     assert kept and children() == before
-    with pytest.raises(InputError, match="workers is -1; use 0 for none"):
-        next(decode(source, Reading((8, 8)), workers=-1))
+    for wrong in (-1, 1.5):
+        with pytest.raises(InputError, match=f"workers is {wrong}; use a whole number of at least 0, or leave it out"):
+            next(decode(source, Reading((8, 8)), workers=wrong))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -26,15 +26,19 @@ def tiff(numbers: np.ndarray, photometric: str = "minisblack", **options: object
     return buffer.getvalue()
 
 
-def gray_png(depth: int, row: bytes, width: int, transparent: int) -> bytes:
-    """A row of a gray PNG with a transparent shade, which Pillow does not write in so few bits."""
+def png(depth: int, kind: int, row: bytes, width: int, transparent: bytes = b"") -> bytes:
+    """A row of pixels, also as Pillow writes no PNG. kind: 0 gray, 2 colours, 6 with alpha."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, 0, 0, 0, 0))
-    rest = chunk(b"tRNS", struct.pack(">H", transparent)) + chunk(b"IDAT", zlib.compress(b"\0" + row))
-    return b"\x89PNG\r\n\x1a\n" + head + rest + chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0))
+    head += chunk(b"tRNS", transparent) if transparent else b""
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+def gray_png(depth: int, row: bytes, width: int, transparent: int) -> bytes:
+    return png(depth, 0, row, width, struct.pack(">H", transparent))
 
 
 def read(data: bytes, **options: object) -> list:
@@ -80,6 +84,10 @@ def test_a_transparent_shade_of_a_png(bands):
 def test_a_transparent_colour_of_a_png():
     image = encode(Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)), transparency=(1, 2, 3))
     assert read(image) == [LIME, [4, 5, 6]] and read(image, bands=(3, 2, 1)) == [LIME, [6, 5, 4]]
+    deep = struct.pack(">9H", 257, 514, 771, 257, 514, 772, 65535, 0, 257)  # the second differs in its low byte alone
+    image = png(16, 2, deep, 3, deep[:6])
+    for options in ({}, {"value_range": (0, 65535)}):
+        assert read(image, **options) == [LIME, [1, 2, 3], [255, 0, 1]]
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])

@@ -1,10 +1,10 @@
 """What is lost of an image on its way to 8 bits, and is noted."""
 
 import struct
-import zlib
 
 import numpy as np
 from PIL import Image
+from test_image_files import png, tiff
 from test_images import encode
 
 from igpt_fast.image_files import DARK, PAGES, read_image
@@ -12,15 +12,9 @@ from igpt_fast.image_files import DARK, PAGES, read_image
 
 def colours(largest: int, depth: int, alpha: bool = False) -> dict:
     """What is noted of a PNG of one colour pixel, which Pillow does not write in 16 bits."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", 1, 1, depth, 6 if alpha else 2, 0, 0, 0)
     values = [0, 7, largest, 255][: 3 + alpha]
-    line = b"\0" + struct.pack(f">{len(values)}{'H' if depth == 16 else 'B'}", *values)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
-    return read_image(png, "x").info
+    row = struct.pack(f">{len(values)}{'H' if depth == 16 else 'B'}", *values)
+    return read_image(png(depth, 6 if alpha else 2, row, 1), "x").info
 
 
 def test_colours_of_sixteen_bits_that_are_nearly_black():
@@ -37,3 +31,5 @@ def test_what_is_lost_is_noted():
     stack = read_image(encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]), "x")
     assert stack.info == {PAGES: True} and (np.asarray(stack) == 9).all()
     assert read_image(encode(pages[0], "TIFF"), "x").info == {}
+    volume = tiff(np.zeros((2, 16, 16), np.uint8), volumetric=True, tile=(2, 16, 16))
+    assert read_image(volume, "x").info == {PAGES: True}, "the first slice of several"

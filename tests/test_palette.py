@@ -1,6 +1,7 @@
 """Palettes: tokens and back, the picture, and files that others wrote or will read."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -47,7 +48,8 @@ def test_decode_names_the_token_that_is_out_of_range(bad):
 
 def test_decode_and_encode_refuse_other_numbers():
     palette = Palette(torch.zeros(8, 3))
-    for tokens in (torch.zeros(2), torch.ones(2, dtype=torch.bool), np.zeros(2), np.ones(2, bool)):
+    numbers = (torch.zeros(2), torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.complex64))
+    for tokens in (*numbers, *(wrong.numpy() for wrong in numbers)):
         with pytest.raises(InputError, match="give integers"):
             palette.decode(tokens)
     for images in (torch.zeros(2, 2, 3), np.zeros((2, 2, 4), np.uint8), np.uint8(3), [1, 2, 3]):
@@ -158,6 +160,18 @@ def test_load_refuses_settings(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as error:
         Palette.load(tmp_path)
     assert HF_CONFIG in str(error.value)
+
+
+def test_load_waits_for_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "p.npy")
+    with pytest.raises(InputError, match=r"p\.npy is a pipe or a device; give a palette"):
+        Palette.load(tmp_path / "p.npy")
+
+
+@pytest.mark.parametrize(("colors", "seed"), [(1, 0), (4097, 0), (2.5, 0), (True, 0), (8, -1), (8, 0.5)])
+def test_fit_takes_whole_numbers(colors, seed):
+    with pytest.raises(InputError, match=r"colors is .*; use .* (2|4,096)$|seed is .* at least 0$"):
+        Palette.fit(np.zeros((2, 2, 3), np.uint8), colors, seed=seed)
 
 
 def test_load_and_save_name_the_place(tmp_path):

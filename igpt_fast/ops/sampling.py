@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, whole
 from igpt_fast.ops._native import backend_for
 from igpt_fast.ops._tensors import empty, same_device, stream_of
 
@@ -17,8 +17,8 @@ def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: fl
         raise InputError(
             f"temperature is {temperature}; use a positive number (1 samples plainly), or 0 for the likeliest colour"
         )
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k is {top_k}; use at least 1, or leave it out to keep every colour")
+    if top_k is not None:
+        whole("top_k", top_k, 1, otherwise=", or leave it out to keep every colour")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; use a share above 0 and up to 1 (1 keeps every colour)")
 

@@ -124,7 +124,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     model = ImageGPT.empty(config, torch.float32, device)
     copy_tensors(directory, dict(model.named_parameters()))
     palette = model.palette = Palette.load(directory / PALETTE) if PALETTE in record["files"] else None
-    model.reading = record.get("reading") or {}
+    model.preprocessing = record.get("reading") or {}
     model.class_names = tuple(json.loads((directory / CLASSES).read_bytes())) if CLASSES in record["files"] else None
     return Checkpoint(model, palette, record["state"], record["step"], directory)
 
@@ -221,7 +221,7 @@ def _write_files(
         shutil.copymode(directory / CONFIG, path)  # safetensors lets nobody but the owner read what it writes
         _sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    record = {"format": FORMAT, **record, "reading": model.reading, "files": files}
+    record = {"format": FORMAT, **record, "reading": model.preprocessing, "files": files}
     record = json.loads(json.dumps(record, allow_nan=False))  # as a reader will see it: tuples become lists
     write_atomically(directory / STATE, _encoded(record))
 

@@ -23,7 +23,7 @@ from igpt_fast.console import Bar, counted, say
 from igpt_fast.console import progress as show_progress
 from igpt_fast.decode import decode
 from igpt_fast.errors import InputError
-from igpt_fast.images import NOTED, Reading
+from igpt_fast.images import NOTED, Preprocessing
 from igpt_fast.palette import Palette
 from igpt_fast.pixels import FIT_LIMIT, Progress, as_source, by_name, fit_palette, load_pixels, refuse_none_left
 from igpt_fast.sources import Source, open_source
@@ -53,7 +53,7 @@ def tokenize(
     progress: Progress | None = None,
     fit: dict | None = None,
     shard_images: int | None = None,
-    **reading: Any,
+    **preprocessing: Any,
 ) -> TokenDataset:
     """Writes a source's images as tokens to the directory `out` (see igpt_fast.tokens), and opens it.
 
@@ -63,11 +63,11 @@ def tokenize(
     source: a Source, or a path for open_source. palette: a Palette or its file. size: (height, width). workers:
     processes that decode; 0: this one; None: one a core. overwrite: replace `out` when it holds tokens. progress:
     called as progress(done, total). fit: how the palette was made, noted in meta. shard_images: images in one file, 128
-    MiB when None. reading: the other fields of igpt_fast.images.Reading: resize, background, on_error (what "skip"
-    leaves out is listed in meta["skipped"]), value_range, bands, views (so many rows an image, one after the other,
-    with its label and name). Raises InputError, leaving nothing behind.
+    MiB when None. preprocessing: the other fields of igpt_fast.images.Preprocessing: resize, background, on_error
+    (what "skip" leaves out is listed in meta["skipped"]), value_range, bands, views (so many rows an image, one after
+    the other, with its label and name). Raises InputError, leaving nothing behind.
     """
-    out, how = Path(out), Reading(size, **reading)
+    out, how = Path(out), Preprocessing(size, **preprocessing)
     _refuse_existing(out, overwrite)
     source = as_source(source)
     palette = palette if isinstance(palette, Palette) else Palette.load(palette)
@@ -99,7 +99,7 @@ def tokenize(
 
 def _encode(
     source: Source,
-    how: Reading,
+    how: Preprocessing,
     palette: Palette,
     workers: int | None,
     writer: ShardWriter,
@@ -121,7 +121,7 @@ def _encode(
 def _describe(
     work: Path,
     source: Source,
-    how: Reading,
+    how: Preprocessing,
     images: np.ndarray,
     failures: list[tuple[int, str]],
     made: dict[str, Any],
@@ -167,7 +167,7 @@ def open_tokens(
     seed: int = 0,
     kept: bool = True,
     remedy: str = "delete that directory to make them anew",
-    **reading: Any,
+    **preprocessing: Any,
 ) -> TokenDataset:
     """Opens a token directory, or makes one at `cache_dir` from images first, and opens that.
 
@@ -175,10 +175,10 @@ def open_tokens(
     the one that it must have. None: fits one with `colors` colours to at most 10,000 images drawn by `seed`. size:
     (height, width); None: 32×32, or whatever a token directory has. Tokens that lie at `cache_dir` already are used
     again when they were made from the same images in the same way, with a line that says so. kept: False: `cache_dir`
-    goes away, and is named nowhere. workers, reading: as for `tokenize`. Raises InputError when they, or a token
+    goes away, and is named nowhere. workers, preprocessing: as for `tokenize`. Raises InputError when they, or a token
     directory's size or palette, differ, saying how; of those at cache_dir with the remedy given.
     """
-    how = Reading(size or (32, 32), **reading)
+    how = Preprocessing(size or (32, 32), **preprocessing)
     palette = Palette.load(palette) if isinstance(palette, (str, Path)) else palette
     if not isinstance(path, Source) and is_token_directory(path):
         tokens = TokenDataset(path)
@@ -242,7 +242,7 @@ def show_steps(bar: Bar, step: int, _: int) -> None:
     bar.to(bar.done, **{"k-means steps": step})
 
 
-def _noted(how: Reading) -> dict[str, Any]:
+def _noted(how: Preprocessing) -> dict[str, Any]:
     """What of it the tokens note, beside their size."""
     noted = {name: getattr(how, name) for name in (*NOTED, "views")}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in noted.items()}  # as JSON has it
@@ -254,7 +254,13 @@ def _summary(tokens: TokenDataset) -> str:
 
 def _refuse_other(tokens: TokenDataset, wanted: dict, palette: Palette | None, remedy: str) -> None:
     """Raises InputError, saying what differs, when tokens were not made as `wanted` and with `palette`."""
-    made = {"value_range": None, "bands": None, "views": 0, **tokens.meta, **tokens.reading}  # older ones do not say
+    made = {
+        "value_range": None,
+        "bands": None,
+        "views": 0,
+        **tokens.meta,
+        **tokens.preprocessing,
+    }  # older ones do not say
     words = {
         "source_stamp": "the images have changed since, or are others",
         "skipped": "unreadable images were skipped",

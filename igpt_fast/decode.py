@@ -21,7 +21,7 @@ from PIL import Image
 
 from igpt_fast.errors import InputError, whole
 from igpt_fast.image_files import BYTES, DARK, PAGES, read_image
-from igpt_fast.images import Reading, random_view, resize_image
+from igpt_fast.images import Preprocessing, random_view, resize_image
 from igpt_fast.reader import Reader, fetch
 from igpt_fast.sources import Source
 
@@ -49,15 +49,15 @@ class Decoder:
     """What a worker has to know: where the bytes are, and what to make of them."""
 
     reader: Reader
-    reading: Reading
+    preprocessing: Preprocessing
 
     def __call__(self, items: list[tuple[str, object]]) -> tuple[np.ndarray, list[tuple[int, str]], Counter[str]]:
         """items: (name for errors, what Reader.fetch takes, or what it gave or raised) for each image.
 
-        Returns uint8 [n · reading.each, H, W, 3] of those that could be decoded, (place in items, message) of the
+        Returns uint8 [n · preprocessing.each, H, W, 3] of those that could be decoded, (place in items, message) of the
         others, and how often read_image has noted what.
         """
-        pixels, failures, notes, how = [], [], Counter(), self.reading
+        pixels, failures, notes, how = [], [], Counter(), self.preprocessing
         for place, (where, item) in enumerate(items):
             try:
                 if isinstance(item, InputError):
@@ -72,15 +72,15 @@ class Decoder:
 
     def _views(self, data: bytes | np.ndarray, image: Image.Image) -> list[np.ndarray]:
         """The random crops that are asked for: the image's own, whatever its name and its neighbours."""
-        seed = hashlib.blake2b(data, digest_size=16).digest() if self.reading.views else b""
+        seed = hashlib.blake2b(data, digest_size=16).digest() if self.preprocessing.views else b""
         random = np.random.default_rng(list(seed))
-        return [random_view(image, self.reading.size, random) for _ in range(self.reading.views)]
+        return [random_view(image, self.preprocessing.size, random) for _ in range(self.preprocessing.views)]
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A part of a source: indices int64 [n] with their pixels uint8 [n · reading.each, H, W, 3], and (index, message)
-    of the rest.
+    """A part of a source: indices int64 [n] with their pixels uint8 [n · preprocessing.each, H, W, 3], and (index,
+    message) of the rest.
     """
 
     indices: np.ndarray
@@ -100,11 +100,11 @@ def default_workers(images: int) -> int:
 
 
 def decode(
-    source: Source, reading: Reading, workers: int | None = None, indices: np.ndarray | None = None
+    source: Source, preprocessing: Preprocessing, workers: int | None = None, indices: np.ndarray | None = None
 ) -> Iterator[Decoded]:
     """Decodes and resizes a source's images part by part; memory holds at most 64 of them, or of their views, a worker.
 
-    reading: how; with on_error "raise" the first corrupt image raises InputError, with "skip" it is reported in
+    preprocessing: how; with on_error "raise" the first corrupt image raises InputError, with "skip" it is reported in
     `failures`. workers: processes, 0 for none, None for one a core. indices: which images, all when None. They come in
     the order in which the source reads fast: that of names, but for compressed tars and .npz that of the file. How
     many files had several pages, of which the first is read, or 16-bit values that come out almost black, is logged.
@@ -114,16 +114,16 @@ def decode(
     wanted = np.arange(len(source)) if indices is None else np.unique(indices)
     order = source.reading_order()
     order = order[np.isin(order, wanted)]
-    step = max(1, CHUNK // reading.each)
+    step = max(1, CHUNK // preprocessing.each)
     chunks = [order[start : start + step] for start in range(0, len(order), step)]
     workers = default_workers(len(order)) if workers is None else workers
-    decoder, notes = Decoder(source.reader, reading), Counter()
+    decoder, notes = Decoder(source.reader, preprocessing), Counter()
     jobs = ([_item(source, int(index)) for index in chunk] for chunk in chunks)
     results = _in_workers(decoder, jobs, min(workers, len(chunks))) if workers else (decoder(job) for job in jobs)
     try:
         for chunk, (pixels, failures, noted) in zip(chunks, results, strict=True):
             notes.update(noted)
-            if failures and reading.on_error == "raise":
+            if failures and preprocessing.on_error == "raise":
                 raise InputError(f"{failures[0][1]}, or leave such files out with --on-error skip")
             good = np.delete(chunk, [place for place, _ in failures])
             yield Decoded(good, pixels, [(int(chunk[place]), message) for place, message in failures])

@@ -30,7 +30,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None, otherwise:
 
 
 @contextmanager
-def reading(where: object, remedy: str) -> Iterator[None]:
+def as_input_error(where: object, remedy: str) -> Iterator[None]:
     """Around a parser of a stranger's bytes: whatever they make it raise becomes an InputError that names `where`."""
     try:
         yield

@@ -69,7 +69,7 @@ def read_image(
     """Decodes one image to Pillow's RGB mode, as the head of this module says.
 
     data: the bytes of an image file, or numbers [H, W] or [H, W, C]. where: names the image in errors. background,
-    value_range, bands: as in Reading; without bands, C is 1 (gray) or 3 (RGB), of bytes also 2 or 4 (with alpha).
+    value_range, bands: as in Preprocessing; without bands, C is 1 (gray) or 3 (RGB), of bytes also 2 or 4 (with alpha).
     `.info` has PAGES where there are several, DARK for 16 bits of which few are used, and BYTES where value_range had
     nothing to stretch. Raises InputError when it cannot be decoded.
     """

@@ -1,4 +1,4 @@
-"""One image from RGB to pixels of the size that the model sees, and `Reading`, how images are read."""
+"""One image from RGB to pixels of the size that the model sees, and `Preprocessing`, how images are read."""
 
 import math
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ RESIZES = ("paper", "hf", "none")
 SHORT_SIDE = 224  # pixels: the paper's crop
 TRAINED_SIDES = (256, 384)  # pixels: the short sides of which the paper's training crops
 MOST_VIEWS = 100  # of an image
-NOTED = ("resize", "background", "value_range", "bands")  # of a Reading: what is kept with tokens and models
+NOTED = ("resize", "background", "value_range", "bands")  # of a Preprocessing: what is kept with tokens and models
 
 
 @dataclass(frozen=True)
-class Reading:
+class Preprocessing:
     """How image files become pixels. Raises InputError for what is impossible."""
 
     size: tuple[int, int] = (32, 32)  # (height, width)
@@ -68,9 +68,9 @@ class Reading:
         return (images[:, None] * self.each + np.arange(self.each)).reshape(-1)
 
 
-def in_todays_words(reading: Mapping[str, Any]) -> dict[str, Any]:
+def in_todays_words(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """How images were read, also where it was noted as `gray_bits`, those that 16-bit grayscale held."""
-    words = dict(reading)
+    words = dict(preprocessing)
     bits = words.pop("gray_bits", 16)
     if type(bits) is not int or not 8 <= bits <= 16:
         raise InputError(f"gray_bits is {bits!r}, not 8 to 16")

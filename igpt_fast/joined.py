@@ -46,9 +46,9 @@ class JoinedTokens:
         return [*self.train.names, *self.test.names]
 
     @property
-    def reading(self) -> dict[str, Any]:
+    def preprocessing(self) -> dict[str, Any]:
         """How the images to learn from were read."""
-        return self.train.reading
+        return self.train.preprocessing
 
     @property
     def groups(self) -> list[str]:

@@ -92,7 +92,7 @@ class Loop:
                 model = ImageGPT(self.config)
         else:
             model = checkpoint.model
-        model.reading, model.palette = self.batches.dataset.reading, self.palette
+        model.preprocessing, model.palette = self.batches.dataset.preprocessing, self.palette
         self.model = model.to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if self.options.ema else self.model
         self.model.activation_checkpointing = self.options.activation_checkpointing

@@ -45,7 +45,7 @@ class ImageGPT(nn.Module):
         self.activation_checkpointing = False
         self.palette: Palette | None = None  # the colours that pretrained weights came with
         self.class_names: tuple[str, ...] | None = None  # those of wclf's rows
-        self.reading: dict[str, Any] = {}  # how its images were read, as far as it is known: TokenDataset.reading
+        self.preprocessing: dict[str, Any] = {}  # of its images, as far as it is known: TokenDataset.preprocessing
         d = config.width
         self.wte = _table(config.colors, d, std=0.02)
         if config.objective == "ar":
@@ -67,14 +67,14 @@ class ImageGPT(nn.Module):
     ) -> "ImageGPT":  # fmt: skip
         """Published weights: a directory in Hugging Face's layout, a name on their hub, an OpenAI checkpoint's prefix.
 
-        `model.palette`, `.class_names` and `.reading` lay with them, or are empty. dtype: None, or "auto", is theirs.
-        size: (height, width) that their positions are brought to, by `igpt_fast.positions.resized`. heads: see
+        `model.palette`, `.class_names` and `.preprocessing` lay with them, or are empty. dtype: None, or "auto", is
+        theirs. size: (height, width) that their positions are brought to, by `igpt_fast.positions.resized`. heads: see
         `igpt_fast.pretrained.read_pretrained`. Raises InputError that names the file and the key.
         """
         wanted, found = dtype_of(dtype, device), read_pretrained(source, size, heads)
         model = cls.empty(found.config, wanted or found.tensors["wte"].dtype, device)
         model.load_state_dict(found.tensors)
-        model.palette, model.class_names, model.reading = found.palette, found.class_names, found.reading
+        model.palette, model.class_names, model.preprocessing = found.palette, found.class_names, found.preprocessing
         return model
 
     @classmethod
@@ -91,7 +91,7 @@ class ImageGPT(nn.Module):
         as their sums, and come back as learned ones. A BERT model is written too, whose shapes transformers refuses,
         and a pattern, where it would compute dense attention, of which a warning is logged. Raises InputError.
         """
-        beside = self.class_names, self.reading
+        beside = self.class_names, self.preprocessing
         write_pretrained(path, self.config, tensors_to_save(self), palette or self.palette, overwrite, *beside)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -160,9 +160,9 @@ class ImageGPT(nn.Module):
     def tokenize(self, images: Tensor, resize: str | None = None) -> Tensor:
         """Tokens int64 [B, H, W] of images [B, 3, any, any], uint8 or float in [0, 1], by `self.palette`.
 
-        resize: see images.resize_image; None: as `self.reading` says, or "paper". Raises InputError without a palette.
+        resize: see images.resize_image; None: as `self.preprocessing` has it, or "paper". InputError without a palette.
         """
-        return tokens_of(images, self.palette, self.config, resize or self.reading.get("resize"), self.wte.device)
+        return tokens_of(images, self.palette, self.config, resize or self.preprocessing.get("resize"), self.wte.device)
 
     def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The final norm's output [N, T, width], which both heads read. Arguments as in `forward`."""

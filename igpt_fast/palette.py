@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast.atomic import write_atomically
-from igpt_fast.errors import InputError, reading, whole
+from igpt_fast.errors import InputError, as_input_error, whole
 from igpt_fast.kmeans import cluster, histogram, unit
 from igpt_fast.ops.palette import MAX_COLORS, TOKEN_DTYPES, palette_assign, palette_decode
 
@@ -97,7 +97,7 @@ class Palette:
             raise InputError(f"{path} is a pipe or a device; give a palette as .npy or {HF_CONFIG}")
         if path.suffix not in (".npy", ".npz", ".json"):
             raise InputError(f"{path} is no palette: give one as .npy or {HF_CONFIG}")
-        with reading(path, f"give a palette as .npy or {HF_CONFIG}"):
+        with as_input_error(path, f"give a palette as .npy or {HF_CONFIG}"):
             values = _clusters(path) if path.suffix == ".json" else np.load(path, allow_pickle=False)
         if not isinstance(values, np.ndarray) or values.dtype.kind != "f":
             what = f"{values.dtype} values" if isinstance(values, np.ndarray) else "an archive of arrays"

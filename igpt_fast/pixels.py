@@ -8,7 +8,7 @@ import numpy as np
 
 from igpt_fast.decode import decode
 from igpt_fast.errors import InputError, whole
-from igpt_fast.images import Reading
+from igpt_fast.images import Preprocessing
 from igpt_fast.palette import Palette
 from igpt_fast.sources import Source, open_source
 from igpt_fast.tokens import is_token_directory
@@ -28,7 +28,7 @@ def fit_palette(
     seed: int = 0,
     progress: Progress | None = None,
     fitting: Progress | None = None,
-    **reading: Any,
+    **preprocessing: Any,
 ) -> tuple[Palette, int, list[tuple[str, str]]]:
     """Palette.fit on a source's images, part by part. Returns the palette, how many images it saw, and (name, why) of
     those skipped.
@@ -37,7 +37,7 @@ def fit_palette(
     decoding, as progress(done, total). fitting: of k-means, as fitting(step, most steps that there can be). The other
     arguments as for `tokenize`. Raises InputError when no image is left, or as Palette.fit does.
     """
-    source, how = as_source(source), Reading(size, **reading)
+    source, how = as_source(source), Preprocessing(size, **preprocessing)
     chosen = _draw(source, limit, seed)
     failures: list[tuple[int, str]] = []
 
@@ -63,14 +63,14 @@ def load_pixels(
     limit: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    **reading: Any,
+    **preprocessing: Any,
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
     """Images as pixels in memory: uint8 [n, H, W, 3], labels int64 [n] (-1: unknown), and (name, why) of skipped ones.
 
     limit: at most so many images, drawn at random by `seed`, in the order of the source; all when None. The other
     arguments as for `tokenize`. Raises InputError when the source cannot be read or no image is left.
     """
-    source, how = as_source(source), Reading(size, **reading)
+    source, how = as_source(source), Preprocessing(size, **preprocessing)
     if how.views:
         raise InputError(f"views is {how.views}; pixels are loaded as the evaluation crops them: leave it out")
     chosen = _draw(source, limit, seed)

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from igpt_fast.errors import reading
+from igpt_fast.errors import as_input_error
 from igpt_fast.image_files import REMEDY
 
 MOST = 2 << 30  # bytes of an image that a zip may unpack: a file of zeros is packed a thousandfold
@@ -77,7 +77,7 @@ class Reader:
 
 def fetch(reader: Reader, ref: object, where: str) -> bytes | np.ndarray:
     """reader.fetch(ref), with every reason why not as an InputError that names `where`."""
-    with reading(f"{where}:", REMEDY):
+    with as_input_error(f"{where}:", REMEDY):
         return reader.fetch(ref)
 
 

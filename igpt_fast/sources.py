@@ -23,9 +23,9 @@ import numpy as np
 
 from igpt_fast.arrays import npy_layout, npz_layout
 from igpt_fast.classes import as_groups, classes_of, is_table
-from igpt_fast.errors import InputError, reading
+from igpt_fast.errors import InputError, as_input_error
 from igpt_fast.image_files import is_image, read_image
-from igpt_fast.images import Reading
+from igpt_fast.images import Preprocessing
 from igpt_fast.made import MADE, made_here
 from igpt_fast.reader import Reader, fetch, open_stream
 
@@ -72,9 +72,9 @@ class Source:
         """int64 [N]: the images by their place in the file when that is the fast way to read them, else as they are."""
         return np.argsort([ref[0] for ref in self.refs], kind="stable") if self.sequential else np.arange(len(self))
 
-    def read(self, index: int, **reading: Any) -> np.ndarray:
-        """Image `index` at its own size, uint8 [H, W, 3]. reading: fields of Reading. Raises InputError."""
-        where, how = self.where(index), Reading(**reading)
+    def read(self, index: int, **preprocessing: Any) -> np.ndarray:
+        """Image `index` at its own size, uint8 [H, W, 3]. preprocessing: fields of Preprocessing. Raises InputError."""
+        where, how = self.where(index), Preprocessing(**preprocessing)
         data = fetch(self.reader, self.refs[index], where)
         return np.asarray(read_image(data, where, how.background, how.value_range, how.bands))
 
@@ -103,13 +103,13 @@ def open_source(path: str | Path) -> Source:
         raise InputError(f"{path}: not a kind of file that holds images; give {KINDS}")
     if not path.is_file():
         raise InputError(f"{path}: is a pipe or a device; give {KINDS}")
-    with reading(f"{path}:", "allow it, or move it elsewhere"):
+    with as_input_error(f"{path}:", "allow it, or move it elsewhere"):
         stamp = _stamp(path)
     if opener is None:
         return Source(path, Reader(str(path.parent), "folder"), [path.name], [path.name], stamp)
     if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty (0 bytes); give {KINDS}")
-    with reading(f"{path}:", "it may be cut short: make or copy it again"):
+    with as_input_error(f"{path}:", "it may be cut short: make or copy it again"):
         return opener(path, stamp)
 
 
@@ -146,7 +146,7 @@ def _read_first(path: str, count: int) -> bytes:
     if not os.path.isfile(path):  # a link to nothing; a pipe, that nobody may ever write to
         return b""
     try:
-        with reading(f"{path}:", "allow it, or move it elsewhere"), open(path, "rb") as file:
+        with as_input_error(f"{path}:", "allow it, or move it elsewhere"), open(path, "rb") as file:
             return file.read(count)
     except InputError:
         if count < 0:
@@ -172,7 +172,7 @@ def _open_folder(path: Path) -> Source:
     ways: Counter[tuple[int, int]] = Counter()
     while pending:
         folder, made, above = pending.pop()
-        with reading(f"{path / folder}:", "allow it, or move it elsewhere"):
+        with as_input_error(f"{path / folder}:", "allow it, or move it elsewhere"):
             info, entries = os.stat(path / folder), list(os.scandir(path / folder))
         here = info.st_dev, info.st_ino
         if here in above:  # a link that leads back up; folders that are there twice are read twice

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_fast.errors import InputError, reading
-from igpt_fast.images import NOTED, Reading, in_todays_words
+from igpt_fast.errors import InputError, as_input_error
+from igpt_fast.images import NOTED, Preprocessing, in_todays_words
 from igpt_fast.made import is_run
 from igpt_fast.palette import Palette
 
@@ -81,8 +81,8 @@ class TokenDataset:
         return int(self._starts[-1])
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """How the images were read, as far as it is noted: fields of igpt_fast.images.Reading, as JSON has them."""
+    def preprocessing(self) -> dict[str, Any]:
+        """How the images were read, as far as it is noted: fields of igpt_fast.images.Preprocessing, as in JSON."""
         noted = in_todays_words(self.meta)
         return {name: noted[name] for name in NOTED if name in noted}
 
@@ -114,7 +114,7 @@ class TokenDataset:
         return np.array([split_hash(name) for name in self.groups or self.names], np.uint64)
 
     def _texts(self, file: str) -> list[str]:
-        with reading(f"{self.path / file}:", self._way()):
+        with as_input_error(f"{self.path / file}:", self._way()):
             if json.loads((self.path / "meta.json").read_bytes()) != self.meta:
                 raise self._broken(file, "was written anew since the tokens were opened")
             texts = json.loads((self.path / file).read_bytes())
@@ -163,7 +163,7 @@ class TokenDataset:
         return np.flatnonzero(val if name == "val" else ~val)
 
     def _read_meta(self) -> dict:
-        with reading(f"{self.path / 'meta.json'}:", self._way()):
+        with as_input_error(f"{self.path / 'meta.json'}:", self._way()):
             meta = json.loads((self.path / "meta.json").read_bytes())
             if meta["format"] != FORMAT or meta["version"] != VERSION:
                 raise self._broken("meta.json", f"is {meta['format']} of version {meta['version']}, not {VERSION}")
@@ -176,13 +176,13 @@ class TokenDataset:
                 raise ValueError("its entries contradict each other")
         try:
             noted = in_todays_words(meta)
-            Reading(meta["size"], **{name: noted[name] for name in NOTED if name in noted})
+            Preprocessing(meta["size"], **{name: noted[name] for name in NOTED if name in noted})
         except InputError as error:
             raise self._broken("meta.json", str(error)) from error
         return meta
 
     def _load(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        with reading(f"{self.path / name}:", self._way()):
+        with as_input_error(f"{self.path / name}:", self._way()):
             array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
             if array.dtype != dtype or array.shape != shape:
                 form = f"{array.dtype} {list(array.shape)} and not {np.dtype(dtype)} {list(shape)}"

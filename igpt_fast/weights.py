@@ -114,7 +114,7 @@ def reshaped(model: ImageGPT, config: Config) -> ImageGPT:
     elif config.classes:
         tensors["wclf"] = torch.zeros(config.classes, config.width)
     other.load_state_dict({name: tensors[name] for name in dict(other.named_parameters())})
-    other.palette, other.reading = model.palette, model.reading
+    other.palette, other.preprocessing = model.palette, model.preprocessing
     return other
 
 

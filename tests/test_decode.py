@@ -14,7 +14,7 @@ from PIL import Image
 from igpt_fast import decode as module
 from igpt_fast.decode import FEW, Decoder, decode, default_workers
 from igpt_fast.errors import InputError
-from igpt_fast.images import Reading
+from igpt_fast.images import Preprocessing
 from igpt_fast.sources import Source, fetch, open_source
 
 COUNT = 23
@@ -44,10 +44,10 @@ def make_npz(path: Path) -> Path:
 
 
 def collect(
-    source: Source, workers: int | None = None, indices: object = None, **reading: object
+    source: Source, workers: int | None = None, indices: object = None, **preprocessing: object
 ) -> tuple[list[int], list[bytes], list[tuple[int, str]]]:
     found, pixels, failures = [], [], []
-    for part in decode(source, Reading((8, 8), **reading), workers, indices):
+    for part in decode(source, Preprocessing((8, 8), **preprocessing), workers, indices):
         assert len(part.indices) == len(part.pixels)
         assert part.seen <= CHUNK
         found += part.indices.tolist()
@@ -95,7 +95,7 @@ def test_an_error_of_the_one_reading_process_is_the_images(tmp_path, monkeypatch
 
 def test_the_file_is_closed_when_decoding_ends(tmp_path):
     source = open_source(make_npz(tmp_path / "x.npz"))
-    parts = decode(source, Reading((8, 8)), workers=0)
+    parts = decode(source, Preprocessing((8, 8)), workers=0)
     next(parts)
     assert source.reader._stream is not None
     parts.close()
@@ -116,7 +116,7 @@ def test_only_a_few_jobs_are_under_way(tmp_path, monkeypatch, workers, kind):
     handed_out, item = [], module._item
     monkeypatch.setattr(module, "_item", lambda source, index: handed_out.append(index) or item(source, index))
     received, most = 0, 0
-    for part in decode(source, Reading((8, 8)), workers=workers):
+    for part in decode(source, Preprocessing((8, 8)), workers=workers):
         received += part.seen
         most = max(most, len(handed_out) - received)
     assert received == len(handed_out) == COUNT
@@ -143,7 +143,7 @@ def test_only_a_few_jobs_are_under_way(tmp_path, monkeypatch, workers, kind):
 )
 def test_impossible_options(option, reason):
     with pytest.raises(InputError, match=reason):
-        Reading(**option)
+        Preprocessing(**option)
 
 
 def children() -> set[int]:
@@ -161,7 +161,7 @@ def children() -> set[int]:
 
 def test_workers_end_when_decoding_does(tmp_path):
     source, before = open_source(make_folder(tmp_path / "x")), children()
-    parts = decode(source, Reading((8, 8)), workers=2)
+    parts = decode(source, Preprocessing((8, 8)), workers=2)
     next(parts)
     workers = children() - before
     assert len(workers) == 2
@@ -173,11 +173,11 @@ def test_workers_end_when_decoding_does(tmp_path):
     assert children() == before
     (tmp_path / "x" / sorted(os.listdir(tmp_path / "x"))[0]).write_bytes(b"no image")
     with pytest.raises(InputError) as kept:  # and with it the frame that started workers
-        list(decode(open_source(tmp_path / "x"), Reading((8, 8)), workers=2))
+        list(decode(open_source(tmp_path / "x"), Preprocessing((8, 8)), workers=2))
     assert kept and children() == before
     for wrong in (-1, 1.5):
         with pytest.raises(InputError, match=f"workers is {wrong}; use a whole number of at least 0, or leave it out"):
-            next(decode(source, Reading((8, 8)), workers=wrong))
+            next(decode(source, Preprocessing((8, 8)), workers=wrong))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -186,21 +186,23 @@ def test_what_is_lost_is_told_once(tmp_path, caplog, workers):
         Image.fromarray(np.full((4, 4), 16 * k, np.uint16)).save(tmp_path / f"{k}.png")
     source = open_source(tmp_path)
     for _ in range(2):
-        parts = list(decode(source, Reading((4, 4)), workers=workers))
+        parts = list(decode(source, Preprocessing((4, 4)), workers=workers))
     told = [r.getMessage() for r in caplog.records]
     assert len(told) == 1 and "70 images of 16 bits use less than an eighth of their values" in told[0]
     assert "--value-range" in told[0] and sum(len(p.indices) for p in parts) == 70
     np.save(tmp_path / "bytes.npy", np.zeros((3, 4, 4, 1), np.uint8))
     caplog.clear()
-    list(decode(open_source(tmp_path / "bytes.npy"), Reading((4, 4), value_range=(0, 9)), workers=workers))
+    list(decode(open_source(tmp_path / "bytes.npy"), Preprocessing((4, 4), value_range=(0, 9)), workers=workers))
     assert ["3 images have 8 bits" in r.getMessage() for r in caplog.records] == [True]
-    bright = np.concatenate([p.pixels for p in decode(source, Reading((4, 4), value_range=(0, 2047)), workers=workers)])
+    bright = np.concatenate(
+        [p.pixels for p in decode(source, Preprocessing((4, 4), value_range=(0, 2047)), workers=workers)]
+    )
     assert bright.max() == round(16 * 69 / 2047 * 255)
 
 
 def test_a_worker_that_dies_is_reported(tmp_path):
     source = open_source(make_folder(tmp_path / "x"))
-    worker = module._Worker(Decoder(source.reader, Reading((8, 8))))
+    worker = module._Worker(Decoder(source.reader, Preprocessing((8, 8))))
     try:
         worker._process.kill()
         with pytest.raises(InputError, match=r"ended by itself \(exit code -9\).*--workers 0"):
@@ -216,7 +218,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         "import os, sys, types, time; p = types.ModuleType('igpt_fast'); p.__path__ = [sys.argv[1]]\n"
         "sys.modules['igpt_fast'] = p\n"
         "from igpt_fast import decode, images, sources\n"
-        "parts = decode.decode(sources.open_source(sys.argv[2]), images.Reading((8, 8)), workers=2)\n"
+        "parts = decode.decode(sources.open_source(sys.argv[2]), images.Preprocessing((8, 8)), workers=2)\n"
         "start = decode._Worker.__init__\n"
         "pids = []\n"
         "def started(self, decoder):\n"

@@ -14,7 +14,7 @@ from test_images import encode
 
 from igpt_fast.errors import InputError
 from igpt_fast.image_files import PAGES, read_image
-from igpt_fast.images import Reading
+from igpt_fast.images import Preprocessing
 from igpt_fast.values import Values, to_8_bits
 
 NODATA = [(42113, "s", 0, "0", True)]  # GDAL's tag, of 0
@@ -116,13 +116,13 @@ def test_a_tall_image_takes_no_longer_than_a_wide_one():
 @pytest.mark.parametrize("ends", [(-1e308, 1e308), (0, 1e306), (0, 10**307), (0, 10**400), 5, "05", (0, None)])
 def test_ranges_that_no_number_can_be_measured_by(ends):
     with pytest.raises(InputError, match="is not two numbers: the value of black, then a larger one of white"):
-        Reading(value_range=ends)
+        Preprocessing(value_range=ends)
 
 
 @pytest.mark.parametrize(("options", "name"), [({"bands": 1}, "bands"), ({"background": None}, "background")])
 def test_options_of_another_type(options, name):
     with pytest.raises(InputError, match=f"^{name} "):
-        Reading(**options)
+        Preprocessing(**options)
 
 
 def test_few_of_the_values_that_could_be_stored_are_noted():

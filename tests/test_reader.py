@@ -23,7 +23,9 @@ def test_a_zip_unpacks_no_more_than_it_says_and_than_an_image_has(tmp_path, monk
     monkeypatch.setattr(reader, "MOST", 1 << 16)
     for i, (name, reason) in enumerate(zip(names, ("its checksum", "it unpacks to 1,048,576 bytes"), strict=True)):
         tracemalloc.start()
-        with pytest.raises(InputError, match=rf"bomb\.zip: {name}: cannot be read \({reason}.*mend or remove the file$"):
+        with pytest.raises(
+            InputError, match=rf"bomb\.zip: {name}: cannot be read \({reason}.*mend or remove the file$"
+        ):
             source.read(i)
         assert tracemalloc.get_traced_memory()[1] < 1 << 19
         tracemalloc.stop()

@@ -56,7 +56,7 @@ def test_other_sizes_are_resized_as_files_are(model):
         assert torch.equal(
             model.tokenize(images.permute(0, 3, 1, 2), resize), model.palette.encode(torch.tensor(small))
         )
-        model.reading = {"resize": resize}  # which is what counts where nothing is said
+        model.preprocessing = {"resize": resize}  # which is what counts where nothing is said
         assert torch.equal(model.tokenize(images.permute(0, 3, 1, 2)), model.palette.encode(torch.tensor(small)))
 
 

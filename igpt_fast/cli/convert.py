@@ -10,7 +10,7 @@ import typer
 
 from igpt_fast.atomic import move_into_place, refuse_others, work_directory
 from igpt_fast.checkpoint import FOLDER, save_checkpoint
-from igpt_fast.cli.inputs import ModelArgument, reading_of
+from igpt_fast.cli.inputs import ModelArgument, preprocessing_of
 from igpt_fast.cli.options import JsonOption, parse_size, print_json
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
@@ -90,8 +90,8 @@ def convert(
         raise InputError(f"the palette has {len(colours)} colours, the model {config.colors}; give the one it has")
     if dtype is not None:
         found = _cast(found, getattr(torch, dtype.value))
-    if reading := reading_of(checkpoint):
-        found.reading = {name: reading[name] for name in NOTED if name in reading}
+    if preprocessing := preprocessing_of(checkpoint):
+        found.preprocessing = {name: preprocessing[name] for name in NOTED if name in preprocessing}
     if to is Layout.hf:
         found.save_pretrained(out, colours, overwrite)
     else:

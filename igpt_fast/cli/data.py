@@ -72,11 +72,13 @@ def palette(
     _check_palette_file(out, data)
     grid, source = parse_size(size), as_source(data)
     say(f"{data}: {_count(source)}")
-    reading = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
+    preprocessing = given_of(
+        resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error
+    )
     with progress(min(len(source), limit or len(source)), "images", "palette") as bar:
         shown = {"progress": bar.to, "fitting": partial(show_steps, bar)}
         drawn = {"limit": limit or None, "seed": seed}
-        fitted, images, skipped = fit_palette(source, colors, grid, workers=workers, **drawn, **shown, **reading)
+        fitted, images, skipped = fit_palette(source, colors, grid, workers=workers, **drawn, **shown, **preprocessing)
     fitted.save(out)
     picture = _picture_of(out)
     write_atomically(picture, to_png_bytes(fitted.picture()))
@@ -134,10 +136,12 @@ def tokenize(
     began = time.monotonic()
     grid, colours, source = parse_size(size), Palette.load(palette_path), as_source(data)
     say(f"{data}: {_count(source)}")
-    reading = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
+    preprocessing = given_of(
+        resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error
+    )
     options = {"workers": workers, "overwrite": overwrite, "views": views}
     with progress(len(source), "images", "tokenising") as bar:
-        tokens = tokenize_images(source, colours, out, grid, **options, progress=bar.to, **reading)
+        tokens = tokenize_images(source, colours, out, grid, **options, progress=bar.to, **preprocessing)
     seconds = time.monotonic() - began
     _say_all(report_left_out(source.ignored, [(entry["name"], entry["error"]) for entry in tokens.meta["skipped"]]))
     size_on_disk = sum(file.stat().st_size for file in out.iterdir())

@@ -9,7 +9,7 @@ import typer
 from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.cli.inputs import (
-    READING,
+    PREPROCESSING,
     BackgroundAsOption,
     BandsAsOption,
     LabelledArgument,
@@ -20,8 +20,8 @@ from igpt_fast.cli.inputs import (
     TestOption,
     described,
     given_of,
-    reading_of,
-    refuse_reading,
+    preprocessing_of,
+    refuse_preprocessing,
 )
 from igpt_fast.cli.learning import Precision, ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, field
 from igpt_fast.cli.options import JsonOption, print_json
@@ -137,8 +137,10 @@ def _prepare(
         raise InputError(f"--resume with another MODEL: {out} began with {init}; give that, or another --out")
     sources = [_with_labels(path) for path in (data, *([Path(test)] if test else []))]
     found = load_checkpoint(out) if resume else open_model(model)
-    noted = TokenDataset(data).reading if is_token_directory(data) else {}  # images of --test are read as DATA's were
-    images = {**READING, **reading_of(found), **noted, **command.get("images", {})}
+    noted = (
+        TokenDataset(data).preprocessing if is_token_directory(data) else {}
+    )  # images of --test are read as DATA's were
+    images = {**PREPROCESSING, **preprocessing_of(found), **noted, **command.get("images", {})}
     images |= {name: given[name] for name in images if name in given}
     parts = [
         _tokens(source, found, out / name, word, resume, given.get("workers"), images)
@@ -162,7 +164,7 @@ def _prepare(
 
 def _refuse_idle(given: dict[str, Any], options: dict[str, Any], data: list[Path]) -> None:
     """InputError for an option that would change nothing."""
-    refuse_reading(data, given, ("resize", "background", "value_range", "bands", "on_error", "workers"))
+    refuse_preprocessing(data, given, ("resize", "background", "value_range", "bands", "on_error", "workers"))
     if len(data) > 1 and "test_fraction" in given:
         raise InputError("--test-fraction changes nothing with --test, which is all that is tested on; leave one out")
     for name in ("val_fraction", "val_every"):

@@ -18,7 +18,7 @@ from igpt_fast.console import say
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
 from igpt_fast.image_files import SUFFIXES
-from igpt_fast.images import Reading
+from igpt_fast.images import Preprocessing
 from igpt_fast.pixels import as_source
 from igpt_fast.processes import Processes
 from igpt_fast.run import OPTIONS, read_options
@@ -26,7 +26,7 @@ from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
 # How images are read, as a run's train.json has it, and unless it or the options say otherwise.
-READING = {field.name: field.default for field in fields(Reading) if field.name not in ("size", "views")}
+PREPROCESSING = {field.name: field.default for field in fields(Preprocessing) if field.name not in ("size", "views")}
 
 ModelArgument = Annotated[
     Path,
@@ -156,15 +156,16 @@ def tokens_for(
 ) -> Iterator[TokenDataset]:
     """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the command.
 
-    given: of READING, what the options say, see given_of. beside: tokens of other images, which these are read as.
+    given: of PREPROCESSING, what the options say, see given_of. beside: tokens of other images, whose preprocessing
+    is theirs too.
     """
     size, palette = checkpoint.model.config.size, checkpoint.palette
     if beside is None:
-        refuse_reading([data], given, READING)
+        refuse_preprocessing([data], given, PREPROCESSING)
     if is_token_directory(data):
         tokens = open_tokens(data, palette, size=size)
-        known = reading_of(checkpoint)
-        for name, value in tokens.reading.items():
+        known = preprocessing_of(checkpoint)
+        for name, value in tokens.preprocessing.items():
             if known.get(name, value) != value:
                 flag = f"--{name.replace('_', '-')} {value}"
                 say(f"{data} was made with {flag}, but the model learned from images with {known[name]}")
@@ -172,8 +173,8 @@ def tokens_for(
         return
     if palette is None:
         raise InputError(f"{checkpoint.path} has no palette to read images with; give DATA as tokens of its palette")
-    noted = beside.reading if beside is not None else {}
-    source, run, options = as_source(data), run_of(checkpoint), {**reading_of(checkpoint), **noted, **given}
+    noted = beside.preprocessing if beside is not None else {}
+    source, run, options = as_source(data), run_of(checkpoint), {**preprocessing_of(checkpoint), **noted, **given}
     if not given and not noted and run is not None and _made_from(own := run / "tokens", source):
         yield open_tokens(source, palette, own, size=size, **options)
         return
@@ -181,7 +182,7 @@ def tokens_for(
         yield open_tokens(source, palette, Path(folder) / "tokens", size=size, **options, kept=False)
 
 
-def refuse_reading(data: list[Path], given: Mapping[str, object], names: Iterable[str]) -> None:
+def refuse_preprocessing(data: list[Path], given: Mapping[str, object], names: Iterable[str]) -> None:
     """InputError for those of `names` among the options given, which say how to read images, where all is tokens."""
     idle = [f"--{name.replace('_', '-')}" for name in names if name in given]
     if idle and all(map(is_token_directory, data)):
@@ -208,12 +209,12 @@ def _number(text: str) -> int | float:
 _LISTS = {"value_range": (_number, "two numbers, as 0,4095"), "bands": (int, "bands, as 4,3,2 or 1")}
 
 
-def reading_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How the images that the model learned from were read, of READING, as far as it is known."""
+def preprocessing_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How the images that the model learned from were read, of PREPROCESSING, as far as it is known."""
     run = run_of(checkpoint)
-    reading = {} if run is None else read_options(run)["command"].get("images", {})
-    reading = {**reading, **checkpoint.model.reading}
-    return {name: reading[name] for name in READING if name in reading}
+    preprocessing = {} if run is None else read_options(run)["command"].get("images", {})
+    preprocessing = {**preprocessing, **checkpoint.model.preprocessing}
+    return {name: preprocessing[name] for name in PREPROCESSING if name in preprocessing}
 
 
 def _made_from(tokens: Path, source: Source) -> bool:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
-    READING,
+    PREPROCESSING,
     BackgroundAsOption,
     BandsAsOption,
     LabelledArgument,
@@ -27,7 +27,7 @@ from igpt_fast.cli.inputs import (
     check_place,
     given_of,
     open_to_measure,
-    refuse_reading,
+    refuse_preprocessing,
     tokens_for,
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
@@ -120,7 +120,7 @@ def probe(
             depth = checkpoint.model.config.layers
             chosen = parse_layers(layers, depth)
             check_options(depth, chosen, test_fraction, limit, per_class, batch)
-            refuse_reading(paths, given, READING)
+            refuse_preprocessing(paths, given, PREPROCESSING)
             readings = {path: {} if is_token_directory(path) else given for path in paths}
             dataset = stack.enter_context(tokens_for(checkpoint, data, readings[data]))
             if test is not None:

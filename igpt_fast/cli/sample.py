@@ -14,7 +14,7 @@ from torch import Tensor
 from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import (
-    READING,
+    PREPROCESSING,
     BackgroundAsOption,
     BandsAsOption,
     ModelArgument,
@@ -24,7 +24,7 @@ from igpt_fast.cli.inputs import (
     check_place,
     described,
     given_of,
-    reading_of,
+    preprocessing_of,
     refuse_replacing,
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
@@ -33,7 +33,7 @@ from igpt_fast.decode import tell_lost
 from igpt_fast.device import pick_device
 from igpt_fast.errors import InputError
 from igpt_fast.image_files import read_image
-from igpt_fast.images import Reading, resize_image
+from igpt_fast.images import Preprocessing, resize_image
 from igpt_fast.palette import Palette
 from igpt_fast.pictures import save_grid, to_png_bytes
 from igpt_fast.sample import Drawn, check_options, drawing_dtype, kept_pixels
@@ -185,7 +185,7 @@ def complete(
     options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
     check_options(**options, keep=keep)
     given = given_of(resize=resize, background=background, value_range=value_range, bands=bands)
-    Reading(**given)
+    Preprocessing(**given)
     _check_places(out, single, *photos)
     for photo in photos:
         if not photo.is_file():
@@ -193,7 +193,7 @@ def complete(
             raise InputError(f"{what}; give image files to complete")
     checkpoint, palette = _load(model, dtype, device)
     config, where = checkpoint.model.config, checkpoint.model.wte.device
-    how = Reading(config.size, **{**READING, **reading_of(checkpoint), **given})
+    how = Preprocessing(config.size, **{**PREPROCESSING, **preprocessing_of(checkpoint), **given})
     originals, notes = [], Counter()
     for photo in photos:
         image = read_image(photo.read_bytes(), str(photo), how.background, how.value_range, how.bands)

@@ -14,7 +14,7 @@ from igpt_fast.batches import fingerprint
 from igpt_fast.checkpoint import CONFIG, FOLDER, Checkpoint
 from igpt_fast.cli.inputs import run_of
 from igpt_fast.console import say
-from igpt_fast.errors import InputError, reading
+from igpt_fast.errors import InputError, as_input_error
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import Labelled
 from igpt_fast.pretrained.settings import OURS
@@ -90,7 +90,7 @@ def _learned(run: Path, saved: dict[str, Any], own: TokenDataset) -> np.ndarray:
     """Indices of the images of `own` that a run has learned from, or was chosen by."""
     if not learns_classes(saved):
         return own.split("train", saved["options"]["val_fraction"])
-    with reading(f"{run / LEARNED}:", "put it back"):
+    with as_input_error(f"{run / LEARNED}:", "put it back"):
         learned = np.load(run / LEARNED, allow_pickle=False)
     return learned[learned < len(own)]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from igpt_fast.cli.inputs import READING, described, reading_of
+from igpt_fast.cli.inputs import PREPROCESSING, described, preprocessing_of
 from igpt_fast.config import Config
 from igpt_fast.console import say
 from igpt_fast.errors import InputError
@@ -43,9 +43,11 @@ def open_start(source: Path, data: Path, given: dict[str, Any]) -> Start:
             raise InputError(f"--{name} changes nothing with --init: the colours are those of {source}; leave it out")
     say(f"beginning with the weights of {described(found)}")
     shape = {**config.to_dict(), "classes": 0}
-    reading = reading_of(found)
-    images: dict[str, Any] = {**reading, "size": list(config.size), "colors": config.colors}
-    others = [f"{name} {value}" for name, value in reading.items() if value != READING[name] and name not in given]
+    preprocessing = preprocessing_of(found)
+    images: dict[str, Any] = {**preprocessing, "size": list(config.size), "colors": config.colors}
+    others = [
+        f"{name} {value}" for name, value in preprocessing.items() if value != PREPROCESSING[name] and name not in given
+    ]
     if others and not made:
         say(f"images are read as those that it has learned from: {', '.join(others)}")
     if found.palette is not None and not made:  # tokens have their own, which is compared

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from igpt_fast.cli.inputs import READING, given_of
+from igpt_fast.cli.inputs import PREPROCESSING, given_of
 from igpt_fast.cli.learning import (
     IMAGES_PANEL,
     SHAPE,
@@ -43,7 +43,7 @@ from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
 from igpt_fast.weights import refuse_other_shape
 
-IMAGES = {"size": None, **READING, "palette": None, "colors": 512}
+IMAGES = {"size": None, **PREPROCESSING, "palette": None, "colors": 512}
 STANDARD = Options()
 
 
@@ -183,7 +183,7 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
     more = {"seed": options["seed"], "workers": given.get("workers"), "remedy": remedy}
     dataset = _open(data, out, images, own or given.get("palette"), **more)
     if not resume and is_token_directory(data):
-        images |= dataset.reading
+        images |= dataset.preprocessing
     config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
     command = dict(saved["command"]) if resume else {"from_tokens": is_token_directory(data)}
     command |= {"data": str(data.absolute()), "images": images, "resume": _again(data, out)}

@@ -32,7 +32,7 @@ from igpt_fast.pretrained.files import CONFIG, SAFETENSORS, Find, read_json, rea
 from igpt_fast.pretrained.hub import find_in_hub, is_hub_name
 from igpt_fast.pretrained.names import HEAD, SCORE, to_ours, to_theirs
 from igpt_fast.pretrained.openai import read_openai
-from igpt_fast.pretrained.settings import read_class_names, read_reading, read_settings, write_settings
+from igpt_fast.pretrained.settings import read_class_names, read_preprocessing, read_settings, write_settings
 
 __all__ = ["Pretrained", "read_pretrained", "write_pretrained"]
 
@@ -50,7 +50,7 @@ class Pretrained:
     palette: Palette | None
     source: str
     class_names: tuple[str, ...] | None = None  # of a classifier head, where a file says them
-    reading: Mapping[str, Any] = field(default_factory=dict)  # how the images were read, where a file says it
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)  # how the images were read, where a file says it
 
 
 def read_pretrained(source: str | Path, size: tuple[int, int] | None = None, heads: int | None = None) -> Pretrained:
@@ -95,14 +95,14 @@ def write_pretrained(
     palette: Palette | None = None,
     overwrite: bool = False,
     class_names: Sequence[str] | None = None,
-    reading: Mapping[str, Any] = MappingProxyType({}),
+    preprocessing: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Writes a directory in Hugging Face's layout, which appears when it is complete.
 
     An output table of zeros, as of a model that was read without one, is left out: what reads it then says so too.
     tensors: by our names. overwrite: replaces a directory that holds nothing but what this function writes.
-    class_names: of a classifier head. reading: of the images. Raises InputError, leaving all as it was, when there is
-    something at `path`, or the disk is full.
+    class_names: of a classifier head. preprocessing: of the images. Raises InputError, leaving all as it was, when
+    there is something at `path`, or the disk is full.
     """
     path = Path(path)
     _refuse_existing(path, overwrite)
@@ -113,7 +113,7 @@ def write_pretrained(
     if palette is not None and len(palette) != config.colors:
         raise InputError(f"the palette has {len(palette)} colours and the model {config.colors}; save the one it has")
     dtype, headless = str(tensors["wte"].dtype).removeprefix("torch."), not tensors["wtet"].any()
-    settings: dict[str, Any] = {CONFIG: write_settings(config, dtype, headless, class_names, reading)}
+    settings: dict[str, Any] = {CONFIG: write_settings(config, dtype, headless, class_names, preprocessing)}
     if palette is not None:
         settings[HF_CONFIG] = palette.to_hf(config.size)
     try:
@@ -153,8 +153,8 @@ def _read_layout(find: Find, source: str, size: tuple[int, int] | None) -> Pretr
         log.warning("%s has no output table (it is no causal model): ours is zero, fit for features only", source)
     config, ours = to_ours(theirs, config, headless)
     names = read_class_names(settings, config.classes, str(path))
-    reading = read_reading(settings, str(path))
-    return replace(_checked(config, ours, palette, source, size), class_names=names, reading=reading)
+    preprocessing = read_preprocessing(settings, str(path))
+    return replace(_checked(config, ours, palette, source, size), class_names=names, preprocessing=preprocessing)
 
 
 def _grid(find: Find, settings: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from igpt_fast.errors import InputError, reading
+from igpt_fast.errors import InputError, as_input_error
 
 MAGIC = 0xDB4775248B80FB57
 INDEX = ".index"
@@ -58,7 +58,7 @@ class Bundle:
     def __init__(self, prefix: Path) -> None:
         self.prefix, self.path = prefix, prefix.with_name(prefix.name + INDEX)
         self._crc32c = _load_crc32c()
-        with reading(self.path, AGAIN):
+        with as_input_error(self.path, AGAIN):
             entries = dict(self._table(self.path.read_bytes()))
             header = _message(entries.pop(b"", b""))
             self.shards = _first(header, 1, 0)

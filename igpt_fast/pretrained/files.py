@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from igpt_fast.errors import InputError, reading
+from igpt_fast.errors import InputError, as_input_error
 from igpt_fast.pretrained.names import Theirs
 
 CONFIG, SAFETENSORS, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
@@ -52,7 +52,7 @@ def read_weights(find: Find, source: str) -> Theirs:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises InputError, naming the file, when it is none."""
-    with reading(path, AGAIN):
+    with as_input_error(path, AGAIN):
         value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
         raise InputError(f"{path} is no JSON object; {AGAIN}")
@@ -87,7 +87,7 @@ def _is_file_name(name: Any, suffix: str) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with reading(path, AGAIN), safe_open(path, framework="pt") as file:
+    with as_input_error(path, AGAIN), safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
-from igpt_fast.images import NOTED, Reading
+from igpt_fast.images import NOTED, Preprocessing
 from igpt_fast.palette import HF_CONFIG
 
 log = logging.getLogger("igpt_fast")
@@ -144,11 +144,11 @@ def read_class_names(settings: Mapping[str, Any], classes: int, where: str) -> t
     return tuple(str(found[row]) for row in wanted)
 
 
-def read_reading(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def read_preprocessing(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """How the images that the model has learned from were read, as far as a file says. Raises InputError."""
     found = settings.get(OURS, {}).get("reading") or {}
     try:
-        if found.keys() <= set(NOTED) and Reading(**found):
+        if found.keys() <= set(NOTED) and Preprocessing(**found):
             return dict(found)
     except (AttributeError, TypeError, InputError) as error:
         raise InputError(f"{where}: {OURS} has reading {found!r}, by which no image can be read ({error})") from error
@@ -160,7 +160,7 @@ def write_settings(
     dtype: str,
     headless: bool = False,
     class_names: Sequence[str] | None = None,
-    reading: Mapping[str, Any] = MappingProxyType({}),
+    preprocessing: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The config.json with which transformers' ImageGPT computes what a model of `config` computes.
 
@@ -170,8 +170,8 @@ def write_settings(
     ours = {"objective": config.objective, "size": list(config.size)}
     if config.pattern is not None:
         ours["pattern"] = config.to_dict()["pattern"]
-    if reading:
-        ours["reading"] = dict(reading)
+    if preprocessing:
+        ours["reading"] = dict(preprocessing)
     bare = "ImageGPTModel" if headless else "ImageGPTForCausalImageModeling"
     kind = "ImageGPTForImageClassification" if config.classes else bare
     settings = {

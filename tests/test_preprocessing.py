@@ -49,13 +49,13 @@ def nats(igpt, model, data) -> float:
 
 def test_a_model_that_learned_from_tokens_reads_images_as_they_were_read(igpt, run, folder):
     assert json.loads((run / "train.json").read_text())["command"]["images"].items() >= NOTED.items()
-    assert load_checkpoint(run).model.reading == NOTED == TokenDataset("tokens").reading
+    assert load_checkpoint(run).model.preprocessing == NOTED == TokenDataset("tokens").preprocessing
     wanted = nats(igpt, run, "tokens")
     assert nats(igpt, run, folder) == wanted
     for name, words in (("hf", ()), ("ours", ("--to", "run"))):
         assert igpt("convert", run, name, *words)[0] == 0
         assert nats(igpt, name, folder) == pytest.approx(wanted, abs=1e-6)
-    assert ImageGPT.from_pretrained("hf").reading == NOTED
+    assert ImageGPT.from_pretrained("hf").preprocessing == NOTED
     code, _, said = igpt("finetune", "hf", folder, "--out", "classes", "--steps", 2, "--batch", 4)
     assert code == 0, said
     assert igpt("convert", "classes", "classes-hf")[0] == 0
@@ -68,12 +68,12 @@ def test_runs_that_note_it_in_train_json_alone_are_understood(igpt, run, folder)
     state = next((run / "checkpoints").glob("*/state.json"))
     assert '"reading"' in state.read_text()
     checkpoint = load_checkpoint(run)
-    checkpoint.model.reading = {}
+    checkpoint.model.preprocessing = {}
     shutil.rmtree(run / "checkpoints")
     from igpt_fast.checkpoint import save_checkpoint
 
     save_checkpoint(run, 2, checkpoint.model, checkpoint.palette)
-    assert load_checkpoint(run).model.reading == {} and nats(igpt, run, folder) == wanted
+    assert load_checkpoint(run).model.preprocessing == {} and nats(igpt, run, folder) == wanted
     assert igpt("convert", run, "hf")[0] == 0 and nats(igpt, "hf", folder) == pytest.approx(wanted, abs=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_images_to_test_on_are_read_as_the_tokens_that_are_learned_from(igpt, ru
     words = ("finetune", "bare", "tokens", "--test", test, "--out", "classes")
     code, _, said = igpt(*words, "--steps", 2, "--batch", 4)
     assert code == 0, said
-    assert TokenDataset("classes/test-tokens").reading == NOTED
+    assert TokenDataset("classes/test-tokens").preprocessing == NOTED
     code, _, said = igpt(*words, "--resume", "--steps", 3)
     assert code == 0, said
     probe = ("probe", "bare", "tokens", "--test", test, "--json")
@@ -149,7 +149,7 @@ def test_what_a_run_began_with_has_learned_too(igpt, run, folder, tmp_path):
         Image.fromarray(np.random.default_rng(k + 99).integers(0, 256, (8, 20, 3), np.uint8)).save(others / f"{k}.png")
     code, _, said = igpt("train", others, "--init", "run", "--out", "next", "--steps", 1, "--batch", 2)
     assert code == 0 and "learned from: resize hf, background black, value_range [0, 3000]" in said, said
-    assert load_checkpoint("next").model.reading == NOTED
+    assert load_checkpoint("next").model.preprocessing == NOTED
     code, printed, said = igpt("eval", "next", "tokens", "--json")
     assert code == 0 and json.loads(printed)["seen"] == learned and f"had learned from {learned} of" in said
     assert igpt("train", others, "--out", "next", "--resume", "--steps", 2, "--batch", 2)[0] == 0

@@ -106,7 +106,8 @@ def forward_flop(config: Config) -> float:
     """FLOP of the products of one image's forward pass; of attention's, those of the pairs that are seen."""
     c, causal = config, config.objective == "ar"
     linears = c.layers * (4 * c.width**2 + 2 * c.width * c.mlp_width) + c.colors * c.width
-    dense, pairs = c.tokens * (c.tokens + 1) / 2 if causal else c.tokens**2, 0.0
+    dense = c.tokens * (c.tokens + 1) / 2 if causal else c.tokens**2
+    pairs = 0.0
     for layer in range(c.layers):
         texts = c.patterns(layer)
         seen = [dense if text is None else compiled(text, c.size, causal).pairs for text in texts]

@@ -197,7 +197,8 @@ def _open_folder(path: Path) -> Source:
                 if info is not None and not stat.S_ISREG(info.st_mode):
                     found.ignored[OTHER] += 1
                 else:
-                    found.refs[name], stamps[name] = name, f"{info.st_size}-{info.st_mtime_ns}" if info else ""
+                    found.refs[name] = name
+                    stamps[name] = f"{info.st_size}-{info.st_mtime_ns}" if info else ""
     stamps |= {name: hashlib.blake2b(table).hexdigest() for name, table in found.tables.items()}
     text = "\n".join(f"{name}\0{stamps[name]}" for name in sorted(stamps))
     stamp = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -179,7 +179,8 @@ def slices(qkv: Tensor) -> tuple[Tensor, ...]:
 
 def forward_by(native, q, k, v, tables, causal, scale, o=None):
     B, H, T, D = q.shape
-    o, lse = empty((B, T, H, D), q).transpose(1, 2) if o is None else o, empty((B, H, T), q, torch.float32)
+    o = empty((B, T, H, D), q).transpose(1, 2) if o is None else o
+    lse = empty((B, H, T), q, torch.float32)
     native.attention_fwd(o, lse, *readable(native, q, k, v), tables, causal, scale, stream_of(q))
     return o, lse
 

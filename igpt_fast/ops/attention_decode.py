@@ -188,7 +188,9 @@ def _decode(
     room = given + chunks * split
     partials = empty((B, H, room, D + 2), q, torch.float32) if room else None
     k_scale, v_scale, *prefix_scales = [rows(s) for s in scales] or (None, None)
-    starts, tables, stream = None if lengths is None else lengths.contiguous(), tuple(mask) or None, stream_of(q)
+    starts = None if lengths is None else lengths.contiguous()
+    tables = tuple(mask) or None
+    stream = stream_of(q)
     if prefix:
         given = *prefix, *(prefix_scales or (None, None))
         native.attention_prefix(partials, q, *given, starts, tables, length, scale, stream)

@@ -108,7 +108,8 @@ def decode_step(
             f"{list(pixels.shape)}; expected [layers, B, 2, heads, T, head_dim] and [B]"
         )
     shared = _shared(cache, prefix, pages)
-    slots, counted = shared + cache.shape[4] if pages is None else min(pages.numel() * TILE, len(weights.wpe)), None
+    slots = shared + cache.shape[4] if pages is None else min(pages.numel() * TILE, len(weights.wpe))
+    counted = None
     if isinstance(slot, Tensor):
         if slot.shape != (1,) or slot.dtype is not torch.int64 or torch.compiler.is_compiling():
             raise InputError(
@@ -185,7 +186,8 @@ def _decode_step(
         return _by_single_ops(cache, pixels, w, masks, slot, eps, pages, prefix)
     logits = empty((len(pixels), len(w.wtet)), w.wtet)
     flat, before = (t if t is None else t.view(len(t), -1, *t.shape[-2:]) for t in (cache, prefix))
-    seen, stream = masks.native if masks else None, stream_of(cache)
+    seen = masks.native if masks else None
+    stream = stream_of(cache)
     places = None if pages is None else pages.contiguous()
     ends = w.ln_f, w.wtet, places, seen, slot, eps, stream
     native.decode_step(logits, flat, before, pixels.contiguous(), w.wte, w.wpe, w.native, *ends)
@@ -203,7 +205,8 @@ def _by_single_ops(
     prefix: Tensor | None,
 ) -> Tensor:
     """By single ops, which read the slot where it is."""
-    seen, heads = masks.on(cache.device) if masks else (), (w.ln_f, w.wtet)
+    seen = masks.on(cache.device) if masks else ()
+    heads = (w.ln_f, w.wtet)
     step = reference.decode_step.decode_step
     return step(cache, pixels, w.wte, w.wpe, w.layers, *heads, slot, eps, _OURS, seen, pages, prefix)
 

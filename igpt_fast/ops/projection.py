@@ -55,7 +55,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _in_float32(x):
         return F.linear(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
-        weight, bias = weight.float(), None if bias is None else bias.float()
+        weight = weight.float()
+        bias = None if bias is None else bias.float()
         if torch.compiler.is_compiling():  # the compiler cuts and fuses as it likes
             return F.linear(x.float(), weight, bias).bfloat16()
         rows = x.reshape(-1, x.shape[-1])
@@ -81,7 +82,8 @@ class _Projection(torch.autograd.Function):
         weight, *parts = ctx.saved_tensors
         plain = bool(beyond_kernels((dy,)))
         with torch.autocast("cpu", enabled=False):
-            given, version = ctx.given[0]() if plain else None, ctx.given[1]
+            given = ctx.given[0]() if plain else None
+            version = ctx.given[1]
             if given is not None and given._version == version:
                 x = given  # whoever asks for its derivatives holds it
             else:
@@ -101,7 +103,9 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -
 
 def _backward_in_float32(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     wide = weight.float()
-    dx, dweight, dbias = torch.empty_like(x) if wanted[0] else None, torch.zeros_like(wide), wide.new_zeros(len(wide))
+    dx = torch.empty_like(x) if wanted[0] else None
+    dweight = torch.zeros_like(wide)
+    dbias = wide.new_zeros(len(wide))
     for begin in range(0, len(x), ROWS):
         part = slice(begin, begin + ROWS)
         g = dy[part].float()

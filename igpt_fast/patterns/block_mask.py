@@ -135,7 +135,8 @@ class BlockMask:
             return self if name == "raster" else self.in_order(name, ORDERS[name](size))
         split, names = (), [name for name in ORDERS if name in by_order]
         for name in names:
-            tables, order = by_order[name], None if name == "raster" else ORDERS[name](size)
+            tables = by_order[name]
+            order = None if name == "raster" else ORDERS[name](size)
             alone = order is None and len(tables) == FIELDS
             split += tables if alone else reordered(tables, self.tokens, order)
         return dataclasses.replace(self, tensors=split, order=" + ".join(names), in_raster=self)

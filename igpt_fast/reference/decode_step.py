@@ -60,7 +60,8 @@ def decode_step(
     """
     P = 0 if prefix is None else prefix.shape[4]
     if isinstance(slot, Tensor):
-        at, length = slot, cache.shape[4] if pages is None else len(wpe)
+        at = slot
+        length = cache.shape[4] if pages is None else len(wpe)
         lengths = (slot + 1 - P).int().repeat(len(pixels))
     else:
         at, length, lengths = torch.full((1,), slot, device=cache.device), slot + 1 - P, None

@@ -23,7 +23,8 @@ def linear(
     x' is x, or rms_norm(x, norm, eps); f is quick GELU, or nothing.
     """
     x = x if norm is None else rms_norm(x, norm, eps)
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     rows = [functional.linear(row, weight, bias) for row in x.split(1)]
     y = torch.cat(rows) if rows else functional.linear(x, weight, bias)
     y = bias_quick_gelu(y) if gelu else y

@@ -106,10 +106,10 @@ def test_any_mask(backend, dtype, tokens, head_dim, density):
     seen = torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(tokens)) < density
     mask = BlockMask.from_dense(seen)
     args = heads(1, 2, tokens, head_dim if backend in CUDA_KERNELS else 16, seed=tokens)
-    check(lambda q, k, v: ops.attention(q, k, v, mask, False), dense(seen), args, backend, dtype)
+    check(lambda q, k, v: ops.attention(q, k, v, mask), dense(seen), args, backend, dtype)
     q, k, v = (t.to(dtype).requires_grad_() for t in args)
     with use_backend(backend, poison=True):
-        out = ops.attention(q, k, v, mask, False)
+        out = ops.attention(q, k, v, mask)
         out.sum().backward()
     assert out[:, :, ~seen.any(1)].eq(0).all() and q.grad[:, :, ~seen.any(1)].eq(0).all()
     assert k.grad[:, :, ~seen.any(0)].eq(0).all() and v.grad[:, :, ~seen.any(0)].eq(0).all()
@@ -125,7 +125,7 @@ def test_neighbours_of_whom_one_waits_long(backend, dtype, head_dim):
     seen = (seen | seen.T).repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
     mask = BlockMask.from_dense(seen)
     args = heads(1, 1, len(seen), head_dim)
-    check(lambda q, k, v: ops.attention(q, k, v, mask, False), dense(seen), args, backend, dtype)
+    check(lambda q, k, v: ops.attention(q, k, v, mask), dense(seen), args, backend, dtype)
 
 
 @pytest.mark.parametrize("backend", [b for b, dtype in CASES if b in CUDA_KERNELS and dtype is torch.bfloat16])
@@ -223,6 +223,17 @@ def test_unserved_head_dim_takes_torchs_own_and_says_why(kind, dtype, caplog, mo
     assert out.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_without_a_word_attention_is_as_causal_as_its_mask(causal):
+    q, k, v = heads(1, 2, 70, 16)
+    mask = compiled("row", (7, 10), causal)
+    packed = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2)
+    assert torch.equal(ops.attention(q, k, v, mask), ops.attention(q, k, v, mask, causal))
+    for masks in (mask, [None, mask], [mask, None]):
+        assert torch.equal(ops.attention_packed(packed, masks), ops.attention_packed(packed, masks, causal))
+    assert torch.equal(ops.attention_packed(packed), ops.attention_packed(packed, causal=True))
+
+
 def test_bad_arguments():
     q, k, v = heads(1, 2, 6, 8)
     mask = compiled("row", (2, 3))
@@ -230,6 +241,7 @@ def test_bad_arguments():
         lambda: ops.attention(q, k[:, :1], v),
         lambda: ops.attention(q[:, :, :3], k, v),
         lambda: ops.attention(q, k, v, mask, causal=False),
+        lambda: ops.attention(q, k, v, None, 0.0, True),  # as torch's takes dropout's share and is_causal
         lambda: ops.attention(*heads(1, 2, 7, 8), mask),
         lambda: ops.attention_packed(torch.zeros(1, 2, 2, 1, 8)),
     ):

@@ -58,10 +58,10 @@ def test_any_mask_in_any_order(backend, dtype, parts, tokens, head_dim, density)
     seen = torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(tokens)) < density
     mask = BlockMask.from_dense(seen).in_order("shuffled", shuffled(tokens, 1)) if parts == 1 else in_parts(seen, 1)
     args = heads(1, 2, tokens, head_dim if whole else 16, seed=tokens)
-    check(lambda q, k, v: ops.attention(q, k, v, mask, False), dense(seen), args, backend, dtype)
+    check(lambda q, k, v: ops.attention(q, k, v, mask), dense(seen), args, backend, dtype)
     q, k, v = (t.to(dtype).requires_grad_() for t in args)
     with use_backend(backend, poison=True):
-        out = ops.attention(q, k, v, mask, False)
+        out = ops.attention(q, k, v, mask)
         out.sum().backward()
     assert out[:, :, ~seen.any(1)].eq(0).all() and q.grad[:, :, ~seen.any(1)].eq(0).all()
     assert k.grad[:, :, ~seen.any(0)].eq(0).all() and v.grad[:, :, ~seen.any(0)].eq(0).all()

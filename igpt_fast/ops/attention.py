@@ -16,15 +16,21 @@ from igpt_fast.patterns import FIELDS, BlockMask, unpack
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None, causal: bool = True, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None = None,
+    causal: bool | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, as torch's scaled_dot_product_attention with is_causal=causal.
 
     q [B, H, Tq, D]   k, v [B, H, Tk, D], any strides   scale: 1/sqrt(D) when None
-    mask: a compiled pattern, which then decides alone and must have been compiled with the same `causal`
+    mask: a compiled pattern, which then decides alone   causal: None: as the mask was compiled for, without one True
     → [B, H, Tq, D] in q's dtype, laid out as [B, Tq, H, D], so that transpose(1, 2).flatten(2) copies nothing.
     Raises InputError for shapes that do not fit. Source: Image GPT; masked rows that see nothing give zeros.
     """
+    causal = _is_causal(causal, (mask,))
     _check(q, k, v, mask, causal)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():
@@ -44,7 +50,7 @@ def attention(
 def attention_packed(
     qkv: Tensor,
     mask: BlockMask | Sequence[BlockMask | None] | None = None,
-    causal: bool = True,
+    causal: bool | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """attention() on one fused buffer: the gradient comes back as one fused buffer too. Nothing is stacked or copied,
@@ -57,7 +63,8 @@ def attention_packed(
     if qkv.ndim != 5 or qkv.size(2) != 3:
         raise InputError(f"attention_packed: expected qkv [B, T, 3, H, D], got {tuple(qkv.shape)}")
     q, k, v = slices(qkv)
-    groups = head_groups(mask if isinstance(mask, Sequence) else (mask,), q.size(1))
+    masks = mask if isinstance(mask, Sequence) else (mask,)
+    groups, causal = head_groups(masks, q.size(1)), _is_causal(causal, masks)
     for _, each in groups:
         _check(q, k, v, each, causal)
     if not torch.compiler.is_compiling():
@@ -92,6 +99,14 @@ def head_groups(masks: Sequence[BlockMask | None], heads: int) -> list[tuple[sli
             each = [slice(first, heads, len(masks)) for first in dict.fromkeys(h % len(masks) for h in found)]
         groups += [(part, masks[at]) for part in each]
     return groups
+
+
+def _is_causal(causal: bool | None, masks: Sequence[BlockMask | None]) -> bool:
+    if causal is None:
+        return next((mask.causal for mask in masks if mask is not None), True)
+    if not isinstance(causal, bool):  # torch's own function has dropout's share in this place
+        raise InputError(f"attention: causal is {causal!r}; use True or False, or leave it out")
+    return causal
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool) -> None:

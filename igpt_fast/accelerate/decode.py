@@ -6,7 +6,6 @@ When somebody else has changed the layers (beam search reorders, a user crops), 
 buffer's steps are one CUDA graph, replayed with another pixel and slot.
 """
 
-import functools
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from igpt_fast import ops
 from igpt_fast.accelerate.plain import State, why_not_plain
 from igpt_fast.accelerate.theirs import theirs
+from igpt_fast.ops._heads import refusal, refused_head_dim
 from igpt_fast.ops._native import fused_backend_for, say_slower, serves
-from igpt_fast.ops.attention import refused_by_cuda, refused_head_dim
 from igpt_fast.ops.decode_step import LayerWeights, StepWeights
 from igpt_fast.replay import Replayed
 
@@ -135,8 +134,7 @@ class _Buffer:
 
 def counts_on_device(cache: Tensor) -> bool:
     """Whether steps count their slots on the device: on a GPU, where kernels read them there."""
-    refused = functools.partial(refused_by_cuda, dtype=cache.dtype, head_dim=cache.shape[-1])
-    return cache.is_cuda and serves("attention_decode", (cache,), refused)
+    return cache.is_cuda and serves("attention_decode", (cache,), refusal(cache.dtype, cache.shape[-1]))
 
 
 class _CountedSteps:

@@ -18,6 +18,7 @@ from igpt_fast.accelerate.decode import decode
 from igpt_fast.accelerate.dropout import dropout
 from igpt_fast.accelerate.plain import changed, plain, scale
 from igpt_fast.accelerate.theirs import bind, theirs
+from igpt_fast.ops._heads import slices
 from igpt_fast.ops._native import say_slower
 from igpt_fast.ops.attention_dropout import has_attention_dropout_kernel
 
@@ -100,7 +101,7 @@ def attention(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
         say_slower(f"attention takes transformers' own path: {reason}")
         return type(self).forward(self, hidden_states, *args, **kwargs)
     qkv = _linear(self.c_attn, hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
-    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    q, k, v = slices(qkv)
     if cache is not None:
         extra = ({"cache_position": given["cache_position"]},) if "cache_position" in given else ()
         k, v = cache.update(k, v, self.layer_idx, *extra)
@@ -121,7 +122,7 @@ def _dropped(qkv: Tensor, p: float, scale: float) -> Tensor:
         return ops.attention_dropout(qkv, p, int(torch.randint(1 << 62, ())), scale)
     why = "a CUDA graph would draw with one seed for ever" if recorded else "no kernel here has its dropout"
     say_slower(f"attention with dropout runs on torch's SDPA: {why}")
-    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    q, k, v = slices(qkv)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, scale=scale).transpose(1, 2)
 
 

@@ -1,6 +1,6 @@
 """Attention: checks, which backend runs, and how the gradient is attached."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._gradient import beyond_kernels
+from igpt_fast.ops._heads import one_dtype, readable, refusal, slices
 from igpt_fast.ops._native import backend_for, has_cuda_kernels, is_reference, must_be_plain, say_slower
-from igpt_fast.ops._tensors import empty, needs_grad, rows, same_device, stream_of
+from igpt_fast.ops._tensors import empty, needs_grad, same_device, stream_of
 from igpt_fast.patterns import FIELDS, BlockMask, unpack
 
 
@@ -34,8 +35,8 @@ def attention(
     _check(q, k, v, mask, causal)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():
-        alike = q.dtype is k.dtype and q.dtype is v.dtype and scale > 0
-        if mask is None and alike and _goes_without_kernel(q.device, q.dtype, q.size(-1)):
+        plain = mask is None and one_dtype(q, k, v) and scale > 0
+        if plain and _goes_without_kernel(q.device, q.dtype, q.size(-1)):
             return _plain(q, k, v, None, causal, scale)
         return torch.ops.igpt.attention(q, k, v, [] if mask is None else list(mask.tensors), causal, scale)[0]
     native = native_for(q, k, v, "attention_fwd", scale)
@@ -125,35 +126,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
         )
 
 
-def refused_head_dim(head_dim: int) -> str | None:
-    """Why the CPU's attention kernels do not serve a head dim; None when they do."""
-    return None if head_dim in range(8, 129, 8) else f"head dim {head_dim} is not a multiple of 8 up to 128"
-
-
-def refused_by_cuda(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the GPU's attention kernels, of images and of decoding steps, do not serve such heads; None when they do."""
-    if dtype is torch.float32:
-        return f"{name} has no attention for float32; use bfloat16 or float16"
-    return None if head_dim in (32, 64, 96, 128) else f"head dim {head_dim} is none of 32, 64, 96 and 128"
-
-
-def refusal(dtype: torch.dtype, head_dim: int, scale: float = 1.0) -> Callable[[str], str | None]:
-    """Why a backend's attention kernels do not serve such heads; of their name, None where they do."""
-
-    def refused(name: str) -> str | None:
-        if not has_cuda_kernels(name):
-            return refused_head_dim(head_dim)
-        return refused_by_cuda(name, dtype, head_dim) or (None if scale > 0 else f"scale {scale} is not positive")
-
-    return refused
-
-
 def native_for(q: Tensor, k: Tensor, v: Tensor, op: str, scale: float = 1.0):
     """Who serves `op`. A forward pass whose gradient will be wanted goes where that can be had."""
-    alike = q.dtype is k.dtype and q.dtype is v.dtype
     if op == "attention_fwd" and needs_grad(q, k, v):
         op = "attention_bwd"
-    return backend_for(op, (q, k, v), refusal(q.dtype, q.size(-1), scale) if alike else "q, k and v differ in dtype")
+    refused = refusal(q.dtype, q.size(-1), scale) if one_dtype(q, k, v) else "q, k and v differ in dtype"
+    return backend_for(op, (q, k, v), refused)
 
 
 def _goes_without_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -176,7 +154,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
     seen, all_see = None, True
     if mask is not None:  # what is made while somebody watches is not to be kept
         seen, all_see = mask.dense_on(q.device) if alike else (mask.dense().to(q.device), False)
-    if not (alike and scale > 0 and q.dtype is k.dtype and q.dtype is v.dtype and all_see):
+    if not (alike and scale > 0 and one_dtype(q, k, v) and all_see):
         o = reference.attention.attention(q, k, v, seen, causal, scale)[0]
     else:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and seen is None, scale=scale)
@@ -185,11 +163,6 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
 
 def _tables(mask: BlockMask | None, device: torch.device) -> tuple[Tensor, ...] | None:
     return None if mask is None else mask.to(device).tensors
-
-
-def slices(qkv: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v [B, H, T, D] where they lie in qkv [B, T, 3, H, D]."""
-    return tuple(t.transpose(1, 2) for t in qkv.unbind(2))
 
 
 def forward_by(native, q, k, v, tables, causal, scale, o=None):
@@ -208,11 +181,6 @@ def _forward_packed(native, qkv, groups, causal, scale):
         part = o[:, :, heads].transpose(1, 2)
         lses.append(forward_by(native, *slices(qkv[..., heads, :]), tables, causal, scale, part)[1])
     return o, lses
-
-
-def readable(native, *tensors: Tensor) -> list[Tensor]:
-    """What the kernels can read in place, else copies."""
-    return [rows(t, sixteens=has_cuda_kernels(native.name)) for t in tensors]
 
 
 def backward_by(native, dqkv, dout, q, k, v, o, lse, tables, causal, scale):

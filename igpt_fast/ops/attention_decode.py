@@ -7,9 +7,9 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
+from igpt_fast.ops._heads import refused_heads
 from igpt_fast.ops._native import backend_for, has_cuda_kernels
 from igpt_fast.ops._tensors import Tensors, check_range, empty, multiprocessors, rows, same_device, stream_of
-from igpt_fast.ops.attention import refused_by_cuda, refused_head_dim
 from igpt_fast.patterns import TILE, BlockMask, Rows
 
 CHUNK = 2 * TILE  # slots whose part of the output is made by itself, as kDecodeChunk in csrc/ops.h
@@ -166,12 +166,11 @@ def _decode(
     def refused(name: str) -> str | None:
         if k.dtype is not BYTES and q.dtype is not k.dtype:
             return "q, k and v differ in dtype"
-        if not has_cuda_kernels(name):
-            extras = lengths is not None or prefix or scales
-            return f"{name} has no lengths, prefixes or float8" if extras else refused_head_dim(q.size(-1))
+        if (lengths is not None or prefix or scales) and not has_cuda_kernels(name):
+            return f"{name} has no lengths, prefixes or float8"
         if mask and P % TILE:
             return f"under a mask a prefix of {P} slots does not end where a tile of {TILE} does"
-        return refused_by_cuda(name, q.dtype, q.size(-1)) or (None if scale > 0 else f"scale {scale} is not positive")
+        return refused_heads(name, q.dtype, q.size(-1), scale)
 
     native = backend_for("attention_decode", (q,), refused)
     if native is None:
@@ -182,18 +181,19 @@ def _decode(
     o = empty(q.shape, q)
     on_gpu = has_cuda_kernels(native.name)
     q, k, v, *prefix = [rows(t, on_gpu) for t in (q, k, v, *prefix)]
-    (B, H, _, D), chunks, given = q.shape, -(-length // CHUNK), -(-P // CHUNK)
+    B, H, _, D = q.shape
+    chunks, prefix_chunks = -(-length // CHUNK), -(-P // CHUNK)
     # Few heads leave most of a GPU idle, unless each is shared out; a second kernel then adds up what blocks found.
     split = on_gpu and chunks > 1 and multiprocessors(q) >= 4 * B * H
-    room = given + chunks * split
+    room = prefix_chunks + chunks * split
     partials = empty((B, H, room, D + 2), q, torch.float32) if room else None
     k_scale, v_scale, *prefix_scales = [rows(s) for s in scales] or (None, None)
     starts = None if lengths is None else lengths.contiguous()
     tables = tuple(mask) or None
     stream = stream_of(q)
     if prefix:
-        given = *prefix, *(prefix_scales or (None, None))
-        native.attention_prefix(partials, q, *given, starts, tables, length, scale, stream)
+        shared = *prefix, *(prefix_scales or (None, None))
+        native.attention_prefix(partials, q, *shared, starts, tables, length, scale, stream)
     places = None if pages is None else pages.contiguous()
     native.attention_decode(o, partials, q, k, v, k_scale, v_scale, starts, places, tables, length, P, scale, stream)
     return o
@@ -207,7 +207,7 @@ def _append(
             return "k, v and the cache differ in dtype"
         aligned = all(t is rows(t, sixteens=True) for t in (k_cache, v_cache))
         unaligned = None if aligned else "rows of the cache do not begin at multiples of 16 bytes"
-        return unaligned or refused_by_cuda(name, k.dtype, k.size(-1))
+        return unaligned or refused_heads(name, k.dtype, k.size(-1))
 
     native = backend_for("cache_append", (k, v), refused)
     if native is None:

@@ -6,9 +6,9 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._gradient import differentiable
+from igpt_fast.ops._heads import readable, refusal, slices
 from igpt_fast.ops._native import backend_for, serves
 from igpt_fast.ops._tensors import empty, needs_grad, stream_of
-from igpt_fast.ops.attention import readable, refusal, slices
 from igpt_fast.ops.dropout import checked
 
 

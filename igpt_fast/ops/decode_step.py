@@ -10,9 +10,9 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
+from igpt_fast.ops._heads import refusal, refused_head_dim
 from igpt_fast.ops._native import fused_backend_for, native_layers, native_masks, serves
 from igpt_fast.ops._tensors import OptionalTensors, Tensors, empty, same_device, stream_of
-from igpt_fast.ops.attention import refused_by_cuda, refused_head_dim
 from igpt_fast.ops.attention_decode import attention_decode, cache_append, check_pages
 from igpt_fast.ops.linear import linear
 from igpt_fast.patterns import TILE, BlockMask, parts_of, unpack
@@ -137,7 +137,7 @@ def decode_step(
 
 def reads_prefixes(weight: Tensor, head_dim: int) -> bool:
     """Whether kernels read what images share where it is; plain torch would put it before each cache at every step."""
-    on_gpu = serves("attention_prefix", (weight,), lambda name: refused_by_cuda(name, weight.dtype, head_dim))
+    on_gpu = serves("attention_prefix", (weight,), refusal(weight.dtype, head_dim))
     return on_gpu or serves("decode_step", (weight,), refused_head_dim(head_dim))
 
 

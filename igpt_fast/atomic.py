@@ -73,6 +73,15 @@ def work_directory(out: Path, work: Path | None = None) -> Iterator[Path]:
             os.close(lock)
 
 
+def sync(path: Path) -> None:
+    """Returns when the disk has a file's bytes, or a directory's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _lock(folder: Path) -> int | None:
     """A handle that holds the folder's lock until it is closed or the process ends; None where it cannot be had."""
     handle = None

@@ -116,7 +116,9 @@ def images_of_step(indices: np.ndarray, batch: int, seed: int, step: int) -> np.
 
 
 def fingerprint(dataset: TokenDataset | JoinedTokens) -> dict[str, Any]:
-    """What tells these data from others: their number, and digests of the palette and of some images' tokens."""
+    """What tells these data from others: their number, and digests of the palette, of some images' tokens, and of what
+    splits them, the names or groups.
+    """
     if isinstance(dataset, JoinedTokens):
         return {**fingerprint(dataset.train), "test": fingerprint(dataset.test)["tokens"]}
     groups = {} if dataset.groups is None else {"groups": _digest_of_texts(dataset.groups)}
@@ -125,6 +127,7 @@ def fingerprint(dataset: TokenDataset | JoinedTokens) -> dict[str, Any]:
         "images": len(dataset),
         "palette": digest(np.asarray(dataset.palette.centers)),
         "tokens": digest(dataset.batch(some).numpy()),
+        "split": digest(dataset.split_hashes),
         **groups,
     }
 

@@ -12,6 +12,7 @@ checkpoints: a full disk or a killed process at any moment leaves the previous o
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,12 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from igpt_fast.atomic import work_directory, write_atomically
+from igpt_fast.atomic import sync, work_directory, write_atomically
 from igpt_fast.config import Config
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, reason_of
 from igpt_fast.model import ImageGPT
 from igpt_fast.modules import tensors_to_save
 from igpt_fast.palette import Palette
+
+log = logging.getLogger("igpt_fast")
 
 FORMAT = 1  # of the directory; a reader refuses a later one by name
 FOLDER, NAME = "checkpoints", "step-{:08d}"
@@ -88,13 +91,13 @@ def save_checkpoint(
         with work_directory(target, temporary):
             record = {"step": step, "state": dict(state or {}), **({} if best is None else {"best": best})}
             _write_files(temporary, record, model, palette, optimizer_tensors)
-            _sync(temporary)
+            sync(temporary)
             os.rename(temporary, target)
-            _sync(folder)
+            sync(folder)
     except (OSError, SafetensorError) as error:
         left = list_checkpoints(run)
         way = f"{left[-1]} is intact: make room, then go on with --resume" if left else "make room, then start again"
-        raise InputError(f"cannot save step {step} in {folder}: {_reason(error)}; {way}") from error
+        raise InputError(f"cannot save step {step} in {folder}: {reason_of(error)}; {way}") from error
     for old in [path for path in list_checkpoints(run)[:-keep] if step_of(path) != best]:
         # Renamed first: a removal that is cut short must not leave half a checkpoint under a checkpoint's name.
         os.rename(old, folder / f"{TEMPORARY}{old.name}")
@@ -105,7 +108,9 @@ def save_checkpoint(
 def update_state(directory: Path, changes: Mapping[str, Any], best: int | None) -> None:
     """Puts `changes` into the state of a checkpoint, and the run's best step, unless they stand there already."""
     record = read_record(directory)
-    new = {**record, "state": {**record["state"], **changes}, **({} if best is None else {"best": best})}
+    new = {**record, "state": {**record["state"], **changes}, "best": best}
+    if best is None:
+        del new["best"]
     if (new := json.loads(json.dumps(new, allow_nan=False))) != record:
         write_atomically(directory / STATE, _encoded(new))
 
@@ -219,7 +224,7 @@ def _write_files(
     files = {}
     for path in sorted(directory.iterdir()):
         shutil.copymode(directory / CONFIG, path)  # safetensors lets nobody but the owner read what it writes
-        _sync(path)
+        sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     record = {"format": FORMAT, **record, "reading": model.preprocessing, "files": files}
     record = json.loads(json.dumps(record, allow_nan=False))  # as a reader will see it: tuples become lists
@@ -245,7 +250,7 @@ def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise _broken(path, f"cannot be read ({_reason(error)})") from error
+        raise _broken(path, f"cannot be read ({reason_of(error)})") from error
 
 
 def _broken(path: Path, what: str) -> InputError:
@@ -262,17 +267,12 @@ def _way_out(directory: Path) -> str:
 
 
 def _clean(folder: Path) -> None:
-    """Removes what saves and removals that were cut short left behind."""
+    """Removes what saves and removals that were cut short left behind; the next save tries again what fails."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        try:
+            shutil.rmtree(leftover)
+        except OSError as error:  # as where files of a server are still read by somebody
+            log.warning("%s cannot be removed yet (%s)", leftover, reason_of(error))
 
 
 def _sha256(path: Path) -> str:
@@ -290,10 +290,6 @@ def _digest(record: Mapping[str, Any]) -> str:
 def step_of(directory: Path) -> int:
     """The step that a checkpoint's directory is named after."""
     return int(directory.name.removeprefix("step-"))
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -29,6 +29,11 @@ def whole(name: str, value: Any, least: int, most: int | None = None, otherwise:
     return number
 
 
+def reason_of(error: Exception) -> str:
+    """What went wrong, without the name of a file or its number."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 @contextmanager
 def as_input_error(where: object, remedy: str) -> Iterator[None]:
     """Around a parser of a stranger's bytes: whatever they make it raise becomes an InputError that names `where`."""
@@ -37,6 +42,6 @@ def as_input_error(where: object, remedy: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        said = getattr(error, "strerror", None) or (repr(error) if isinstance(error, KeyError) else str(error))
+        said = repr(error) if isinstance(error, KeyError) else reason_of(error)
         reason = next(iter(said.splitlines()), "") or type(error).__name__
         raise InputError(f"{where} cannot be read ({reason}); {remedy}") from error

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Loop:
             self.step, state = checkpoint.step, checkpoint.state
             if "fixed" not in state:
                 raise InputError(f"{checkpoint.path} holds weights alone: begin a run with them, as --init (init=)")
-            unsaid = {"shift": 0, "validation images": self.fixed.get("validation images")}  # by older runs
+            unsaid = {name: self.fixed.get(name) for name in ("validation images", "split")} | {"shift": 0}  # by older
             refuse_differences(run, {**unsaid, **state["fixed"]}, self.fixed)
             task.restore(state.get("task", {}))
             refuse_idle_steps(run, self.step, self.options, state["free"], task.done)
@@ -108,8 +109,9 @@ class Loop:
     def go(self) -> Result:
         """Trains to the last step, or until asked to stop."""
         options = self.options
-        sees = {"sight of the run": (self.run / OPTIONS).exists()}
-        self.processes.refuse_differences({**self.fixed, "step": self.step, **sees})
+        model = {f"{name} of the model": value for name, value in self.config.to_dict().items()}
+        sees = {"sight of the run": (self.run / OPTIONS).exists(), "number of its rows": len(self.metrics.rows)}
+        self.processes.refuse_differences({**asdict(options), **self.fixed, **model, "step": self.step, **sees})
         learned = self.processes.averaging(Learned(self.task, self.model))
         counts = self.model.num_parameters(), len(self.batches.indices), len(self.batches.held_out)
         where, more = f"on {self.processes}, into {self.run}", self.task.introduction(self.config, options)
@@ -236,7 +238,7 @@ class Loop:
             if number % self.processes.count == self.processes.rank:
                 with self._autocast():
                     found = self.task.measure(self.average, batch.each(lambda t: t.to(self.device)))
-                total += torch.stack(found).double() * len(batch.tokens)
+                total += torch.stack(found).double()
         means = (self.processes.sum(total) / len(self.batches.held_out)).tolist()
         measured = dict(zip(names, means, strict=True))
         self._refuse_garbage(self.step, "validation loss", means[0])

@@ -198,9 +198,11 @@ def extract_features(
     beside them. Raises InputError when the machine's memory cannot hold all that.
     """
     config = model.config
-    needed, there = len(layers) * len(indices) * config.width * 4 + beside, memory_of(torch.device("cpu"))
+    copies = processes.on_this_machine if processes else 1  # all hold what all have found
+    needed, there = copies * len(layers) * len(indices) * config.width * 4 + beside, memory_of(torch.device("cpu"))
     if needed > there:
         what = f"{len(indices):,} images at {len(layers)} layers" + (", and what a classifier reads," if beside else "")
+        what += f" in {copies} processes" if copies > 1 else ""
         or_else = ", or --solver sgd, which reads them batch by batch" if needed - beside <= there else ""
         raise InputError(
             f"the features of {what} take {needed / 1e9:.1f} GB and this machine has {there / 1e9:.1f} GB; take fewer "

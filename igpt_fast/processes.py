@@ -30,6 +30,7 @@ class Processes:
 
     def __init__(self, device: torch.device, rank: int = 0, count: int = 1) -> None:
         self.device, self.rank, self.count, self.first = device, rank, count, rank == 0
+        self.on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", count)) if count > 1 else 1
         # What the hosts say to each other never waits for a GPU.
         self._hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if count > 1 else None
 
@@ -84,11 +85,11 @@ class Processes:
         all_have: list[Any] = [None] * self.count
         dist.all_gather_object(all_have, dict(what), group=self._hosts)
         for rank, has in enumerate(all_have):
-            for name, value in all_have[0].items():
-                if has[name] != value:
+            for name in dict.fromkeys([*all_have[0], *has]):
+                if has.get(name) != all_have[0].get(name):
                     raise InputError(
-                        f"process {rank} has another {name} than process 0, {has[name]} for {value}: "
-                        "all must be given the same command, and see the same files"
+                        f"process {rank} has another {name} than process 0, {has.get(name)} for "
+                        f"{all_have[0].get(name)}: all must be given the same command, and see the same files"
                     )
 
     def averaging(self, module: nn.Module) -> nn.Module:
@@ -129,28 +130,58 @@ def together(device: "str | torch.device | Processes") -> Iterator[Processes]:
         return
     if missing := [] if there else [name for name in TORCHRUN if name not in os.environ]:
         raise InputError(f"WORLD_SIZE asks for several processes, but {missing[0]} is not set: start them by torchrun")
-    device = pick_device(_own(device))
+    device = pick_device(_own(device, chosen=there))
     if not there:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    failed = True
     try:
         processes = Processes(device, dist.get_rank(), dist.get_world_size())
         with nullcontext() if processes.first else silent():
             yield processes
+        failed = False
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise InputError("another of the processes has ended, see what it said; --resume goes on with a run") from error
+        raise InputError(_of_others(error)) from error
     finally:
         if not there:
-            dist.destroy_process_group()
+            _leave(device, failed)
 
 
-def _own(device: str | torch.device) -> str | torch.device:
-    """The GPU of this process, where one is asked for; no other is touched."""
+def _of_others(error: RuntimeError) -> str:
+    """What to say where the processes could not talk to each other: mostly because one is gone, which gloo tells."""
+    if not isinstance(error, dist.DistBackendError):
+        return "another of the processes has ended, see what it said; --resume goes on with a run"
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = next((" ".join(said[k : k + 2]) for k, line in enumerate(said) if line.startswith("Last error")), "")
+    reason = ": ".join(filter(None, [*said[:1], last]))
+    return (
+        f"NCCL failed ({reason}), or another of the processes has ended, see what it said; --resume goes on with a run"
+    )
+
+
+def _leave(device: torch.device, failed: bool) -> None:
+    """Ends the default process group. NCCL's waits for all processes, so one that has failed must not ask it to."""
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)  # since torch 2.6
+    if not failed or device.type != "cuda":
+        dist.destroy_process_group()
+    elif abort is not None:
+        abort()
+
+
+def _own(device: str | torch.device, chosen: bool = False) -> str | torch.device:
+    """The GPU of this process, where one is asked for; no other is touched.
+
+    chosen: whether who started the processes may have chosen it: then the one that is given or current is meant.
+    """
     if not (torch.cuda.is_available() if str(device) == "auto" else str(device).startswith("cuda")):
         return device
-    if ":" in str(device):
+    if ":" in str(device) and not chosen:
         raise InputError(f"--device {device} is one GPU, and here are several processes: leave it out, or say cuda")
+    if chosen and (":" in str(device) or "LOCAL_RANK" not in os.environ):
+        own = torch.device(device) if ":" in str(device) else torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(own)
+        return own
     number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if not gpus:
         return device

@@ -169,7 +169,10 @@ def refuse_unequal_shares(options: Options, processes: int) -> None:
     """InputError unless each process gets as many images a step, in as many equal parts as options.accumulate says."""
     if options.batch % (parts := processes * options.accumulate):
         among = f"{processes} processes" + (f", {options.accumulate} parts each" if options.accumulate > 1 else "")
-        raise InputError(f"--batch {options.batch} cannot be split evenly among {among}: use a multiple of {parts}")
+        less = " or a smaller --accumulate" if options.accumulate > 1 else ""
+        raise InputError(
+            f"--batch {options.batch} cannot be split evenly among {among}: use a multiple of {parts}{less}"
+        )
 
 
 def picture_of(run: Path, step: int) -> Path:

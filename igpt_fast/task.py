@@ -41,8 +41,8 @@ class PixelTask:
         return (model.loss(batch.tokens, keep=batch.keep),)
 
     def measure(self, model: ImageGPT, batch: Batch) -> tuple[Tensor, ...]:
-        """Scalars, each a mean over the batch."""
-        return self.learn(model, batch)
+        """Scalars, each a sum over the batch's images."""
+        return tuple(mean.double() * len(batch.tokens) for mean in self.learn(model, batch))
 
     def judge(self, step: int, measured: Mapping[str, float]) -> None:
         """Hears what validation has measured of that step's weights."""
@@ -102,9 +102,9 @@ class ClassTask(PixelTask):
         return classes + self.options.generative * pixels, pixels.detach(), classes.detach()
 
     def measure(self, model: ImageGPT, batch: Batch) -> tuple[Tensor, ...]:
-        """The classes' loss, nats per image, and the share of right answers."""
+        """The sum of the images' losses of the classes, nats, and the number of right answers."""
         logits = model.classify(batch.tokens).float()
-        return F.cross_entropy(logits, batch.labels), (logits.argmax(1) == batch.labels).float().mean()
+        return F.cross_entropy(logits, batch.labels, reduction="sum"), (logits.argmax(1) == batch.labels).sum()
 
     def judge(self, step: int, measured: Mapping[str, float]) -> None:
         """The best has the highest accuracy, of equal ones the lowest loss."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,8 +102,9 @@ def test_another_best_can_be_noted_afterwards(tmp_path):
         newest = save(tmp_path, step, best=1)
     update_state(newest, {}, best=2)
     assert find_best(tmp_path) == newest and read_record(newest)["state"] == {"seen": 2}
-    update_state(newest, {"seen": 3}, best=None)
-    assert find_best(tmp_path) == newest and load_checkpoint(tmp_path).state == {"seen": 3}
+    update_state(newest, {"seen": 3}, best=None)  # it is gone: the newest is meant, and not one that is missing
+    assert "best" not in read_record(newest) and find_best(tmp_path) == newest
+    assert load_checkpoint(tmp_path).state == {"seen": 3}
 
 
 def test_found_by_run_by_folder_and_by_name(tmp_path):
@@ -132,6 +134,23 @@ def test_leftovers_are_ignored_and_then_removed(tmp_path):
     assert load_checkpoint(tmp_path).step == 1
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_leftover_that_somebody_still_reads_ends_nothing(tmp_path, monkeypatch, caplog):
+    """As a server's files do: the folder cannot go while one of them is open."""
+    save(tmp_path, 1, keep=1)
+
+    def busy(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with monkeypatch.context() as served:
+        served.setattr(shutil, "rmtree", busy)
+        save(tmp_path, 2, keep=1)
+        save(tmp_path, 3, keep=1)
+    assert "cannot be removed yet (Directory not empty)" in caplog.text
+    assert load_checkpoint(tmp_path).step == 3 and len(names(tmp_path)) == 3
+    save(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["step-00000004"]
 
 
 def test_a_full_disk_at_any_moment_leaves_the_previous_checkpoint(tmp_path, monkeypatch):

@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from igpt_fast.tokens import TokenDataset
+from igpt_fast.tokens import TokenDataset, split_hash
 
 SHAPE = ("--layers", "1", "--width", "16", "--heads", "2", "--size", "6", "--resize", "none", "--colors", "8")
 
@@ -33,6 +34,29 @@ def test_images_among_others_are_found(igpt, tmp_path, learned):
     np.save(tmp_path / "others.npy", others)
     code, printed, said = igpt("eval", tmp_path / "run", tmp_path / "others.npy", "--json")
     assert code == 0 and json.loads(printed)["seen"] == 0 and "learned from" not in said
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_same_images_by_other_names_are_split_otherwise(igpt, tmp_path, older):
+    for k, image in enumerate(np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)):
+        (tmp_path / "all/photos").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"all/photos/{k:02d}.png")
+    options = (*SHAPE, "--steps", "1", "--val-fraction", "0.4")
+    code, _, said = igpt("train", tmp_path / "all/photos", "--out", tmp_path / "run", *options)
+    assert code == 0, said
+    if older:
+        saved = json.loads((tmp_path / "run/train.json").read_text())
+        del saved["data"]["split"]
+        (tmp_path / "run/train.json").write_text(json.dumps(saved))
+    learned = TokenDataset(tmp_path / "run/tokens")
+    names = {learned.names[i] for i in learned.split("train", 0.4)}
+    for folder in ("all/photos", "all"):
+        code, printed, said = igpt("eval", tmp_path / "run", tmp_path / folder, "--split", "val", "--json")
+        prefix = "photos/" if folder == "all" else ""
+        held_out = [f"{k:02d}.png" for k in range(40) if split_hash(f"{prefix}{k:02d}.png") < int(0.4 * 2**64)]
+        found = json.loads(printed)
+        assert code == 0 and found["images"] == len(held_out) and found["seen"] == len(names & {*held_out}), said
+    assert found["seen"] > 0
 
 
 def test_what_nobody_can_know_is_said(igpt, tmp_path, learned):

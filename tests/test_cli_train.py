@@ -94,6 +94,14 @@ def test_images_are_tokenised_once_and_a_palette_may_be_given(tmp_path, monkeypa
     (tmp_path / "eight.npy").unlink()
     code, _, err = call(monkeypatch, capsys, tmp_path / "images.npy", "--out", run, "--resume", "--steps", "10")
     assert code == 0 and "using the tokens" in err and "igpt-fast probe" in err and "igpt-fast sample" not in err
+    tokens = tmp_path / "given/tokens"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    TokenDataset(tokens).palette.save(Path("p.npy"))
+    again = tmp_path / "again"
+    assert call(monkeypatch, capsys, tokens, *MODEL, *FAST, "--out", again, "--palette", "p.npy")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, capsys, tokens, "--out", again, "--resume", "--steps", "10")[0] == 0, "it is theirs"
     assert call(monkeypatch, capsys, *common, "--out", tmp_path / "made", "--colors", "5")[0] == 0
     assert read_options(tmp_path / "made")["config"]["colors"] == 5
 

@@ -14,16 +14,13 @@ import numpy as np
 import pytest
 import torch
 from labelled import write_tokens as write_labelled
-from tiny import CLASSES, CONFIG, FAST, FEW, VARIANTS, rows, same, variant, weights, write_tokens
+from tiny import CLASSES, FAST, FEW, VARIANTS, rows, same, variant, weights, write_tokens
 
-from igpt_fast import processes
 from igpt_fast.checkpoint import find_best, list_checkpoints, load_checkpoint, save_checkpoint
-from igpt_fast.errors import InputError
 from igpt_fast.finetune import finetune
 from igpt_fast.model import ImageGPT
-from igpt_fast.options import Options
 from igpt_fast.over_images import over_images
-from igpt_fast.run import locked, read_metrics, refuse_unequal_shares
+from igpt_fast.run import locked, read_metrics
 from igpt_fast.tokens import TokenDataset
 from igpt_fast.train import train
 
@@ -171,7 +168,10 @@ def test_two_processes_end_early_at_one_step(trained):
 
 def test_processes_that_were_given_different_things_say_so(trained):
     for rank in (0, 1):
-        seed, sight = ((trained / f"{what}-{rank}.txt").read_text() for what in ("seed", "sight"))
+        words = ("seed", "lr", "pattern", "sight")
+        seed, lr, pattern, sight = ((trained / f"{what}-{rank}.txt").read_text() for what in words)
+        assert "process 1 has another lr than process 0, 0.002 for 0.001: all must be given" in lr
+        assert "process 1 has another pattern of the model than process 0, row for None" in pattern
         assert "process 1 has another seed than process 0, 1 for 0: all must be given" in seed
         assert "process 1 has another sight of the run than process 0, False for True" in sight
 
@@ -219,46 +219,3 @@ def test_a_process_that_is_killed_takes_nothing_with_it(dataset, tmp_path):
     with locked(tmp_path):
         step = int(list_checkpoints(tmp_path)[-1].name[5:])
     assert train(dataset, tmp_path, resume=True, **{**FAST, "steps": step + 2, "log_every": 1}).step == step + 2
-
-
-def test_a_step_is_shared_evenly_or_refused():
-    refuse_unequal_shares(Options(batch=12, accumulate=2), processes=3)
-    with pytest.raises(InputError, match="--batch 8 cannot be split evenly among 3 processes: use a multiple of 3"):
-        refuse_unequal_shares(Options(batch=8), processes=3)
-    with pytest.raises(InputError, match="among 3 processes, 4 parts each: use a multiple of 12"):
-        refuse_unequal_shares(Options(batch=8, accumulate=4), processes=3)
-
-
-def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert processes._own("auto") == "auto" and processes._own("cpu") == "cpu" and not chosen
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for device in ("auto", "cuda", torch.device("cuda")):
-        assert processes._own(device) == torch.device("cuda", 1) and chosen.pop() == 1
-    with pytest.raises(InputError, match="--device cuda:0 is one GPU"):
-        processes._own(torch.device("cuda:0"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert processes._own("cuda") == "cuda" and not chosen, "pick_device has the words for that"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="there are 2; use --nproc-per-node 2"):
-        processes._own(torch.device("cuda"))
-
-
-def test_several_processes_without_torchrun_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(InputError, match="RANK is not set: start them by torchrun"), processes.together("cpu"):
-        raise AssertionError("never comes here")
-
-
-def test_one_process_alone_needs_no_group(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with processes.together(torch.device("cpu")) as alone, alone.first_goes_ahead():
-        assert (alone.rank, alone.count, alone.first, str(alone)) == (0, 1, True, "cpu")
-        assert alone.largest(7) == 7 and alone.share(torch.arange(3)).tolist() == [0, 1, 2]
-        assert not torch.distributed.is_initialized() and CONFIG.tokens == 24

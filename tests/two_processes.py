@@ -1,6 +1,7 @@
 """What torchrun starts twice for tests/test_processes.py: with TOKENS, tokens with labels, and OUT, trains into OUT."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from igpt_fast.train import train
 def main(tokens: str, labelled: str, out: Path) -> None:
     """Into OUT/NAME of each variant, and of fine-tuning into OUT/classes and OUT/early.
 
-    OUT/error-RANK.txt is what a process says that was given another seed.
+    OUT/WHAT-RANK.txt is what a process says that was given another seed, rate, pattern, or folder.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")  # as a user's own script would
@@ -29,9 +30,15 @@ def main(tokens: str, labelled: str, out: Path) -> None:
     for name, options in (("classes", CLASSES), ("early", EARLY)):
         finetune(ImageGPT(FEW), TokenDataset(labelled), out / name, device="cpu", **options)
     rank = dist.get_rank()
-    for what, run, seed in (("seed", out / "seed", rank), ("sight", out / f"own-{rank}", 0)):
+    pattern = replace(config, pattern="row" if rank else None)
+    for what, run, shape, options in (
+        ("seed", out / "seed", config, {"seed": rank}),
+        ("lr", out / "lr", config, {"lr": 1e-3 * (1 + rank)}),
+        ("pattern", out / "pattern", pattern, {}),
+        ("sight", out / f"own-{rank}", config, {}),
+    ):
         try:
-            train(dataset, run, config, device="cpu", **{**FAST, "seed": seed})
+            train(dataset, run, shape, device="cpu", **{**FAST, **options})
         except InputError as error:
             (out / f"{what}-{rank}.txt").write_text(str(error))
     dist.destroy_process_group()

@@ -156,7 +156,7 @@ def _prepare(
             "init": init,
             "images": images,
         }
-        command |= {"test": str(test)} if test else {}
+        command |= {"test": str(Path(test).absolute())} if test else {}
         command["seen"] = _seen(found, dataset, options)
     command = {**command, "resume": _again(model, data, out, given.get("test"))}
     return None if resume else found.model, dataset, {"resume": resume, "command": command, **options}

@@ -213,8 +213,8 @@ def _open(data: Path, out: Path, images: dict[str, Any], palette: Palette | Path
     options = {**images, "size": images["size"] and tuple(images["size"])}
     if palette is not None:
         options["palette"] = palette
-    elif images["palette"] and is_token_directory(out / "tokens"):
-        options["palette"] = Palette.load(out / "tokens")  # a resumed run's own: the file it came from may be gone
+    elif images["palette"] and (own := next(filter(is_token_directory, (data, out / "tokens")), None)):
+        options["palette"] = Palette.load(own)  # what a resumed run compares: the file it came from may be gone
     return open_tokens(data, cache_dir=out / "tokens", **more, **options)
 
 

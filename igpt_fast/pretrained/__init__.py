@@ -23,7 +23,7 @@ from torch import Tensor
 
 from igpt_fast.atomic import move_into_place, refuse_others, work_directory, write_atomically
 from igpt_fast.config import Config
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, reason_of
 from igpt_fast.palette import FILES as PALETTES
 from igpt_fast.palette import HF_CONFIG, Palette
 from igpt_fast.positions import resized
@@ -130,7 +130,7 @@ def write_pretrained(
             move_into_place(work, path)
     except (OSError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+        reason = "the disk is full" if full else reason_of(error)
         raise InputError(f"{path}: the weights cannot be written ({reason}); choose another place") from error
 
 

@@ -17,6 +17,9 @@ LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.l
 USED = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
 LIMIT = next(filter(Path.is_file, LIMITS), LIMITS[0])
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # numbers of mallopt's options, in malloc.h
+ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_", "glibc.malloc.trim", "glibc.malloc.mmap", "glibc.malloc.hugetlb")
+
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """ "auto": the GPU when there is one, else the CPU; else what is named. InputError when this machine lacks it."""
@@ -85,6 +88,22 @@ def images_at_once(config: Config, more: int = 0) -> int:
     """
     # About 16 numbers a pixel and channel live at once inside a block.
     return max(1, min(256, BATCH_BYTES // (4 * config.tokens * (16 * config.width + more))))
+
+
+def keep_memory() -> None:
+    """Has glibc's allocator keep what is freed for what comes next, until the process ends.
+
+    As it is, it gives large blocks back at once, and the system clears each of their pages anew when they are wanted
+    again, at every step. What the environment says of it (ALLOCATOR) stays as it is.
+    """
+    said = " ".join(os.environ) + os.environ.get("GLIBC_TUNABLES", "")
+    if any(word in said for word in ALLOCATOR):
+        return
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        if not mallopt(M_MMAP_THRESHOLD, 1 << 30):  # older ones know no more than 32 MiB
+            mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def restart_peak(device: torch.device) -> None:

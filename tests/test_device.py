@@ -1,5 +1,9 @@
 """What a device is and has: names, memory, limits of containers."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -18,6 +22,35 @@ from igpt_fast.device import (
 from igpt_fast.errors import InputError
 
 CPU = torch.device("cpu")
+
+
+FREES = """
+import resource, sys
+import torch
+from igpt_fast.device import keep_memory
+if "keep" in sys.argv:
+    keep_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    before = faults()
+    blocks = [torch.ones(size << 20, dtype=torch.uint8) for size in (8, 3, 48)]
+    del blocks
+print(faults() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "says", [{}, {"MALLOC_TRIM_THRESHOLD_": "1000"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=9"}]
+)
+def test_memory_that_is_kept_is_not_cleared_anew(says):
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+
+    def faults(*words):
+        done = subprocess.run([sys.executable, "-c", FREES, *words], env=others | says, capture_output=True, check=True)
+        return int(done.stdout)
+
+    kept, given_back = faults("keep"), faults()
+    assert 3 * kept > given_back if says else 3 * kept < given_back
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from igpt_fast import __version__
 from igpt_fast.cli import classify, convert, data, demo, evaluate, finetune, info, pattern, plan, probe, sample, train
 from igpt_fast.console import Said, say
+from igpt_fast.device import keep_memory
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import sigterm_exits
 from igpt_fast.processes import world_size
@@ -97,6 +98,7 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that we print; stderr knows a way
+    keep_memory()
     logging.getLogger("igpt_fast").addHandler(said := Said())
     try:
         if "" in sys.argv[1:]:  # a variable that is not set, as in --out "$RUN"; a path of nothing is the folder here

@@ -147,7 +147,8 @@ def steps_served_by(t: Tensor) -> str:
 
 def served_by(op: str, *tensors: Tensor) -> str:
     """The backend that serves this op (a field of csrc/ops.h) for such tensors, by name; "reference" when none does."""
-    backend = backend_for(op, tensors)
+    halves = tensors[0].is_cuda and op.startswith(("attention", "linear_fwd")) and tensors[0].dtype is torch.float32
+    backend = backend_for(op, tensors, "its kernels take 16 bits alone" if halves else None)
     return "reference" if backend is None else backend.name
 
 

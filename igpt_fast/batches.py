@@ -101,7 +101,7 @@ def shifted(tokens: Tensor, by: np.ndarray) -> Tensor:
         place = np.abs(np.arange(side) + move[:, None])  # before the first: mirrored at it
         places.append(torch.from_numpy(np.minimum(place, 2 * (side - 1) - place)))  # beyond the last: at that
     rows, columns = places
-    return tokens[torch.arange(len(tokens))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return tokens[torch.arange(len(tokens), device="cpu")[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def images_of_step(indices: np.ndarray, batch: int, seed: int, step: int) -> np.ndarray:

@@ -67,7 +67,7 @@ class JoinedTokens:
     def batch(self, indices: np.ndarray) -> torch.Tensor:
         """Tokens of the images `indices` as int64 [n, H, W]."""
         indices = np.asarray(indices)
-        out, late = torch.empty(len(indices), *self.size, dtype=torch.int64), indices >= len(self.train)
+        out, late = torch.empty(len(indices), *self.size, dtype=torch.int64, device="cpu"), indices >= len(self.train)
         for dataset, part, start in ((self.train, ~late, 0), (self.test, late, len(self.train))):
             if part.any():
                 out[torch.from_numpy(part)] = dataset.batch(indices[part] - start)

@@ -88,8 +88,8 @@ class Loop:
         if start is not None:
             model = start
         elif checkpoint is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.options.seed)
+            with torch.random.fork_rng(devices=[]):  # of the CPU, where weights are drawn
+                torch.default_generator.manual_seed(self.options.seed)
                 model = ImageGPT(self.config)
         else:
             model = checkpoint.model
@@ -125,8 +125,9 @@ class Loop:
                     began = time.monotonic()
                     self.window.append(self._update(learned))
                     self.step += 1
-                    # Reading a number waits for a GPU, so there it is read only when a row is due.
-                    if self.device.type == "cpu" or self._due(options.log_every):
+                    # Reading a number waits for a GPU, so there it is read only before what would wait, too.
+                    every = options.log_every, options.val_every, options.sample_every, options.save_every
+                    if self.device.type == "cpu" or self.step == options.steps or any(map(self._due, every)):
                         self._read_window()
                         bar.fields["loss"] = self.window[-1][0]
                     bar.to(self.step)

@@ -134,7 +134,7 @@ class _Measure:
         self.estimate = _image_bytes(config, options, device)
         self.sizes, self.times, self.peaks, self.update = [], [], [], 0.0
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
+            torch.default_generator.manual_seed(options.seed)
             self.model = ImageGPT(config)
             torch.nn.init.normal_(self.model.wtet, std=0.02)  # of zeros there would be no gradient below it
             self.model.to(device)

@@ -3,7 +3,9 @@
 A step is a few hundred small kernels, which the host could launch no faster than every few microseconds.
 """
 
+import functools
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
@@ -26,6 +28,12 @@ class Replayed:
         self._run()
 
 
+@functools.cache
+def _stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """What a thread records steps on: one a GPU, for of each that it has met cuBLAS keeps memory of its own."""
+    return torch.cuda.Stream(device)
+
+
 def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A CUDA graph of the step; the step itself, with a word why, where it cannot be recorded."""
     try:
@@ -35,7 +43,9 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             if torch.cuda.is_current_stream_capturing():
                 return step  # into a graph of the caller's
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, stream=_stream(device, threading.get_ident()), capture_error_mode="thread_local"
+            ):
                 step()
     except RuntimeError as error:
         log.warning("sampling launches the kernels of every step one by one: no CUDA graph of it: %s", error)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from check import backends, check, served
+from check import CUDA_KERNELS, backends, check, served
 from hypothesis import given
 from hypothesis import strategies as st
 
 from igpt_fast import InputError, ops, reference
+from igpt_fast.ops._native import use_backend
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -61,6 +62,18 @@ def test_only_the_sum_is_used():
     x, r = (torch.randn(4, 32, requires_grad=True) for _ in range(2))
     ops.rms_norm(x, torch.ones(32), residual=r)[1].sum().backward()
     assert torch.equal(x.grad, torch.ones(4, 32)) and torch.equal(r.grad, torch.ones(4, 32))
+
+
+@pytest.mark.parametrize("backend", [b for b in backends("rms_norm_bwd") if b in CUDA_KERNELS])
+def test_rows_longer_than_the_kernels_take_are_left_to_plain_torch(backend):
+    x, device = torch.randn(2, 4097), "cuda" if backend == "cuda" else "cpu"
+    with use_backend(backend):
+        with pytest.raises(RuntimeError, match="rms_norm_fwd: rows of 12289 columns are longer than 12288"):
+            ops.rms_norm(torch.ones(1, 12289, device=device), torch.ones(12289, device=device))
+        y = ops.rms_norm(x.to(device).requires_grad_(), torch.ones(4097, device=device))
+        with pytest.raises(RuntimeError, match="rms_norm_bwd: rows of 4097 columns are longer than 4096"):
+            y.sum().backward()
+    assert torch.allclose(y.cpu(), reference.norm.rms_norm(x, torch.ones(4097)), atol=1e-5)
 
 
 def test_zero_rows():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_fast.errors import InputError
+from igpt_fast.ops import _native
 from igpt_fast.ops._native import use_backend
 from igpt_fast.ops.sampling import sample_tokens
 
@@ -129,8 +130,11 @@ def test_any_number_of_colours(backend, colors):
 
 @pytest.mark.parametrize("backend", [b for b in backends("sample_tokens") if b in CUDA_KERNELS])
 def test_more_colours_than_shared_memory_holds_are_refused(backend):
-    with use_backend(backend), pytest.raises(ValueError, match="at most 8192 columns, got 8193"):
+    with use_backend(backend), pytest.raises(RuntimeError, match="8193 columns are more than 8192"):
         sample_tokens(torch.zeros(1, 8193), torch.zeros(1, dtype=torch.float64))
+    given = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 8193), torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="at most 8192 columns, got 8193"):  # nor does the kernel trust whoever asks
+        _native.BACKENDS[backend].sample_tokens(*given, 1.0, 0, 1.0, 0)
 
 
 def test_each_row_stands_alone():

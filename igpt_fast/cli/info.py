@@ -76,6 +76,7 @@ def gather() -> dict:
         lacking = _native._C.cuda_why_not()
         unfit = [] if lacking else [_native.gpu_why_not(torch.device("cuda", i)) for i in range(len(gpus()))]
         lacking = lacking or (unfit[0] if unfit and all(unfit) else None)
+        lacking = lacking or (None if gpus() else "this torch sees no GPU; install one that is built for CUDA")
         cuda = lacking or "; ".join(["ready", *(f"but not everywhere: {reason}" for reason in unfit if reason)])
         cuda += f" (built for {archs})" if archs else ""
         names = list(_native._C.Backend.ops)

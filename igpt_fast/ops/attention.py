@@ -38,7 +38,8 @@ def attention(
         plain = mask is None and one_dtype(q, k, v) and scale > 0
         if plain and _goes_without_kernel(q.device, q.dtype, q.size(-1)):
             return _plain(q, k, v, None, causal, scale)
-        return torch.ops.igpt.attention(q, k, v, [] if mask is None else list(mask.tensors), causal, scale)[0]
+        tables = [] if mask is None else list(mask.to(q.device).tensors)
+        return torch.ops.igpt.attention(q, k, v, tables, causal, scale)[0]
     native = native_for(q, k, v, "attention_fwd", scale)
     if native is None:
         return _plain(q, k, v, mask, causal, scale)

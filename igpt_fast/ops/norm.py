@@ -1,5 +1,6 @@
 """Norms: checks, which backend runs, and how the gradient is attached."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,8 +10,10 @@ from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._again import remember
 from igpt_fast.ops._gradient import differentiable
-from igpt_fast.ops._native import backend_for
+from igpt_fast.ops._native import backend_for, has_cuda_kernels
 from igpt_fast.ops._tensors import empty, multiprocessors, needs_grad, same_device, stream_of
+
+FORWARD, BACKWARD = 12288, 4096  # columns that the kernels of csrc/cuda/norm.cu take
 
 
 def rms_norm(
@@ -54,7 +57,18 @@ def _native(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dty
     if not weight.numel():
         return None  # rows of nothing
     given = (x, weight) if residual is None else (x, weight, residual)
-    return backend_for("rms_norm_fwd", given if dtype is x.dtype else (*given, x.new_empty(0, dtype=dtype)))
+    given = given if dtype is x.dtype else (*given, x.new_empty(0, dtype=dtype))
+    return backend_for("rms_norm_fwd", given, _wider_than(FORWARD, weight))
+
+
+def _wider_than(most: int, weight: Tensor) -> Callable[[str], str | None]:
+    """Why a backend's kernels do not serve rows as long as the weight, of its name; None where they do."""
+
+    def refused(name: str) -> str | None:
+        wide = has_cuda_kernels(name) and len(weight) > most
+        return f"rows of {len(weight)} columns are longer than {most}" if wide else None
+
+    return refused
 
 
 def _forward(
@@ -82,7 +96,8 @@ def _backward(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor, eps: float, dtype: torch.dtype, apart: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in `dtype`, dweight, and, where the residual's is apart for its dtype is another, that in s's dtype."""
-    native = backend_for("rms_norm_bwd", (dy, s, weight, s.new_empty(0, dtype=dtype)))
+    given = (dy, s, weight, s.new_empty(0, dtype=dtype))
+    native = backend_for("rms_norm_bwd", given, _wider_than(BACKWARD, weight))
     if native is None:
         wide, dweight = reference.norm.rms_norm_backward(dy, ds, s, weight, eps, s.dtype if apart else dtype)
         return wide.to(dtype).contiguous(), dweight, wide.contiguous() if apart else s.new_empty(0)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError, whole
-from igpt_fast.ops._native import backend_for
+from igpt_fast.ops._native import backend_for, has_cuda_kernels
 from igpt_fast.ops._tensors import empty, same_device, stream_of
+
+COLUMNS = 8192  # that the kernel of csrc/cuda/sampling.cu takes
 
 
 def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
@@ -53,7 +55,11 @@ def sample_tokens(
 def _sample_tokens(
     logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
-    native = backend_for("sample_tokens", (logits,))
+    def refused(name: str) -> str | None:
+        wide = has_cuda_kernels(name) and logits.shape[1] > COLUMNS
+        return f"{logits.shape[1]} columns are more than {COLUMNS}" if wide else None
+
+    native = backend_for("sample_tokens", (logits,), refused)
     if native is None:
         return reference.sampling.sample_tokens(logits, uniforms, temperature, top_k, top_p)
     tokens = empty((len(logits),), logits, torch.int64)

@@ -24,9 +24,9 @@ class Pages:
 
     def held(self, length: int) -> tuple[Tensor, Tensor]:
         """Of the first `length` slots those whose pages a later one still sees, and their places: int64 [n] each."""
-        tiles = torch.arange(len(self.of))
+        tiles = torch.arange(len(self.of), device="cpu")
         alive = (tiles * TILE < length) & (self.until >= length // TILE)
-        slots = (tiles[alive, None] * TILE + torch.arange(TILE)).flatten()
+        slots = (tiles[alive, None] * TILE + torch.arange(TILE, device="cpu")).flatten()
         slots = slots[slots < length]
         return slots, self.of[slots // TILE].long() * TILE + slots % TILE
 
@@ -46,13 +46,13 @@ def pages_of(masks: Sequence[BlockMask | None]) -> Pages | None:
         of.append(heappop(free) if free else count)
         count += of[-1] == count
         ends.setdefault(last, []).append(of[-1])
-    return Pages(torch.tensor(of, dtype=torch.int32), until, count) if count < len(of) else None
+    return Pages(torch.tensor(of, dtype=torch.int32, device="cpu"), until, count) if count < len(of) else None
 
 
 def _last_seen(mask: BlockMask) -> Tensor:
     """int64 [tiles]: the last tile of queries that sees any key of each tile, at least its own."""
     start, rows = (t.cpu().long() for t in mask.raster.tensors[3:5])
-    own = torch.arange(len(start) - 1)
+    own = torch.arange(len(start) - 1, device="cpu")
     if not len(rows):
         return own
     last = rows[(start[1:] - 1).clamp(min=0)]  # a column lists its rows in order

@@ -120,8 +120,9 @@ subprocess.run(["cmake", "--build", out, "--target", "_simt", "kernels"], check=
 
 def objects(machine: Machine) -> dict[str, Path]:
     """The sources that nvcc compiles for the hardware: test kernels and their interface, the ops and their driver."""
-    found = [*(TREE / "csrc/cuda").glob("*.cu"), *(TREE / "tests/simt/kernels").glob("*.cu")]
-    found = [p for p in found if machine.hopper or not p.stem.endswith("_sm90")]
+    kernels = (TREE / "tests/simt/kernels").glob("*.cu")
+    found = [*(TREE / "csrc/cuda").glob("*.cu")]  # of Hopper's, too, which launchers name on every GPU
+    found += [p for p in kernels if machine.hopper or not p.stem.endswith("_sm90")]
     found += [TREE / "tests/gpu/hardware.cu", TREE / "tests/simt/drive.cpp", TREE / "csrc/common/check.cpp"]
     found += [TREE / "tests/gpu/rates_sm90.cu"] * machine.hopper
     return {f"{p.parent.name}-{p.stem}": p for p in found}
@@ -142,7 +143,8 @@ def is_rates(name: str) -> bool:
 def compile_(machine: Machine, clock: Clock, name: str) -> Done:
     """One object; -lineinfo for compute-sanitizer's reports."""
     csrc, kernels = TREE / "csrc", TREE / "tests/simt/kernels"
-    code = f"arch=compute_{machine.arch},code=sm_{machine.arch}"
+    arch = "90a" if name.endswith("_sm90") else machine.arch
+    code = f"arch=compute_{arch},code=sm_{arch}"
     line = [
         machine.tools["nvcc"], "-std=c++20", "-O2", "-lineinfo", "-Xcompiler", "-fPIC", "-gencode", code, "-x", "cu",
         '-DIGPT_CUDA_ARCHS=""', f"-I{csrc}", f"-I{csrc / 'cuda'}", f"-I{kernels}",

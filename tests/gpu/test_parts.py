@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from gpu import check, parts, report
+from gpu import build, check, parts, report
 from gpu.parts import Clock, Done, Part
 
 
@@ -152,6 +153,24 @@ def test_counts_of_a_junit_file(tmp_path):
     subprocess.run(line, cwd=tmp_path, capture_output=True)
     assert check.counts(tmp_path / "x.xml") == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["test_b"]}
     assert check.counts(tmp_path / "none.xml")["passed"] == 0
+
+
+@pytest.mark.parametrize(("capability", "arch"), [([9, 0], "90a"), ([8, 0], "80"), ([12, 0], "120")])
+def test_launchers_find_hoppers_kernels_on_every_gpu(capability, arch, tmp_path, monkeypatch):
+    for place in ("csrc/cuda/a.cu", "csrc/cuda/a_sm90.cu", "tests/simt/kernels/b.cu", "tests/simt/kernels/b_sm90.cu"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    monkeypatch.setattr(build, "TREE", tmp_path)
+    machine, hopper = check.Machine({"capability": capability}, {"nvcc": "nvcc"}, tmp_path), capability == [9, 0]
+    found = build.objects(machine)
+    assert {"cuda-a", "cuda-a_sm90", "kernels-b"} <= set(found) and ("kernels-b_sm90" in found) is hopper
+    lines = []
+    told = SimpleNamespace(command=lambda name, line, where: lines.append(line))
+    for name in ("cuda-a", "cuda-a_sm90"):
+        build.compile_(machine, told, name)
+    codes = [line[line.index("-gencode") + 1] for line in lines]
+    assert codes == [f"arch=compute_{arch},code=sm_{arch}", "arch=compute_90a,code=sm_90a"]
+    assert ("-DDRIVE_NO_SM90" in lines[0]) is not hopper
 
 
 def test_rates_are_read_where_the_program_could_measure(clock, finished, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ENTRIES], config.stash[RUN] = {}, run()  # now, not at the end: the sources may change meanwhile
     if config.getoption("benchmark_only"):  # the project's settings turn timing off, for the sake of the test suite
         config.option.benchmark_enable = True
-        keep_memory()  # for all sides: else a call's time is also that of clearing pages, as the allocator happens to be
+        keep_memory()  # for all sides: else a call's time holds that of clearing pages, which varies
         config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "rounds", "iterations"]
 
 

@@ -108,9 +108,8 @@ def save_checkpoint(
 def update_state(directory: Path, changes: Mapping[str, Any], best: int | None) -> None:
     """Puts `changes` into the state of a checkpoint, and the run's best step, unless they stand there already."""
     record = read_record(directory)
-    new = {**record, "state": {**record["state"], **changes}, "best": best}
-    if best is None:
-        del new["best"]
+    rest = {name: value for name, value in record.items() if name != "best"}
+    new = {**rest, "state": {**record["state"], **changes}, **({} if best is None else {"best": best})}
     if (new := json.loads(json.dumps(new, allow_nan=False))) != record:
         write_atomically(directory / STATE, _encoded(new))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from igpt_fast.atomic import move_into_place, refuse_others, work_directory
+from igpt_fast.atomic import move_into_place, refuse_others, sync, work_directory
 from igpt_fast.console import Bar, counted, say
 from igpt_fast.console import progress as show_progress
 from igpt_fast.decode import decode
@@ -152,8 +152,7 @@ def _describe(
         (work / "groups.json").write_text(json.dumps([source.groups[index] for index in images]))
     (work / "meta.json").write_text(json.dumps(meta, indent=1))
     for path in {*work.iterdir()} - {*work.glob("shard-*")}:  # those are on the disk already
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
 
 
 def open_tokens(

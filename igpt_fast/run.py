@@ -23,7 +23,7 @@ from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint, list_checkpoints
 from igpt_fast.config import Config
 from igpt_fast.console import number, say
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, reason_of
 from igpt_fast.images import in_todays_words
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
@@ -219,7 +219,7 @@ def broken_off(run: Path, error: OSError) -> InputError:
     """The error of a run that the file system has ended, with what is left of it."""
     saved = list_checkpoints(run)
     left = f"{saved[-1]} is intact: mend that, then go on with --resume" if saved else "mend that, then start again"
-    return InputError(f"{error.strerror or error}: {error.filename or run}; {left}")
+    return InputError(f"{reason_of(error)}: {error.filename or run}; {left}")
 
 
 def circumstances(options: Options, device: torch.device, processes: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from igpt_fast.atomic import move_into_place, refuse_others, work_directory, write_atomically
+from igpt_fast.atomic import move_into_place, refuse_others, sync, work_directory, write_atomically
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError, reason_of
 from igpt_fast.palette import FILES as PALETTES
@@ -122,8 +122,7 @@ def write_pretrained(
             if headless:
                 del theirs[HEAD]
             save_file(theirs, work / SAFETENSORS, metadata={"format": "pt"})
-            with open(work / SAFETENSORS, "rb") as file:
-                os.fsync(file.fileno())
+            sync(work / SAFETENSORS)
             for name, values in settings.items():
                 write_atomically(work / name, (json.dumps(values, indent=2) + "\n").encode())
             shutil.copymode(work / CONFIG, work / SAFETENSORS)  # which safetensors lets nobody else read

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from igpt_fast.config import Config
-from igpt_fast.errors import InputError
+from igpt_fast.errors import InputError, whole
 from igpt_fast.images import NOTED, Preprocessing
 from igpt_fast.palette import HF_CONFIG
 
@@ -86,7 +86,7 @@ def read_settings(
         says, beside = (f"{height}x{width}" for height, width in (own, grid))
         raise InputError(f"{where}: {OURS} has size {says} and {HF_CONFIG} beside it {beside}; correct either")
     shapes = {**_SHAPES, **{_ALIASES.get(name, name): value for name, value in settings.items()}}
-    positions, rows = (_whole(shapes[name], name, where) for name in ("n_positions", "vocab_size"))
+    positions, rows = (whole(f"{where}: {name}", shapes[name], 1) for name in ("n_positions", "vocab_size"))
     objective = ours.get("objective", "ar")
     return {
         "layers": shapes["n_layer"],
@@ -203,9 +203,3 @@ def write_settings(
         names = class_names or [f"LABEL_{index}" for index in range(config.classes)]
         settings |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     return settings
-
-
-def _whole(value: Any, name: str, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{where}: {name} is {value!r}; use a whole number of at least 1")
-    return value

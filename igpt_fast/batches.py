@@ -116,8 +116,8 @@ def images_of_step(indices: np.ndarray, batch: int, seed: int, step: int) -> np.
 
 
 def fingerprint(dataset: TokenDataset | JoinedTokens) -> dict[str, Any]:
-    """What tells these data from others: their number, and digests of the palette, of some images' tokens, and of what
-    splits them, the names or groups.
+    """What tells these data from others: their number, and digests of the palette, of some images' tokens, and of the
+    names and groups, which split them.
     """
     if isinstance(dataset, JoinedTokens):
         return {**fingerprint(dataset.train), "test": fingerprint(dataset.test)["tokens"]}
@@ -127,7 +127,7 @@ def fingerprint(dataset: TokenDataset | JoinedTokens) -> dict[str, Any]:
         "images": len(dataset),
         "palette": digest(np.asarray(dataset.palette.centers)),
         "tokens": digest(dataset.batch(some).numpy()),
-        "split": digest(dataset.split_hashes),
+        "names": _digest_of_texts(dataset.names),
         **groups,
     }
 

@@ -14,12 +14,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from igpt_fast.errors import InputError, whole
+from igpt_fast.errors import InputError
 from igpt_fast.image_files import BYTES, DARK, PAGES, read_image
 from igpt_fast.images import Preprocessing, random_view, resize_image
 from igpt_fast.reader import Reader, fetch
@@ -109,8 +110,8 @@ def decode(
     the order in which the source reads fast: that of names, but for compressed tars and .npz that of the file. How
     many files had several pages, of which the first is read, or 16-bit values that come out almost black, is logged.
     """
-    if workers is not None:
-        whole("workers", workers, 0, otherwise=", or leave it out for one a core")
+    if workers is not None and (not isinstance(workers, Integral) or workers < 0):
+        raise InputError(f"workers is {workers}; use 0 for none, or how many processes decode")
     wanted = np.arange(len(source)) if indices is None else np.unique(indices)
     order = source.reading_order()
     order = order[np.isin(order, wanted)]

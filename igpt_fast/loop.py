@@ -64,8 +64,10 @@ class Loop:
             self.step, state = checkpoint.step, checkpoint.state
             if "fixed" not in state:
                 raise InputError(f"{checkpoint.path} holds weights alone: begin a run with them, as --init (init=)")
-            unsaid = {name: self.fixed.get(name) for name in ("validation images", "split")} | {"shift": 0}  # by older
-            refuse_differences(run, {**unsaid, **state["fixed"]}, self.fixed)
+            # What older runs do not note is as it is now; they did not shift.
+            older = {"shift": 0, **{name: self.fixed.get(name) for name in ("validation images", "names")}}
+            unsaid = {name: value for name, value in older.items() if name not in state["fixed"]}
+            refuse_differences(run, {**state["fixed"], **unsaid}, self.fixed)
             task.restore(state.get("task", {}))
             refuse_idle_steps(run, self.step, self.options, state["free"], task.done)
             say(f"going on from {checkpoint.path}")
@@ -126,8 +128,7 @@ class Loop:
                     self.window.append(self._update(learned))
                     self.step += 1
                     # Reading a number waits for a GPU, so there it is read only before what would wait, too.
-                    every = options.log_every, options.val_every, options.sample_every, options.save_every
-                    if self.device.type == "cpu" or self.step == options.steps or any(map(self._due, every)):
+                    if self.device.type == "cpu" or self._at_milestone():
                         self._read_window()
                         bar.fields["loss"] = self.window[-1][0]
                     bar.to(self.step)
@@ -192,6 +193,11 @@ class Loop:
             self._draw()
         if last or self._due(options.save_every) or (self.step and self.task.best == self.step):
             self._save()
+
+    def _at_milestone(self) -> bool:
+        """Whether `_milestones` has anything to do after this step."""
+        every = (getattr(self.options, f"{what}_every") for what in ("log", "val", "sample", "save"))
+        return self.step == self.options.steps or any(map(self._due, every))
 
     def _due(self, every: int) -> bool:
         return bool(every and self.step) and self.step % every == 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from igpt_fast.batches import digest, fingerprint
 from igpt_fast.console import progress
 from igpt_fast.device import images_at_once
-from igpt_fast.errors import InputError, whole
+from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.model import ImageGPT
 from igpt_fast.processes import Processes
@@ -40,7 +40,8 @@ def over_images(
     """
     if batch is None:
         batch = images_at_once(model.config, more)
-    batch = whole("batch", batch, 1)
+    if batch < 1:
+        raise InputError(f"batch is {batch}; use at least 1")
     processes, device = processes or Processes(model.wte.device), model.wte.device
     if processes.count > 1:
         sees = {"sight of the model": _glance(model), "choice of images": digest(indices), **fingerprint(dataset)}

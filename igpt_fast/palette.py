@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class Palette:
         palette of exactly these, and a logged warning. progress: called as progress(step, most steps there can be).
         Raises InputError for images of another form, none at all, or a number of colours out of range.
         """
-        whole("colors", colors, 2, MAX_COLORS)
+        if not (isinstance(colors, Integral) and 2 <= colors <= MAX_COLORS):
+            raise InputError(f"a palette of {colors} colours cannot be fitted; choose from 2 to {MAX_COLORS}")
         whole("seed", seed, 0)
         batches = [images] if isinstance(images, (np.ndarray, Tensor)) else images
         found, pixels, device = histogram(_pixels(batch, "Palette.fit") for batch in batches)

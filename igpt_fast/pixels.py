@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from igpt_fast.decode import decode
-from igpt_fast.errors import InputError, whole
+from igpt_fast.errors import InputError
 from igpt_fast.images import Preprocessing
 from igpt_fast.palette import Palette
 from igpt_fast.sources import Source, open_source
@@ -100,8 +100,10 @@ def as_source(source: Source | str | Path) -> Source:
 
 def _draw(source: Source, limit: int | None, seed: int) -> np.ndarray:
     """Indices (int64, ascending) of at most `limit` images drawn by `seed`; of all when None."""
-    if limit is None or whole("limit", limit, 1, otherwise=", or none for all") >= len(source):
+    if limit is None or limit >= len(source):
         return np.arange(len(source))
+    if limit < 1:
+        raise InputError(f"limit {limit} leaves no image; give at least 1, or none for all")
     return np.sort(np.random.default_rng(seed).choice(len(source), limit, replace=False))
 
 

@@ -110,10 +110,8 @@ class TokenDataset:
         return self._texts("groups.json") if (self.path / "groups.json").exists() else None
 
     @cached_property
-    def split_hashes(self) -> np.ndarray:
-        """uint64 [N]: what decides on which side of a split each image is, by its group, else by its name."""
-        texts = self.groups or self._texts("names.json")  # read for this alone: millions of names are gigabytes
-        return np.array([split_hash(text) for text in texts], np.uint64)
+    def _hashes(self) -> np.ndarray:
+        return np.array([split_hash(name) for name in self.groups or self.names], np.uint64)
 
     def _texts(self, file: str) -> list[str]:
         with as_input_error(f"{self.path / file}:", self._way()):
@@ -161,7 +159,7 @@ class TokenDataset:
             raise InputError(f"split {name!r} is not known; give train, val or all")
         # Compared as whole numbers, for 2^64 · fraction has no exact float64; a fraction of 1 takes everything.
         limit = int(val_fraction * 2**64)
-        val = np.full(len(self), True) if limit >= 2**64 else self.split_hashes < np.uint64(limit)
+        val = np.full(len(self), True) if limit >= 2**64 else self._hashes < np.uint64(limit)
         return np.flatnonzero(val if name == "val" else ~val)
 
     def _read_meta(self) -> dict:

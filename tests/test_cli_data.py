@@ -142,7 +142,7 @@ def test_skipping_counts_and_lists(folder):
         (["palette", "texts"], "texts: no image among its 1 files"),
         (["palette", "photos", "--size", "big"], "--size 'big' is not a size"),
         (["palette", "photos", "--size", "0"], "--size '0' is not a size"),
-        (["palette", "photos", "--colors", "1"], "colors is 1; use a whole number of at least 2"),
+        (["palette", "photos", "--colors", "1"], "2 to 4096"),
         (["palette", "photos", "--background", "no"], "background 'no'"),
         (["palette", "photos", "-o", "p.txt"], "ending in .npy"),
         (["palette", "photos/a/0.png", "-o", "photos/a/0.npy"], "0.png: is among the images, and would be replaced"),

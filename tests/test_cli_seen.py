@@ -46,7 +46,7 @@ def test_the_same_images_by_other_names_are_split_otherwise(igpt, tmp_path, olde
     assert code == 0, said
     if older:
         saved = json.loads((tmp_path / "run/train.json").read_text())
-        del saved["data"]["split"]
+        del saved["data"]["names"]
         (tmp_path / "run/train.json").write_text(json.dumps(saved))
     learned = TokenDataset(tmp_path / "run/tokens")
     names = {learned.names[i] for i in learned.split("train", 0.4)}

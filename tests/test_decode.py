@@ -176,7 +176,7 @@ def test_workers_end_when_decoding_does(tmp_path):
         list(decode(open_source(tmp_path / "x"), Preprocessing((8, 8)), workers=2))
     assert kept and children() == before
     for wrong in (-1, 1.5):
-        with pytest.raises(InputError, match=f"workers is {wrong}; use a whole number of at least 0, or leave it out"):
+        with pytest.raises(InputError, match=f"workers is {wrong}; use 0 for none"):
             next(decode(source, Preprocessing((8, 8)), workers=wrong))
 
 

@@ -36,7 +36,7 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
         return None
     seen, known, all_known = np.zeros(len(indices), bool), set(), True
     for run, saved in _lineage(newest):
-        itself = run is not None and "split" in saved["data"] and _is(dataset, saved)
+        itself = run is not None and "names" in saved["data"] and _is(dataset, saved)
         own = dataset if itself else None if run is None else _data_of(run, saved)
         if own is None or own.size != dataset.size:
             all_known = False
@@ -113,8 +113,8 @@ def say_seen(checkpoint: Checkpoint, seen: int | None, words: str) -> None:
 
 
 def _is(dataset: TokenDataset, saved: dict[str, Any]) -> bool:
-    """Whether these are the images of a run, by the names that split them, which older runs do not note."""
-    unsaid = {} if "split" in saved["data"] else {"split": None}
+    """Whether these are the images of a run, by the same names, which older runs do not note."""
+    unsaid = {} if "names" in saved["data"] else {"names": None}
     return {**saved["data"], **unsaid, "test": None} == {**fingerprint(dataset), **unsaid, "test": None}
 
 

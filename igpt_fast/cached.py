@@ -42,7 +42,7 @@ class KVCache:
         return 0 if self.prefix is None else self.prefix.shape[4]
 
     def store(self, layer: int, held: tuple[Places, Places], kv: Tensor) -> None:
-        """Take k and v [batch, 2, heads, K, head_dim] of the slots 0..K-1, or what later ones see of them: held(K)."""
+        """Writes k and v [batch, 2, heads, K, head_dim] of the slots 0..K-1 into a layer's cache; held: `held(K)`."""
         slots, places = held
         self.data[layer][..., places, :] = kv[..., slots, :]
 

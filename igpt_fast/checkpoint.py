@@ -30,6 +30,7 @@ from torch import Tensor
 from igpt_fast.atomic import sync, work_directory, write_atomically
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError, reason_of
+from igpt_fast.made import CHECKPOINTS
 from igpt_fast.model import ImageGPT
 from igpt_fast.modules import tensors_to_save
 from igpt_fast.palette import Palette
@@ -37,7 +38,7 @@ from igpt_fast.palette import Palette
 log = logging.getLogger("igpt_fast")
 
 FORMAT = 1  # of the directory; a reader refuses a later one by name
-FOLDER, NAME = "checkpoints", "step-{:08d}"
+NAME = "step-{:08d}"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 CONFIG, PALETTE, CLASSES, STATE = "config.json", "palette.npy", "classes.json", "state.json"
 TEMPORARY = ".tmp-"  # what a directory's name begins with while it is written or removed
@@ -81,7 +82,7 @@ def save_checkpoint(
     """
     if keep < 1:
         raise InputError(f"keep is {keep}; keep at least 1 checkpoint")
-    folder = Path(run) / FOLDER
+    folder = Path(run) / CHECKPOINTS
     name = NAME.format(step)
     target, temporary = folder / name, folder / f"{TEMPORARY}{name}-{os.getpid()}"
     if target.exists():
@@ -154,7 +155,7 @@ def copy_tensors(directory: Path, into: Mapping[str, Tensor]) -> None:
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     """The run's checkpoint directories, oldest first; a save that was cut short is not among them."""
-    folder = Path(run) / FOLDER
+    folder = Path(run) / CHECKPOINTS
     if not folder.is_dir():
         return []
     found = (p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
@@ -166,7 +167,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / STATE).is_file() or (path / CONFIG).is_file():
         return path
-    run = path.parent if path.name == FOLDER and not (path / FOLDER).is_dir() else path
+    run = path.parent if path.name == CHECKPOINTS and not (path / CHECKPOINTS).is_dir() else path
     if found := list_checkpoints(run):
         return found[-1]
     what = "is not there" if not path.exists() else "holds no checkpoint"

@@ -81,6 +81,6 @@ def evaluate(
     more = 2 * config.colors  # the logits, and what becomes of them
     said = {"doing": "scoring", "what": "likelihoods"}
     over_images(nats_of, nats, model, dataset, indices, batch, more=more, processes=processes, amp=amp, **said)
-    mean, reach = float(nats.mean()), intervals.of_mean(nats, group_numbers(dataset, indices))
-    low, high = (None, None) if reach is None else (mean - reach, mean + reach)
+    mean, margin = float(nats.mean()), intervals.margin_of_mean(nats, group_numbers(dataset, indices))
+    low, high = (None, None) if margin is None else (mean - margin, mean + margin)
     return Likelihood(mean, low, high, nats, config.tokens, config.colors, time.monotonic() - began)

@@ -121,7 +121,7 @@ def _result(
 ) -> FinetuneResult:
     """What the run has come to, tested."""
     best = load_checkpoint(find_best(result.run), result.model.wte.device)
-    accuracy = None if task.record is None else task.record[0]
+    accuracy = None if task.best_score is None else task.best_score[0]
     found, answers = None, None
     if test and chosen.test.any():
         answers = predict(best.model, dataset, chosen.indices[chosen.test])

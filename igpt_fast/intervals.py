@@ -18,8 +18,8 @@ T95 = (
 Z95 = 1.959964  # a normal variable lies within so many standard deviations 95 % of the time
 
 
-def of_mean(values: np.ndarray, groups: np.ndarray | None = None) -> float | None:
-    """Half of the interval of the mean of values [N]; None for fewer than two groups.
+def margin_of_mean(values: np.ndarray, groups: np.ndarray | None = None) -> float | None:
+    """The margin of error of the mean of values [N], half the interval's width; None for fewer than two groups.
 
     groups: int [N], the group of each value; None: all are independent.
     """

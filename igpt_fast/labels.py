@@ -123,8 +123,8 @@ def draw_validation(chosen: Labelled, fraction: float, seed: int) -> np.ndarray:
 
 
 def _whole_groups(chosen: Labelled, fraction: float, random: np.random.Generator) -> np.ndarray:
-    """draw_validation by groups: in random order those that fit into every class's share; then, for a class that has
-    none yet, the smallest that leaves something to learn from.
+    """draw_validation by groups, greedily: in random order every group that fits into its classes' shares; then, for
+    each class without validation images, the smallest group that leaves every class something to learn from.
     """
     learn = np.flatnonzero(~chosen.test)
     learn = learn[np.argsort(chosen.groups[learn], kind="stable")]

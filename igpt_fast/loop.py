@@ -16,12 +16,12 @@ from igpt_fast.config import Config
 from igpt_fast.console import Bar, progress, say
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import Stop, Stopped
+from igpt_fast.made import OPTIONS
 from igpt_fast.model import ImageGPT
 from igpt_fast.optimizer import adam, restore, state_tensors
 from igpt_fast.pictures import save_grid
 from igpt_fast.processes import Processes
 from igpt_fast.run import (
-    OPTIONS,
     Metrics,
     Result,
     circumstances,

@@ -1,4 +1,5 @@
 """What lies among a user's images but was made by igpt-fast: a training run's pictures, and the picture of a palette.
+The names of a run's files.
 
 Needs no torch: the processes that decode images import it.
 """
@@ -10,8 +11,11 @@ from pathlib import Path
 import numpy as np
 
 MADE = "made by igpt-fast"  # why it is left out
-RUN = frozenset({"train.json", "metrics.jsonl", "checkpoints"})
-PICTURES = frozenset({"loss.png", "accuracy.png", "confusion.png", "samples"})  # of a run
+OPTIONS, METRICS, CHECKPOINTS = "train.json", "metrics.jsonl", "checkpoints"  # of a run
+RUN = frozenset({OPTIONS, METRICS, CHECKPOINTS})
+CURVE, ACCURACY, CONFUSION, SAMPLES = "loss.png", "accuracy.png", "confusion.png", "samples"
+PICTURES = frozenset({CURVE, ACCURACY, CONFUSION, SAMPLES})  # of a run
+SWATCH = 16  # pixels of a side of a colour in a palette's picture
 PALETTE_BYTES = 128 + 4096 * 12  # the largest palette.npy: its header, and 4096 colours of three floats
 
 
@@ -32,6 +36,12 @@ def is_run(folder: Path, names: set[str] | None = None) -> bool:
     return len(found) > 1
 
 
+def swatches(colors: int) -> tuple[int, int]:
+    """Rows and columns of the colours in a palette's picture."""
+    columns = math.ceil(math.sqrt(2 * colors))
+    return math.ceil(colors / columns), columns
+
+
 def _is_palette(stem: Path) -> bool:
     """Whether STEM.npy is a palette and STEM.png what `igpt-fast palette` draws of it (see Palette.picture)."""
     file, picture = Path(f"{stem}.npy"), Path(f"{stem}.png")
@@ -45,6 +55,6 @@ def _is_palette(stem: Path) -> bool:
         return False
     if colors.dtype != np.float32 or colors.ndim != 2 or colors.shape[1] != 3 or not len(colors):
         return False
-    columns = math.ceil(math.sqrt(2 * len(colors)))
-    size = 16 * columns, 16 * math.ceil(len(colors) / columns)
+    rows, columns = swatches(len(colors))
+    size = SWATCH * columns, SWATCH * rows
     return head[:4] == b"\x89PNG" and (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:], "big")) == size

@@ -219,7 +219,7 @@ class ImageGPT(nn.Module):
 
 
 class Block(nn.Module):
-    """h, delta → h + delta + attention, MLP: the sum of all branches but the last, and the last, still to be added."""
+    """h, delta → h + delta + attention, MLP output: a pre-norm block whose last residual add is the next norm's."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()

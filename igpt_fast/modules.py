@@ -1,4 +1,4 @@
-"""Whether the modules of a model are its own: what computes with their weights alone leaves out what others added.
+"""Finds modules that were replaced, hooked or extended: what reads weights alone would leave out what others added.
 
 An adapter, a pruning or a quantisation replaces modules or hooks onto them. Whoever calls the modules computes with
 it; what is saved, and the steps of sampling, know tensors only.

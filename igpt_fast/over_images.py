@@ -30,7 +30,7 @@ def over_images(
     doing: str,
     what: str,
 ) -> None:
-    """Fills `found`, [N, …], with of(tokens) of the N images `indices`, in inference mode; progress is on stderr.
+    """Runs `of` on the N images `indices` in batches, in inference mode, and puts what it gives of image i in found[i].
 
     of: from tokens, int64 [n, H, W] on the model's device, to [n, …], by the model. batch: images side by side; None:
     what fits, see images_at_once, which `more` is for. processes: those that look at a share of the images each; all

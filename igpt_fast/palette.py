@@ -19,6 +19,7 @@ from torch import Tensor
 from igpt_fast.atomic import write_atomically
 from igpt_fast.errors import InputError, as_input_error, whole
 from igpt_fast.kmeans import cluster, histogram, unit
+from igpt_fast.made import SWATCH, swatches
 from igpt_fast.ops.palette import MAX_COLORS, TOKEN_DTYPES, palette_assign, palette_decode
 
 log = logging.getLogger("igpt_fast")
@@ -158,14 +159,14 @@ class Palette:
         pixels = palette_decode(index, self._bytes().to(index.device))
         return pixels.numpy() if numpy else pixels
 
-    def picture(self, swatch: int = 16) -> np.ndarray:
+    def picture(self, swatch: int = SWATCH) -> np.ndarray:
         """The colours as squares of `swatch` pixels a side: greys, then hues, each dark to light. uint8 [h, w, 3]."""
         colors = self._bytes().numpy()
         r, g, b = colors.astype(np.float64).T
         hue = np.degrees(np.arctan2(math.sqrt(3) * (g - b), 2 * r - g - b)) % 360
         sector = np.where(np.ptp(colors, axis=1) < 24, -1, hue // 20)
-        columns = math.ceil(math.sqrt(2 * len(self)))
-        cells = np.full((math.ceil(len(self) / columns) * columns, 3), 255, np.uint8)
+        rows, columns = swatches(len(self))
+        cells = np.full((rows * columns, 3), 255, np.uint8)
         cells[: len(self)] = colors[np.lexsort((0.299 * r + 0.587 * g + 0.114 * b, sector))]
         return cells.reshape(-1, columns, 3).repeat(swatch, 0).repeat(swatch, 1)
 

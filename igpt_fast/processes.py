@@ -97,7 +97,7 @@ class Processes:
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.count > 1 else module
 
     def accumulating(self, loss: nn.Module, more: bool) -> AbstractContextManager[Any]:
-        """Within it backward passes of what `averaging` made wait for the last of a step, as long as `more` come."""
+        """DistributedDataParallel's no_sync while `more` parts of a step follow: its last part averages for all."""
         return loss.no_sync() if more and isinstance(loss, DistributedDataParallel) else nullcontext()
 
     def meet(self) -> None:

@@ -25,10 +25,10 @@ from igpt_fast.config import Config
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError, reason_of
 from igpt_fast.images import in_todays_words
+from igpt_fast.made import METRICS, OPTIONS, SAMPLES
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
 
-OPTIONS, METRICS = "train.json", "metrics.jsonl"
 LEARNED = "learned.npy"  # of fine-tuning: which of the images it learns from
 
 
@@ -177,7 +177,7 @@ def refuse_unequal_shares(options: Options, processes: int) -> None:
 
 def picture_of(run: Path, step: int) -> Path:
     """Where the picture of samples of a step is."""
-    return run / "samples" / f"step-{step:06d}.png"
+    return run / SAMPLES / f"step-{step:06d}.png"
 
 
 def drop_later_pictures(run: Path, step: int) -> None:

@@ -155,11 +155,11 @@ def _generate(
 def _start(
     model: ImageGPT, known: Tensor, which: list[int], prefixes: dict[int, tuple[Tensor, KVCache]]
 ) -> tuple[Tensor, Decoder]:
-    """The logits of the first pixel to draw, and a decoder, for the rows known[which]; equal rows stand side by side,
-    equally many of each.
+    """Prefills each distinct prompt of known[which] once, at batch size 1, and copies its cache to all its completions.
 
-    Each is prefilled once and alone, and what rows have in common they keep once. `prefixes` carries the last one over
-    to the next batch, which may go on with it.
+    Returns the logits of the first pixel to draw, and a Decoder. Rows of one prompt must stand side by side, equally
+    many of each; whole tiles of their slots are kept once for all. `prefixes` carries the last prompt over to the next
+    batch, which may go on with it.
     """
     c, of, prefix = model.config, list(dict.fromkeys(which)), None
     each, shared = len(which) // len(of), shared_slots(model, known.shape[1])

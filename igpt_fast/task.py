@@ -15,12 +15,11 @@ from igpt_fast.atomic import write_atomically
 from igpt_fast.batches import Batch, Batches, digest
 from igpt_fast.config import Config
 from igpt_fast.console import number, printable
+from igpt_fast.made import ACCURACY, CURVE
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
 from igpt_fast.pictures import save_curve
 from igpt_fast.run import LEARNED
-
-CURVE, ACCURACY = "loss.png", "accuracy.png"
 
 
 class PixelTask:
@@ -86,7 +85,7 @@ class ClassTask(PixelTask):
     def __init__(self, batches: Batches, options: FinetuneOptions, classes: tuple[str, ...]) -> None:
         super().__init__(batches)
         self.options, self.classes = options, classes
-        self.record: tuple[float, float] | None = None  # accuracy, and less the loss, of the best
+        self.best_score: tuple[float, float] | None = None  # (val_accuracy, -val_class_loss) of the best step
         self.since = 0  # validations since the best
 
     @property
@@ -111,12 +110,12 @@ class ClassTask(PixelTask):
         super().judge(step, measured)
         found = measured["val_accuracy"], -measured["val_class_loss"]
         self.since += 1
-        if self.record is None or found > self.record:
-            self.best, self.record, self.since = step, found, 0
+        if self.best_score is None or found > self.best_score:
+            self.best, self.best_score, self.since = step, found, 0
 
     def forget_best(self) -> None:
         """The best weights are gone: the next that are measured will be the best."""
-        self.best = self.record = None
+        self.best = self.best_score = None
 
     def write_images(self, run: Path) -> None:
         """RUN/learned.npy: the dataset's indices of the images to learn from and of those that validation has."""
@@ -132,12 +131,12 @@ class ClassTask(PixelTask):
 
     def state(self) -> dict[str, Any]:
         """The best so far."""
-        return {"best": self.best, "record": self.record, "since": self.since, "judged": self.judged}
+        return {"best": self.best, "record": self.best_score, "since": self.since, "judged": self.judged}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from where `state` was taken."""
         self.best, self.since, self.judged = state["best"], state["since"], state["judged"]
-        self.record = state["record"] and tuple(state["record"])
+        self.best_score = state["record"] and tuple(state["record"])
 
     def introduction(self, config: Config, options: Options) -> list[str]:
         """The classes, and how they are learned."""

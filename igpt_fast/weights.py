@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from igpt_fast.checkpoint import CONFIG, FOLDER, STATE, Checkpoint, find_best, load_checkpoint
+from igpt_fast.checkpoint import CONFIG, STATE, Checkpoint, find_best, load_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
-from igpt_fast.made import is_run
+from igpt_fast.made import CHECKPOINTS, is_run
 from igpt_fast.model import ImageGPT
 from igpt_fast.modules import tensors_to_save
 from igpt_fast.positions import resized
@@ -85,7 +85,12 @@ def open_model(
     that names the file and what to do.
     """
     path = Path(source)
-    if (path / STATE).is_file() or (path / FOLDER).is_dir() or path.name == FOLDER or _is_our_config(path / CONFIG):
+    if (
+        (path / STATE).is_file()
+        or (path / CHECKPOINTS).is_dir()
+        or path.name == CHECKPOINTS
+        or _is_our_config(path / CONFIG)
+    ):
         refuse_heads(source, heads)
         found = load_checkpoint(find_best(path), device)
         config = replace(found.model.config, size=size or found.model.config.size)

@@ -36,8 +36,8 @@ def test_likelihoods(grouped):
     model.wtet.data.normal_(0, 0.3)
     found = evaluate(model, grouped)
     each = np.arange(120) // 12
-    assert found.high - found.nats_per_pixel == pytest.approx(intervals.of_mean(found.per_image, each))
-    assert intervals.of_mean(found.per_image, each) > 1.5 * intervals.of_mean(found.per_image)
+    assert found.high - found.nats_per_pixel == pytest.approx(intervals.margin_of_mean(found.per_image, each))
+    assert intervals.margin_of_mean(found.per_image, each) > 1.5 * intervals.margin_of_mean(found.per_image)
     assert evaluate(model, grouped, np.arange(12)).low is None  # of one group nothing follows for others
 
 

@@ -7,21 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igpt_fast.intervals import of_mean, of_share
+from igpt_fast.intervals import margin_of_mean, of_share
 
 
 @pytest.mark.parametrize("count", [2, 5, 31, 40, 200])
 def test_the_interval_holds_the_mean_95_times_in_100(count):
     draws = np.random.default_rng(count).normal(3, 2, (4000, count))
-    held = np.mean([abs(row.mean() - 3) <= of_mean(row) for row in draws])
+    held = np.mean([abs(row.mean() - 3) <= margin_of_mean(row) for row in draws])
     assert abs(held - 0.95) < 0.015
-    assert of_mean(draws[0, :1]) is None
+    assert margin_of_mean(draws[0, :1]) is None
 
 
 @pytest.mark.parametrize(("count", "t"), [(2, 12.7062), (30, 2.0452), (31, 2.0423), (32, 2.0395), (33, 2.0369)])
 def test_the_interval_is_of_students_t_in_the_table_and_above(count, t):
     values = np.arange(count)
-    assert of_mean(values) == pytest.approx(t * values.std(ddof=1) / math.sqrt(count), rel=3e-4)
+    assert margin_of_mean(values) == pytest.approx(t * values.std(ddof=1) / math.sqrt(count), rel=3e-4)
 
 
 def test_wilsons_interval():
@@ -41,9 +41,9 @@ def test_values_in_groups(groups):
     """Values of a group share most of what is random in them: taken as independent they promise far too much."""
     random, of = np.random.default_rng(groups), np.repeat(np.arange(groups), 10)
     draws = random.normal(0, 1, (2000, groups))[:, of] + random.normal(0, 0.5, (2000, len(of)))
-    held, naive = (np.mean([abs(row.mean()) <= of_mean(row, by) for row in draws]) for by in (of, None))
+    held, naive = (np.mean([abs(row.mean()) <= margin_of_mean(row, by) for row in draws]) for by in (of, None))
     assert abs(held - 0.95) < 0.015 and naive < 0.6
-    assert of_mean(draws[0], np.zeros(len(of))) is None
+    assert margin_of_mean(draws[0], np.zeros(len(of))) is None
 
 
 @pytest.mark.parametrize(("groups", "share"), [(6, 0.5), (15, 0.7), (40, 0.9)])
@@ -73,5 +73,5 @@ def test_what_is_all_right_counts_by_groups():
 
 def test_groups_of_one_are_nearly_none():
     values, each = np.random.default_rng(0).normal(size=300), np.random.default_rng(1).permutation(300)
-    assert of_mean(values, each) == pytest.approx(of_mean(values), rel=1e-12)
+    assert margin_of_mean(values, each) == pytest.approx(margin_of_mean(values), rel=1e-12)
     assert of_share(values > 0, each) == pytest.approx(of_share(values > 0), abs=1e-3)

@@ -13,10 +13,10 @@
 namespace igpt {
 namespace IGPT_ISA {
 
-// Where the bits of a tile lie. What lies outside is nobody's work: a product of 64 x 64 scores of which a diagonal is
-// seen costs four of 16 x 16, and the column of sos, which every query sees, one strip. Inside of a stretch what is not
-// seen has weight 0, and so does what lies around it where products come in larger pieces (kRows, kDepth of gemm.h): a
-// value there that is not a number shows.
+// Where the bits of a tile lie: of each 16 queries and each 16 keys the range from the first to the last that is seen.
+// Products skip what lies outside: of 64 x 64 scores with a diagonal four blocks of 16 x 16 are left, of the column of
+// sos, which every query sees, one strip. Inside, and around it where products come in larger pieces (kRows, kDepth of
+// gemm.h), what is not seen has weight 0, so a NaN there still shows.
 struct Extent {
   static constexpr int kGroup = 16, kGroups = kTile / kGroup;  // whole vectors in every instruction set
   struct Range {

@@ -1,4 +1,4 @@
-"""Whether modules are as transformers made them: what is left out nobody may watch, or have replaced or changed."""
+"""Whether modules are as transformers made them, without hooks or patched forwards that one may not pass over."""
 
 import math
 import weakref

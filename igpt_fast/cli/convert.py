@@ -9,12 +9,13 @@ import torch
 import typer
 
 from igpt_fast.atomic import move_into_place, refuse_others, work_directory
-from igpt_fast.checkpoint import FOLDER, save_checkpoint
+from igpt_fast.checkpoint import save_checkpoint
 from igpt_fast.cli.inputs import ModelArgument, preprocessing_of
 from igpt_fast.cli.options import JsonOption, parse_size, print_json
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError
 from igpt_fast.images import NOTED
+from igpt_fast.made import CHECKPOINTS
 from igpt_fast.model import ImageGPT
 from igpt_fast.palette import Palette
 from igpt_fast.weights import open_model
@@ -123,7 +124,7 @@ def _save_run(out: Path, overwrite: bool, step: int, model: ImageGPT, palette: P
         if not any(out.iterdir()):
             save_checkpoint(out, step, model, palette)
             return
-        refuse_others(out, FOLDER)  # a run that was trained holds more
+        refuse_others(out, CHECKPOINTS)  # a run that was trained holds more
         if not overwrite:
             raise InputError(f"{out} holds weights already; choose another place, or replace them with --overwrite")
     with work_directory(out) as work:

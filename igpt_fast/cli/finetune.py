@@ -33,18 +33,18 @@ from igpt_fast.finetune import FinetuneResult
 from igpt_fast.finetune import finetune as finetune_model
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import choose_labelled, without_classes
+from igpt_fast.made import ACCURACY, CONFUSION, CURVE
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions
 from igpt_fast.pixels import as_source
 from igpt_fast.predict import answers_csv, table_png
 from igpt_fast.processes import together
 from igpt_fast.run import check_run, learns_classes, read_options
-from igpt_fast.task import ACCURACY, CURVE
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
 STANDARD = FinetuneOptions()
-TABLE, ANSWERS = "confusion.png", "test.csv"  # of the images that are tested on, in RUN
+ANSWERS = "test.csv"  # of the images that are tested on, in RUN
 
 
 def register(app: typer.Typer) -> None:
@@ -223,9 +223,9 @@ def _report(result: FinetuneResult, dataset: TokenDataset | JoinedTokens, data: 
         say(f"test: accuracy {result.test} on {images} images, by which nothing was chosen")
         labels = chosen_.labels[chosen_.test]
         title = f"{result.test.accuracy:.1%} of {images} test images are right, step {result.step} of {run.name}"
-        write_atomically(run / TABLE, table_png(result.answers.table(labels), result.answers.classes, title))
+        write_atomically(run / CONFUSION, table_png(result.answers.table(labels), result.answers.classes, title))
         write_atomically(run / ANSWERS, answers_csv(result.answers, dataset.names, labels))
-        places += [("confusion", run / TABLE), ("answers", run / ANSWERS)]
+        places += [("confusion", run / CONFUSION), ("answers", run / ANSWERS)]
     else:
         say("no test: no image was kept for it")
     if seen:

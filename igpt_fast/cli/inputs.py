@@ -19,9 +19,10 @@ from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
 from igpt_fast.image_files import SUFFIXES
 from igpt_fast.images import Preprocessing
+from igpt_fast.made import OPTIONS
 from igpt_fast.pixels import as_source
 from igpt_fast.processes import Processes
-from igpt_fast.run import OPTIONS, read_options
+from igpt_fast.run import read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from igpt_fast.batches import fingerprint
-from igpt_fast.checkpoint import CONFIG, FOLDER, Checkpoint
+from igpt_fast.checkpoint import CONFIG, Checkpoint
 from igpt_fast.cli.inputs import run_of
 from igpt_fast.console import say
 from igpt_fast.errors import InputError, as_input_error
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import Labelled
+from igpt_fast.made import CHECKPOINTS, OPTIONS
 from igpt_fast.pretrained.settings import OURS
-from igpt_fast.run import LEARNED, OPTIONS, learns_classes, read_options
+from igpt_fast.run import LEARNED, learns_classes, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 
 CHUNK = 1 << 22  # tokens read at a time
@@ -78,7 +79,7 @@ def _may_have_learned(path: Path, around: tuple[Path, ...], whole: bool) -> bool
 
     whole: whether local ones were noted by their whole path; older runs have them as they were given, from anywhere.
     """
-    if any((place / FOLDER).is_dir() for place in around):
+    if any((place / CHECKPOINTS).is_dir() for place in around):
         return True
     if not path.exists():
         return (path.is_absolute() or not whole) and not path.with_name(f"{path.name}.index").exists()

@@ -8,10 +8,11 @@ from igpt_fast.cli.inputs import PREPROCESSING, described, preprocessing_of
 from igpt_fast.config import Config
 from igpt_fast.console import say
 from igpt_fast.errors import InputError
+from igpt_fast.made import OPTIONS
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
 from igpt_fast.palette import Palette
-from igpt_fast.run import OPTIONS, damaged, refuse_differences
+from igpt_fast.run import damaged, refuse_differences
 from igpt_fast.tokens import is_token_directory
 from igpt_fast.weights import open_model
 

@@ -34,11 +34,11 @@ from igpt_fast.config import PRESETS, Config
 from igpt_fast.console import duration, say
 from igpt_fast.data import open_tokens
 from igpt_fast.errors import InputError
+from igpt_fast.made import CURVE, METRICS
 from igpt_fast.options import Options
 from igpt_fast.palette import Palette
 from igpt_fast.processes import together
-from igpt_fast.run import METRICS, Result, check_run, learns_classes, picture_of, read_options
-from igpt_fast.task import CURVE
+from igpt_fast.run import Result, check_run, learns_classes, picture_of, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
 from igpt_fast.weights import refuse_other_shape

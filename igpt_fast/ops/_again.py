@@ -29,8 +29,8 @@ _recipes = WeakTensorKeyDictionary()  # not an attribute: a tensor that is saved
 
 
 def remember(y: Tensor, make: Callable[..., Tensor], plain: Callable[..., Tensor], *parts: Tensor | None) -> None:
-    """Notes, where it is worth it, that make(*parts) gives y's values, and plain(*parts) nearly. parts, which live as y
-    does, are what the op keeps for its own backward pass anyway.
+    """Registers how a backward pass makes y again instead of keeping it: `make` by kernels, to the bit, `plain` by
+    torch's own ops. parts: tensors that the op keeps for its own backward pass anyway. On the CPU only.
     """
     if y.device.type == "cpu":
         _recipes[y] = Recipe(make, plain, parts, _versions(y, *parts))

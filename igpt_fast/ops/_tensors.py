@@ -51,9 +51,9 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_range(op: str, name: str, indices: Tensor, limit: int, on_cpu: bool = False) -> None:
-    """InputError for indices outside 0..limit-1: on a GPU, where no kernel can say so, with IGPT_DEBUG=1.
+    """InputError for indices outside 0..limit-1. On a GPU only with IGPT_DEBUG=1, for the host waits for the answer.
 
-    on_cpu: there too, where no kernel looks.
+    on_cpu: whether CPU tensors are checked here, for ops whose CPU kernels do not.
     """
     if indices.is_cuda:  # within a CUDA graph the host does not wait: the calls before it was recorded were checked
         asked = debugs() and not torch.cuda.is_current_stream_capturing()

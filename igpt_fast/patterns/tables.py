@@ -15,8 +15,8 @@ FIELDS = 9
 
 
 class Builder:
-    """The tables of a mask from bool blocks [64, keys], each of what 64 queries see, in their order; `pairs` that see
-    each other. What lies behind a block's keys is not seen."""
+    """Builds a mask's tables, one row of tiles after another: `add` takes the bool block [64, keys] of the next 64
+    queries, who see nothing behind those keys. pairs: how many (query, key) see each other."""
 
     def __init__(self, tokens: int, order: Tensor | None = None) -> None:
         """order: int [T], the slot that stands at each place, where that is not the raster's."""

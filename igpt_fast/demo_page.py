@@ -79,7 +79,7 @@ class Findings:
 
 def render(f: Findings) -> str:
     """The page as HTML text: every picture is a data: URI, every style inline, and there is no script."""
-    sections = (_loss(f), _samples(f), _completions(f), _probe(f), _timings(f), _machine(f), _yours(f))
+    sections = (_loss(f), _samples(f), _completions(f), _probe(f), _timings(f), _machine(f), _yours())
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -216,7 +216,7 @@ def _machine(f: Findings) -> str:
     return section("machine", "On what", f"<dl>{rows}</dl>")
 
 
-def _yours(f: Findings) -> str:
+def _yours() -> str:
     return section(
         "yours",
         "Now with your own images",

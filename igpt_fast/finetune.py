@@ -101,7 +101,7 @@ def finetune(
         if checkpoint:
             refuse_differences(run, checkpoint.model.config.to_dict(), config.to_dict())
         refuse_misfit(dataset, config, (checkpoint.model if checkpoint else model).palette)
-        task = ClassTask(Batches(dataset, o, config.objective, parts, labels), o, chosen.classes)
+        task = ClassTask(Batches(dataset, o, config.objective, parts, labels), chosen.classes)
         if checkpoint:
             return task, config, None
         headless = reshaped(model, replace(config, classes=0))

@@ -82,9 +82,11 @@ class ClassTask(PixelTask):
     losses = ("loss", "pixel_loss", "class_loss")
     measures = ("val_class_loss", "val_accuracy")
 
-    def __init__(self, batches: Batches, options: FinetuneOptions, classes: tuple[str, ...]) -> None:
+    options: FinetuneOptions
+
+    def __init__(self, batches: Batches, classes: tuple[str, ...]) -> None:
         super().__init__(batches)
-        self.options, self.classes = options, classes
+        self.options, self.classes = batches.options, classes
         self.best_score: tuple[float, float] | None = None  # (val_accuracy, -val_class_loss) of the best step
         self.since = 0  # validations since the best
 

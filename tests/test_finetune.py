@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_the_loss_is_the_sum_of_both(dataset, objective, weight):
         torch.nn.init.normal_(parameter, std=0.3)
     labels = dataset.labels % 3
     batches = Batches(dataset, options, objective, (np.arange(200), np.arange(200, 240)), labels)
-    task, batch = ClassTask(batches, options, ("a", "b", "c")), batches.of_step(3)
+    task, batch = ClassTask(batches, ("a", "b", "c")), batches.of_step(3)
     assert (batch.keep is None) == (objective == "ar")
     total, pixels, classes = task.learn(model, batch)
     total.backward()
@@ -192,7 +193,7 @@ def test_equal_numbers_of_right_answers_are_equal(dataset, tmp_path):
 
 
 def test_only_a_better_validation_is_a_new_best():
-    task = ClassTask(None, FinetuneOptions(), ("a", "b"))
+    task = ClassTask(SimpleNamespace(options=FinetuneOptions()), ("a", "b"))
     for step, (accuracy, loss) in enumerate([(0.5, 0.7), (0.5, 0.7), (0.5, 0.8), (0.4, 0.1)], start=1):
         task.judge(step, {"val_accuracy": accuracy, "val_class_loss": loss})
         assert (task.best, task.since) == (1, step - 1)

@@ -193,7 +193,7 @@ def refuse_preprocessing(data: list[Path], given: Mapping[str, object], names: I
 
 def given_of(**options: Any) -> dict[str, Any]:
     """Those options that were given, as plain values, --value-range and --bands as lists. Raises InputError."""
-    given = {name: getattr(value, "value", value) for name, value in options.items() if value is not None}
+    given = {name: getattr(value, "value", value) for name, value in options.items() if value not in (None, [])}
     for name, (kind, wanted) in _LISTS.items():
         if name in given:
             try:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from igpt_fast.cli.inputs import described
+from igpt_fast.cli.inputs import described, given_of
 from igpt_fast.cli.learning import (
     SHAPE,
     SMALL,
@@ -81,7 +81,7 @@ def plan(
 
     Example: igpt-fast plan --preset S --batch 32 --accumulate 4 --steps 100000
     """
-    given = {name: getattr(value, "value", value) for name, value in locals().items() if value not in (None, [])}
+    given = given_of(**locals())
     options = Options(**chosen(STANDARD, {}, given))
     shape: dict[str, Any] = SMALL
     if init is not None:

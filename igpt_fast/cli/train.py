@@ -135,7 +135,7 @@ def train(
 
     Example: igpt-fast train photos/ --out run --layers 8 --width 256 --heads 4 --size 32 --steps 5000
     """
-    given = given_of(**{name: value for name, value in locals().items() if value != []})
+    given = given_of(**locals())
     given |= read_pattern(given)
     with together(device) as processes:
         with processes.first_goes_ahead():

@@ -39,7 +39,7 @@ def in_parts(seen, seed):
 @pytest.mark.parametrize("causal", [True, False])
 def test_patterns_in_every_order(backend, dtype, name, causal):
     mask = BlockMask.compile("column | local(5)", (13, 11), causal, name)
-    assert mask.order == name and len(mask.tensors[8]) == 143
+    assert mask.order == name and len(mask.parts[0].order) == 143
     op = lambda q, k, v: ops.attention(q, k, v, mask, causal)  # noqa: E731
     check(op, dense(mask.dense()), heads(1, 2, 143, 32), backend, dtype)
 

@@ -85,7 +85,7 @@ def test_both_directions_hold_any_matrix(tokens, density):
 
 def test_full_tiles_carry_no_bits():
     mask = BlockMask.from_dense(torch.ones(100, 100, dtype=torch.bool))
-    assert mask.tensors[6].numel() == 0 and mask.density() == 1.0
+    assert mask.parts[0].bits.numel() == 0 and mask.density() == 1.0
 
 
 def test_a_pattern_is_compiled_once():

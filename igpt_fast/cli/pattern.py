@@ -19,7 +19,6 @@ from igpt_fast.patterns.orders import tiles_by_order
 from igpt_fast.patterns.parse import parse
 from igpt_fast.patterns.picture import draw
 from igpt_fast.patterns.predicates import PATTERNS
-from igpt_fast.patterns.tables import parts_of
 from igpt_fast.pictures import to_png_bytes
 
 MOST = 1 << 16  # pixels: a minute of compiling, which grows with their square
@@ -70,7 +69,7 @@ def pattern(
 
 def costs(text: str, mask: BlockMask, size: tuple[int, int], seconds: float) -> dict[str, Any]:
     """The figures of a mask on a grid (height, width) that took so many seconds to compile, by name."""
-    rows = len(mask.tensors[0]) - 1
+    rows = mask.rows
     counts = tiles_by_order(mask.raster.tensors, size)
     return {
         "pattern": text,
@@ -80,7 +79,7 @@ def costs(text: str, mask: BlockMask, size: tuple[int, int], seconds: float) -> 
         "tiles": counts if mask.order in counts else {**counts, mask.order: mask.tiles()},
         "order": mask.order,
         "tiles_of_dense": rows * (rows + 1) // 2 if mask.causal else rows * rows,
-        "masks": sum(len(tables[6]) for tables in parts_of(mask.tensors)),
+        "masks": sum(len(part.bits) for part in mask.parts),
         "bytes": sum(t.numel() * t.element_size() for t in mask.tensors),
         "speedup": 1 / mask.density(),
         "compile_seconds": seconds,

@@ -21,11 +21,9 @@ from igpt_fast.patterns.tables import FIELDS, TILE, Builder, Tables, empty_block
 class BlockMask:
     """A compiled pattern over `tokens` slots: which 64 × 64 tiles exist, and the bits of those that are not full.
 
-    Made by `BlockMask.compile` or `BlockMask.from_dense`. `tensors` is what the kernels read: CSR lists of tiles by
-    rows (row_start, row_tile, row_mask) and by columns (col_start, col_tile, col_mask), int32, a mask index of -1
-    meaning a full tile; then bits and bits_t, int64 [masks, 64]: bit k of bits[m, q] and bit q of bits_t[m, k] say that
-    q sees k; then order, int32 [T]: the slot that stands at each place of the tiles, empty where that is the raster's.
-    A mask in several parts, each with its own order, has as many times nine tensors; no pair is in two parts.
+    Made by `BlockMask.compile` or `BlockMask.from_dense`. `tensors` is what the kernels read: the fields of
+    `tables.Tables`, which are lists of tiles by rows and by columns (CSR) and the bits of those that are not full. A
+    mask in several parts, each with its own order, has as many times these; no pair is in two parts.
     """
 
     tokens: int
@@ -130,7 +128,7 @@ class BlockMask:
             own, count = fewest_tiles(tables, size)
             by_order[own] = by_order.get(own, ()) + tables
             apart += count
-        apart += PART * (len(self.tensors[0]) - 1) * (len(by_order) - 1)
+        apart += PART * self.rows * (len(by_order) - 1)
         if len(by_order) < 2 or apart > WORTH_PARTS * together:
             return self if name == "raster" else self.in_order(name, ORDERS[name](size))
         split, names = (), [name for name in ORDERS if name in by_order]
@@ -140,6 +138,16 @@ class BlockMask:
             alone = order is None and len(tables) == FIELDS
             split += tables if alone else reordered(tables, self.tokens, order)
         return dataclasses.replace(self, tensors=split, order=" + ".join(names), in_raster=self)
+
+    @property
+    def parts(self) -> tuple[Tables, ...]:
+        """`tensors` by name, of each part."""
+        return tuple(parts_of(self.tensors))
+
+    @property
+    def rows(self) -> int:
+        """Rows of tiles."""
+        return -(-self.tokens // TILE)
 
     @property
     def raster(self) -> "BlockMask":
@@ -160,11 +168,11 @@ class BlockMask:
 
     def tiles(self) -> int:
         """How many tiles the kernels walk over."""
-        return sum(len(tables[1]) for tables in parts_of(self.tensors))
+        return sum(len(part.row_tile) for part in self.parts)
 
     def density(self) -> float:
         """Tiles kept, as a share of the tiles of dense (causal) attention."""
-        tiles = len(self.tensors[0]) - 1
+        tiles = self.rows
         return self.tiles() / (tiles * (tiles + 1) / 2 if self.causal else tiles * tiles)
 
     def pair_density(self) -> float:
@@ -182,7 +190,7 @@ class BlockMask:
         if self.in_raster is not None:
             tables = ()
             for part in parts_of([t.cpu() for t in self.tensors]):
-                order = part[8].long()
+                order = part.order.long()
                 tables += reordered(part, slots, order[order < slots] if len(order) else None)
             start = dataclasses.replace(start, tensors=tables, order=self.order, in_raster=start)
         return start.to(self.tensors[0].device)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.patterns.tables import TILE, pairs_of
+from igpt_fast.patterns.tables import TILE, Tables, pairs_of
 
 Size = tuple[int, int]
 
@@ -75,7 +75,10 @@ def tiles_by_order(tables: Sequence[Tensor], size: Size, most: int | None = None
             found[at[q] * tiles + at[k]] = True
             if most is not None and np.count_nonzero(found) > most:
                 del met[name]
-    counts = {"raster": len(tables[1]), **{name: int(np.count_nonzero(found)) for name, found in met.items()}}
+    counts = {
+        "raster": len(Tables._make(tables).row_tile),
+        **{name: int(np.count_nonzero(found)) for name, found in met.items()},
+    }
     return {name: count for name, count in counts.items() if most is None or count <= most}
 
 
@@ -84,7 +87,7 @@ def fewest_tiles(tables: Sequence[Tensor], size: Size, pairs: int = 0) -> tuple[
 
     pairs: of the mask, if known: then a mask whose tiles are filled well is not looked at further
     """
-    raster = len(tables[1])
+    raster = len(Tables._make(tables).row_tile)
     most = int(WORTH * raster)
     if pairs > most * TILE * TILE:
         return "raster", raster

@@ -51,7 +51,8 @@ def pages_of(masks: Sequence[BlockMask | None]) -> Pages | None:
 
 def _last_seen(mask: BlockMask) -> Tensor:
     """int64 [tiles]: the last tile of queries that sees any key of each tile, at least its own."""
-    start, rows = (t.cpu().long() for t in mask.raster.tensors[3:5])
+    (part,) = mask.raster.parts
+    start, rows = (t.cpu().long() for t in (part.col_start, part.col_tile))
     own = torch.arange(len(start) - 1, device="cpu")
     if not len(rows):
         return own

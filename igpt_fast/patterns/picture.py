@@ -50,7 +50,8 @@ def _matrix(mask: BlockMask) -> Image.Image:
     for at in range(cells):
         rows = mask.seen(torch.arange(at * cell, min(n, (at + 1) * cell)), n).any(0)
         seen[at] = torch.nn.functional.pad(rows, (0, cells * cell - n)).view(cells, cell).any(1)
-    row_start, row_tile = (t.cpu().long() for t in mask.raster.tensors[:2])
+    (part,) = mask.raster.parts
+    row_start, row_tile = part.row_start.cpu().long(), part.row_tile.cpu().long()
     tiles = torch.zeros(len(row_start) - 1, len(row_start) - 1, dtype=torch.bool)
     tiles[torch.repeat_interleave(torch.arange(len(tiles)), row_start.diff()), row_tile] = True
     tile_of = torch.arange(cells) * cell // TILE

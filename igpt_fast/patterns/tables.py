@@ -1,6 +1,7 @@
 """The tables that the kernels read: lists of 64 × 64 tiles and the bits of those that are not full."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,10 +9,22 @@ from torch import Tensor
 
 TILE = 64
 
-# row_start [tiles + 1], row_tile, row_mask [entries]; the same by columns; bits, bits_t int64 [masks, 64]; order [T].
-# The masks of several parts, of which no two have a pair in common, follow each other: so many tensors each.
-Tables = tuple[Tensor, ...]
-FIELDS = 9
+
+class Tables(NamedTuple):
+    """One part of a mask. The parts of a mask, of which no two have a pair in common, follow each other."""
+
+    row_start: Tensor  # int32 [tiles + 1]: where each row of tiles begins in the two that follow
+    row_tile: Tensor  # int32 [entries]: the column of each tile
+    row_mask: Tensor  # int32 [entries]: which of `bits` it has; -1: it is full
+    col_start: Tensor  # the same by columns
+    col_tile: Tensor
+    col_mask: Tensor
+    bits: Tensor  # int64 [masks, 64]: bit k of bits[m, q] says that query q sees key k
+    bits_t: Tensor  # int64 [masks, 64]: so does bit q of bits_t[m, k]
+    order: Tensor  # int32 [T]: the slot that stands at each place of the tiles; empty: the raster's
+
+
+FIELDS = len(Tables._fields)
 
 
 class Builder:
@@ -40,7 +53,7 @@ class Builder:
         rows, columns, masks = self._at
         bits = np.frombuffer(b"".join(self._known), np.int64).reshape(-1, TILE)
         by_column = np.lexsort((rows, columns)).tolist()
-        return (
+        return Tables(
             *_lists(rows, columns, masks, self._row),
             *_lists(*([part[e] for e in by_column] for part in (columns, rows, masks)), self._row),
             torch.from_numpy(bits.copy()),
@@ -56,7 +69,7 @@ def empty_block(keys: int) -> np.ndarray:
 
 def parts_of(tables: Sequence[Tensor]) -> Iterator[Tables]:
     """The tables of each part."""
-    return zip(*[iter(tables)] * FIELDS, strict=True)
+    return map(Tables._make, zip(*[iter(tables)] * FIELDS, strict=True))
 
 
 def reordered(tables: Sequence[Tensor], tokens: int, order: Tensor | None) -> Tables:
@@ -87,11 +100,11 @@ def reordered(tables: Sequence[Tensor], tokens: int, order: Tensor | None) -> Ta
 
 def pairs_of(tables: Sequence[Tensor], tokens: int, at_once: int = 1 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Queries and keys among the first so many slots that see each other, int64, about so many at once."""
-    for start, tile, mask, _, _, _, bits, _, order in parts_of([t.cpu() for t in tables]):
-        start, tile, mask, slot = start.numpy(), tile.numpy(), mask.numpy(), order.numpy()
+    for part in parts_of([t.cpu() for t in tables]):
+        start, tile, mask, slot = (t.numpy() for t in (part.row_start, part.row_tile, part.row_mask, part.order))
         row = np.repeat(np.arange(len(start) - 1), np.diff(start))
         for number in np.unique(mask):
-            q, k = np.nonzero(np.ones((TILE, TILE), bool) if number < 0 else _unpacked(bits[number].numpy()))
+            q, k = np.nonzero(np.ones((TILE, TILE), bool) if number < 0 else _unpacked(part.bits[number].numpy()))
             entries = np.flatnonzero(mask == number)
             for at in np.array_split(entries, -(-len(entries) * len(q) // at_once)):
                 queries, keys = ((x[at, None].astype(np.int64) * TILE + y).ravel() for x, y in ((row, q), (tile, k)))
@@ -119,7 +132,8 @@ class Rows:
     """
 
     def __init__(self, tables: Sequence[Tensor]) -> None:
-        start, tile, mask, *_, self._bits, _, _ = tables
+        (part,) = parts_of(tables)
+        start, tile, mask, self._bits = part.row_start, part.row_tile, part.row_mask, part.bits
         tiles, device = len(start) - 1, start.device
         row = torch.searchsorted(start, torch.arange(len(tile), dtype=start.dtype, device=device), right=True) - 1
         self._masks = torch.full((tiles, tiles), -2, dtype=torch.int64, device=device)  # no tile; -1 is a full one

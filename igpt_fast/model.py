@@ -26,7 +26,7 @@ from igpt_fast.device import dtype_of
 from igpt_fast.errors import InputError
 from igpt_fast.image_tensors import tensor_of, tokens_of
 from igpt_fast.modules import is_plain, tensors_to_save
-from igpt_fast.ops._native import must_be_plain
+from igpt_fast.ops._native import why_plain
 from igpt_fast.palette import Palette
 from igpt_fast.patterns import masks_of
 from igpt_fast.positions import summed
@@ -211,7 +211,7 @@ class ImageGPT(nn.Module):
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise InputError(f"tokens are {tokens.dtype}; give integers, such as Palette.encode returns")
         tokens = tokens.flatten(1).long()
-        if tokens.device.type == "cpu" and tokens.numel() and not (torch.compiler.is_compiling() or must_be_plain()):
+        if tokens.device.type == "cpu" and tokens.numel() and not (torch.compiler.is_compiling() or why_plain()):
             low, high = (int(end) for end in tokens.aminmax())
             if (bad := low if low < 0 else high) not in range(c.colors):
                 raise InputError(f"token {bad} is out of range: a palette of {c.colors} has tokens 0 to {c.colors - 1}")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from igpt_fast.errors import InputError
-from igpt_fast.ops._native import must_be_plain, say_slower
+from igpt_fast.ops._native import say_slower, why_plain
 
 OLDEST = (4, 57)
 ATTENTION = "_attn", "_upcast_and_reordered_attn", "_merge_heads"  # what their attention's forward calls of its own
@@ -99,7 +99,7 @@ class Standin:
 
 def _beyond(args: tuple, kwargs: dict[str, Any]) -> str | None:
     """Why a call must consist of torch's own ops; None when it need not."""
-    if reason := must_be_plain():
+    if reason := why_plain():
         return reason
     first = args[0] if args else next(iter(kwargs.values()), None)
     meta = getattr(first, "is_meta", False) and not torch.compiler.is_compiling()

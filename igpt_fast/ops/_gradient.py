@@ -38,7 +38,7 @@ def differentiable(
 
         @staticmethod
         def backward(ctx, *grads):
-            if not (reason := beyond_kernels(grads)):
+            if not (reason := why_plain_gradient(grads)):
                 return gradient(ctx, backward, *grads)
             say_slower(f"the gradient of {name} runs on plain torch: {reason}")
             with in_plain_torch():
@@ -47,7 +47,7 @@ def differentiable(
     return Eager.apply
 
 
-def beyond_kernels(grads: Sequence[Tensor | None]) -> str | None:
+def why_plain_gradient(grads: Sequence[Tensor | None]) -> str | None:
     """Why plain torch must make the gradients that `grads`, those of the outputs, ask for; None when it need not.
 
     torch's once_differentiable refuses second derivatives, but only of what depends on `grads`: where these are

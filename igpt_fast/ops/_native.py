@@ -98,7 +98,7 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: Refusal
     """Why backend `name` cannot serve this call of `op`; None when it can."""
     if name not in BACKENDS:
         return WHY_NO_EXTENSION or f"there is no backend {name} here"
-    if reason := must_be_plain():
+    if reason := why_plain():
         return reason
     if not BACKENDS[name].has(op):
         return f"{name} has no {op}"
@@ -113,7 +113,7 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: Refusal
     return refusal(name) if callable(refusal) else refusal
 
 
-def must_be_plain() -> str | None:
+def why_plain() -> str | None:
     """Why calls must consist of torch's own ops just now; None when they need not. Compilers know ours."""
     if torch.compiler.is_compiling():
         return None

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
-from igpt_fast.ops._gradient import beyond_kernels
+from igpt_fast.ops._gradient import why_plain_gradient
 from igpt_fast.ops._heads import one_dtype, readable, refusal, slices
-from igpt_fast.ops._native import backend_for, has_cuda_kernels, is_reference, must_be_plain, say_slower
+from igpt_fast.ops._native import backend_for, has_cuda_kernels, is_reference, say_slower, why_plain
 from igpt_fast.ops._tensors import empty, needs_grad, same_device, stream_of
 from igpt_fast.patterns import FIELDS, BlockMask, unpack
 
@@ -151,7 +151,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
     """torch's own kernels where they mean the same, though not where it transforms what it is given: some have neither
     tangents nor rules for batches. The reference keeps a matrix of all pairs.
     """
-    alike = not (is_reference() or must_be_plain() or q.is_meta)
+    alike = not (is_reference() or why_plain() or q.is_meta)
     seen, all_see = None, True
     if mask is not None:  # what is made while somebody watches is not to be kept
         seen, all_see = mask.dense_on(q.device) if alike else (mask.dense().to(q.device), False)
@@ -229,7 +229,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, o, lse = ctx.saved_tensors
-        if reason := beyond_kernels((dout,)):
+        if reason := why_plain_gradient((dout,)):
             return None, *_plain_gradient(reason, dout, q, k, v, *ctx.rest), None, None, None
         grads = grads_like(q, k)
         backward_by(ctx.native, grads, dout, q, k, v, o, lse, *ctx.rest)
@@ -247,7 +247,7 @@ class _AttentionPacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         qkv, o, *lses = ctx.saved_tensors
-        if reason := beyond_kernels((dout,)):
+        if reason := why_plain_gradient((dout,)):
             return None, _plain_packed(reason, dout, qkv, ctx.groups, *ctx.rest), None, None, None
         dqkv = empty(qkv.shape, qkv)
         for (heads, tables), lse in zip(ctx.groups, lses, strict=True):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from igpt_fast.errors import InputError
 from igpt_fast.ops._again import recipe_of
-from igpt_fast.ops._gradient import beyond_kernels
-from igpt_fast.ops._native import must_be_plain
+from igpt_fast.ops._gradient import why_plain_gradient
+from igpt_fast.ops._native import why_plain
 from igpt_fast.ops._tensors import needs_grad
 
 ROWS = 1024  # converted at a time: their floats stay in the cache
@@ -28,7 +28,7 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"projection: bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
     recipe = recipe_of(x) if weight.requires_grad else None  # else x is not wanted for the backward pass
-    if (recipe is None and not _in_float32(x)) or must_be_plain():
+    if (recipe is None and not _in_float32(x)) or why_plain():
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):
         again = (None, None, x) if recipe is None else (recipe.make, recipe.plain, *recipe.parts)
@@ -80,7 +80,7 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         weight, *parts = ctx.saved_tensors
-        plain = bool(beyond_kernels((dy,)))
+        plain = bool(why_plain_gradient((dy,)))
         with torch.autocast("cpu", enabled=False):
             given = ctx.given[0]() if plain else None
             version = ctx.given[1]

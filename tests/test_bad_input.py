@@ -186,8 +186,8 @@ def public(rows: int) -> dict[str, tuple]:
         "rms_norm": (lambda x, weight, residual: ops.rms_norm(x, weight, residual=residual),
                      {"x": x, "weight": floats(8), "residual": y}, "rms_norm_bwd"),
         "bias_quick_gelu": (ops.bias_quick_gelu, {"x": x, "bias": floats(8)}, "bias_quick_gelu_bwd"),
-        "cross_entropy": (lambda logits, targets: ops.cross_entropy(logits, targets, "none"),
-                          {"logits": x, "targets": targets}, "cross_entropy_bwd"),
+        "cross_entropy": (lambda logits, target: ops.cross_entropy(logits, target, "none"),
+                          {"logits": x, "target": targets}, "cross_entropy_bwd"),
         "attention": (ops.attention, {"q": q, "k": k, "v": v}, "attention_bwd"),
         "attention_dropout": (lambda qkv: ops.attention_dropout(qkv, 0.1, 0),
                               {"qkv": floats(rows, 9, 3, 2, 32)}, "attention_dropout_bwd"),
@@ -286,11 +286,11 @@ class OnGpu(Tensor):
 
 def test_with_igpt_debug_indices_on_a_gpu_are_checked(monkeypatch):
     logits, bad = torch.zeros(2, 5), torch.tensor([0, 5]).as_subclass(OnGpu)
-    _tensors.check_range("cross_entropy", "targets", bad, 5)  # where the host must not wait, the loss is NaN instead
+    _tensors.check_range("cross_entropy", "target", bad, 5)  # where the host must not wait, the loss is NaN instead
     monkeypatch.setattr(_native, "_debug", True)
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    _tensors.check_range("cross_entropy", "targets", bad, 5)  # within a CUDA graph nobody may wait
+    _tensors.check_range("cross_entropy", "target", bad, 5)  # within a CUDA graph nobody may wait
     capturing = False
-    with pytest.raises(InputError, match=r"cross_entropy: targets hold a value outside 0\.\.4"):
+    with pytest.raises(InputError, match=r"cross_entropy: target has a value outside 0\.\.4"):
         ops.cross_entropy(logits, bad)

@@ -60,7 +60,7 @@ def check_range(op: str, name: str, indices: Tensor, limit: int, on_cpu: bool = 
     else:
         asked = on_cpu and not torch.compiler.is_compiling()
     if asked and ((indices < 0) | (indices >= limit)).any():
-        raise InputError(f"{op}: {name} hold a value outside 0..{limit - 1}")
+        raise InputError(f"{op}: {name} has a value outside 0..{limit - 1}")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

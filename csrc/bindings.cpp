@@ -4,6 +4,7 @@
 // one build serves every torch version, and the package builds where torch is not installed.
 #include <pybind11/pybind11.h>
 
+#include <iterator>
 #include <string_view>
 #include <vector>
 
@@ -21,19 +22,27 @@ using igpt::View;
 
 namespace {
 
+// As the list of a mask's tensors has them, see igpt_fast/patterns/tables.py.
+constexpr View BlockMaskView::* kMaskViews[] = {
+    &BlockMaskView::row_start, &BlockMaskView::row_tile, &BlockMaskView::row_mask,
+    &BlockMaskView::col_start, &BlockMaskView::col_tile, &BlockMaskView::col_mask,
+    &BlockMaskView::bits,      &BlockMaskView::bits_t,   &BlockMaskView::order};
+
 // Attribute names and dtype objects, looked up once.
 struct Names {
   static constexpr const char* kDtypes[] = {"float32", "float16", "bfloat16", "float64",      "int64",
                                             "int32",   "int16",   "uint8",    "float8_e4m3fn"};
   PyObject *data_ptr, *shape, *stride, *dtype, *is_cuda, *get_device, *is_contiguous, *is_neg;
-  PyObject* dtypes[9];
+  static constexpr int kCount = int(std::size(kDtypes));
+  static_assert(kCount == int(DType::e4m3) + 1, "as enum DType has them");
+  PyObject* dtypes[kCount];
   Names() {
     auto name = [](const char* s) { return PyUnicode_InternFromString(s); };
     data_ptr = name("data_ptr"), shape = name("shape"), stride = name("stride");
     dtype = name("dtype"), is_cuda = name("is_cuda"), get_device = name("get_device");
     is_contiguous = name("is_contiguous"), is_neg = name("is_neg");
     const py::module_ torch = py::module_::import("torch");
-    for (int i = 0; i < 9; ++i) dtypes[i] = py::object(torch.attr(kDtypes[i])).release().ptr();
+    for (int i = 0; i < kCount; ++i) dtypes[i] = py::object(torch.attr(kDtypes[i])).release().ptr();
   }
   static const Names& get() {
     static const Names& names = *new Names();  // never destroyed: Python may be gone before static destructors run
@@ -73,8 +82,8 @@ View view_of(PyObject* o) {
   if (count && v.cols() > 1 && v.stride[v.ndim - 1] != 1)
     throw py::value_error("expected a tensor whose last dimension is contiguous");
   int d = 0;
-  while (d < 9 && names.dtypes[d] != dtype.ptr()) ++d;
-  if (d == 9) throw py::value_error("unsupported dtype " + std::string(py::str(dtype)));
+  while (d < Names::kCount && names.dtypes[d] != dtype.ptr()) ++d;
+  if (d == Names::kCount) throw py::value_error("unsupported dtype " + std::string(py::str(dtype)));
   v.dtype = DType(d);
   if (attribute(o, names.is_cuda).ptr() == Py_True) v.device = int(PyLong_AsLong(call(o, names.get_device).ptr()));
   v.data = PyLong_AsVoidPtr(call(o, names.data_ptr).ptr());
@@ -144,13 +153,10 @@ struct type_caster<BlockMaskView> {  // None, or the nine tensors of a BlockMask
     value = fields(h.ptr(), 0);
     return true;
   }
-  static constexpr int kFields = 9;
+  static constexpr int kFields = int(std::size(kMaskViews));
   static BlockMaskView fields(PyObject* tuple, Py_ssize_t first) {
     BlockMaskView mask;
-    View* fields[] = {&mask.row_start, &mask.row_tile, &mask.row_mask, &mask.col_start, &mask.col_tile,
-                      &mask.col_mask,  &mask.bits,     &mask.bits_t,   &mask.order};
-    static_assert(sizeof fields / sizeof *fields == kFields);
-    for (int i = 0; i < kFields; ++i) *fields[i] = view_of(PyTuple_GET_ITEM(tuple, first + i));
+    for (int i = 0; i < kFields; ++i) mask.*kMaskViews[i] = view_of(PyTuple_GET_ITEM(tuple, first + i));
     return mask;
   }
 };
@@ -228,9 +234,7 @@ class OneDevice {
                                   "; move them to one device");
   }
   void see(const BlockMaskView& m) {
-    for (const View* v :
-         {&m.row_start, &m.row_tile, &m.row_mask, &m.col_start, &m.col_tile, &m.col_mask, &m.bits, &m.bits_t, &m.order})
-      see(*v);
+    for (const auto view : kMaskViews) see(m.*view);
   }
   void see(const MaskParts& m) {
     for (int64_t i = 0; i < m.count; ++i) see(m.part[i]);
@@ -305,11 +309,14 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
 
   m.def("backends", [] {  // best first
     py::list out;
-    for (const char* isa : {"amx", "avx512_bf16", "avx512", "avx2", "baseline"})
+    for (const char* isa : igpt::kCpuTables)
       if (auto ops = igpt::cpu_ops(isa)) out.append(Backend{ops});
     if (auto ops = igpt::cuda_ops()) out.append(Backend{ops});
     return out;
   });
+  py::list tables;
+  for (const char* isa : igpt::kCpuTables) tables.append(isa);
+  m.attr("cpu_tables") = py::tuple(tables);
   m.def("cpu_why_not", &igpt::cpu_why_not,
         "Why this processor cannot run an instruction set's table; empty when it can.");
   m.def("cuda_why_not", &igpt::cuda_why_not,

@@ -193,6 +193,7 @@ struct Ops {
 static_assert(sizeof(Ops) == (1 IGPT_EACH_OP(IGPT_ONE_OP)) * sizeof(void*), "a field of Ops is missing above");
 #undef IGPT_ONE_OP
 
+inline constexpr const char* kCpuTables[] = {"amx", "avx512_bf16", "avx512", "avx2", "baseline"};  // best first
 const Ops* cpu_ops(const std::string& isa);       // nullptr: this machine cannot run that instruction set
 std::string cpu_why_not(const std::string& isa);  // "" when it can
 const Ops* cuda_ops();                            // nullptr: built without CUDA, or no driver for it

@@ -29,7 +29,7 @@ except ImportError as error:  # a source tree that was never built runs on the r
     BACKENDS = {}
     WHY_NO_EXTENSION = f"the extension is not built ({error}); run `pip install .`"
 
-CPU_TABLES = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
+CPU_TABLES: tuple[str, ...] = () if WHY_NO_EXTENSION else _C.cpu_tables  # best first, also those that do not run here
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 # Of each backend: the device of the tensors that it serves, and their float dtypes.
 _SERVES = {name: (d := "cuda" if name == "cuda" else "cpu", _DTYPES[d]) for name in BACKENDS}

@@ -8,7 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-#define IGPT_INLINE __attribute__((always_inline)) inline
+#define IGPT_INLINED __attribute__((always_inline))  // a lambda
+#define IGPT_INLINE IGPT_INLINED inline
 
 namespace igpt {
 

@@ -105,7 +105,7 @@ def test_a_residual_of_integers_is_refused(dtype):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_kernels_refuse_outputs_that_are_not_there(name):
+def test_kernels_refuse_tensors_that_do_not_fit(name):
     x, t, table = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64), BACKENDS[name]
     q, o = torch.randn(1, 1, 1, 8), torch.empty(1, 1, 1, 8)
     calls = [
@@ -113,6 +113,9 @@ def test_kernels_refuse_outputs_that_are_not_there(name):
         lambda: table.cross_entropy_fwd(torch.empty(4, dtype=torch.uint8), torch.empty(1), x, t, 0),
         lambda: table.cross_entropy_bwd(torch.empty(4, 8), torch.ones(4), x, t, None, 0),
         lambda: table.rms_norm_bwd(torch.empty(4, 8), None, torch.empty(1, 8), x, None, x, torch.ones(8), None, 0),
+        lambda: table.rms_norm_fwd(x.clone(), x.bfloat16(), torch.empty(4), x, x, torch.ones(8), 1e-5, 0),
+        lambda: table.rms_norm_bwd(x.clone(), None, x[:1].clone(), x, x.bfloat16(), x, x[0], torch.ones(4), 0),
+        lambda: table.rms_norm_bwd(x.clone(), x.bfloat16(), x[:1].clone(), x, x, x, x[0], torch.ones(4), 0),
         lambda: table.attention_fwd(o, None, q, q, q, None, False, 1.0, 0),
         lambda: table.attention_bwd(o, o, o, q, q, q, q, q, None, None, None, False, 1.0, 0),
         lambda: table.dropout(None, x, 0.5, 1, 0),

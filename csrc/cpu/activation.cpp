@@ -43,7 +43,7 @@ static void bwd_row(T* dx, float* dbias, const T* dy, const T* x, const float* b
   for (int64_t c = 0; c < C; c += kLanes) {
     const int64_t n = std::min<int64_t>(kLanes, C - c);
     const vf d = gradient(load_upto(dy + c, n), load_upto(x + c, n) + load(b + c));
-    if (dbias) store(dbias + c, load(dbias + c) + d);
+    if (dbias) store_upto(dbias + c, load_upto(dbias + c, n) + d, n);
     store_upto(dx + c, d, n);
   }
 }
@@ -52,14 +52,13 @@ static void bias_quick_gelu_fwd(View y, View x, View bias, Stream) {
   check_gelu(y, x, bias);
   const int64_t C = x.cols(), N = x.rows();
   auto b = float_bias(bias, C);
-  parallel_chunks(N, kRows, [&](int64_t begin, int64_t end, int64_t) {
-    for (int64_t n = begin; n < end; ++n) {
-      if (x.dtype == DType::f32)
-        fwd_row(y.as<float>() + n * C, x.as<float>() + n * C, b.get(), C);
-      else
-        fwd_row(y.as<bf16>() + n * C, x.as<bf16>() + n * C, b.get(), C);
-    }
-  });
+  const auto run = [&](auto like) {
+    using T = decltype(like);
+    parallel_chunks(N, kRows, [&](int64_t begin, int64_t end, int64_t) {
+      for (int64_t n = begin; n < end; ++n) fwd_row(row_of<T>(y, n), row_of<T>(x, n), b.get(), C);
+    });
+  };
+  by_dtype(run, x.dtype);
 }
 
 static void bias_quick_gelu_bwd(View dx, View dbias, View dy, View x, View bias, Stream) {
@@ -67,21 +66,19 @@ static void bias_quick_gelu_bwd(View dx, View dbias, View dy, View x, View bias,
   check_gelu(dy, x, bias);
   IGPT_CHECK(!dbias || (dbias.dtype == DType::f32 && dbias.ndim == 2 && dbias.cols() == x.cols() && dbias.dense()),
              "bias_quick_gelu_bwd: dbias must be float32 [P, C]");
-  const int64_t C = x.cols(), N = x.rows(), Cp = padded(C);
+  const int64_t C = x.cols(), N = x.rows();
   const int64_t groups = dbias ? dbias.size[0] : (N + kRows - 1) / kRows;
   auto b = float_bias(bias, C);
-  auto room = scratch<float>(dbias ? std::min<int64_t>(max_threads(), groups) * Cp : 0);  // [threads, C]
-  parallel_for(groups, [&](int64_t group, int thread) {
-    float* db = dbias ? room.get() + thread * Cp : nullptr;
-    if (db) std::memset(db, 0, size_t(Cp) * sizeof(float));
-    for (int64_t n = group * N / groups; n < (group + 1) * N / groups; ++n) {
-      if (x.dtype == DType::f32)
-        bwd_row(dx.as<float>() + n * C, db, dy.as<float>() + n * C, x.as<float>() + n * C, b.get(), C);
-      else
-        bwd_row(dx.as<bf16>() + n * C, db, dy.as<bf16>() + n * C, x.as<bf16>() + n * C, b.get(), C);
-    }
-    if (db) std::memcpy(dbias.as<float>() + group * C, db, size_t(C) * sizeof(float));
-  });
+  const auto run = [&](auto like) {
+    using T = decltype(like);
+    parallel_for(groups, [&](int64_t group, int) {
+      float* db = row_of<float>(dbias, group);
+      if (db) std::memset(db, 0, size_t(C) * sizeof(float));
+      for (int64_t n = group * N / groups; n < (group + 1) * N / groups; ++n)
+        bwd_row(row_of<T>(dx, n), db, row_of<T>(dy, n), row_of<T>(x, n), b.get(), C);
+    });
+  };
+  by_dtype(run, x.dtype);
   if (dbias) sum_groups(dbias.as<float>(), groups, C);
 }
 

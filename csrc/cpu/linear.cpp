@@ -67,24 +67,24 @@ static void linear_fwd(View y, View x, View weight, View bias, View norm, View r
   if (norm) load_row(g.get(), norm.data, norm.dtype, K);
   const Ending ending{bias ? b.get() : nullptr, residual, gelu};
   const float* gains = norm ? g.get() : nullptr;
-#if defined(__AVX512BF16__)
-  if (x.dtype == DType::bf16 && weight.dtype == DType::bf16) {
-    const int64_t pairs = padded_for<Pairs>(K);
-    const auto rows = zeros<bf16>(N * pairs);
-    const auto row = zeros<float>(Kp);
-    for (int64_t n = 0; n < N; ++n) {
+  // E says what is multiplied, see linear.h, w of what the weight is.
+  const auto multiplied = [&](auto element, auto w) {
+    using E = decltype(element);
+    using X = typename E::X;
+    constexpr DType kDType = std::is_same_v<X, bf16> ? DType::bf16 : DType::f32;
+    const int64_t stride = padded_for<E>(K);
+    const bool ready = !norm && x.dtype == kDType && stride == K;  // it is read where it lies
+    const auto rows = zeros<X>(ready ? 0 : N * stride);
+    const auto row = zeros<float>(ready ? 0 : Kp);
+    for (int64_t n = 0; !ready && n < N; ++n) {
       read_row(row.get(), x, n, gains, eps);
-      store_row(rows.get() + n * pairs, row.get(), DType::bf16, K);
+      store_row(rows.get() + n * stride, row.get(), kDType, K);
     }
-    return run<Pairs, bf16>(y, rows.get(), N, pairs, weight, ending);
-  }
-#endif
-  const auto rows = zeros<float>(N * Kp);
-  for (int64_t n = 0; n < N; ++n) read_row(rows.get() + n * Kp, x, n, gains, eps);
-  if (weight.dtype == DType::f32)
-    run<Wide<float>, float>(y, rows.get(), N, Kp, weight, ending);
-  else
-    run<Wide<bf16>, bf16>(y, rows.get(), N, Kp, weight, ending);
+    run<E, decltype(w)>(y, ready ? x.as<X>() : rows.get(), N, stride, weight, ending);
+  };
+  if (weight.dtype == DType::f32) return multiplied(Wide<float>(), float());
+  if (x.dtype == DType::bf16) return multiplied(HalfRows(), bf16());
+  multiplied(Wide<bf16>(), bf16());
 }
 
 void fill_linear(Ops& t) {

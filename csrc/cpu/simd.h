@@ -316,6 +316,22 @@ static inline int64_t bytes_of(DType t) {  // of a float
 static inline char* row_of(const View& v, int64_t row) {
   return v.as<char>() + row * v.cols() * bytes_of(v.dtype);
 }
+template <class T>
+static inline T* row_of(const View& v, int64_t row) {  // nullptr where there is no tensor
+  return v ? v.as<T>() + row * v.cols() : nullptr;
+}
+// f(a float or a bf16 for each dtype): an f of `auto` parameters is compiled once for each of their types.
+template <class F>
+static IGPT_INLINE void by_dtype(const F& f) {
+  f();
+}
+template <class F, class... More>
+static IGPT_INLINE void by_dtype(const F& f, DType first, More... more) {
+  if (first == DType::f32)
+    by_dtype([&](auto... rest) { f(float{}, rest...); }, more...);
+  else
+    by_dtype([&](auto... rest) { f(bf16{}, rest...); }, more...);
+}
 static inline int64_t padded(int64_t n) {
   return (n + kLanes - 1) / kLanes * kLanes;
 }

@@ -134,7 +134,7 @@ class ImageGPT(nn.Module):
         return ops.projection((self.hidden(tokens) if hidden is None else hidden).mean(1), self.wclf)
 
     def features(self, tokens: Tensor, layer: int | Sequence[int] | None = None, pool: bool = True) -> Tensor:
-        """The paper's probe features: means over positions, float32.   tokens [N, H, W] or [N, T]
+        """The paper's probe features: means over positions, float32 or wider.   tokens [N, H, W] or [N, T]
 
         Layer l < layers is the ln_1 output of block l (what its attention reads), `layers` the final norm's. Returns
         [N, width] for one layer, [k, N, width] for k of them or, with None, for all; blocks above the last do not run.

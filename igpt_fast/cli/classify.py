@@ -58,7 +58,7 @@ def classify(
             "--confusion",
             metavar="FILE.png",
             show_default="none",
-            help="Where DATA has class folders: a picture of which class is taken for which.",
+            help="Where DATA has labels: a picture of which class is taken for which.",
         ),
     ] = None,
     resize: ReadAsOption = None,
@@ -73,7 +73,7 @@ def classify(
 ) -> None:
     """Name the class of every image, by a model with a classifier head, as finetune makes one.
 
-    Where DATA has folders of the same classes, it is also said how many answers are right. DATA may also be tokens.
+    Where DATA has labels, such as class folders, it is also said how many answers are right. DATA may also be tokens.
 
     Example: igpt-fast classify run/ new-scans/ -o classes.csv
     """
@@ -89,7 +89,7 @@ def classify(
             dataset = stack.enter_context(tokens_for(checkpoint, data, given))
             labels = _labels(dataset, classes)
             if confusion is not None and (labels < 0).all():
-                raise InputError(f"{data}: has no labels that the model knows: --confusion needs a folder a class")
+                raise InputError(f"{data}: has no labels that the model knows: --confusion needs some")
         answers = predict(checkpoint.model, dataset, batch=batch, amp=bf16, processes=processes)
         if not processes.first:
             return

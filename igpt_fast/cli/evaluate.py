@@ -59,7 +59,7 @@ def evaluate(
         typer.Option(
             "--val-fraction",
             metavar="F",
-            show_default="as the run held out, else 0.1",
+            show_default="as a run of train held out, else 0.1",
             help="Share of the images, by their names, that is val.",
         ),
     ] = None,

@@ -18,7 +18,7 @@ FIELDS = {
     "steps": (LEARNING, "Steps in all.", None),
     "batch": (LEARNING, "Images a step.", None),
     "lr": (LEARNING, "Peak learning rate.", "3e-3, less for batches below 128 or widths above 512"),
-    "warmup": (LEARNING, "Steps of linear warm-up.", "a twentieth of the steps"),
+    "warmup": (LEARNING, "Steps of linear warm-up.", "a twentieth of the steps, at most 10,000"),
     "clip": (LEARNING, "Largest gradient norm; 0: any.", None),
     "ema": (LEARNING, "Decay of averaged weights, such as 0.999; 0: none.", None),
     "flip": (LEARNING, "Mirror images at random.", "no-flip"),
@@ -112,6 +112,9 @@ ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on from RUN's newest checkpoint, with the options that RUN has.")
 ]
 RunWorkersOption = Annotated[
-    int | None, option(MACHINE, "--workers", "Processes that decode images; 0: this one.", "one a core", min=0)
+    int | None,
+    option(
+        MACHINE, "--workers", "Processes that decode images; 0: this one.", "one a core, none for few images", min=0
+    ),
 ]
 RunDeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=MACHINE)]

@@ -91,7 +91,12 @@ def train(
     ] = None,
     resize: Annotated[
         Resize | None,
-        option(IMAGES_PANEL, "--resize", "paper: centre crop. hf: straight to the size. none: as it is.", "paper"),
+        option(
+            IMAGES_PANEL,
+            "--resize",
+            "paper: centre crop. hf: straight to the size. none: images have the size.",
+            "paper",
+        ),
     ] = None,
     background: Annotated[
         str | None, option(IMAGES_PANEL, "--background", "Behind transparent pixels.", "white", metavar="COLOUR")

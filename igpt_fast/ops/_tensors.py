@@ -50,6 +50,14 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
             raise InputError(f"{op}: {name} is on {t.device}, {first} on {home}; move both to one device")
 
 
+def floats(op: str, **tensors: Tensor | None) -> None:
+    """same_device, and InputError, naming the argument, unless all tensors hold floating-point numbers."""
+    same_device(op, **tensors)
+    for name, t in tensors.items():
+        if t is not None and not t.is_floating_point():
+            raise InputError(f"{op}: {name} is {t.dtype}; give floats")
+
+
 def check_range(op: str, name: str, indices: Tensor, limit: int, on_cpu: bool = False) -> None:
     """InputError for indices outside 0..limit-1. On a GPU only with IGPT_DEBUG=1, for the host waits for the answer.
 

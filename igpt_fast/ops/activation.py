@@ -8,19 +8,19 @@ from igpt_fast.errors import InputError
 from igpt_fast.ops._again import remember
 from igpt_fast.ops._gradient import differentiable
 from igpt_fast.ops._native import backend_for
-from igpt_fast.ops._tensors import empty, multiprocessors, needs_grad, same_device, stream_of
+from igpt_fast.ops._tensors import empty, floats, multiprocessors, needs_grad, stream_of
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """z · sigmoid(1.702 z) with z = x (+ bias).   x [..., C]   bias [C] or None   → [..., C] in x's dtype.
 
-    Raises InputError when the bias does not fit. Source: the activation of Image GPT.
+    Raises InputError when the bias does not fit, or for integers. Source: the activation of Image GPT.
     """
     if bias is not None and bias.shape != x.shape[-1:]:
         raise InputError(
             f"bias_quick_gelu: bias {tuple(bias.shape)} does not fit x {tuple(x.shape)}; give one a column"
         )
-    same_device("bias_quick_gelu", x=x, bias=bias)
+    floats("bias_quick_gelu", x=x, bias=bias)
     if torch.compiler.is_compiling():
         return torch.ops.igpt.bias_quick_gelu(x, bias)
     native = _native(x, bias)

@@ -12,7 +12,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.ops._gradient import why_plain_gradient
 from igpt_fast.ops._heads import one_dtype, readable, refusal, slices
 from igpt_fast.ops._native import backend_for, has_cuda_kernels, is_reference, say_slower, why_plain
-from igpt_fast.ops._tensors import empty, needs_grad, same_device, stream_of
+from igpt_fast.ops._tensors import empty, floats, needs_grad, stream_of
 from igpt_fast.patterns import FIELDS, BlockMask, unpack
 
 
@@ -26,10 +26,10 @@ def attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, as torch's scaled_dot_product_attention with is_causal=causal.
 
-    q [B, H, Tq, D]   k, v [B, H, Tk, D], any strides   scale: 1/sqrt(D) when None
+    q [B, H, Tq, D]   k, v [B, H, Tk, D], of one dtype, any strides   scale: 1/sqrt(D) when None
     mask: a compiled pattern, which then decides alone   causal: None: as the mask was compiled for, without one True
     → [B, H, Tq, D] in q's dtype, laid out as [B, Tq, H, D], so that transpose(1, 2).flatten(2) copies nothing.
-    Raises InputError for shapes that do not fit. Source: Image GPT; masked rows that see nothing give zeros.
+    Raises InputError for shapes that do not fit, or for integers. Source: Image GPT; masked rows that see nothing give zeros.
     """
     causal = _is_causal(causal, (mask,))
     _check(q, k, v, mask, causal)
@@ -119,7 +119,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
         raise InputError(
             f"attention: causal or masked attention needs as many keys ({k.size(2)}) as queries ({q.size(2)})"
         )
-    same_device("attention", q=q, k=k, v=v)
+    floats("attention", q=q, k=k, v=v)
     if mask is not None and (mask.tokens != q.size(2) or mask.causal != causal):
         kind = f"{mask.tokens} tokens, causal={mask.causal}"
         raise InputError(

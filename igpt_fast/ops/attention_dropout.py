@@ -8,7 +8,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.ops._gradient import differentiable
 from igpt_fast.ops._heads import readable, refusal, slices
 from igpt_fast.ops._native import backend_for, serves
-from igpt_fast.ops._tensors import empty, needs_grad, stream_of
+from igpt_fast.ops._tensors import empty, floats, needs_grad, stream_of
 from igpt_fast.ops.dropout import checked
 
 
@@ -19,10 +19,11 @@ def attention_dropout(qkv: Tensor, p: float, seed: int, scale: float | None = No
     → [B, T, H, D], contiguous. The seed and a weight's place decide whether it is kept, see the reference: no mask is
     stored, and the same seed keeps the same weights anywhere, as each replay of a CUDA graph does. p is taken down to a
     multiple of 2^-24.
-    Raises InputError for shapes that do not fit, and p or a seed out of range.
+    Raises InputError for shapes that do not fit, integers, and p or a seed out of range.
     """
     if qkv.ndim != 5 or qkv.size(2) != 3:
         raise InputError(f"attention_dropout: expected qkv [B, T, 3, H, D], got {tuple(qkv.shape)}")
+    floats("attention_dropout", qkv=qkv)
     p = checked("attention_dropout", p, seed)
     scale = qkv.size(-1) ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():

@@ -15,11 +15,13 @@ def cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") -> Te
 
     logits [..., V] float   target [...] int64 in 0..V-1   reduction "mean" → float32 scalar, "none" → float32 [...]
     (float64 for float64)
-    Raises InputError for other shapes, another reduction, or a target out of range. On a GPU asking would make the host
+    Raises InputError for other shapes or dtypes, another reduction, or a target out of range. On a GPU asking would make the host
     wait: such a row's loss and gradient are NaN there instead (IGPT_DEBUG=1 asks).
     """
     if not logits.ndim or target.shape != logits.shape[:-1]:
         raise InputError(f"cross_entropy: target {tuple(target.shape)} does not fit logits {tuple(logits.shape)}")
+    if target.dtype is not torch.int64:
+        raise InputError(f"cross_entropy: target is {target.dtype}; give int64")
     if reduction not in ("mean", "none"):
         raise InputError(f'cross_entropy: reduction {reduction!r} is not known; use "mean" or "none"')
     same_device("cross_entropy", logits=logits, target=target)

@@ -6,7 +6,7 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._native import backend_for, has_cuda_kernels
-from igpt_fast.ops._tensors import empty, needs_grad, rows, same_device, stream_of
+from igpt_fast.ops._tensors import empty, floats, needs_grad, rows, stream_of
 
 
 def linear(
@@ -25,7 +25,7 @@ def linear(
 
     A row's bits do not depend on the other rows, so an image is sampled alike alone and in a batch: where a kernel
     serves, on a GPU for 16 bits and K a multiple of 8. It carries no gradient: use torch.nn.functional.linear to train.
-    Raises InputError when shapes do not fit or a gradient is wanted.
+    Raises InputError when shapes do not fit, for integers, or where a gradient is wanted.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.size(1) != weight.size(1):
         raise InputError(
@@ -36,7 +36,7 @@ def linear(
     for name, shape in (("bias", (M,)), ("norm", (K,)), ("residual", (N, M))):
         if given[name] is not None and given[name].shape != shape:
             raise InputError(f"linear: {name} {tuple(given[name].shape)} is not {shape}, as x and weight ask for")
-    same_device("linear", **given)
+    floats("linear", **given)
     if needs_grad(*given.values()):
         raise InputError(
             "linear: this op has no gradient; call it under torch.no_grad or use torch.nn.functional.linear"

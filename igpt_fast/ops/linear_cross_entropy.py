@@ -20,7 +20,7 @@ WORKSPACE = 32 << 20
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of the logits hidden weightᵀ, in nats, one value a row, with gradients for hidden and weight.
 
-    hidden [..., C] float   weight [V, C]   target [...] int64 in 0..V-1   → [...] float32
+    hidden [..., C] float   weight [V, C]   target [...] int64 in 0..V-1   → [...] float32, float64 for float64
     The fused kernels (on a GPU, where C is a multiple of 8) never write the logits: the backward pass makes them again,
     for 32 MB of their gradient at a time. Elsewhere it is cross_entropy(projection(hidden, weight), target), logits and
     all. Under autocast the product is in autocast's dtype. Raises InputError for shapes, dtypes or devices that do not

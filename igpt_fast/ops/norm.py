@@ -11,7 +11,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.ops._again import remember
 from igpt_fast.ops._gradient import differentiable
 from igpt_fast.ops._native import backend_for, has_cuda_kernels
-from igpt_fast.ops._tensors import empty, multiprocessors, needs_grad, same_device, stream_of
+from igpt_fast.ops._tensors import empty, floats, multiprocessors, needs_grad, stream_of
 
 FORWARD, BACKWARD = 12288, 4096  # columns that the kernels of csrc/cuda/norm.cu take
 
@@ -23,7 +23,7 @@ def rms_norm(
 
     x [..., C]   weight [C]   residual [..., C], of x's shape and maybe another dtype
     → y [..., C] in `dtype` (x's when None), or (y, residual + x) when a residual is given.
-    Raises InputError when the shapes do not fit. Source: SPEC of Image GPT, no mean, no bias, eps inside the root.
+    Raises InputError when the shapes do not fit, or for integers. Source: SPEC of Image GPT, no mean, no bias, eps inside the root.
     """
     if weight.shape != x.shape[-1:]:
         raise InputError(
@@ -31,9 +31,7 @@ def rms_norm(
         )
     if residual is not None and residual.shape != x.shape:
         raise InputError(f"rms_norm: residual {tuple(residual.shape)} is not shaped like x {tuple(x.shape)}")
-    if residual is not None and not residual.is_floating_point():
-        raise InputError(f"rms_norm: residual is {residual.dtype}; give floats")
-    same_device("rms_norm", x=x, weight=weight, residual=residual)
+    floats("rms_norm", x=x, weight=weight, residual=residual)
     dtype = dtype or x.dtype
     if torch.compiler.is_compiling():
         y, s, _ = torch.ops.igpt.rms_norm(x, weight, residual, eps, dtype)

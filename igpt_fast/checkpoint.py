@@ -259,7 +259,7 @@ def _broken(path: Path, what: str) -> InputError:
 
 def _way_out(directory: Path) -> str:
     """What to do about a broken checkpoint: go back to the one before it, where there is one."""
-    beside = list_checkpoints(directory.parent.parent)
+    beside = list_checkpoints((directory := directory.absolute()).parent.parent)
     earlier = beside[: beside.index(directory)] if directory in beside else []
     if earlier:
         return f"remove {directory} to go on from {earlier[-1].name}, or copy it again from where it came from"

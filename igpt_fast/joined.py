@@ -1,6 +1,7 @@
 """Two token directories as one: images to learn from, and others, of the same classes, to test on."""
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from igpt_fast.config import Config
 from igpt_fast.console import counted
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
-from igpt_fast.tokens import TokenDataset
+from igpt_fast.tokens import MOST, TokenDataset
 
 log = logging.getLogger("igpt_fast")
 
@@ -19,8 +20,9 @@ log = logging.getLogger("igpt_fast")
 class JoinedTokens:
     """What a probe asks of a dataset. Its "val" images are all of `test`, whatever the fraction; the rest is `train`.
 
-    Groups that both have, such as a patient's, are told in the log. Raises InputError when the two differ in size or
-    palette, `test` has a class that `train` has not, or is of the same images.
+    Groups that both have, such as a patient's, images that both have, and what was read in another way, are told in the
+    log. Raises InputError when the two differ in size or palette, `test` has a class that `train` has not, or no image
+    that `train` has not.
     """
 
     def __init__(self, train: TokenDataset, test: TokenDataset) -> None:
@@ -30,6 +32,7 @@ class JoinedTokens:
             raise InputError(f"{test.origin}: its images have another size or palette than those of {train.origin}")
         if test.made_of(train.stamp) or train.made_of(test.stamp):
             raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
+        self._compare_images()
         known = {name: k for k, name in enumerate(train.classes or [])}
         if new := [name for name in test.classes or [] if name not in known]:
             raise InputError(f"{test.origin}: has classes that {train.origin} lacks: {', '.join(map(str, new[:5]))}")
@@ -39,6 +42,22 @@ class JoinedTokens:
             log.warning("%s: images of %s are learned from too, which makes the test too easy", test.origin, what)
         number = np.array([*map(known.__getitem__, test.classes or []), -1])  # the last: no label stays no label
         self.labels = np.concatenate([train.labels, number[test.labels]])
+
+    def _compare_images(self) -> None:
+        train, test = self.train, self.test
+        for name, value in test.preprocessing.items():
+            if (other := train.preprocessing.get(name, value)) != value:
+                how = f"--{name.replace('_', '-')} {value}, {train.origin} with {other}"
+                log.warning("%s was made with %s: a model answers less well", test.origin, how)
+        if max(len(train), len(test)) * math.prod(train.size) > MOST:
+            return
+        learned = set(train.digests(np.arange(len(train))))
+        twice = sum(digest in learned for digest in test.digests(np.arange(len(test))))
+        if twice and twice == len(test):
+            raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
+        if twice:
+            what = f"{twice:,} of {counted(len(test), 'image')}"
+            log.warning("%s: %s are learned from too, which makes the test too easy", test.origin, what)
 
     @property
     def names(self) -> list[str]:

@@ -114,6 +114,8 @@ class ImageGPT(nn.Module):
         """
         tokens = self.check_tokens(tokens)
         bert = self.config.objective == "bert"
+        if bert and keep is None and hidden is not None:
+            raise InputError("loss: hidden was given without the keep that it was computed with; give both")
         if bert and keep is None:
             where = getattr(generator, "device", tokens.device)
             keep = torch.rand(tokens.shape, generator=generator, device=where) > MASKED
@@ -175,11 +177,8 @@ class ImageGPT(nn.Module):
             keep = keep.reshape(tokens.shape).to(tokens.device)
         h, delta = self._start(tokens, keep), None
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # Nothing random happens inside a block, so the random state need not be saved.
-                h, delta = checkpoint(block, h, delta, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h, delta = block(h, delta)
+            again = self.activation_checkpointing and torch.is_grad_enabled()
+            h, delta = checkpoint(block, h, delta, use_reentrant=False) if again else block(h, delta)
         return _norm(h, delta, self.ln_f, self.config.eps)[0]
 
     def embed(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -30,6 +30,7 @@ from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
 
 LEARNED = "learned.npy"  # of fine-tuning: which of the images it learns from
+IN_PYTHON = "a model given in Python"  # what a run began with, where nothing else is noted
 
 
 @dataclass(frozen=True)

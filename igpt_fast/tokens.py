@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from igpt_fast.made import is_run
 from igpt_fast.palette import Palette
 
 FORMAT, VERSION = "igpt-fast tokens", 1
+CHUNK = 1 << 22  # tokens read at a time for their digests
+MOST = 1 << 28  # tokens, 260,000 images of 32 × 32: to look for a few among more takes longer than it is worth
 SHARD_BYTES = 128 << 20  # large enough that a million images are few files, small enough to move about
 
 
@@ -141,6 +144,13 @@ class TokenDataset:
             shard = int(np.searchsorted(self._starts, bad, "right")) - 1
             raise self._broken(shard_name(shard), f"image {bad} has token {tokens.max()} of only {self.colors} colours")
         return torch.from_numpy(tokens.astype(np.int64))
+
+    def digests(self, indices: np.ndarray) -> Iterator[bytes]:
+        """Of the tokens of each of the images `indices`: equal where images are, by whatever names."""
+        step = max(1, CHUNK // (self.size[0] * self.size[1]))
+        for begin in range(0, len(indices), step):
+            for tokens in self.batch(indices[begin : begin + step]).short().numpy():
+                yield hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
     def split(self, name: str, val_fraction: float = 0.1) -> np.ndarray:
         """Indices (int64, ascending) of the "train", "val" or "all" images.

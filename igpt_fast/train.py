@@ -23,13 +23,16 @@ from igpt_fast.interrupt import Stop
 from igpt_fast.joined import refuse_misfit
 from igpt_fast.loop import Loop
 from igpt_fast.model import ImageGPT
+from igpt_fast.modules import tensors_to_save
 from igpt_fast.options import Options
 from igpt_fast.processes import Processes, together
 from igpt_fast.run import (
+    IN_PYTHON,
     Result,
     broken_off,
     check_run,
     locked,
+    read_options,
     refuse_differences,
     refuse_new,
     refuse_unequal_shares,
@@ -97,7 +100,10 @@ def carry_out(
                     run.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked(run))
                     refuse_new(run, checkpoint)
-                loop = Loop(task, run, config, processes, checkpoint, start, stop, dict(command or {}))
+                noted = dict(read_options(run)["command"] if resume and command is None else command or {})
+                if start is not None:
+                    noted.setdefault("init", IN_PYTHON)
+                loop = Loop(task, run, config, processes, checkpoint, start, stop, noted)
             with stop:
                 return loop.go(), task
         except OSError as error:  # a disk that is full, or gone
@@ -127,6 +133,10 @@ def _beginning(
 
 
 def own_copy(init: ImageGPT, config: Config) -> ImageGPT:
-    """A float32 model of `config` to train, with the weights of another (see igpt_fast.weights.reshaped)."""
+    """A float32 model of `config` to train, with the weights of another (see igpt_fast.weights.reshaped).
+
+    All of it learns. InputError where checkpoints have no room for what was added to it, as adapters.
+    """
+    tensors_to_save(init)
     start = reshaped(init, config)
     return (copy.deepcopy(start) if start is init else start).float().requires_grad_()

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from igpt_fast.data import tokenize
 from igpt_fast.tokens import TokenDataset, split_hash
+from igpt_fast.train import train
+from igpt_fast.weights import open_model
 
 SHAPE = ("--layers", "1", "--width", "16", "--heads", "2", "--size", "6", "--resize", "none", "--colors", "8")
 
@@ -68,3 +71,55 @@ def test_what_nobody_can_know_is_said(igpt, tmp_path, learned):
     shutil.rmtree(tokens)
     code, printed, said = igpt("eval", tmp_path / "run", tmp_path / "some.npy", "--json")
     assert code == 0 and json.loads(printed)["seen"] is None and "is not known" in said
+
+
+def test_a_checkpoint_belongs_to_its_run_by_whatever_way_it_is_given(igpt, tmp_path, learned, monkeypatch):
+    images, run = tmp_path / "images.npy", tmp_path / "run"
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    (tmp_path / "best").symlink_to(checkpoint)
+    for folder, model in ((tmp_path, "best"), (checkpoint, "."), (checkpoint.parent, checkpoint.name)):
+        monkeypatch.chdir(folder)
+        code, printed, said = igpt("eval", model, images, "--json")
+        assert code == 0 and json.loads(printed)["seen"] == len(learned[1]), said
+        code, printed, said = igpt("eval", model, images, "--split", "val", "--json")
+        assert code == 0 and json.loads(printed)["images"] == 40 - len(learned[1]), said
+
+
+def test_what_a_copied_or_linked_checkpoint_had_learned_from_goes_on(igpt, tmp_path, learned):
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(checkpoint)
+    others = np.random.default_rng(1).integers(0, 256, (12, 6, 6, 3), dtype=np.uint8)
+    np.save(tmp_path / "others.npy", others)
+    for way, wanted in (("copy", None), ("link", len(learned[1]))):
+        options = ("--init", tmp_path / way, "--steps", "1", "--resize", "none")
+        code, _, said = igpt("train", tmp_path / "others.npy", "--out", tmp_path / f"on-{way}", *options)
+        assert code == 0, said
+        code, printed, said = igpt("eval", tmp_path / f"on-{way}", tmp_path / "images.npy", "--json")
+        assert code == 0 and json.loads(printed)["seen"] == wanted, said
+        assert wanted or "is not known" in said
+    code, printed, said = igpt("eval", tmp_path / "copy", tmp_path / "images.npy", "--json")
+    assert code == 0 and json.loads(printed)["seen"] is None and "is not known" in said
+
+
+def test_a_run_that_a_model_was_given_to_in_python_does_not_know(igpt, tmp_path, learned):
+    model = open_model(tmp_path / "run").model
+    others = np.random.default_rng(1).integers(0, 256, (12, 6, 6, 3), dtype=np.uint8)
+    np.save(tmp_path / "others.npy", others)
+    tokens = tokenize(tmp_path / "others.npy", model.palette, tmp_path / "tokens", (6, 6), resize="none", workers=0)
+    train(tokens, tmp_path / "on", init=model, steps=1, batch=4)
+    train(tokens, tmp_path / "on", resume=True, steps=2, batch=4)
+    code, printed, said = igpt("eval", tmp_path / "on", tmp_path / "images.npy", "--json")
+    assert code == 0 and json.loads(printed)["seen"] is None and "is not known" in said
+
+
+def test_a_name_on_the_hub_is_no_place_around_here(igpt, tmp_path, learned, monkeypatch):
+    saved = json.loads((tmp_path / "run/train.json").read_text())
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    saved["command"]["init"] = "openai/imagegpt-small"
+    (tmp_path / "other/train.json").write_text(json.dumps(saved))
+    others = np.random.default_rng(1).integers(0, 256, (12, 6, 6, 3), dtype=np.uint8)
+    np.save(tmp_path / "others.npy", others)
+    monkeypatch.chdir(tmp_path / "run")
+    code, printed, said = igpt("eval", "../other", "../others.npy", "--json")
+    assert code == 0 and json.loads(printed)["seen"] == 0, said

@@ -1,5 +1,9 @@
 """Two token directories as one: classes go by their names, and a fingerprint knows both."""
 
+import logging
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -66,3 +70,28 @@ def test_tokens_of_two_palettes_are_not_joined(three, tmp_path):
     test = tokenize(tmp_path / "part-1.npz", other, tmp_path / "other", SIZE, resize="none", workers=0)
     with pytest.raises(InputError, match="another size or palette"):
         JoinedTokens(three[0], test)
+
+
+def test_the_same_images_are_found_by_what_they_are(three, tmp_path, caplog):
+    train, test, _ = three
+    shutil.copy(tmp_path / "part-0.npz", tmp_path / "again.npz")
+    os.utime(tmp_path / "again.npz", (1, 1))
+    again = tokenize(tmp_path / "again.npz", PALETTE, tmp_path / "again", SIZE, resize="none", workers=0)
+    with pytest.raises(InputError, match="holds the images that are learned from"):
+        JoinedTokens(train, again)
+    with np.load(tmp_path / "part-0.npz") as learned, np.load(tmp_path / "part-1.npz") as others:
+        images = np.concatenate([others["images"], learned["images"][:2]])
+    np.savez(tmp_path / "some.npz", images=images, labels=np.arange(len(images)) % 2 + 1)
+    some = tokenize(tmp_path / "some.npz", PALETTE, tmp_path / "some", SIZE, resize="none", workers=0)
+    with caplog.at_level(logging.WARNING, "igpt_fast"):
+        JoinedTokens(train, test)
+        assert not caplog.records
+        JoinedTokens(train, some)
+    assert "2 of 11 images are learned from too" in caplog.text
+
+
+def test_images_that_were_read_in_another_way_are_told(three, tmp_path, caplog):
+    other = tokenize(tmp_path / "part-1.npz", PALETTE, tmp_path / "other", SIZE, resize="hf", workers=0)
+    with caplog.at_level(logging.WARNING, "igpt_fast"):
+        JoinedTokens(three[0], other)
+    assert f"was made with --resize hf, {three[0].origin} with none" in caplog.text

@@ -283,6 +283,8 @@ def test_a_mask_that_does_not_fit_is_refused():
         bert(tokens, torch.ones(4, 11, dtype=torch.bool))
     with pytest.raises(InputError, match="objective='bert'"):
         tiny().loss(tokens, torch.ones(4, 12, dtype=torch.bool))
+    with pytest.raises(InputError, match="hidden was given without the keep"):
+        bert.loss(tokens, hidden=bert.hidden(tokens))
 
 
 def test_tokens_may_be_numpys_of_any_integers():

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from labelled import make as labelled_model
+from labelled import write_tokens
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from igpt_fast import Config, ImageGPT, InputError, sample
 from igpt_fast.checkpoint import save_checkpoint
+from igpt_fast.train import train
 from igpt_fast.weights import to_hf_state_dict
 
 LINEARS = "attn.qkv", "attn.proj", "mlp.fc", "mlp.proj"
@@ -165,3 +168,32 @@ def test_hooks_of_all_modules_see_every_linear(every):
     for block in model.blocks:
         for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj):
             assert any(module is linear for module in seen)
+
+
+def test_steps_of_sampling_refuse_another_embedding():
+    class Shifted(ImageGPT):
+        def embed(self, pixels, keep=None):
+            return super().embed(pixels, keep) + 1
+
+    with pytest.raises(InputError, match="the model has another embed, which the steps of sampling would leave out"):
+        sample(Shifted(make().config), n=1)
+
+
+def test_adapters_are_refused_before_they_learn(tmp_path):
+    model, dataset = labelled_model(), write_tokens(tmp_path, [0, 1] * 4)
+    model.blocks[0].attn.qkv = nn.Sequential(model.blocks[0].attn.qkv)
+    with pytest.raises(InputError, match="merge adapters into the weights"):
+        train(dataset, tmp_path / "run", init=model, steps=1, batch=4)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_dropout_of_adapters_is_the_same_when_it_is_recomputed():
+    runs = []
+    for again in (False, True):
+        model = make()
+        model.activation_checkpointing = again
+        model.blocks[0].attn.qkv = nn.Sequential(model.blocks[0].attn.qkv, nn.Dropout(0.5))
+        torch.manual_seed(1)
+        model.loss(tokens()).backward()
+        runs.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

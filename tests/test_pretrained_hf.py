@@ -61,7 +61,7 @@ def test_a_model_of_ours_loads_there(tmp_path):
     assert type(config).__name__ == "ImageGPTConfig" and config.attn_pdrop == 0
 
 
-def test_a_classifier_loads_there_and_here(tmp_path):
+def test_a_classifier_loads_there_and_here(tmp_path, caplog):
     ours = make(classes=5)
     ours.class_names = ("cat", "dog", "LABEL_2", "ü", "5")
     ours.save_pretrained(tmp_path / "a")
@@ -73,6 +73,12 @@ def test_a_classifier_loads_there_and_here(tmp_path):
     assert (found - want).abs().max() <= 1e-4 * want.abs().max()
     hf.save_pretrained(tmp_path / "b")
     back = ImageGPT.from_pretrained(tmp_path / "b")
+    assert "learned without sos" not in caplog.text
+    settings = json.loads((tmp_path / "b/config.json").read_text())
+    del settings["igpt_fast"]  # as transformers trains it
+    (tmp_path / "b/config.json").write_text(json.dumps(settings))
+    ImageGPT.from_pretrained(tmp_path / "b")
+    assert "if its classes were learned without sos before the pixels" in caplog.text
     assert not back.wtet.any() and torch.equal(back.wclf, ours.wclf) and torch.equal(back.wte, ours.wte)
     assert same(from_hf(hf), back)
     assert [hf.config.id2label[row] for row in range(5)] == list(ours.class_names) and hf.config.label2id["ü"] == 3

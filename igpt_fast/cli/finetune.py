@@ -22,6 +22,7 @@ from igpt_fast.cli.inputs import (
     given_of,
     preprocessing_of,
     refuse_preprocessing,
+    say_read_otherwise,
 )
 from igpt_fast.cli.learning import Precision, ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, field
 from igpt_fast.cli.options import JsonOption, print_json
@@ -39,7 +40,7 @@ from igpt_fast.options import FinetuneOptions
 from igpt_fast.pixels import as_source
 from igpt_fast.predict import answers_csv, table_png
 from igpt_fast.processes import together
-from igpt_fast.run import check_run, learns_classes, read_options
+from igpt_fast.run import IN_PYTHON, check_run, learns_classes, read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
@@ -131,15 +132,13 @@ def _prepare(
     options = chosen(STANDARD, saved["options"], given)  # finds mistakes before anything is read
     _refuse_idle(given, options, [data, *([Path(test)] if test else [])])
     init = command.get("init") if resume else str(model.absolute() if model.exists() else model)
-    if init is None:
+    if init in (None, IN_PYTHON):
         say(f"{out} was begun in Python: with which model it does not say, so {model} is not compared with it")
     elif Path(init).resolve() != model.resolve():
         raise InputError(f"--resume with another MODEL: {out} began with {init}; give that, or another --out")
     sources = [_with_labels(path) for path in (data, *([Path(test)] if test else []))]
     found = load_checkpoint(out) if resume else open_model(model)
-    noted = (
-        TokenDataset(data).preprocessing if is_token_directory(data) else {}
-    )  # images of --test are read as DATA's were
+    noted = TokenDataset(data).preprocessing if is_token_directory(data) else {}  # --test is read as DATA was
     images = {**PREPROCESSING, **preprocessing_of(found), **noted, **command.get("images", {})}
     images |= {name: given[name] for name in images if name in given}
     parts = [
@@ -191,6 +190,8 @@ def _tokens(
     remedy = as_they_are if resume else f"{as_they_are}, or delete that directory to make them anew"
     size = found.model.config.size
     tokens = open_tokens(source, found.palette, cache, size=size, workers=workers, remedy=remedy, **images)
+    if not isinstance(source, Source):
+        say_read_otherwise(path, tokens, preprocessing_of(found))
     tokens.origin = path
     return tokens
 

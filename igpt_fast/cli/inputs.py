@@ -19,7 +19,7 @@ from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
 from igpt_fast.image_files import SUFFIXES
 from igpt_fast.images import Preprocessing
-from igpt_fast.made import OPTIONS
+from igpt_fast.made import CHECKPOINTS, OPTIONS
 from igpt_fast.pixels import as_source
 from igpt_fast.processes import Processes
 from igpt_fast.run import read_options
@@ -165,11 +165,7 @@ def tokens_for(
         refuse_preprocessing([data], given, PREPROCESSING)
     if is_token_directory(data):
         tokens = open_tokens(data, palette, size=size)
-        known = preprocessing_of(checkpoint)
-        for name, value in tokens.preprocessing.items():
-            if known.get(name, value) != value:
-                flag = f"--{name.replace('_', '-')} {value}"
-                say(f"{data} was made with {flag}, but the model learned from images with {known[name]}")
+        say_read_otherwise(data, tokens, preprocessing_of(checkpoint))
         yield tokens
         return
     if palette is None:
@@ -181,6 +177,14 @@ def tokens_for(
         return
     with tempfile.TemporaryDirectory(prefix="igpt-fast-") as folder:
         yield open_tokens(source, palette, Path(folder) / "tokens", size=size, **options, kept=False)
+
+
+def say_read_otherwise(data: Path, tokens: TokenDataset, known: Mapping[str, Any]) -> None:
+    """Says what tokens were made with that is not `known` of the images that their model learned from."""
+    for name, value in tokens.preprocessing.items():
+        if known.get(name, value) != value:
+            flag = f"--{name.replace('_', '-')} {value}"
+            say(f"{data} was made with {flag}, but the model learned from images with {known[name]}")
 
 
 def refuse_preprocessing(data: list[Path], given: Mapping[str, object], names: Iterable[str]) -> None:
@@ -225,6 +229,9 @@ def _made_from(tokens: Path, source: Source) -> bool:
 
 
 def run_of(checkpoint: Checkpoint) -> Path | None:
-    """The run that a checkpoint belongs to, when it is one and lies there."""
-    run = checkpoint.path.parent.parent
-    return run if checkpoint.step is not None and (run / OPTIONS).is_file() else None
+    """The run that a checkpoint belongs to, when it is one and lies there, by whatever link it was given."""
+    for path in (checkpoint.path, checkpoint.path.absolute(), checkpoint.path.resolve()):
+        run = path.parent.parent
+        if checkpoint.step is not None and path.parent.name == CHECKPOINTS and (run / OPTIONS).is_file():
+            return run
+    return None

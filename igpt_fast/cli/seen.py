@@ -1,7 +1,6 @@
 """Which of the images that a command looks at the model has learned from."""
 
 import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from igpt_fast.batches import fingerprint
-from igpt_fast.checkpoint import CONFIG, Checkpoint
+from igpt_fast.checkpoint import CONFIG, STATE, Checkpoint
 from igpt_fast.cli.inputs import run_of
 from igpt_fast.console import say
 from igpt_fast.errors import InputError, as_input_error
@@ -19,11 +18,8 @@ from igpt_fast.joined import JoinedTokens
 from igpt_fast.labels import Labelled
 from igpt_fast.made import CHECKPOINTS, OPTIONS
 from igpt_fast.pretrained.settings import OURS
-from igpt_fast.run import LEARNED, learns_classes, read_options
-from igpt_fast.tokens import TokenDataset, is_token_directory
-
-CHUNK = 1 << 22  # tokens read at a time
-MOST = 1 << 28  # tokens, 260,000 images of 32 × 32: to look for a few among more takes longer than it is worth
+from igpt_fast.run import IN_PYTHON, LEARNED, learns_classes, read_options
+from igpt_fast.tokens import MOST, TokenDataset, is_token_directory
 
 
 def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarray) -> int | None:
@@ -47,11 +43,11 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
             seen |= np.isin(indices, learned)
             continue
         try:
-            known |= set(_digests(own, learned))
+            known |= set(own.digests(learned))
         except InputError:  # a remark is not worth ending for
             all_known = False
     if known:
-        seen |= np.fromiter((digest in known for digest in _digests(dataset, indices)), bool, len(indices))
+        seen |= np.fromiter((digest in known for digest in dataset.digests(indices)), bool, len(indices))
     return int(seen.sum()) if all_known or seen.any() else None
 
 
@@ -67,24 +63,24 @@ def _lineage(run: Path) -> Iterator[tuple[Path | None, dict[str, Any]]]:
         command = saved["command"]
         if (begun := command.get("init")) is None:
             return
-        path = Path(begun)  # a run, its checkpoints, or one of these
-        around = (path, path.parent, path.parent.parent)
+        if begun == IN_PYTHON:
+            yield None, {}
+            return
+        path, whole = Path(begun), "from_tokens" in command  # older runs note paths as they were given, from anywhere
+        if whole and not path.is_absolute():
+            return  # a name on the hub: published
+        around = {place: None for p in (path, path.resolve()) for place in (p, p.parent, p.parent.parent)}
         run = next((place for place in around if (place / OPTIONS).is_file()), None)
-        if run is None and _may_have_learned(path, around, "from_tokens" in command):
+        if run is None and (any((place / CHECKPOINTS).is_dir() for place in around) or _may_have_learned(path)):
             yield None, {}
 
 
-def _may_have_learned(path: Path, around: tuple[Path, ...], whole: bool) -> bool:
-    """Whether weights that no train.json lies beside were perhaps made here, and not published.
-
-    whole: whether local ones were noted by their whole path; older runs have them as they were given, from anywhere.
-    """
-    if any((place / CHECKPOINTS).is_dir() for place in around):
-        return True
+def _may_have_learned(path: Path) -> bool:
+    """Whether weights that no train.json lies beside were perhaps made here, and not published."""
     if not path.exists():
-        return (path.is_absolute() or not whole) and not path.with_name(f"{path.name}.index").exists()
+        return not path.with_name(f"{path.name}.index").exists()
     with contextlib.suppress(OSError, ValueError):
-        return OURS in json.loads((path / CONFIG).read_bytes())
+        return (path / STATE).is_file() or OURS in json.loads((path / CONFIG).read_bytes())
     return False
 
 
@@ -109,7 +105,7 @@ def say_seen(checkpoint: Checkpoint, seen: int | None, words: str) -> None:
     """Says it: `words` of how many there are, that nobody knows, or nothing where there are none."""
     if seen:
         say(words)
-    elif seen is None and run_of(checkpoint) is not None:
+    elif seen is None and (run_of(checkpoint) is not None or _may_have_learned(checkpoint.path)):
         say("whether the model has learned from some of these images is not known")
 
 
@@ -126,10 +122,3 @@ def _data_of(run: Path, saved: dict[str, Any]) -> TokenDataset | None:
             if is_token_directory(path) and _is(found := TokenDataset(path), saved):
                 return found if len(found) * math.prod(found.size) <= MOST else None
     return None
-
-
-def _digests(dataset: TokenDataset, indices: np.ndarray) -> Iterator[bytes]:
-    step = max(1, CHUNK // math.prod(dataset.size))
-    for begin in range(0, len(indices), step):
-        for tokens in dataset.batch(indices[begin : begin + step]).short().numpy():
-            yield hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from igpt_fast.cli.inputs import PREPROCESSING, given_of
+from igpt_fast.cli.inputs import PREPROCESSING, given_of, say_read_otherwise
 from igpt_fast.cli.learning import (
     IMAGES_PANEL,
     SHAPE,
@@ -188,6 +188,7 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
     more = {"seed": options["seed"], "workers": given.get("workers"), "remedy": remedy}
     dataset = _open(data, out, images, own or given.get("palette"), **more)
     if not resume and is_token_directory(data):
+        say_read_otherwise(data, dataset, start.images if start else {})
         images |= dataset.preprocessing
     config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
     command = dict(saved["command"]) if resume else {"from_tokens": is_token_directory(data)}

@@ -29,7 +29,7 @@ def attention(
     q [B, H, Tq, D]   k, v [B, H, Tk, D], of one dtype, any strides   scale: 1/sqrt(D) when None
     mask: a compiled pattern, which then decides alone   causal: None: as the mask was compiled for, without one True
     → [B, H, Tq, D] in q's dtype, laid out as [B, Tq, H, D], so that transpose(1, 2).flatten(2) copies nothing.
-    Raises InputError for shapes that do not fit, or for integers. Source: Image GPT; masked rows that see nothing give zeros.
+    Raises InputError for shapes that do not fit, and integers. Source: Image GPT; rows that see nothing give zeros.
     """
     causal = _is_causal(causal, (mask,))
     _check(q, k, v, mask, causal)

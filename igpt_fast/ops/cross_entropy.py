@@ -15,8 +15,8 @@ def cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") -> Te
 
     logits [..., V] float   target [...] int64 in 0..V-1   reduction "mean" → float32 scalar, "none" → float32 [...]
     (float64 for float64)
-    Raises InputError for other shapes or dtypes, another reduction, or a target out of range. On a GPU asking would make the host
-    wait: such a row's loss and gradient are NaN there instead (IGPT_DEBUG=1 asks).
+    Raises InputError for other shapes or dtypes, another reduction, or a target out of range. On a GPU asking would
+    make the host wait: such a row's loss and gradient are NaN there instead (IGPT_DEBUG=1 asks).
     """
     if not logits.ndim or target.shape != logits.shape[:-1]:
         raise InputError(f"cross_entropy: target {tuple(target.shape)} does not fit logits {tuple(logits.shape)}")

@@ -23,7 +23,8 @@ def rms_norm(
 
     x [..., C]   weight [C]   residual [..., C], of x's shape and maybe another dtype
     → y [..., C] in `dtype` (x's when None), or (y, residual + x) when a residual is given.
-    Raises InputError when the shapes do not fit, or for integers. Source: SPEC of Image GPT, no mean, no bias, eps inside the root.
+    Raises InputError for shapes that do not fit, and integers. Source: SPEC of Image GPT: no mean, no bias, eps inside
+    the root.
     """
     if weight.shape != x.shape[-1:]:
         raise InputError(

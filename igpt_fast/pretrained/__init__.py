@@ -32,7 +32,7 @@ from igpt_fast.pretrained.files import CONFIG, SAFETENSORS, Find, read_json, rea
 from igpt_fast.pretrained.hub import find_in_hub, is_hub_name
 from igpt_fast.pretrained.names import HEAD, SCORE, to_ours, to_theirs
 from igpt_fast.pretrained.openai import read_openai
-from igpt_fast.pretrained.settings import read_class_names, read_preprocessing, read_settings, write_settings
+from igpt_fast.pretrained.settings import OURS, read_class_names, read_preprocessing, read_settings, write_settings
 
 __all__ = ["Pretrained", "read_pretrained", "write_pretrained"]
 
@@ -150,6 +150,8 @@ def _read_layout(find: Find, source: str, size: tuple[int, int] | None) -> Pretr
     headless = theirs.headless() and (bool(classes) or bare)
     if headless:
         log.warning("%s has no output table (it is no causal model): ours is zero, fit for features only", source)
+    if config.classes and OURS not in settings:
+        log.warning("%s: if its classes were learned without sos before the pixels, others are named here", source)
     config, ours = to_ours(theirs, config, headless)
     names = read_class_names(settings, config.classes, str(path))
     preprocessing = read_preprocessing(settings, str(path))

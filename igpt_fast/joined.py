@@ -21,8 +21,8 @@ class JoinedTokens:
     """What a probe asks of a dataset. Its "val" images are all of `test`, whatever the fraction; the rest is `train`.
 
     Groups that both have, such as a patient's, images that both have, and what was read in another way, are told in the
-    log. Raises InputError when the two differ in size or palette, `test` has a class that `train` has not, or no image
-    that `train` has not.
+    log. Raises InputError when the two differ in size or palette, `test` has a class that `train` has not, or is of the
+    same images.
     """
 
     def __init__(self, train: TokenDataset, test: TokenDataset) -> None:
@@ -52,10 +52,10 @@ class JoinedTokens:
         if max(len(train), len(test)) * math.prod(train.size) > MOST:
             return
         learned = set(train.digests(np.arange(len(train))))
-        twice = sum(digest in learned for digest in test.digests(np.arange(len(test))))
-        if twice and twice == len(test):
+        tested = list(test.digests(np.arange(len(test))))
+        if learned == set(tested):
             raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
-        if twice:
+        if twice := sum(digest in learned for digest in tested):
             what = f"{twice:,} of {counted(len(test), 'image')}"
             log.warning("%s: %s are learned from too, which makes the test too easy", test.origin, what)
 

@@ -47,7 +47,9 @@ def refuse_changed(model: nn.Module) -> None:
             raise InputError(f"blocks.{name} {reason}, which the steps of sampling would leave out; {_REMEDY}")
     for name in ("embed", "position_table", "hidden", "forward"):
         if name in model.__dict__ or getattr(type(model), name).__module__ != HOME:
-            raise InputError(f"the model has another {name}, which the steps of sampling would leave out")
+            raise InputError(
+                f"the model has another {name}, which the steps of sampling would leave out; draw by calls of the model"
+            )
     _refuse_missing(model.config, dict(model.named_parameters(remove_duplicate=False)))
 
 

@@ -22,6 +22,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.interrupt import Stop
 from igpt_fast.joined import refuse_misfit
 from igpt_fast.loop import Loop
+from igpt_fast.made import OPTIONS
 from igpt_fast.model import ImageGPT
 from igpt_fast.modules import tensors_to_save
 from igpt_fast.options import Options
@@ -100,7 +101,9 @@ def carry_out(
                     run.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked(run))
                     refuse_new(run, checkpoint)
-                noted = dict(read_options(run)["command"] if resume and command is None else command or {})
+                noted = dict(command or {})
+                if command is None and (run / OPTIONS).is_file():  # of a run that is resumed
+                    noted = dict(read_options(run)["command"])
                 if start is not None:
                     noted.setdefault("init", IN_PYTHON)
                 loop = Loop(task, run, config, processes, checkpoint, start, stop, noted)

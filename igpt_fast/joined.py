@@ -45,10 +45,10 @@ class JoinedTokens:
 
     def _compare_images(self) -> None:
         train, test = self.train, self.test
-        for name, value in test.preprocessing.items():
-            if (other := train.preprocessing.get(name, value)) != value:
-                how = f"--{name.replace('_', '-')} {value}, {train.origin} with {other}"
-                log.warning("%s was made with %s: a model answers less well", test.origin, how)
+        for flag, other in test.read_otherwise(train.preprocessing):
+            log.warning(
+                "%s was made with %s, %s with %s: a model answers less well", test.origin, flag, train.origin, other
+            )
         if max(len(train), len(test)) * math.prod(train.size) > MOST:
             return
         learned = set(train.digests(np.arange(len(train))))

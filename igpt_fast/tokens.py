@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,12 @@ class TokenDataset:
             shard = int(np.searchsorted(self._starts, bad, "right")) - 1
             raise self._broken(shard_name(shard), f"image {bad} has token {tokens.max()} of only {self.colors} colours")
         return torch.from_numpy(tokens.astype(np.int64))
+
+    def read_otherwise(self, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """What the images were read with other than `known` has it: each option, as it is typed, and what is known."""
+        for name, value in self.preprocessing.items():
+            if known.get(name, value) != value:
+                yield f"--{name.replace('_', '-')} {value}", known[name]
 
     def digests(self, indices: np.ndarray) -> Iterator[bytes]:
         """Of the tokens of each of the images `indices`: equal where images are, by whatever names."""

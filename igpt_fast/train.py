@@ -102,7 +102,7 @@ def carry_out(
                     held.enter_context(locked(run))
                     refuse_new(run, checkpoint)
                 noted = dict(command or {})
-                if command is None and (run / OPTIONS).is_file():  # of a run that is resumed
+                if resume and command is None and (run / OPTIONS).is_file():
                     noted = dict(read_options(run)["command"])
                 if start is not None:
                     noted.setdefault("init", IN_PYTHON)

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from igpt_fast.checkpoint import load_checkpoint
+from igpt_fast.cli.seen import say_seen
 from igpt_fast.data import tokenize
 from igpt_fast.tokens import TokenDataset, split_hash
 from igpt_fast.train import train
@@ -107,6 +111,10 @@ def test_a_run_that_a_model_was_given_to_in_python_does_not_know(igpt, tmp_path,
     others = np.random.default_rng(1).integers(0, 256, (12, 6, 6, 3), dtype=np.uint8)
     np.save(tmp_path / "others.npy", others)
     tokens = tokenize(tmp_path / "others.npy", model.palette, tmp_path / "tokens", (6, 6), resize="none", workers=0)
+    (tmp_path / "on").mkdir()
+    stale = json.loads((tmp_path / "run/train.json").read_text())  # of a run that ended before it saved: not this one's
+    stale["command"]["init"] = "openai/imagegpt-small"
+    (tmp_path / "on/train.json").write_text(json.dumps(stale))
     train(tokens, tmp_path / "on", init=model, steps=1, batch=4)
     train(tokens, tmp_path / "on", resume=True, steps=2, batch=4)
     code, printed, said = igpt("eval", tmp_path / "on", tmp_path / "images.npy", "--json")
@@ -123,3 +131,13 @@ def test_a_name_on_the_hub_is_no_place_around_here(igpt, tmp_path, learned, monk
     monkeypatch.chdir(tmp_path / "run")
     code, printed, said = igpt("eval", "../other", "../others.npy", "--json")
     assert code == 0 and json.loads(printed)["seen"] == 0, said
+
+
+def test_nothing_is_said_of_published_weights(tmp_path, learned, monkeypatch):
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    heard = []
+    monkeypatch.setattr("igpt_fast.cli.seen.say", heard.append)
+    for path in ("openai/imagegpt-small", tmp_path / "copy"):
+        say_seen(replace(load_checkpoint(checkpoint), path=Path(path)), None, "some")
+    assert len(heard) == 1 and "is not known" in heard[0]

@@ -181,10 +181,8 @@ def tokens_for(
 
 def say_read_otherwise(data: Path, tokens: TokenDataset, known: Mapping[str, Any]) -> None:
     """Says what tokens were made with that is not `known` of the images that their model learned from."""
-    for name, value in tokens.preprocessing.items():
-        if known.get(name, value) != value:
-            flag = f"--{name.replace('_', '-')} {value}"
-            say(f"{data} was made with {flag}, but the model learned from images with {known[name]}")
+    for flag, other in tokens.read_otherwise(known):
+        say(f"{data} was made with {flag}, but the model learned from images with {other}")
 
 
 def refuse_preprocessing(data: list[Path], given: Mapping[str, object], names: Iterable[str]) -> None:

@@ -71,14 +71,13 @@ def _lineage(run: Path) -> Iterator[tuple[Path | None, dict[str, Any]]]:
             return  # a name on the hub: published
         around = {place: None for p in (path, path.resolve()) for place in (p, p.parent, p.parent.parent)}
         run = next((place for place in around if (place / OPTIONS).is_file()), None)
-        if run is None and (any((place / CHECKPOINTS).is_dir() for place in around) or _may_have_learned(path)):
+        gone = not path.exists() and not path.with_name(f"{path.name}.index").exists()
+        if run is None and (gone or any((place / CHECKPOINTS).is_dir() for place in around) or _made_here(path)):
             yield None, {}
 
 
-def _may_have_learned(path: Path) -> bool:
-    """Whether weights that no train.json lies beside were perhaps made here, and not published."""
-    if not path.exists():
-        return not path.with_name(f"{path.name}.index").exists()
+def _made_here(path: Path) -> bool:
+    """Whether weights lie there that were written here, and not published as they are."""
     with contextlib.suppress(OSError, ValueError):
         return (path / STATE).is_file() or OURS in json.loads((path / CONFIG).read_bytes())
     return False
@@ -105,7 +104,7 @@ def say_seen(checkpoint: Checkpoint, seen: int | None, words: str) -> None:
     """Says it: `words` of how many there are, that nobody knows, or nothing where there are none."""
     if seen:
         say(words)
-    elif seen is None and (run_of(checkpoint) is not None or _may_have_learned(checkpoint.path)):
+    elif seen is None and (run_of(checkpoint) is not None or _made_here(checkpoint.path)):
         say("whether the model has learned from some of these images is not known")
 
 

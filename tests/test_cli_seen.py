@@ -115,9 +115,9 @@ def test_a_run_that_a_model_was_given_to_in_python_does_not_know(igpt, tmp_path,
     stale = json.loads((tmp_path / "run/train.json").read_text())  # of a run that ended before it saved: not this one's
     stale["command"]["init"] = "openai/imagegpt-small"
     (tmp_path / "on/train.json").write_text(json.dumps(stale))
-    train(tokens, tmp_path / "on", init=model, steps=1, batch=4)
-    train(tokens, tmp_path / "on", resume=True, steps=2, batch=4)
-    code, printed, said = igpt("eval", tmp_path / "on", tmp_path / "images.npy", "--json")
+    train(tokens, tmp_path / "on", init=model, steps=1, batch=4, val_fraction=0.4)
+    train(tokens, tmp_path / "on", resume=True, steps=2, batch=4, val_fraction=0.4)
+    code, printed, said = igpt("eval", tmp_path / "on", tmp_path / "tokens", "--split", "val", "--json")
     assert code == 0 and json.loads(printed)["seen"] is None and "is not known" in said
 
 

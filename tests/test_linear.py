@@ -1,6 +1,7 @@
 """The decoding step's linear map: right, and the same bits for a row whatever stands beside it."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -37,6 +38,13 @@ def test_linear_in_eights(backend, dtype, n, eights, m, more):
     check(ops.linear, reference.linear.linear, drawn(n, 8 * eights, m, more, dtype, dtype), backend, grads=False)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [c for c in CASES if c[0] not in CUDA_KERNELS])
+@given(n=st.sampled_from([31, 32, 65, 100]), k=st.integers(500, 3000), more=MORE)
+def test_long_rows(backend, dtype, n, k, more):
+    """Of many rows the CPU copies the weights in blocks of columns."""
+    check(ops.linear, reference.linear.linear, drawn(n, k, 20, more, dtype, dtype), backend, grads=False)
+
+
 def drawn(n, k, m, more, x, w):
     """Arguments of linear, of dtypes x and w; more: bias, norm, residual, gelu."""
     generator = torch.Generator().manual_seed(n * k + m)
@@ -49,10 +57,12 @@ def drawn(n, k, m, more, x, w):
 @pytest.mark.parametrize(("backend", "dtype"), [c for c in CASES if c[0] != "reference"])
 def test_rows_do_not_know_their_batch(backend, dtype):
     """Alone, in a block with others, and in blocks of other shapes; also by a norm."""
-    x, w = torch.randn(70, 256).to(dtype), torch.randn(40 if backend in CUDA_KERNELS else 760, 256).to(dtype)
+    on_gpu = backend in CUDA_KERNELS
+    shapes = [(40, 256)] if on_gpu else [(760, 256), (40, 2600), (40, 2601)]  # the CPU copies long rows in blocks
     with use_backend(backend):
-        for norm in (None, torch.rand(256).to(dtype)):
-            linear = partial(ops.linear, weight=w, norm=norm)
+        for (m, k), normed in product(shapes, (False, True)):
+            x, w = torch.randn(70, k).to(dtype), torch.randn(m, k).to(dtype)
+            linear = partial(ops.linear, weight=w, norm=torch.rand(k).to(dtype) if normed else None)
             whole = linear(x)
             assert all(torch.equal(linear(x[i : i + 1])[0], whole[i]) for i in range(5))
             assert all(torch.equal(linear(x[-count:]), whole[-count:]) for count in (5, 16, 17, 33, 65))

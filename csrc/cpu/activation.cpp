@@ -25,12 +25,6 @@ static void check_gelu(const View& y, const View& x, const View& bias) {
   IGPT_CHECK(!bias || bias.numel() == x.cols(), "bias_quick_gelu: bias must have one element a column");
 }
 
-static Scratch<float> float_bias(const View& bias, int64_t C) {
-  auto b = zeros<float>(padded(C));
-  if (bias) load_row(b.get(), bias.data, bias.dtype, C);
-  return b;
-}
-
 template <class T>
 static void fwd_row(T* y, const T* x, const float* b, int64_t C) {
   int64_t c = 0;
@@ -51,7 +45,7 @@ static void bwd_row(T* dx, float* dbias, const T* dy, const T* x, const float* b
 static void bias_quick_gelu_fwd(View y, View x, View bias, Stream) {
   check_gelu(y, x, bias);
   const int64_t C = x.cols(), N = x.rows();
-  auto b = float_bias(bias, C);
+  const auto b = floats_of(bias, C);
   const auto run = [&](auto like) {
     using T = decltype(like);
     parallel_chunks(N, kRows, [&](int64_t begin, int64_t end, int64_t) {
@@ -68,7 +62,7 @@ static void bias_quick_gelu_bwd(View dx, View dbias, View dy, View x, View bias,
              "bias_quick_gelu_bwd: dbias must be float32 [P, C]");
   const int64_t C = x.cols(), N = x.rows();
   const int64_t groups = dbias ? dbias.size[0] : (N + kRows - 1) / kRows;
-  auto b = float_bias(bias, C);
+  const auto b = floats_of(bias, C);
   const auto run = [&](auto like) {
     using T = decltype(like);
     parallel_for(groups, [&](int64_t group, int) {

@@ -35,7 +35,7 @@ static void attention_decode(View o, View partials, View q, View k, View v, View
   const Places places(pages, k.size[2], length);
   auto slots = scratch<int32_t>(mask ? length + kAhead : 0);
   const Seen seen = mask ? seen_in(mask, places, length, slots.get()) : Seen{length, nullptr};
-  q.dtype == DType::f32 ? decode<float>(o, q, k, v, seen, scale) : decode<bf16>(o, q, k, v, seen, scale);
+  by_dtype([&](auto like) { decode<decltype(like)>(o, q, k, v, seen, scale); }, q.dtype);
 }
 
 void fill_attention_decode(Ops& t) {

@@ -30,10 +30,7 @@ static void dropout(View y, View x, float p, int64_t seed, Stream) {
   IGPT_CHECK(is_float(x.dtype) && y.dtype == x.dtype, "dropout: float32 or bfloat16 only, y as x");
   IGPT_CHECK(same_shape(x, y) && x.dense() && y.dense(), "dropout: y must be shaped like x, both dense");
   const Dropout which(p, seed);
-  if (x.dtype == DType::f32)
-    run<float>(y, x, which);
-  else
-    run<bf16>(y, x, which);
+  by_dtype([&](auto like) { run<decltype(like)>(y, x, which); }, x.dtype);
 }
 
 void fill_dropout(Ops& t) {

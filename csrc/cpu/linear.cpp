@@ -62,9 +62,7 @@ static void linear_fwd(View y, View x, View weight, View bias, View norm, View r
   IGPT_CHECK(!norm || norm.numel() == x.cols(), "linear: norm must be [K]");
   IGPT_CHECK(!residual || same_shape(residual, y), "linear: residual must be shaped like y");
   const int64_t N = x.rows(), K = x.cols(), M = weight.size[0], Kp = padded(K);
-  const auto b = zeros<float>(bias ? M : 0), g = zeros<float>(norm ? Kp : 0);
-  if (bias) load_row(b.get(), bias.data, bias.dtype, M);
-  if (norm) load_row(g.get(), norm.data, norm.dtype, K);
+  const auto b = floats_of(bias, bias ? M : 0), g = floats_of(norm, norm ? K : 0);
   const Ending ending{bias ? b.get() : nullptr, residual, gelu};
   const float* gains = norm ? g.get() : nullptr;
   // E says what is multiplied, see linear.h, w of what the weight is.

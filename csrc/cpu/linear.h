@@ -45,24 +45,24 @@ static inline int64_t padded_for(int64_t K) {
   return (K + E::kStep - 1) / E::kStep * E::kStep;
 }
 
-constexpr int64_t kOutputs = 16;  // weight rows a task
+constexpr int64_t kOutputs = 16;     // weight rows a task
+constexpr int64_t kMostGroups = 16;  // of four rows of x that share a copy of them
 
-// Lane i M + j: the dot product of x's row i and w's row j, over K elements. x is padded with zeros to Kp; w is not.
-// Rows behind the last repeat it; their lanes are not used.
+// Adds to lane sum i M + j the products of x's row i and w's row j, over K elements. x is padded with zeros to Kp; w's
+// rows, `stride` apart, are not. Rows behind the last repeat it; their sums are not used.
 //
 // One or two rows of x wait for memory: they take a weight row at a time, so that memory is read in its order: what no
 // cache holds comes faster then. Four keep the multipliers busy: all their products go on at once, each of them in the
 // same order, because a vector that is loaded serves four, and a sum need not wait for the one before.
 template <class E, int N, class W>
-static inline vf dots(const typename E::X* x, int64_t Kp, const W* w, int64_t K, int64_t ms) {
+static IGPT_INLINE void add_products(vf (&acc)[kLanes], const typename E::X* x, int64_t Kp, const W* w, int64_t stride,
+                                     int64_t K, int64_t ms) {
   constexpr int M = kLanes / N, kRows = N < 4 ? 1 : M;
-  vf acc[kLanes];
-  clear(acc);
 #pragma GCC unroll 16
   for (int j0 = 0; j0 < M; j0 += kRows) {
     const W* row[kRows];
-    for (int j = 0; j < kRows; ++j) row[j] = w + std::min<int64_t>(j0 + j, ms - 1) * K;
-    const auto step = [&](int64_t k, auto load) {
+    for (int j = 0; j < kRows; ++j) row[j] = w + std::min<int64_t>(j0 + j, ms - 1) * stride;
+    const auto step = [&](int64_t k, auto load) IGPT_INLINED {
       typename E::Vector v[kRows];
       for (int j = 0; j < kRows; ++j) v[j] = load(row[j] + k);
       for (int i = 0; i < N; ++i) {
@@ -77,19 +77,47 @@ static inline vf dots(const typename E::X* x, int64_t Kp, const W* w, int64_t K,
     }
     if (k < K) step(k, [&](const W* p) { return E::load_n(p, K - k); });
   }
-  return sums(acc);
 }
 
+// N rows of x at a time, `groups` times from row n on, with weight rows begin..end.
+//
+// Many groups would read rows that are longer than the L1 cache holds from L2 each time, and rows a power of two apart
+// share its places. So a block of the weights' columns is copied there for all of them, one after the other; the sums
+// wait in memory for the next block. They add up as if whole. The copies cost a twentieth at 16 groups.
 template <class E, int N, class W, class Sink>
-static inline void multiply_rows(const typename E::X* x, int64_t n, int64_t Kp, const W* weight, int64_t K,
-                                 int64_t begin, int64_t end, Sink&& sink) {
+static inline void multiply_rows(const typename E::X* x, int64_t n, int64_t groups, int64_t Kp, const W* weight,
+                                 int64_t K, int64_t begin, int64_t end, Sink&& sink) {
   constexpr int M = kLanes / N;
-  float y[N][kOutputs], lanes[kLanes];
-  for (int64_t m = begin; m < end; m += M) {
-    store(lanes, dots<E, N, W>(x + n * Kp, Kp, weight + m * K, K, std::min<int64_t>(M, end - m)));
-    for (int i = 0; i < N; ++i) std::memcpy(y[i] + m - begin, lanes + i * M, M * sizeof(float));
-  }
-  for (int i = 0; i < N; ++i) sink(n + i, y[i]);
+  constexpr int64_t kBlock = 2048 / sizeof(W), kStride = kBlock + 64 / sizeof(W);
+  const bool copies = N == 4 && groups >= kMostGroups / 2 && K > kBlock * 5 / 4;
+  alignas(64) W copy[N == 4 ? kOutputs * kStride : 1];
+  vf waiting[N == 4 ? kMostGroups : 1][kOutputs / M][kLanes];
+  int64_t k = 0;
+  do {
+    const int64_t length = copies ? std::min(kBlock, K - k) : K, stride = copies ? kStride : K;
+    const bool last = k + length == K;
+    const W* w = copies ? copy : weight + begin * K;
+    for (int64_t m = begin; copies && m < end; ++m)
+      std::memcpy(copy + (m - begin) * kStride, weight + m * K + k, size_t(length) * sizeof(W));
+    for (int64_t g = 0; g < groups; ++g) {
+      float y[N][kOutputs], lanes[kLanes];
+      for (int64_t m = 0; m < end - begin; m += M) {
+        vf acc[kLanes];
+        clear(acc);
+        if (k > 0) std::copy_n(waiting[g][m / M], kLanes, acc);
+        add_products<E, N>(acc, x + (n + g * N) * Kp + k, Kp, w + m * stride, stride, length,
+                           std::min<int64_t>(M, end - begin - m));
+        if (!last) {
+          std::copy_n(acc, kLanes, waiting[g][m / M]);
+          continue;
+        }
+        store(lanes, sums(acc));
+        for (int i = 0; i < N; ++i) std::memcpy(y[i] + m, lanes + i * M, M * sizeof(float));
+      }
+      for (int i = 0; last && i < N; ++i) sink(n + g * N + i, y[i]);
+    }
+    k += length;
+  } while (k < K);
 }
 
 template <class E>
@@ -178,9 +206,10 @@ static inline void multiply(const typename E::X* x, const uint32_t* prepared, in
       if (n < N) multiply_tiles<1>(b(), n, N, w, K, sink);
       return;
     }
-  for (; n + 4 <= N; n += 4) multiply_rows<E, 4>(x, n, Kp, weight, K, begin, end, sink);
-  for (; n + 2 <= N; n += 2) multiply_rows<E, 2>(x, n, Kp, weight, K, begin, end, sink);
-  if (n < N) multiply_rows<E, 1>(x, n, Kp, weight, K, begin, end, sink);
+  for (int64_t fours; (fours = std::min((N - n) / 4, kMostGroups)) > 0; n += fours * 4)
+    multiply_rows<E, 4>(x, n, fours, Kp, weight, K, begin, end, sink);
+  for (; n + 2 <= N; n += 2) multiply_rows<E, 2>(x, n, 1, Kp, weight, K, begin, end, sink);
+  if (n < N) multiply_rows<E, 1>(x, n, 1, Kp, weight, K, begin, end, sink);
 }
 
 }  // namespace IGPT_ISA

@@ -10,7 +10,6 @@
 // sum. P is the caller's choice, so the bits do not depend on the number of threads.
 #include "../common/check.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace igpt {
 namespace IGPT_ISA {
@@ -69,8 +68,7 @@ static void rms_norm_fwd(View y, View sum_out, View rstd, View x, View residual,
              "rms_norm: sum must be dense and shaped like x, and of the residual's dtype");
   IGPT_CHECK(rstd.dtype == DType::f32 && rstd.numel() == x.rows(), "rms_norm: rstd must be float32, one a row");
   const int64_t C = x.cols(), N = x.rows();
-  const auto w = zeros<float>(padded(C));
-  load_row(w.get(), weight.data, weight.dtype, C);
+  const auto w = floats_of(weight, C);
   const auto run = [&](auto xs, auto sums, auto ys) {
     parallel_chunks(N, std::max<int64_t>(1, kTask / std::max<int64_t>(1, C)), [&](int64_t begin, int64_t end, int64_t) {
       for (int64_t n = begin; n < end; ++n)
@@ -114,8 +112,7 @@ static void rms_norm_bwd(View dx, View dresidual, View dweight, View dy, View ds
   IGPT_CHECK(dweight.dtype == DType::f32 && dweight.ndim == 2 && dweight.cols() == s_in.cols() && dweight.dense(),
              "rms_norm_bwd: dweight must be float32 [P, C]");
   const int64_t C = s_in.cols(), N = s_in.rows(), groups = dweight.size[0];
-  const auto w = zeros<float>(padded(C));
-  load_row(w.get(), weight.data, weight.dtype, C);
+  const auto w = floats_of(weight, C);
   const auto run = [&](auto dys, auto sums, auto dxs) {
     parallel_for(groups, [&](int64_t group, int) {
       float* dw = row_of<float>(dweight, group);

@@ -8,6 +8,8 @@
 #include <memory>
 #include <new>
 
+#include "simd.h"
+
 namespace igpt {
 namespace IGPT_ISA {
 
@@ -67,6 +69,12 @@ template <class T>
 static inline Scratch<T> zeros(int64_t count) {
   Scratch<T> p = scratch<T>(count);
   std::memset(p.get(), 0, size_t(count) * sizeof(T));
+  return p;
+}
+// The n elements of a vector as floats, with zeros behind them to a whole vector register. No vector: zeros.
+static inline Scratch<float> floats_of(const View& vector, int64_t n) {
+  Scratch<float> p = zeros<float>(padded(n));
+  if (vector) load_row(p.get(), vector.data, vector.dtype, n);
   return p;
 }
 

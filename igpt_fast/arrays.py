@@ -100,8 +100,8 @@ def _each(values: np.ndarray, count: int, where: str) -> np.ndarray:
         )
     values = values.reshape(-1)
     if values.dtype.kind == "S":
-        return np.array([value.decode("utf-8", "backslashreplace") for value in values.tolist()])
-    return values
+        values = np.array([value.decode("utf-8", "backslashreplace") for value in values.tolist()])
+    return np.char.strip(values) if values.dtype.kind == "U" else values  # as a metadata.csv is read
 
 
 def _labels(values: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -2,13 +2,14 @@
 
 metadata.csv lies among the images, as Hugging Face's ImageFolder has it. Its first line names the columns: file_name
 (relative to where the file lies), label, and, where images of one patient or region are not to be on both sides of a
-split, group.
+split, group; in capitals or not.
 """
 
 import csv
 import io
 import logging
 import posixpath
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,12 @@ from igpt_fast.errors import InputError
 
 METADATA = "metadata.csv"
 FILE, LABEL, GROUP = "file_name", "label", "group"  # its columns
+
+# What folders are called that are parts of one data set, and no classes.
+PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+# Columns by which images may belong together.
+_OWNERS = re.compile(r"group|patient|subject|person|study|series|case|site|scene|region|tile|(^|[_ ])id$", re.I)
 
 _IN, _ALONE = "group ", "image "  # before a group's name, and before that of an image that has no group
 
@@ -56,13 +63,24 @@ def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classe
     if LABEL not in columns:
         if columns:
             log.warning("%s: has no column `label`, so folders are the classes", where if len(tables) > 1 else named)
-        return Classes(*by_folder(names), groups)
+        return Classes(*by_folder(names, where), groups)
     texts = [rows.get(name, {}).get(LABEL, "") for name in names]
     classes = _in_order({text for text in texts if text})
-    if len(classes) < 2:
+    if not classes:
         return Classes(groups=groups)
     number = {text: k for k, text in enumerate(classes)} | {"": -1}
     return Classes(np.array([number[text] for text in texts], np.int64), classes, groups)
+
+
+def warn_of_patients(names: list[str], found: Classes, where: str) -> None:
+    """Says, in the log, that labelled DICOM files which no group holds together may be of fewer patients."""
+    scans = sum(name.lower().endswith((".dcm", ".dicom")) for name in names)
+    if scans > 1 and found.labels is not None and found.groups is None:
+        log.warning(
+            "%s: its DICOM files may be of fewer patients; `group` in a metadata.csv beside `file_name` keeps those of "
+            "one on one side of every split",
+            where,
+        )
 
 
 def as_groups(texts: Iterable[str], names: list[str]) -> list[str]:
@@ -76,14 +94,26 @@ def in_both(groups: list[str] | None, others: list[str] | None) -> list[str]:
     return sorted(group.removeprefix(_IN) for group in both)
 
 
-def by_folder(names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels (int64 [N], -1 for images beside the class folders) and class names; (None, None) with fewer than two."""
+def by_folder(names: list[str], where: str = "") -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels (int64 [N], -1 for images beside the class folders) and class names; (None, None) with fewer than two.
+
+    Folders that are all called as the parts of a data set are, train and test, are no classes, which is logged; those
+    in them are. where: names the source then.
+    """
     folders = [posixpath.dirname(name) for name in names]
     parts = {folder: folder.split("/") if folder else [] for folder in set(folders)}
     level = 0
     while all(len(p) > level for p in parts.values()) and len({p[level] for p in parts.values()}) == 1:
         level += 1
     classes = sorted({p[level] for p in parts.values() if len(p) > level})
+    if len(classes) > 1 and PARTS.issuperset(name.lower() for name in classes):
+        log.warning(
+            "%s: the folders %s are taken for parts of a data set and read as one: give one alone, others as --test",
+            where,
+            ", ".join(classes),
+        )
+        level += 1
+        classes = sorted({p[level] for p in parts.values() if len(p) > level})
     if len(classes) < 2:
         return None, None
     number = {name: k for k, name in enumerate(classes)}
@@ -104,13 +134,22 @@ def _read(data: bytes, where: str, folder: str, rows: dict[str, dict[str, str]],
         text = data.decode("utf-8-sig")
         first = text.partition("\n")[0]
         lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
-        lines.fieldnames = [name.strip() for name in lines.fieldnames or ()]
-        columns = {FILE, LABEL, GROUP} & set(lines.fieldnames)
+        titles = [name.strip() for name in lines.fieldnames or ()]
+        known = {name: name.lower() for name in titles if name.lower() in (FILE, LABEL, GROUP)}
+        lines.fieldnames = [known.get(name, name) for name in titles]
+        columns, rest = set(known.values()), [name for name in titles if name not in known and _OWNERS.search(name)]
         if twice := [name for name in columns if lines.fieldnames.count(name) > 1]:
             raise InputError(f"{where}: has two columns {twice[0]}; leave one of them out")
         if FILE not in columns:
             log.warning("%s: is not used, for it has no column `file_name`", where)
             return set()
+        if rest and GROUP not in columns:
+            log.warning(
+                "%s: its column %s is not used; if it says which images belong together, as those of one patient, call "
+                "it `group`, or some will be learned from and others tested on",
+                where,
+                " or ".join(f"`{name}`" for name in rest),
+            )
         count = found = 0
         for line in lines:
             if not (line[FILE] or "").strip():

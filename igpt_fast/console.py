@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -86,6 +86,12 @@ def number(value: object) -> str:
 def counted(count: int, unit: str) -> str:
     """`1 image`, `2,000 images`."""
     return f"{number(count)} {unit}{'s' * (count != 1)}"
+
+
+def few_of(names: Iterable[str], most: int = 8) -> str:
+    """`cats, dogs, …`: the first of them, printable."""
+    names = list(names)
+    return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
 
 
 class Bar:

@@ -19,7 +19,7 @@ from igpt_fast.console import say
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens, refuse_misfit
-from igpt_fast.labels import Labelled, choose_labelled, draw_validation, warn_of_few
+from igpt_fast.labels import Labelled, choose_labelled, draw_validation, warn_of_few, warn_of_twins
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions
 from igpt_fast.predict import Answers, predict
@@ -29,6 +29,8 @@ from igpt_fast.run import Result, refuse_differences
 from igpt_fast.task import ClassTask
 from igpt_fast.train import Prepared, carry_out, own_copy
 from igpt_fast.weights import reshaped
+
+TOLD = "accuracy", "low", "high", "balanced"  # of the test's Score, in JSON
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class FinetuneResult:
             "step": self.step,
             "last_step": self.last_step,
             "val_accuracy": self.val_accuracy,
-            "test": None if self.test is None else {key: asdict(self.test)[key] for key in ("accuracy", "low", "high")},
+            "test": None if self.test is None else {key: asdict(self.test)[key] for key in TOLD},
+            "recall": None if self.answers is None else self.answers.recall(self.chosen.labels[self.chosen.test]),
             "classes": list(self.chosen.classes),
             "left_out": self.chosen.left_out,
             "unlabelled": self.chosen.unlabelled,
@@ -91,6 +94,7 @@ def finetune(
         raise InputError(f"finetune: {what}")
     chosen = choose_labelled(dataset, o.test_fraction, per_class=o.per_class, seed=o.seed, tests=False)
     warn_of_few(chosen, o.per_class)
+    warn_of_twins(dataset, chosen)
     held_out = draw_validation(chosen, o.val_fraction, o.seed)
     parts = chosen.indices[~chosen.test & ~held_out], chosen.indices[held_out]
     labels = np.full(len(dataset), -1)
@@ -125,7 +129,8 @@ def _result(
     found, answers = None, None
     if test and chosen.test.any():
         answers = predict(best.model, dataset, chosen.indices[chosen.test])
-        found = score("fine-tuned", answers.best == chosen.labels[chosen.test], chosen.test_groups)
+        labels = chosen.labels[chosen.test]
+        found = score("fine-tuned", answers.best == labels, chosen.test_groups, labels)
     return FinetuneResult(
         model=best.model,
         run=result.run,

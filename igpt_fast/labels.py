@@ -1,15 +1,17 @@
 """Which labelled images are learned from, validated on and tested on."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from igpt_fast.classes import by_class
+from igpt_fast.console import counted
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
-from igpt_fast.tokens import TokenDataset
+from igpt_fast.tokens import MOST, TokenDataset
 
 log = logging.getLogger("igpt_fast")
 
@@ -43,9 +45,11 @@ def choose_labelled(
     """The images that have labels, those to test on by `dataset.split("val", test_fraction)`.
 
     limit: at most so many, and per_class: of each class at most so many to learn from, drawn by the seed. tests: a
-    class without an image to test on is left out, as is one with fewer than two to learn from. Raises InputError for
-    fewer than two classes.
+    class without an image to test on is left out, as is one with fewer than two to learn from; where the images to test
+    on are others (JoinedTokens) it stays, as an answer that may be wrong. Raises InputError for fewer than two classes.
     """
+    apart = isinstance(dataset, JoinedTokens)
+    tests = tests and not apart
     known = np.flatnonzero(dataset.labels >= 0)
     if not len(known) or dataset.classes is None:
         raise without_classes(dataset.origin)
@@ -64,9 +68,10 @@ def choose_labelled(
         present = int(((tested + learned) > 0).sum())
         few = "only one class has images" if present < 2 else f"of {present} classes {good.sum()} have enough images"
         one = " and 1 to test on" if tests else ""
+        way = "give more images" if apart else f"(test fraction {test_fraction}): give more images or another fraction"
         raise InputError(
             f"{dataset.origin}: {few} among {len(known):,}; it takes two classes, each with at least 2 images to learn "
-            f"from{one} (test fraction {test_fraction}): give more images or another fraction"
+            f"from{one}{': ' if apart else ' '}{way}"
         )
     used = good[labels]
     if per_class is not None:
@@ -95,6 +100,20 @@ def without_classes(where: str | Path) -> InputError:
     """The error of images that cannot be told apart by classes."""
     way = "put each class into a folder of its own, or labels into a metadata.csv or the .npz"
     return InputError(f"{where}: no image has a label, or all are of one class; {way}")
+
+
+def warn_of_twins(dataset: TokenDataset | JoinedTokens, chosen: Labelled) -> None:
+    """Says, in the log, how many images to test on are the same, by their tokens, as some to learn from.
+
+    JoinedTokens say it themselves; of more than MOST tokens it is not asked.
+    """
+    if isinstance(dataset, JoinedTokens) or len(chosen.indices) * math.prod(dataset.size) > MOST:
+        return
+    learned = set(dataset.digests(chosen.indices[~chosen.test]))
+    tested = list(dataset.digests(chosen.indices[chosen.test]))
+    if twice := sum(digest in learned for digest in tested):
+        what = f"{twice:,} of {counted(len(tested), 'image')} to test on"
+        log.warning("%s: %s are learned from too, by other names, which makes the test too easy", dataset.origin, what)
 
 
 def warn_of_few(chosen: Labelled, per_class: int | None) -> None:

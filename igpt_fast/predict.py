@@ -37,6 +37,12 @@ class Answers:
         count = len(self.classes)
         return np.bincount(labels * count + self.best, minlength=count * count).reshape(count, count)
 
+    def recall(self, labels: np.ndarray) -> dict[str, dict[str, int]]:
+        """Of each class how many images there are (`labels` as in `table`), and how many of them are said to be it."""
+        table = self.table(labels)
+        counts = zip(table.sum(1).tolist(), table.diagonal().tolist(), strict=True)
+        return {name: {"images": of, "right": right} for name, (of, right) in zip(self.classes, counts, strict=True)}
+
 
 def class_names(model: ImageGPT) -> tuple[str, ...]:
     """The names of a model's classes, LABEL_0 and so on where it came without. InputError for one without a head."""

@@ -34,6 +34,7 @@ class Score:
     validation: float | None = None  # accuracy in validation with what it has chosen, among the images to learn from
     converged: bool = True  # False: L-BFGS stopped at ITERATIONS, or SGD became infinite
     rate: float | None = None  # of SGD, at first
+    balanced: float | None = None  # balanced accuracy: the mean of the tested classes' shares of right answers
 
     def __str__(self) -> str:
         """`93.1 % (95 % interval 90.2 – 95.2 %)`."""
@@ -100,7 +101,7 @@ def classify(
         (right,), converged = _right(features, labels, ~test, test, STRENGTHS[best : best + 1], fitted)
     validation = float(found[best] / sum(ask.sum() for _, ask in parts))
     chosen = {"strength": STRENGTHS[best], "validation": validation, "converged": converged}
-    return score(name, right, groups, layer=layer, **chosen)
+    return score(name, right, groups, labels[test], layer=layer, **chosen)
 
 
 def parts_of(folds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -110,9 +111,22 @@ def parts_of(folds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(~test & (folds != fold), folds == fold) for fold in answered if (folds == fold).any()]
 
 
-def score(name: str, right: np.ndarray, groups: np.ndarray | None = None, **rest: float | int | bool | None) -> Score:
-    """A Score of answers: whether each is right, bool [N], and its image's group, int64 [N], None: all are alone."""
-    return Score(name, float(right.mean()), *intervals.of_share(right, groups), **rest)
+def score(
+    name: str,
+    right: np.ndarray,
+    groups: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    **rest: float | int | bool | None,
+) -> Score:
+    """A Score of answers: whether each is right, bool [N], and its image's group, int64 [N], None: all are alone.
+
+    labels: the images' classes, int64 [N]; None: unknown, and so is the balanced accuracy.
+    """
+    balanced = None
+    if labels is not None:
+        of = np.unique(labels, return_inverse=True)[1].reshape(-1)
+        balanced = float((np.bincount(of, right) / np.bincount(of)).mean())
+    return Score(name, float(right.mean()), *intervals.of_share(right, groups), balanced=balanced, **rest)
 
 
 def _right(

@@ -46,7 +46,7 @@ def classify(
     best = int(np.argmax(found))
     (right,), finite = _right(fetch, labels, ~test, test, RATES[best : best + 1], **how)
     chosen = {"rate": RATES[best], "validation": float(found[best] / ask.sum()), "converged": finite}
-    return score(name, right, groups, layer=layer, **chosen)
+    return score(name, right, groups, labels[test], layer=layer, **chosen)
 
 
 def _right(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from igpt_fast.arrays import npy_layout, npz_layout
-from igpt_fast.classes import as_groups, classes_of, is_table
+from igpt_fast.classes import as_groups, classes_of, is_table, warn_of_patients
 from igpt_fast.errors import InputError, as_input_error
 from igpt_fast.image_files import is_image, read_image
 from igpt_fast.images import Preprocessing
@@ -286,5 +286,6 @@ def _by_name(path: Path, reader: Reader, found: _Found, stamp: str, sequential: 
         raise InputError(f"{path}: {what}; give {KINDS}")
     names = sorted(found.refs)
     refs, labelled = [found.refs[name] for name in names], classes_of(names, found.tables, str(path))
+    warn_of_patients(names, labelled, str(path))
     labels = labelled.labels, labelled.names, labelled.groups
     return Source(path, reader, names, refs, stamp, *labels, dict(found.ignored), sequential)

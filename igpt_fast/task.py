@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from igpt_fast.atomic import write_atomically
 from igpt_fast.batches import Batch, Batches, digest
 from igpt_fast.config import Config
-from igpt_fast.console import number, printable
+from igpt_fast.console import few_of, number
 from igpt_fast.made import ACCURACY, CURVE
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
@@ -142,10 +142,9 @@ class ClassTask(PixelTask):
 
     def introduction(self, config: Config, options: Options) -> list[str]:
         """The classes, and how they are learned."""
-        names = ", ".join(map(printable, self.classes[:8])) + (", …" if len(self.classes) > 8 else "")
         weight = f"{self.options.generative:g} × " if self.options.generative != 1 else ""
         loss = f"loss of the classes + {weight}loss of the pixels" if self.options.generative else "loss of the classes"
-        lines = [f"{number(len(self.classes))} classes: {names}", loss]
+        lines = [f"{number(len(self.classes))} classes: {few_of(self.classes)}", loss]
         if self.options.patience and len(self.batches.held_out):
             lines[-1] += f"; ends after {self.options.patience} validations without a better one"
         return lines

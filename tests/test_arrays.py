@@ -143,6 +143,10 @@ def test_a_label_of_nothing_is_unknown(tmp_path):
     np.savez(tmp_path / "x.npz", x=np.zeros((3, 2, 2, 3), np.uint8), y=np.array(["b", "", "a"]))
     source = open_source(tmp_path / "x.npz")
     assert source.classes == ["a", "b"] and source.labels.tolist() == [1, -1, 0]
+    for kind in ("U", "S"):
+        np.savez(tmp_path / "x.npz", x=np.zeros((3, 2, 2, 3), np.uint8), y=np.array(["b ", " ", "b"], kind))
+        source = open_source(tmp_path / "x.npz")
+        assert source.classes == ["b"] and source.labels.tolist() == [0, -1, 0], "blanks around them are none of theirs"
 
 
 def test_bytes_all_over_a_file_tell_it_from_others(tmp_path):

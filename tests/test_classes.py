@@ -97,7 +97,8 @@ def test_tables_that_say_less_than_hoped(folder, caplog):
         assert [said in r.getMessage() for r in caplog.records] == [True] and "metadata.csv: " in caplog.text
         assert (source.classes is None) == ("gone" not in lines[-1])
         caplog.clear()
-    assert write(folder, "file_name,label", "a.png,cat").classes is None, "one class is none"
+    one = write(folder, "file_name,label", "a.png,cat")
+    assert one.classes == ["cat"] and one.labels.tolist()[0] == 0, "a test set may be of one class"
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "metadata.csv").write_text("file_name,label\n../a.png,z\n")
     assert write(folder, *TABLE).classes == ["cat", "dog"]

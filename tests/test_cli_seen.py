@@ -141,3 +141,21 @@ def test_nothing_is_said_of_published_weights(tmp_path, learned, monkeypatch):
     for path in ("openai/imagegpt-small", tmp_path / "copy"):
         say_seen(replace(load_checkpoint(checkpoint), path=Path(path)), None, "some")
     assert len(heard) == 1 and "is not known" in heard[0]
+
+
+def test_images_that_are_read_in_another_way_are_known_by_their_names_or_not_at_all(igpt, tmp_path, learned):
+    images, indices = learned
+    code, printed, said = igpt("eval", tmp_path / "run", tmp_path / "images.npy", "--bands", "3,2,1", "--json")
+    assert code == 0 and json.loads(printed)["seen"] == len(indices) and f"from {len(indices)} of these" in said
+    np.save(tmp_path / "copy.npy", images[1:])
+    code, printed, said = igpt("eval", tmp_path / "run", tmp_path / "copy.npy", "--bands", "3,2,1", "--json")
+    assert code == 0 and json.loads(printed)["seen"] is None and "is not known" in said
+    crops = ("--palette", tmp_path / "run/tokens/palette.npy", "--size", "6", "--views", "2", "-o", tmp_path / "crops")
+    assert igpt("tokenize", tmp_path / "images.npy", *crops)[0] == 0
+    code, printed, _ = igpt("eval", tmp_path / "run", tmp_path / "crops", "--json")
+    assert code == 0 and json.loads(printed)["seen"] == 2 * len(indices)
+    shutil.copytree(tmp_path / "crops", tmp_path / "others")
+    meta = json.loads((tmp_path / "others/meta.json").read_text())
+    (tmp_path / "others/meta.json").write_text(json.dumps({**meta, "source_stamp": "other", "resize": "none"}))
+    code, printed, _ = igpt("eval", tmp_path / "run", tmp_path / "others", "--json")
+    assert code == 0 and json.loads(printed)["seen"] is None

@@ -38,6 +38,7 @@ LAYERS = [
     {"over_images", "train", "finetune", "plan", "loop", "processes", "probe", "predict", "evaluate", "sklearn"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -95,10 +95,11 @@ def classify(
             return
         seen, names = seen_among(checkpoint, dataset, answers.indices), dataset.names
         known = labels >= 0
+        of_known = Answers(answers.indices[known], answers.probabilities[known], classes)
         groups = group_numbers(dataset, np.flatnonzero(known))
     write_atomically(out, answers_csv(answers, names, labels if known.any() else None, probabilities))
     counts = np.bincount(answers.best, minlength=len(classes))
-    found = score("classifier", (answers.best == labels)[known], groups) if known.any() else None
+    found = score("classifier", (answers.best == labels)[known], groups, labels[known]) if known.any() else None
     images = f"{counted(len(names), 'image')} of {called(data)}"
     lines = f"{described(checkpoint)}, on {images}:", *_summary(answers, names, counts, found, int(known.sum()))
     try:
@@ -106,7 +107,7 @@ def classify(
             answer(line, as_json)
     finally:  # whoever reads them may have gone
         if confusion is not None:
-            table = Answers(answers.indices[known], answers.probabilities[known], classes).table(labels[known])
+            table = of_known.table(labels[known])
             title = f"{found.accuracy:.1%} of {known.sum():,} images of {called(data)} are right"
             write_atomically(confusion, table_png(table, classes, title))
     less = "expect fewer right answers on others"
@@ -118,6 +119,7 @@ def classify(
         facts: dict[str, Any] = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "out": str(out)}
         if found is not None:
             facts |= {"labelled": int(known.sum()), "accuracy": found.accuracy, "low": found.low, "high": found.high}
+            facts |= {"balanced": found.balanced, "recall": of_known.recall(labels[known])}
         of_each = dict(zip(classes, counts.tolist(), strict=True))
         print_json(**facts, images=len(names), seen=seen, confusion=confusion and str(confusion), answers=of_each)
 
@@ -143,4 +145,5 @@ def _summary(answers: Answers, names: list[str], counts: np.ndarray, found: Scor
     if found is not None:
         of = f"{known:,} of them have a class that the model knows" if known < len(names) else "of all"
         lines.append(f"  right: {found}; {of}")
+        lines.append(f"  balanced accuracy {100 * found.balanced:.1f} %: the mean over their classes")
     return lines

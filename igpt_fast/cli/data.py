@@ -27,7 +27,7 @@ from igpt_fast.cli.options import (
     parse_size,
     print_json,
 )
-from igpt_fast.console import counted, progress, say
+from igpt_fast.console import counted, few_of, progress, say
 from igpt_fast.data import fit_palette, report_left_out, show_steps
 from igpt_fast.data import tokenize as tokenize_images
 from igpt_fast.errors import InputError
@@ -169,8 +169,10 @@ def tokenize(
 
 
 def _count(source: object) -> str:
-    classes = f" in {len(source.classes)} classes" if source.classes else ", without class labels"
-    return f"{counted(len(source), 'image')}{classes}"
+    if not source.classes:
+        return f"{counted(len(source), 'image')}, without class labels"
+    number = "1 class" if len(source.classes) == 1 else f"{len(source.classes)} classes"
+    return f"{counted(len(source), 'image')} in {number}: {few_of(source.classes)}"
 
 
 def _say_all(lines: list[str]) -> None:

@@ -104,6 +104,8 @@ def evaluate(
     for line in (f"{described(checkpoint)}, on {images}:", *summary(result)):
         answer(line, as_json)
     without = "; --split val leaves them out" if way else ""
+    if seen and split is Split.val:
+        without = ": what decides the split, names and fraction, is not as in training"
     say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images{without}")
     if as_json:
         facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen}

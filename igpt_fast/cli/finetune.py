@@ -136,7 +136,7 @@ def _prepare(
         say(f"{out} was begun in Python: with which model it does not say, so {model} is not compared with it")
     elif Path(init).resolve() != model.resolve():
         raise InputError(f"--resume with another MODEL: {out} began with {init}; give that, or another --out")
-    sources = [_with_labels(path) for path in (data, *([Path(test)] if test else []))]
+    sources = [_with_labels(data, 2), *([_with_labels(Path(test), 1)] if test else [])]
     found = load_checkpoint(out) if resume else open_model(model)
     noted = TokenDataset(data).preprocessing if is_token_directory(data) else {}  # --test is read as DATA was
     images = {**PREPROCESSING, **preprocessing_of(found), **noted, **command.get("images", {})}
@@ -171,10 +171,10 @@ def _refuse_idle(given: dict[str, Any], options: dict[str, Any], data: list[Path
             raise InputError(f"--patience changes nothing with --{name.replace('_', '-')} 0; leave one of them out")
 
 
-def _with_labels(path: Path) -> Path | Source:
-    """The images, or tokens. InputError where they have no labels, before anything is made of them."""
+def _with_labels(path: Path, least: int) -> Path | Source:
+    """The images, or tokens. InputError where images have too few classes, before anything is made of them."""
     source = path if is_token_directory(path) else as_source(path)
-    if isinstance(source, Source) and source.classes is None:
+    if isinstance(source, Source) and len(source.classes or ()) < least:
         raise without_classes(path)
     return source
 
@@ -222,6 +222,7 @@ def _report(result: FinetuneResult, dataset: TokenDataset | JoinedTokens, data: 
     if result.test is not None:
         images = number(len(result.answers.indices))
         say(f"test: accuracy {result.test} on {images} images, by which nothing was chosen")
+        say(f"  balanced accuracy {100 * result.test.balanced:.1f} %: the mean over the classes, however many images")
         labels = chosen_.labels[chosen_.test]
         title = f"{result.test.accuracy:.1%} of {images} test images are right, step {result.step} of {run.name}"
         write_atomically(run / CONFUSION, table_png(result.answers.table(labels), result.answers.classes, title))

@@ -32,7 +32,7 @@ from igpt_fast.cli.inputs import (
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_in_test
-from igpt_fast.console import answer, counted, say
+from igpt_fast.console import answer, counted, few_of, say
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.probe import LBFGS, SOLVERS, ProbeResult, check_options, figure_png
@@ -156,7 +156,7 @@ def probe(
 
 def show(result: ProbeResult, as_json: bool) -> None:
     """Prints the result as a table, with a line for everything that a reader must know beside it."""
-    table = Table("", "accuracy", "95 % interval", "C" if result.solver == LBFGS else "rate")
+    table = Table("", "accuracy", "95 % interval", "C" if result.solver == LBFGS else "rate", "balanced")
     learned = (*result.layers, *([result.joined] if result.joined else []), result.pixels)
     for score in (*learned, result.majority):
         if score is result.pixels:
@@ -166,17 +166,21 @@ def show(result: ProbeResult, as_json: bool) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     Console(stderr=as_json).print(table)
+    chosen, count = result.chosen, len(result.classes)
+    tested = count if chosen is None else len(set(chosen.labels[chosen.test].tolist()))
     lines = [
-        f"{result.train:,} images to learn from, {result.test:,} to test on, {len(result.classes)} classes",
+        f"{result.train:,} images to learn from, {result.test:,} to test on, {count} classes"
+        f"{f', of which {tested} are tested on' if tested < count else ''}: {few_of(result.classes)}",
         f"{result.feature_bytes / 1e6:,.1f} MB of features, {result.seconds:.1f} s",
-        f"* the layer that validation prefers ({100 * result.best.validation:.1f} % there)",
+        f"* the layer that validation prefers ({100 * result.best.validation:.1f} % there); balanced: the mean over "
+        "the classes, however many images each has",
     ]
     if result.test_groups is not None:
         lines.append(f"the images to test on are of {counted(result.test_groups, 'group')}: intervals are by groups")
     if result.unlabelled:
         lines.append(f"left out {result.unlabelled:,} images without a label")
     if result.left_out:
-        few = ", ".join(f"{name} ({count})" for name, count in result.left_out.items())
+        few = ", ".join(f"{name} ({of})" for name, of in result.left_out.items())
         lines.append(f"left out classes with too few images to learn from and test on: {few}")
     if slow := [score.name for score in learned if not score.converged]:
         names = ", ".join(slow)
@@ -206,4 +210,5 @@ def _row(score: Score, best: bool) -> tuple[str, ...]:
     chosen = score.strength if score.rate is None else score.rate
     strength = "" if chosen is None else f"{chosen:g}{'' if score.converged else ' †'}"
     interval = f"{100 * score.low:.1f} – {100 * score.high:.1f} %"
-    return f"{score.name}{' *' if best else ''}", f"{100 * score.accuracy:.1f} %", interval, strength
+    balanced = "" if score.balanced is None else f"{100 * score.balanced:.1f} %"
+    return f"{score.name}{' *' if best else ''}", f"{100 * score.accuracy:.1f} %", interval, strength, balanced

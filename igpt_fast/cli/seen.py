@@ -25,9 +25,10 @@ from igpt_fast.tokens import MOST, TokenDataset, is_token_directory
 def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarray) -> int | None:
     """How many of the images the model has learned from, as far as it is known; None where that is none.
 
-    Of other data than the run's own those count whose tokens are the same, where the run's still lie there whole; so do
-    those of the runs that it began with. Of a fine-tuned model's runs the images of validation count as seen: the
-    weights were chosen by them.
+    Of other data than the run's own those count whose tokens are the same, where the run's still lie there whole, and
+    of the same files those of the same names, however they were read; of other files that were read in another way it
+    is not known. So do those of the runs that it began with. Of a fine-tuned model's runs the images of validation
+    count as seen: the weights were chosen by them.
     """
     if (newest := run_of(checkpoint)) is None:
         return None
@@ -42,6 +43,11 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
         if own is dataset:
             seen |= np.isin(indices, learned)
             continue
+        if own.made_of(dataset.stamp) or dataset.made_of(own.stamp):
+            named = {own.names[index] for index in learned}
+            seen |= np.fromiter((dataset.names[index] in named for index in indices), bool, len(indices))
+            continue
+        all_known = all_known and not _read_otherwise(dataset, own)
         try:
             known |= set(own.digests(learned))
         except InputError:  # a remark is not worth ending for
@@ -49,6 +55,12 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
     if known:
         seen |= np.fromiter((digest in known for digest in dataset.digests(indices)), bool, len(indices))
     return int(seen.sum()) if all_known or seen.any() else None
+
+
+def _read_otherwise(dataset: TokenDataset, own: TokenDataset) -> bool:
+    """Whether one image would have other tokens in the two."""
+    views = [tokens.meta.get("views", 0) for tokens in (dataset, own)]
+    return any(views) or any(dataset.read_otherwise(own.preprocessing))
 
 
 def _lineage(run: Path) -> Iterator[tuple[Path | None, dict[str, Any]]]:

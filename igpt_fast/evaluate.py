@@ -16,6 +16,7 @@ from igpt_fast.labels import group_numbers
 from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
 from igpt_fast.processes import Processes
+from igpt_fast.tables import csv_bytes
 from igpt_fast.tokens import TokenDataset
 
 
@@ -47,6 +48,12 @@ class Likelihood:
             "nats_chance": math.log(self.colors),
             "seconds": round(self.seconds, 3),
         }
+
+    def to_csv(self, names: Sequence[str]) -> bytes:
+        """A CSV file's bytes, a line an image: its name, nats per pixel, bits per pixel. names: of these images."""
+        rows = zip(names, self.per_image, strict=True)
+        lines = ([name, f"{nats:.6f}", f"{nats / math.log(2):.6f}"] for name, nats in rows)
+        return csv_bytes(["image", "nats_per_pixel", "bits_per_pixel"], lines)
 
 
 def evaluate(

@@ -1,7 +1,5 @@
 """What a classifier says of images: the probability of every class; how often it is right where labels are known."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +12,7 @@ from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
 from igpt_fast.pictures import figure_png_bytes, new_figure, set_title
 from igpt_fast.processes import Processes
+from igpt_fast.tables import csv_bytes
 from igpt_fast.tokens import TokenDataset
 
 WRITTEN = 24  # classes up to which the cells of a picture hold their numbers
@@ -95,19 +94,14 @@ def answers_csv(answers: Answers, names: Sequence[str], labels: np.ndarray | Non
 
     names: of all the dataset's images. labels: int64 [N], -1 where unknown. whole: the probability of every class too.
     """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    known = [] if labels is None else ["class"]
-    writer.writerow(["image", "answer", "probability", *known, *(f"p({name})" for name in answers.classes if whole)])
+    known, rows = [] if labels is None else ["class"], []
     for row, (index, best) in enumerate(zip(answers.indices, answers.best, strict=True)):
         of_all = answers.probabilities[row]
         label = [answers.classes[labels[row]] if labels[row] >= 0 else ""] if known else []
         every = [f"{p:.6f}" for p in of_all] if whole else []
-        writer.writerow([names[index], answers.classes[best], f"{of_all[best]:.6f}", *label, *every])
-    try:
-        return text.getvalue().encode("utf-8", "surrogateescape")  # a name that is no text in UTF-8 keeps its bytes
-    except UnicodeEncodeError:  # half of a character, which a class of an array can be called
-        return text.getvalue().encode("utf-8", "backslashreplace")
+        rows.append([names[index], answers.classes[best], f"{of_all[best]:.6f}", *label, *every])
+    every = [f"p({name})" for name in answers.classes if whole]
+    return csv_bytes(["image", "answer", "probability", *known, *every], rows)
 
 
 def table_png(table: np.ndarray, classes: tuple[str, ...], title: str) -> bytes:

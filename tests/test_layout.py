@@ -28,6 +28,7 @@ LAYERS = [
         "device",
         "positions",
         "intervals",
+        "tables",
     },
     {"ops", "replay"},
     {"modules", "palette", "kmeans", "decode", "arrays", "reader", "classes", "made", "sources", "pixels", "tokens"}

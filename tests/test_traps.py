@@ -15,6 +15,7 @@ from igpt_fast.predict import Answers
 from igpt_fast.regression import score
 from igpt_fast.sources import open_source
 from igpt_fast.tokens import MOST
+from igpt_fast.weights import open_model
 
 
 @pytest.fixture
@@ -176,3 +177,20 @@ def test_one_class_is_too_few_to_learn_whatever_is_tested_on(igpt, one):
     code, _, said = igpt("probe", folder / "run", folder / "few.npz", "--test", folder / "one", *other[2:])
     assert code == 2 and "each with at least 2 images to learn from: give more images" in said
     assert "fraction" not in said
+
+
+def test_the_unlikeliest_images_can_be_found(igpt, one):
+    folder, dataset = one
+    words = (folder / "run", dataset.path, "--limit", "7", "--json", "-o", folder / "s.csv")
+    code, printed, said = igpt("eval", *words)
+    facts, lines = json.loads(printed), (folder / "s.csv").read_text().splitlines()
+    assert code == 0 and facts["out"] == str(folder / "s.csv") and f"wrote {folder / 's.csv'}" in said
+    head, *rows = (line.split(",") for line in lines)
+    assert head == ["image", "nats_per_pixel", "bits_per_pixel"] and len(rows) == 7
+    model = open_model(folder / "run").model
+    for name, nats, bits in rows:
+        loss = model.loss(dataset.batch(np.array([dataset.names.index(name)]))).item()
+        assert (float(nats), float(bits)) == (pytest.approx(loss, abs=1e-5), pytest.approx(loss / np.log(2), abs=1e-5))
+    assert np.mean([float(row[1]) for row in rows]) == pytest.approx(facts["nats_per_pixel"], abs=1e-6)
+    code, _, said = igpt("eval", folder / "run", dataset.path, "-o", folder / "s.txt")
+    assert code == 2 and "is written as a .csv file" in said

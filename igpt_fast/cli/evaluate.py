@@ -2,11 +2,13 @@
 
 from contextlib import ExitStack
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 
+from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import (
     BackgroundAsOption,
@@ -19,6 +21,7 @@ from igpt_fast.cli.inputs import (
     SideBySideOption,
     SkipOption,
     called,
+    check_place,
     described,
     given_of,
     open_to_measure,
@@ -27,7 +30,7 @@ from igpt_fast.cli.inputs import (
 )
 from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, SeedOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_among
-from igpt_fast.console import answer, counted
+from igpt_fast.console import answer, counted, say
 from igpt_fast.errors import InputError
 from igpt_fast.evaluate import Likelihood
 from igpt_fast.evaluate import evaluate as evaluate_model
@@ -64,6 +67,12 @@ def evaluate(
         ),
     ] = None,
     limit: LimitOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE.csv", help="Also write a line an image: its nats and bits per pixel."
+        ),
+    ] = None,
     resize: ReadAsOption = None,
     background: BackgroundAsOption = None,
     value_range: RangeAsOption = None,
@@ -83,6 +92,8 @@ def evaluate(
     """
     if val_fraction is not None and not 0 <= val_fraction <= 1:  # also catches NaN
         raise InputError(f"--val-fraction is {val_fraction}; use a fraction from 0 to 1")
+    if out is not None:
+        check_place(out, ".csv", data)
     given = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
@@ -100,6 +111,8 @@ def evaluate(
         if seen and split is not Split.val:
             unseen = dataset.split("val", val_fraction)
             way = len(unseen) > 0 and seen_among(checkpoint, dataset, unseen) == 0
+        if out is not None:
+            write_atomically(out, result.to_csv([dataset.names[index] for index in indices]))
     images = f"{counted(len(indices), 'image')} of {called(data)}"
     for line in (f"{described(checkpoint)}, on {images}:", *summary(result)):
         answer(line, as_json)
@@ -107,8 +120,10 @@ def evaluate(
     if seen and split is Split.val:
         without = ": what decides the split, names and fraction, is not as in training"
     say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images{without}")
+    if out is not None:
+        say(f"wrote {out}")
     if as_json:
-        facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen}
+        facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen, "out": out and str(out)}
         facts |= {"split": split.value, "val_fraction": None if split is Split.all else val_fraction}
         print_json(**facts, **result.to_dict())
 

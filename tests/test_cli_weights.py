@@ -207,3 +207,23 @@ def test_refusals_are_one_line_and_leave_nothing(igpt, tmp_path, dataset, weight
     assert code == 2 and not printed and message in said
     assert said.startswith("error: ") and said.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_in_bf16_commands_find_nearly_the_same(igpt, tmp_path):
+    from labelled import PALETTE, make
+    from labelled import write_tokens as write_labelled
+
+    dataset, model = write_labelled(tmp_path, np.arange(20) % 2), make(classes=2)
+    with torch.no_grad():
+        for weight in (model.wtet, model.wclf):
+            weight.normal_(0, 0.3)
+    save_checkpoint(tmp_path / "run", 1, model, PALETTE)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        how, out = ("--precision", precision), tmp_path / f"{precision}.csv"
+        code, printed, _ = igpt("eval", tmp_path / "run", dataset.path, "--json", *how)
+        assert code == 0 and igpt("classify", tmp_path / "run", dataset.path, "-o", out, *how)[0] == 0
+        shares = [float(line.split(",")[2]) for line in out.read_text().splitlines()[1:]]
+        found[precision] = np.array([json.loads(printed)["nats_per_pixel"], *shares])
+    off = np.abs(found["fp32"] - found["bf16"])
+    assert 0 < off[0] < 0.02 and 0 < off[1:].max() < 0.02

@@ -11,8 +11,8 @@ from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
     BackgroundAsOption,
     BandsAsOption,
-    Bf16Option,
     ModelArgument,
+    PrecisionOption,
     RangeAsOption,
     ReadAsOption,
     SideBySideOption,
@@ -24,7 +24,7 @@ from igpt_fast.cli.inputs import (
     open_to_measure,
     tokens_for,
 )
-from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, print_json
+from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, Precision, print_json
 from igpt_fast.cli.seen import say_seen, seen_among
 from igpt_fast.console import answer, counted, printable, say
 from igpt_fast.errors import InputError
@@ -67,7 +67,7 @@ def classify(
     bands: BandsAsOption = None,
     on_error: SkipOption = None,
     batch: SideBySideOption = None,
-    bf16: Bf16Option = False,
+    precision: PrecisionOption = Precision.fp32,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -90,7 +90,7 @@ def classify(
             labels = _labels(dataset, classes)
             if confusion is not None and (labels < 0).all():
                 raise InputError(f"{data}: has no labels that the model knows: --confusion needs some")
-        answers = predict(checkpoint.model, dataset, batch=batch, amp=bf16, processes=processes)
+        answers = predict(checkpoint.model, dataset, batch=batch, amp=precision is Precision.bf16, processes=processes)
         if not processes.first:
             return
         seen, names = seen_among(checkpoint, dataset, answers.indices), dataset.names

@@ -13,9 +13,9 @@ from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import (
     BackgroundAsOption,
     BandsAsOption,
-    Bf16Option,
     LimitOption,
     ModelArgument,
+    PrecisionOption,
     RangeAsOption,
     ReadAsOption,
     SideBySideOption,
@@ -28,7 +28,7 @@ from igpt_fast.cli.inputs import (
     run_of,
     tokens_for,
 )
-from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, SeedOption, print_json
+from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, Precision, SeedOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_among
 from igpt_fast.console import answer, counted, say
 from igpt_fast.errors import InputError
@@ -79,7 +79,7 @@ def evaluate(
     bands: BandsAsOption = None,
     on_error: SkipOption = None,
     batch: SideBySideOption = None,
-    bf16: Bf16Option = False,
+    precision: PrecisionOption = Precision.fp32,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -104,7 +104,7 @@ def evaluate(
         indices = dataset.split(split.value, val_fraction)
         if limit is not None and limit < len(indices):
             indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
-        result = evaluate_model(checkpoint.model, dataset, indices, batch, bf16, processes)
+        result = evaluate_model(checkpoint.model, dataset, indices, batch, precision is Precision.bf16, processes)
         if not processes.first:
             return
         seen, way = seen_among(checkpoint, dataset, indices), False

@@ -24,8 +24,8 @@ from igpt_fast.cli.inputs import (
     refuse_preprocessing,
     say_read_otherwise,
 )
-from igpt_fast.cli.learning import Precision, ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, field
-from igpt_fast.cli.options import JsonOption, print_json
+from igpt_fast.cli.learning import ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, field
+from igpt_fast.cli.options import JsonOption, Precision, print_json
 from igpt_fast.cli.seen import seen_in_test
 from igpt_fast.console import duration, number, say
 from igpt_fast.data import Source, open_tokens

@@ -13,7 +13,7 @@ import typer
 
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.classes import is_table
-from igpt_fast.cli.options import BANDS, VALUE_RANGE, OnError, Resize
+from igpt_fast.cli.options import BANDS, VALUE_RANGE, OnError, Precision, Resize
 from igpt_fast.console import say
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
@@ -63,7 +63,9 @@ LimitOption = Annotated[
 SideBySideOption = Annotated[
     int | None, typer.Option("--batch", min=1, metavar="B", show_default="by memory", help="Images side by side.")
 ]
-Bf16Option = Annotated[bool, typer.Option("--bf16", help="In bf16 autocast: faster, a little less exact.")]
+PrecisionOption = Annotated[
+    Precision, typer.Option("--precision", help="Of the arithmetic; bf16 (autocast) is faster, a little less exact.")
+]
 ReadAsOption = Annotated[
     Resize | None,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from igpt_fast.config import OBJECTIVES, POSITIONS, PRESETS
-from igpt_fast.options import PRECISIONS, Options
+from igpt_fast.options import Options
 
 LEARNING, MACHINE, WATCHING = "Learning", "Speed and memory", "Validation, pictures and checkpoints"
 IMAGES_PANEL = "The images, unless DATA holds tokens already"
@@ -45,7 +45,6 @@ SMALL = {"layers": 4, "width": 128, "heads": 4}  # when nothing is said: two cor
 # The options that are fields of Config, but for those that the data decide.
 SHAPE = ("layers", "width", "heads", "objective", "pattern", "positions")
 
-Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
 Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)
 Objective = Enum("Objective", {name: name for name in OBJECTIVES}, type=str)
 Positions = Enum("Positions", {name: name for name in POSITIONS}, type=str)

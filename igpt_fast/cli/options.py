@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from igpt_fast.errors import InputError
+from igpt_fast.options import PRECISIONS
 
 DATA_HELP = (
     "Images: a folder (class folders or a metadata.csv give labels), a .zip, .tar or .tar.gz, a .npy or .npz array, or "
@@ -30,6 +31,8 @@ class OnError(str, Enum):
     error = "raise"
     skip = "skip"
 
+
+Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
 
 DataArgument = Annotated[Path, typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)]
 SizeOption = Annotated[str, typer.Option("--size", metavar="PX", help="Pixels a side: 32, or height x width as 32x48.")]

@@ -14,7 +14,6 @@ from igpt_fast.cli.learning import (
     ObjectiveOption,
     PatternOption,
     PositionsOption,
-    Precision,
     PresetOption,
     RunDeviceOption,
     WidthOption,
@@ -23,7 +22,7 @@ from igpt_fast.cli.learning import (
     option,
     read_pattern,
 )
-from igpt_fast.cli.options import JsonOption, parse_size, print_json
+from igpt_fast.cli.options import JsonOption, Precision, parse_size, print_json
 from igpt_fast.config import PRESETS, Config
 from igpt_fast.console import answer, counted, duration, number, say
 from igpt_fast.errors import InputError

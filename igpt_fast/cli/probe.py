@@ -18,6 +18,7 @@ from igpt_fast.cli.inputs import (
     LabelledArgument,
     LimitOption,
     ModelArgument,
+    PrecisionOption,
     RangeAsOption,
     ReadAsOption,
     SideBySideOption,
@@ -30,7 +31,7 @@ from igpt_fast.cli.inputs import (
     refuse_preprocessing,
     tokens_for,
 )
-from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
+from igpt_fast.cli.options import DeviceOption, JsonOption, Precision, SeedOption, print_json
 from igpt_fast.cli.seen import say_seen, seen_in_test
 from igpt_fast.console import answer, counted, few_of, say
 from igpt_fast.errors import InputError
@@ -86,9 +87,7 @@ def probe(
         typer.Option("--epochs", min=1, metavar="N", show_default=str(EPOCHS), help="Passes of sgd over the images."),
     ] = None,
     batch: SideBySideOption = None,
-    bf16: Annotated[
-        bool, typer.Option("--bf16", help="Features in bf16 autocast: faster, a little less exact.")
-    ] = False,
+    precision: PrecisionOption = Precision.fp32,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     out: Annotated[
@@ -130,7 +129,8 @@ def probe(
         if test is not None:
             test_fraction = len(dataset.test) / len(dataset)
         options = {"test_fraction": test_fraction, "limit": limit, "per_class": per_class, "seed": seed, "batch": batch}
-        how = {"amp": bf16, "processes": processes, "solver": solver.value, "epochs": epochs or EPOCHS}
+        how = {"amp": precision is Precision.bf16, "processes": processes}
+        how |= {"solver": solver.value, "epochs": epochs or EPOCHS}
         result = probe_model(checkpoint.model, dataset, layers=chosen, joined=joined, **options, **how)
         if not processes.first:
             return

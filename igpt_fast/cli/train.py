@@ -16,7 +16,6 @@ from igpt_fast.cli.learning import (
     ObjectiveOption,
     PatternOption,
     PositionsOption,
-    Precision,
     PresetOption,
     ResumeOption,
     RunDeviceOption,
@@ -28,7 +27,7 @@ from igpt_fast.cli.learning import (
     option,
     read_pattern,
 )
-from igpt_fast.cli.options import BANDS, VALUE_RANGE, JsonOption, OnError, Resize, parse_size, print_json
+from igpt_fast.cli.options import BANDS, VALUE_RANGE, JsonOption, OnError, Precision, Resize, parse_size, print_json
 from igpt_fast.cli.start import open_start, refuse_changes
 from igpt_fast.config import PRESETS, Config
 from igpt_fast.console import duration, say

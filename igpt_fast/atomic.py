@@ -14,7 +14,7 @@ from pathlib import Path
 from igpt_fast.errors import InputError
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
+def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
     """Writes `data` so that `path` holds either all of it or what it held before, whatever happens meanwhile.
 
     Makes the folder when it is missing. Raises OSError, naming `path` and leaving nothing behind, when the disk is full

@@ -12,7 +12,21 @@ import typer
 from typer.core import TyperGroup
 
 from igpt_fast import __version__
-from igpt_fast.cli import classify, convert, data, demo, evaluate, finetune, info, pattern, plan, probe, sample, train
+from igpt_fast.cli import (
+    classify,
+    convert,
+    data,
+    demo,
+    evaluate,
+    features,
+    finetune,
+    info,
+    pattern,
+    plan,
+    probe,
+    sample,
+    train,
+)
 from igpt_fast.console import Said, say
 from igpt_fast.device import keep_memory
 from igpt_fast.errors import InputError
@@ -24,6 +38,7 @@ LESS = {
     "train": "a smaller --batch, --width, --layers or --size, more --accumulate, or --activation-checkpointing",
     "finetune": "a smaller --batch, more --accumulate, or --activation-checkpointing",
     "classify": "a smaller --batch",
+    "features": "a smaller --batch, --limit, or fewer --layers",
     "plan": "a smaller --width, --layers or --size, or --activation-checkpointing",
     "sample": "a smaller -n or --batch, or --dtype bfloat16",
     "complete": "fewer photos, a smaller -n or --batch, or --dtype bfloat16",
@@ -84,7 +99,8 @@ def _root(
     raise InputError(f"{command} runs in one process, {only}: start it without torchrun{alone}")
 
 
-for _group in (data, pattern, plan, train, sample, probe, demo, finetune, classify, evaluate, convert, info):
+_GROUPS = data, pattern, plan, train, sample, probe, features, demo, finetune, classify, evaluate, convert, info
+for _group in _GROUPS:
     _group.register(app)
 for _command in app.registered_commands:  # Typer would keep the line breaks of a docstring where a terminal has its own
     _paragraphs = inspect.cleandoc(_command.callback.__doc__).split("\n\n")

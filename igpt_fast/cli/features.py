@@ -69,7 +69,7 @@ def features(
     """Write the features of images, as probe reads them, for scikit-learn, R or a plot.
 
     FILE.npz holds features, float32 of images x layers x width, the means over an image's pixels; layers; names; and
-    where DATA has them labels (-1: none), the classes that they number, and groups. probe says which layer is a good one.
+    where DATA has them labels (-1: none), the classes that they number, and groups. probe tells which layer is good.
 
     Example: igpt-fast features openai/imagegpt-small scans/ --layers 12 -o features.npz
     """

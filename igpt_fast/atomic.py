@@ -10,12 +10,20 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from igpt_fast.errors import InputError
 
 
-def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
-    """Writes `data` so that `path` holds either all of it or what it held before, whatever happens meanwhile.
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes `data` so that `path` holds either all of it or what it held before, see `open_atomically`."""
+    with open_atomically(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def open_atomically(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write: behind the block `path` holds it in whole, else what it held before, whatever happens meanwhile.
 
     Makes the folder when it is missing. Raises OSError, naming `path` and leaving nothing behind, when the disk is full
     or read-only, or `path` is a directory.
@@ -25,7 +33,7 @@ def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -5,7 +5,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from igpt_fast.atomic import write_atomically
@@ -20,6 +19,7 @@ from igpt_fast.cli.inputs import (
     ReadAsOption,
     SideBySideOption,
     SkipOption,
+    at_most,
     called,
     check_place,
     described,
@@ -101,9 +101,7 @@ def evaluate(
             checkpoint = open_to_measure(model, [data], processes)
             dataset = stack.enter_context(tokens_for(checkpoint, data, given))
         val_fraction = _held_out_by(checkpoint) if val_fraction is None else val_fraction
-        indices = dataset.split(split.value, val_fraction)
-        if limit is not None and limit < len(indices):
-            indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
+        indices = at_most(limit, dataset.split(split.value, val_fraction), seed)
         result = evaluate_model(checkpoint.model, dataset, indices, batch, precision is Precision.bf16, processes)
         if not processes.first:
             return

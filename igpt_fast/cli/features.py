@@ -1,6 +1,5 @@
 """`igpt-fast features`: what a model makes of images, for other programs."""
 
-import io
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from igpt_fast.atomic import write_atomically
+from igpt_fast.atomic import open_atomically
 from igpt_fast.cli.inputs import (
     BackgroundAsOption,
     BandsAsOption,
@@ -19,6 +18,7 @@ from igpt_fast.cli.inputs import (
     ReadAsOption,
     SideBySideOption,
     SkipOption,
+    at_most,
     called,
     check_place,
     described,
@@ -81,15 +81,10 @@ def features(
         chosen = check_options(depth, [depth // 2] if layers == MIDDLE else parse_layers(layers, depth))
         dataset = stack.enter_context(tokens_for(checkpoint, data, given))
         refuse_misfit(dataset, checkpoint.model.config, checkpoint.model.palette)
-        indices = np.arange(len(dataset))
-        if limit is not None and limit < len(indices):
-            indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
-        written = 4 * len(indices) * len(chosen) * checkpoint.model.config.width  # a second time, as a file
-        how = {"batch": batch, "amp": precision is Precision.bf16, "beside": written}
-        pooled = extract_features(checkpoint.model, dataset, indices, chosen, **how)
-        file = io.BytesIO()
-        np.savez(file, features=pooled.swapaxes(0, 1), layers=np.array(chosen), **_beside(dataset, indices))
-    write_atomically(out, file.getbuffer())
+        indices = at_most(limit, np.arange(len(dataset)), seed)
+        pooled = extract_features(checkpoint.model, dataset, indices, chosen, batch, amp=precision is Precision.bf16)
+        with open_atomically(out) as file:
+            np.savez(file, features=pooled.swapaxes(0, 1), layers=np.array(chosen), **_beside(dataset, indices))
     images = f"{counted(len(indices), 'image')} of {called(data)}"
     say(f"{described(checkpoint)}, on {images}: {counted(len(chosen), 'layer')}")
     say(f"wrote {out}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -157,3 +158,55 @@ def test_bytes_all_over_a_file_tell_it_from_others(tmp_path):
         os.utime(tmp_path / "x.npy", (1, 1))
         stamps.append(open_source(tmp_path / "x.npy").stamp)
     assert stamps[0] != stamps[1]
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 3, 3), (2, 3, 4, 4), (2, 20, 8, 8), (2, 8, 8, 8), (4, 5, 1), (5, 4, 2), (3, 9, 5)]
+)
+def test_forms_that_only_look_like_others(tmp_path, shape):
+    np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
+    assert len(open_source(tmp_path / "x.npy")) == shape[0]
+
+
+def test_one_image_of_four_bands_is_no_stack(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((8, 8, 4), np.uint8))
+    with pytest.raises(InputError, match=r"looks like one image; give \[1, H, W, 4\]"):
+        open_source(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("lost", [1, 100])
+def test_arrays_that_lack_their_last_bytes(tmp_path, lost):
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-lost])
+    with pytest.raises(InputError, match="cut short"):
+        open_source(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_the_header(tmp_path, version):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
+    with open(tmp_path / "x.npy", "wb") as file:
+        np.lib.format.write_array(file, images, version=version)
+    assert (open_source(tmp_path / "x.npy").read(2) == images[2]).all()
+
+
+def test_labels_of_many_forms(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (200, 1, 2, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", X=images, y=np.arange(200)[:, None])  # a column, as CIFAR's are
+    source = open_source(tmp_path / "x.npz")
+    assert source.labels.tolist() == [*range(200)] and len(source.classes) == 200
+    assert (source.read(199) == images[199]).all()
+    np.savez(tmp_path / "x.npz", images=images[:2], y=np.array([b"\xff", b"\xfe"]))
+    assert len(open_source(tmp_path / "x.npz").classes) == 2
+    for labels in (np.zeros((2, 2), int), np.zeros((2, 0), int), np.array([True, False])):
+        np.savez(tmp_path / "x.npz", images=images[:2], y=labels)
+        with pytest.raises(InputError, match="give one integer or string for each of the 2"):
+            open_source(tmp_path / "x.npz")
+
+
+def test_what_else_lies_in_an_archive(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images)
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as archive:
+        archive.writestr("images", b"notes")
+    assert (open_source(tmp_path / "x.npz").read(2) == images[2]).all()

@@ -123,3 +123,66 @@ def test_the_longest_names_are_written(tmp_path):
     with pytest.raises(OSError, match=r"a\.png") as error:
         write_atomically(tmp_path / "file" / "deep" / "a.png", b"data")
     assert error.value.filename == str(tmp_path / "file" / "deep" / "a.png")
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch, where):
+    """And goes on as what it was: Ctrl-C, not a write that seems to have gone well."""
+    write_atomically(tmp_path / "a", b"old")
+    monkeypatch.setattr(os, where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a", b"new")
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_folders_that_are_missing_are_made(tmp_path):
+    write_atomically(tmp_path / "two" / "deep" / "a", b"data")
+    assert (tmp_path / "two" / "deep" / "a").read_bytes() == b"data"
+
+
+def test_what_the_dead_left_goes_whatever_its_name(tmp_path):
+    out = tmp_path / "run[1] *"
+    dead, others = tmp_path / ".run[1] *.0123abcd.tmp", tmp_path / ".run1 all.0123abcd.tmp"
+    for folder in (dead, others):
+        folder.mkdir()
+    with work_directory(out) as work:
+        assert not dead.exists() and others.exists() and work.is_dir()
+
+
+def test_a_link_to_nowhere_is_replaced(tmp_path):
+    (tmp_path / "out").symlink_to("nowhere")
+    with work_directory(tmp_path / "out") as work:
+        (work / "new").touch()
+        move_into_place(work, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
+
+
+def test_names_that_cannot_be_exchanged_are_not_taken_for_exchanged(tmp_path, monkeypatch):
+    """Or else what was just written would be removed as what is old."""
+    (tmp_path / "there").mkdir()
+    assert not atomic._exchange(tmp_path / "there", tmp_path / "nowhere")
+    assert os.listdir(tmp_path) == ["there"]
+
+    class Refuses:
+        renameat2 = staticmethod(lambda *_: -1)
+
+    out = tmp_path / "there"
+    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: Refuses)
+    with work_directory(out) as work:
+        (work / "new").touch()
+        move_into_place(work, out)
+    assert os.listdir(tmp_path) == ["there"] and os.listdir(out) == ["new"]
+
+
+def test_names_that_only_begin_like_ours_are_others(tmp_path):
+    (tmp_path / "ours-1.bak").touch()
+    with pytest.raises(InputError, match=r"holds ours-1\.bak"):
+        refuse_others(tmp_path, r"ours-\d")
+
+
+def test_no_handle_stays_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    (tmp_path / ".out.0123abcd.tmp").mkdir()
+    with work_directory(tmp_path / "out"):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before

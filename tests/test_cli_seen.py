@@ -159,3 +159,102 @@ def test_images_that_are_read_in_another_way_are_known_by_their_names_or_not_at_
     (tmp_path / "others/meta.json").write_text(json.dumps({**meta, "source_stamp": "other", "resize": "none"}))
     code, printed, _ = igpt("eval", tmp_path / "run", tmp_path / "others", "--json")
     assert code == 0 and json.loads(printed)["seen"] is None
+
+
+def go_on(igpt, folder, out, init, data="others.npy", *more):
+    if not (folder / "others.npy").exists():
+        others = np.random.default_rng(1).integers(0, 256, (12, 6, 6, 3), dtype=np.uint8)
+        np.save(folder / "others.npy", others)
+    options = ("--init", init, "--steps", "1", "--resize", "none", *more)
+    code, _, said = igpt("train", folder / data, "--out", folder / out, *options)
+    assert code == 0, said
+    return TokenDataset(folder / out / "tokens")
+
+
+def seen(igpt, model, data, *more):
+    code, printed, said = igpt("eval", model, data, "--json", *more)
+    assert code == 0, said
+    return json.loads(printed)["seen"]
+
+
+def change(run, **command):
+    """What the run's train.json says of its command; None: nothing."""
+    saved = json.loads((run / "train.json").read_text())
+    saved["command"] = {k: v for k, v in {**saved["command"], **command}.items() if v is not None}
+    (run / "train.json").write_text(json.dumps(saved))
+
+
+def test_all_that_a_line_of_runs_has_learned_from_counts(igpt, tmp_path, learned):
+    images, indices = learned
+    tokens = go_on(igpt, tmp_path, "on", tmp_path / "run", "others.npy", "--val-fraction", "0.3")
+    last = tokens.split("train", 0.3)
+    assert seen(igpt, tmp_path / "on", tmp_path / "others.npy") == len(last)
+    assert seen(igpt, tmp_path / "on", tmp_path / "images.npy") == len(indices)
+    np.save(tmp_path / "all.npy", np.concatenate([np.load(tmp_path / "others.npy"), images]))
+    assert seen(igpt, tmp_path / "on", tmp_path / "all.npy") == len(last) + len(indices)
+    go_on(igpt, tmp_path, "more", tmp_path / "run", "images.npy", "--val-fraction", "0.1")
+    more = TokenDataset(tmp_path / "run/tokens").split("train", 0.1)
+    assert seen(igpt, tmp_path / "more", tmp_path / "images.npy") == len(more)
+
+
+def test_what_is_known_counts_though_not_all_is(igpt, tmp_path, learned):
+    shutil.copytree(next((tmp_path / "run/checkpoints").iterdir()), tmp_path / "copy")
+    tokens = go_on(igpt, tmp_path, "on", tmp_path / "copy")
+    assert seen(igpt, tmp_path / "on", tmp_path / "others.npy") == len(tokens.split("train", 0.1))
+
+
+def test_images_of_another_size_are_not_known(igpt, tmp_path, learned):
+    go_on(igpt, tmp_path, "on", tmp_path / "run", "others.npy", "--size", "5", "--resize", "paper")
+    np.save(tmp_path / "new.npy", np.random.default_rng(2).integers(0, 256, (5, 5, 5, 3), dtype=np.uint8))
+    assert seen(igpt, tmp_path / "on", tmp_path / "new.npy") is None
+
+
+def test_a_run_that_says_it_began_with_itself_ends(igpt, tmp_path, learned):
+    change(tmp_path / "run", init=str(tmp_path / "run"))
+    assert seen(igpt, tmp_path / "run", tmp_path / "images.npy") == len(learned[1])
+
+
+def test_what_a_run_began_with_is_gone_or_says_nothing(igpt, tmp_path, learned):
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    open_model(tmp_path / "run").model.save_pretrained(tmp_path / "exported")
+    shutil.copytree(tmp_path / "run", tmp_path / "bare")
+    (tmp_path / "bare/train.json").unlink()
+    shutil.copytree(checkpoint, tmp_path / "gone")
+    for init in ("exported", "bare", "gone"):
+        go_on(igpt, tmp_path, f"on-{init}", tmp_path / init)
+    shutil.rmtree(tmp_path / "gone")
+    for init in ("exported", "bare", "gone"):
+        assert seen(igpt, tmp_path / f"on-{init}", tmp_path / "images.npy") is None, init
+
+
+def test_a_run_is_found_from_all_that_lies_in_it(igpt, tmp_path, learned, monkeypatch):
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    elsewhere = tmp_path / "disk" / "a" / checkpoint.name
+    shutil.copytree(checkpoint, elsewhere)
+    ways = {"run": tmp_path / "run", "folder": tmp_path / "run/checkpoints", "itself": checkpoint}
+    for name, init in ways.items():
+        go_on(igpt, tmp_path, name + "-on", init)
+        assert seen(igpt, tmp_path / f"{name}-on", tmp_path / "images.npy") == len(learned[1]), name
+    shutil.rmtree(checkpoint)
+    checkpoint.symlink_to(elsewhere)  # on another disk
+    assert seen(igpt, tmp_path / "itself-on", tmp_path / "images.npy") == len(learned[1])
+    change(tmp_path / "run-on", init="run", from_tokens=None)  # an older run notes what was typed
+    monkeypatch.chdir(tmp_path)
+    assert seen(igpt, "run-on", "images.npy") == len(learned[1])
+
+
+def test_published_weights_have_seen_nothing_of_ours(igpt, tmp_path, learned, monkeypatch):
+    go_on(igpt, tmp_path, "on", tmp_path / "run")
+    change(tmp_path / "on", init="openai/imagegpt-small")
+    for folder in (tmp_path / "run", tmp_path):  # a run of other images, and none
+        monkeypatch.chdir(folder)
+        assert seen(igpt, tmp_path / "on", tmp_path / "images.npy") == 0
+    (tmp_path / "tf").mkdir()
+    (tmp_path / "tf/model.ckpt-1000000.index").touch()
+    change(tmp_path / "on", init=str(tmp_path / "tf/model.ckpt-1000000"))
+    assert seen(igpt, tmp_path / "on", tmp_path / "images.npy") == 0
+    (tmp_path / "hf").mkdir()
+    for text in ('{"model_type": "imagegpt"}', "{"):
+        (tmp_path / "hf/config.json").write_text(text)
+        change(tmp_path / "on", init=str(tmp_path / "hf"))
+        assert seen(igpt, tmp_path / "on", tmp_path / "images.npy") == 0

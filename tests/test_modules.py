@@ -197,3 +197,85 @@ def test_dropout_of_adapters_is_the_same_when_it_is_recomputed():
         model.loss(tokens()).backward()
         runs.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_a_forward_of_ones_own_is_computed(name):
+    model = make()
+    linear = model.blocks[1].get_submodule(name)
+    linear.forward = lambda x: torch.zeros(*x.shape[:-1], linear.out_features)
+    silent = make()
+    with torch.no_grad():
+        silent.blocks[1].get_submodule(name).weight.zero_()
+    assert torch.allclose(model.loss(tokens()), silent.loss(tokens()), rtol=1e-5)
+    assert abs(model.loss(tokens()) - make().loss(tokens())).item() > 1e-4
+
+
+@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_of_each_kind_is_called(name, kind):
+    model, seen = make(), []
+    getattr(model.blocks[1].get_submodule(name), f"register_{kind}_hook")(lambda *_: seen.append(kind))
+    model.loss(tokens()).backward()
+    assert seen == [kind]
+
+
+@pytest.mark.parametrize("name", ["1", "1.mlp", "0.attn.proj"])
+def test_steps_refuse_pre_hooks(name):
+    model = make()
+    model.blocks.get_submodule(name).register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(InputError, match=rf"blocks\.{name} has hooks, which the steps of sampling would leave out"):
+        sample(model, n=1)
+
+
+@pytest.mark.parametrize("name", ["embed", "position_table", "hidden", "forward"])
+@pytest.mark.parametrize("own", [False, True])
+def test_steps_refuse_a_method_of_ones_own(name, own):
+    model = make()
+    if own:
+        setattr(model, name, getattr(model, name))
+    else:
+        model = type("Other", (ImageGPT,), {name: lambda self, *a, **k: getattr(ImageGPT, name)(self, *a, **k)})(
+            model.config
+        )
+    with pytest.raises(InputError, match=f"the model has another {name}, which the steps of sampling would leave out"):
+        sample(model, n=1)
+
+
+def test_a_module_that_is_there_twice_is_both(tmp_path):
+    model = make()
+    model.blocks[1].mlp = model.blocks[0].mlp
+    model.save_pretrained(tmp_path / "w")
+    assert sample(model, n=1).shape == (1, 4, 4)
+
+
+class Sublist(nn.ModuleList):
+    pass
+
+
+def test_a_list_of_another_kind_is_named(tmp_path):
+    model = make()
+    model.blocks = Sublist(model.blocks)
+    with pytest.raises(InputError, match="blocks is a Sublist"):
+        model.save_pretrained(tmp_path / "w")
+
+
+def test_a_class_of_ones_own_is_saved_and_what_is_gone_is_missed(tmp_path):
+    model = type("Mine", (ImageGPT,), {})(make().config)
+    model.save_pretrained(tmp_path / "mine")
+    assert sample(model, n=1).shape == (1, 4, 4)
+    for name in ("sos", "wpe", "ln_f"):
+        model = make()
+        del model._parameters[name]
+        with pytest.raises(InputError, match=f"{name} is no parameter of the model any more"):
+            model.save_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("fields", [{"bias": False}, {"objective": "bert"}, {"positions": "axial"}, {"classes": 3}])
+def test_every_kind_of_model_is_saved(tmp_path, fields):
+    from dataclasses import replace
+
+    from igpt_fast.checkpoint import save_checkpoint
+
+    model = ImageGPT(replace(make().config, **fields))
+    save_checkpoint(tmp_path, 1, model)

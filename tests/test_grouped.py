@@ -7,6 +7,7 @@ import pytest
 from labelled import FAST, GREYS, PALETTE, SIZE, make
 
 from igpt_fast import intervals
+from igpt_fast import probe as probing
 from igpt_fast.checkpoint import load_checkpoint, save_checkpoint
 from igpt_fast.data import tokenize
 from igpt_fast.errors import InputError
@@ -15,6 +16,7 @@ from igpt_fast.finetune import finetune
 from igpt_fast.labels import choose_labelled, draw_validation
 from igpt_fast.predict import predict
 from igpt_fast.probe import probe
+from igpt_fast.regression import draw_folds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +48,20 @@ def test_the_most_frequent_class(grouped):
     groups, labels = found.chosen.groups[found.chosen.test], found.chosen.labels[found.chosen.test]
     right = labels == np.bincount(found.chosen.labels[~found.chosen.test]).argmax()
     assert (found.majority.low, found.majority.high) == intervals.of_share(right, groups) != intervals.of_share(right)
+
+
+def test_a_probe_takes_groups_as_independent_and_keeps_them_whole_in_validation(grouped, monkeypatch):
+    drawn, folds = [], []
+    monkeypatch.setattr(probing, "draw_folds", lambda *given: folds.append(draw_folds(*given)) or folds[-1])
+    monkeypatch.setattr(intervals, "of_share", lambda *given: drawn.append(given) or (0.0, 1.0))
+    found = probe(make(), grouped, layers=[0, 1], test_fraction=0.4)
+    groups = found.chosen.groups
+    assert len(drawn) == 4 and all(np.array_equal(given[1], groups[found.chosen.test]) for given in drawn)
+    assert found.test_groups == len(np.unique(groups[found.chosen.test])) < found.test
+    assert all(len(np.unique(folds[0][groups == group])) == 1 for group in np.unique(groups))
+    learn = np.flatnonzero(~found.chosen.test)
+    ways = {tuple(draw_folds(found.chosen.labels, found.chosen.test, seed, groups)[learn]) for seed in range(9)}
+    assert len(ways) > 1, "the seed draws them"
 
 
 def test_fine_tuned_and_classified(grouped, igpt, tmp_path):

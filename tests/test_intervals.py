@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igpt_fast.intervals import margin_of_mean, of_share
+from igpt_fast.intervals import T95, _t95, margin_of_mean, of_share
 
 
 @pytest.mark.parametrize("count", [2, 5, 31, 40, 200])
@@ -22,6 +22,28 @@ def test_the_interval_holds_the_mean_95_times_in_100(count):
 def test_the_interval_is_of_students_t_in_the_table_and_above(count, t):
     values = np.arange(count)
     assert margin_of_mean(values) == pytest.approx(t * values.std(ddof=1) / math.sqrt(count), rel=3e-4)
+
+
+def test_the_table_is_students():
+    stats = pytest.importorskip("scipy.stats", reason="it comes with the [probe] extra")
+    assert [_t95(freedom) for freedom in range(1, 31)] == [round(stats.t.ppf(0.975, n), 3) for n in range(1, 31)]
+    above = np.arange(31, 400)
+    assert [_t95(int(n)) for n in above] == pytest.approx(list(stats.t.ppf(0.975, above)), abs=2e-4)
+
+
+@pytest.mark.parametrize(("right", "groups"), [([5, 1, 4, 2], 4), ([6, 0, 6], 3), ([3, 3, 3, 3, 2], 5), ([6, 6], 2)])
+def test_a_share_counts_as_one_of_so_many_independent_images(right, groups):
+    """Those that would have its error, or, where all are right, the groups; and fewer for t's sake."""
+    of = np.repeat(np.arange(groups), 6)
+    is_right = np.concatenate([np.arange(6) < k for k in right])
+    share, off = is_right.mean(), np.array(right) - 6 * is_right.mean()
+    variance, independent = (off**2).sum() * groups / (groups - 1) / len(of) ** 2, share * (1 - share) / len(of)
+    count = len(of) * min(1.0, independent / variance) if independent else groups
+    count *= (1.959964 / T95[groups - 2]) ** 2
+    z2 = 1.959964**2 / count
+    reach = math.sqrt(z2 * share * (1 - share) + z2**2 / 4)
+    want = [(share + z2 / 2 + sign * reach) / (1 + z2) for sign in (-1, 1)]
+    assert of_share(is_right, of) == pytest.approx(want, rel=1e-9)
 
 
 def test_wilsons_interval():

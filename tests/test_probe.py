@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from igpt_fast import regression
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
+from igpt_fast.palette import Palette
 from igpt_fast.probe import extract_features, figure_png, probe
 
 
@@ -139,6 +141,9 @@ def test_the_best_layer_is_validations_choice(result):
     lucky = regression.Score("layer 0", 0.9, 0, 1, layer=0, validation=0.5)  # with the test images
     preferred = regression.Score("layer 1", 0.6, 0, 1, layer=1, validation=0.8)
     assert replace(result, layers=(lucky, preferred)).best == preferred
+    equal = replace(preferred, name="layer 2", layer=2)
+    assert replace(result, layers=(lucky, preferred, equal)).best is preferred, "the lowest of equals"
+    assert "chosen" not in result.to_dict() and result.chosen.test.sum() == result.test
 
 
 def test_small_classes_and_unlabelled_images_are_left_out_and_named(model, tmp_path):
@@ -192,6 +197,17 @@ def test_tokens_of_another_shape_or_palette(dataset):
         shape = {"layers": 1, "width": 8, "heads": 1, "colors": COLORS, "size": SIZE, **other}
         with pytest.raises(InputError, match="the images are 4x5 in 9 colours, the model is made for"):
             probe(ImageGPT(Config(**shape)), dataset)
+    model = make()
+    model.palette = Palette(dataset.palette.centers / 2)
+    with pytest.raises(InputError, match="its colours are others than the model's"):
+        probe(model, dataset)
+
+
+def test_layers_are_taken_once_and_few_labels_told(model, dataset, caplog):
+    found = probe(model, dataset, layers=[1, 0, 1], per_class=70)
+    assert [score.layer for score in found.layers] == [0, 1] and "fewer than 70 images to learn from" in caplog.text
+    with pytest.raises(InputError, match="layers -1, 1 were asked for; this model has layers 0 to 2"):
+        probe(model, dataset, layers=[1, -1])
 
 
 def test_a_broken_model(dataset):
@@ -217,6 +233,12 @@ def test_what_a_classifier_reads_has_room_beside_the_features(monkeypatch, model
     monkeypatch.setattr(module, "memory_of", lambda device: most - 1)
     with pytest.raises(InputError, match=r"and what a classifier reads, take .* --limit or --layers, or --solver sgd"):
         probe(model, dataset, layers=layers, joined=joined)
+    monkeypatch.setattr(module, "memory_of", lambda device: 240 * 4 * len(layers) * 24 - 1)
+    monkeypatch.setattr(module, "memory_of", lambda device: 240 * 4 * len(layers) * 24)
+    assert probe(model, dataset, layers=layers, joined=joined, solver="sgd", epochs=1)
+    several = SimpleNamespace(on_this_machine=2)
+    with pytest.raises(InputError, match=r"240 images at . layers in 2 processes take .* GB"):
+        extract_features(model, dataset, np.arange(240), layers, processes=several)
     monkeypatch.setattr(module, "memory_of", lambda device: 240 * 4 * len(layers) * 24 - 1)
     for solver in ("lbfgs", "sgd"):  # which would not do here
         with pytest.raises(InputError, match=r"take fewer with --limit or --layers$"):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from igpt_fast.classes import in_both
 from igpt_fast.config import Config
-from igpt_fast.console import counted
+from igpt_fast.console import counted, few_of
 from igpt_fast.errors import InputError
 from igpt_fast.palette import Palette
 from igpt_fast.tokens import MOST, TokenDataset
@@ -37,8 +38,7 @@ class JoinedTokens:
         if new := [name for name in test.classes or [] if name not in known]:
             raise InputError(f"{test.origin}: has classes that {train.origin} lacks: {', '.join(map(str, new[:5]))}")
         if both := in_both(train.groups, test.groups):
-            few = ", ".join(both[:3]) + (", …" if len(both) > 3 else "")
-            what = f"{counted(len(both), 'group')} ({few})"
+            what = f"{counted(len(both), 'group')} ({few_of(both, 3)})"
             log.warning("%s: images of %s are learned from too, which makes the test too easy", test.origin, what)
         number = np.array([*map(known.__getitem__, test.classes or []), -1])  # the last: no label stays no label
         self.labels = np.concatenate([train.labels, number[test.labels]])
@@ -55,9 +55,7 @@ class JoinedTokens:
         tested = list(test.digests(np.arange(len(test))))
         if learned == set(tested):
             raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
-        if twice := sum(digest in learned for digest in tested):
-            what = f"{twice:,} of {counted(len(test), 'image')}"
-            log.warning("%s: %s are learned from too, which makes the test too easy", test.origin, what)
+        warn_of_equal(learned, tested, test.origin)
 
     @property
     def names(self) -> list[str]:
@@ -91,6 +89,16 @@ class JoinedTokens:
             if part.any():
                 out[torch.from_numpy(part)] = dataset.batch(indices[part] - start)
         return out
+
+
+def warn_of_equal(learned: set[bytes], tested: list[bytes], where: str | Path, which: str = "") -> None:
+    """Says, in the log, how many of the images to test on are learned from too, by the digests of both.
+
+    where, which: whose images are tested on, and which of them.
+    """
+    if twice := sum(digest in learned for digest in tested):
+        what = f"{twice:,} of {counted(len(tested), 'image')}{which}"
+        log.warning("%s: %s are learned from too, which makes the test too easy", where, what)
 
 
 def refuse_misfit(dataset: TokenDataset | JoinedTokens, config: Config, palette: Palette | None = None) -> None:

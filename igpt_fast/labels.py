@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from igpt_fast.classes import by_class
-from igpt_fast.console import counted
 from igpt_fast.errors import InputError
-from igpt_fast.joined import JoinedTokens
+from igpt_fast.joined import JoinedTokens, warn_of_equal
+from igpt_fast.pixels import at_most
 from igpt_fast.tokens import MOST, TokenDataset
 
 log = logging.getLogger("igpt_fast")
@@ -54,8 +54,7 @@ def choose_labelled(
     if not len(known) or dataset.classes is None:
         raise without_classes(dataset.origin)
     unlabelled = len(dataset) - len(known)
-    if limit is not None and limit < len(known):
-        known = np.sort(np.random.default_rng([seed, 0]).choice(known, limit, replace=False))
+    known = at_most(limit, known, [seed, 0])
     labels, test = dataset.labels[known], np.isin(known, dataset.split("val", test_fraction))
     number = len(dataset.classes)
     tested, learned = (np.bincount(labels[part], minlength=number) for part in (test, ~test))
@@ -111,9 +110,7 @@ def warn_of_twins(dataset: TokenDataset | JoinedTokens, chosen: Labelled) -> Non
         return
     learned = set(dataset.digests(chosen.indices[~chosen.test]))
     tested = list(dataset.digests(chosen.indices[chosen.test]))
-    if twice := sum(digest in learned for digest in tested):
-        what = f"{twice:,} of {counted(len(tested), 'image')} to test on"
-        log.warning("%s: %s are learned from too, by other names, which makes the test too easy", dataset.origin, what)
+    warn_of_equal(learned, tested, dataset.origin, " to test on")
 
 
 def warn_of_few(chosen: Labelled, per_class: int | None) -> None:

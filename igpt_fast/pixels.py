@@ -1,6 +1,6 @@
 """Images as pixels: streamed into a palette, or held in memory for a probe or a look."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,16 @@ def as_source(source: Source | str | Path) -> Source:
 
 def _draw(source: Source, limit: int | None, seed: int) -> np.ndarray:
     """Indices (int64, ascending) of at most `limit` images drawn by `seed`; of all when None."""
-    if limit is None or limit >= len(source):
-        return np.arange(len(source))
-    if limit < 1:
+    if limit is not None and limit < 1:
         raise InputError(f"limit {limit} leaves no image; give at least 1, or none for all")
-    return np.sort(np.random.default_rng(seed).choice(len(source), limit, replace=False))
+    return at_most(limit, np.arange(len(source)), seed)
+
+
+def at_most(limit: int | None, indices: np.ndarray, seed: int | Sequence[int]) -> np.ndarray:
+    """The images, or, where there are more than `limit`, so many that the seed draws, in their order."""
+    if limit is None or limit >= len(indices):
+        return indices
+    return np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
 
 
 def by_name(source: Source, failures: list[tuple[int, str]]) -> list[tuple[str, str]]:

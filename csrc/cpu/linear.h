@@ -83,7 +83,7 @@ static IGPT_INLINE void add_products(vf (&acc)[kLanes], const typename E::X* x, 
 //
 // Many groups would read rows that are longer than the L1 cache holds from L2 each time, and rows a power of two apart
 // share its places. So a block of the weights' columns is copied there for all of them, one after the other; the sums
-// wait in memory for the next block. They add up as if whole. The copies cost a twentieth at 16 groups.
+// wait in memory for the next block. They add up as if whole.
 template <class E, int N, class W, class Sink>
 static inline void multiply_rows(const typename E::X* x, int64_t n, int64_t groups, int64_t Kp, const W* weight,
                                  int64_t K, int64_t begin, int64_t end, Sink&& sink) {

@@ -19,7 +19,6 @@ from igpt_fast.cli.inputs import (
     ReadAsOption,
     SideBySideOption,
     SkipOption,
-    at_most,
     called,
     check_place,
     described,
@@ -34,6 +33,7 @@ from igpt_fast.console import answer, counted, say
 from igpt_fast.errors import InputError
 from igpt_fast.evaluate import Likelihood
 from igpt_fast.evaluate import evaluate as evaluate_model
+from igpt_fast.pixels import at_most
 from igpt_fast.processes import together
 from igpt_fast.run import learns_classes, read_options
 

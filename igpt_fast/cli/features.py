@@ -18,7 +18,6 @@ from igpt_fast.cli.inputs import (
     ReadAsOption,
     SideBySideOption,
     SkipOption,
-    at_most,
     called,
     check_place,
     described,
@@ -30,6 +29,7 @@ from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, Precis
 from igpt_fast.cli.probe import parse_layers
 from igpt_fast.console import counted, say
 from igpt_fast.joined import refuse_misfit
+from igpt_fast.pixels import at_most
 from igpt_fast.probe import check_options, extract_features
 from igpt_fast.processes import together
 from igpt_fast.tokens import TokenDataset

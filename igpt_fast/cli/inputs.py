@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 
@@ -128,13 +127,6 @@ def check_folder(folder: Path) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{folder} cannot be written to ({there} is no writable folder); choose another place")
-
-
-def at_most(limit: int | None, indices: np.ndarray, seed: int) -> np.ndarray:
-    """The images, or, where there are more than `limit`, so many that the seed draws, in their order."""
-    if limit is None or limit >= len(indices):
-        return indices
-    return np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
 
 
 def called(data: Path) -> str:

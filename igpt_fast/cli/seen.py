@@ -25,10 +25,10 @@ from igpt_fast.tokens import MOST, TokenDataset, is_token_directory
 def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarray) -> int | None:
     """How many of the images the model has learned from, as far as it is known; None where that is none.
 
-    Of other data than the run's own those count whose tokens are the same, where the run's still lie there whole, and
-    of the same files those of the same names, however they were read; of other files that were read in another way it
-    is not known. So do those of the runs that it began with. Of a fine-tuned model's runs the images of validation
-    count as seen: the weights were chosen by them.
+    Of other data than the run's own those count whose tokens are the same, where the run's still lie there whole; of
+    the same files those of the same names, however they were read. Of other files that were read in another way it is
+    not known. What the runs that it began with have learned from counts too, and of a fine-tuned model's runs the
+    images of validation: the weights were chosen by them.
     """
     if (newest := run_of(checkpoint)) is None:
         return None

@@ -1,4 +1,5 @@
-"""Which class each image of a source has, and which images belong together: by folders, or by a metadata.csv.
+"""Which class each image of a source has, and which images belong together: by folders, by a metadata.csv, and by the
+patients whom DICOM files name.
 
 metadata.csv lies among the images, as Hugging Face's ImageFolder has it. Its first line names the columns: file_name
 (relative to where the file lies), label, and, where images of one patient or region are not to be on both sides of a
@@ -11,7 +12,7 @@ import logging
 import posixpath
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -72,15 +73,29 @@ def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classe
     return Classes(np.array([number[text] for text in texts], np.int64), classes, groups)
 
 
-def warn_of_patients(names: list[str], found: Classes, where: str) -> None:
-    """Says, in the log, that labelled DICOM files which no group holds together may be of fewer patients."""
-    scans = sum(name.lower().endswith((".dcm", ".dicom")) for name in names)
-    if scans > 1 and found.labels is not None and found.groups is None:
+def by_patients(names: list[str], found: Classes, patients: dict[str, str], where: str) -> Classes:
+    """Classes with a group for each patient whom DICOM files name, unless a table has groups or all name one.
+
+    patients: whom each DICOM file shows, "" where it does not say. Labelled ones that are then in no group are told.
+    """
+    if found.groups is not None:
+        return found
+    patients = {name: patients[name] for name in names if name in patients}
+    alone, one = [name for name in patients if not patients[name]], len(set(patients.values()) - {""}) == 1
+    if one:
+        alone = list(patients)
+    elif len(alone) < len(patients):
+        owners = (f"patient {patients[name]}" if patients.get(name) else "" for name in names)
+        found = replace(found, groups=as_groups(owners, names))
+    if len(alone) > 1 and found.labels is not None:
         log.warning(
-            "%s: its DICOM files may be of fewer patients; `group` in a metadata.csv beside `file_name` keeps those of "
-            "one on one side of every split",
+            "%s: %d of its DICOM files name %s patient, and may be of fewer patients; `group` in a metadata.csv "
+            "beside `file_name` keeps those of one on one side of every split",
             where,
+            len(alone),
+            "at most one" if one else "no",
         )
+    return found
 
 
 def as_groups(texts: Iterable[str], names: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ numbers than bytes, colours of 16 bits (tifffile, imagecodecs), DICOM (pydicom).
 These serve where Pillow cannot, never instead of it: no pixel depends on which of them are installed.
 """
 
+import hashlib
 import importlib
 import io
 import logging
@@ -18,6 +19,7 @@ from igpt_fast.values import Values
 
 TIFF_MAGIC = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # how one begins; the last two are BigTIFF
 DICOM_HEAD = 132  # bytes by which one knows it
+DICOM_SUFFIXES = (".dcm", ".dicom")  # which it often has, and often not
 NODATA = 42113  # the TIFF tag by which GDAL says which value stands for none
 
 ORIENTATION = 274  # the tag of EXIF and of TIFF
@@ -37,6 +39,21 @@ class MissingLibrary(Exception):
 def is_dicom(data: bytes) -> bool:
     """Whether the bytes are those of a DICOM file."""
     return data[128:DICOM_HEAD] == b"DICM"
+
+
+def patient_of(head: bytes) -> str:
+    """Whom a DICOM file shows, by its first bytes: a digest of PatientID, which is nobody else's to read; "" where they
+    do not say.
+    """
+    if not is_dicom(head):
+        return ""
+    try:
+        dcmread = _library("pydicom", "dicom").dcmread
+        file = dcmread(io.BytesIO(head), stop_before_pixels=True, specific_tags=["PatientID"])
+        patient = str(file.get("PatientID", None) or "").strip()
+    except Exception:  # what is wrong with the file, or is not installed, is told when its pixels are read
+        return ""
+    return hashlib.blake2b(patient.encode(), digest_size=6).hexdigest() if patient else ""
 
 
 def read_tiff(data: bytes) -> tuple[Values, bool]:

@@ -12,8 +12,8 @@ import posixpath
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,25 +22,24 @@ from typing import Any
 import numpy as np
 
 from igpt_fast.arrays import npy_layout, npz_layout
-from igpt_fast.classes import as_groups, classes_of, is_table, warn_of_patients
+from igpt_fast.classes import as_groups, by_patients, classes_of
 from igpt_fast.errors import InputError, as_input_error
+from igpt_fast.found import HEAD, OTHER, SCAN_SUFFIXES, SCANS, Found, is_hidden
 from igpt_fast.image_files import is_image, read_image
 from igpt_fast.images import Preprocessing
 from igpt_fast.made import MADE, made_here
 from igpt_fast.reader import Reader, fetch, open_stream
+from igpt_fast.scientific import DICOM_HEAD
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 KINDS = "a folder, a .zip, .tar or .tar.gz, a .npy or .npz array, or an image file"
-HIDDEN, OTHER, REPLACED = "hidden", "not an image", "replaced by a later entry of the same name"
-SCAN_SUFFIXES = (".nii", ".nii.gz")
 GLANCE = 1 << 12  # bytes of a file that are looked at in some 64 places
 MOST_WAYS = 16  # to one folder by links, which can multiply without an end that anybody waits for
-SCANS = "NIfTI, which is not read (export its slices as 16-bit PNG)"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A list of images. Opening one reads names only, and no pixel.
+    """A list of images. Opening one reads names, of DICOM also patients, and no pixel.
 
     names: relative to the source, with "/", sorted; of an array the row numbers. labels: int64 [N], -1 where unknown,
     or None when there are none. classes: the names that labels index. groups: of each image, those of one stay together
@@ -113,35 +112,6 @@ def open_source(path: str | Path) -> Source:
         return opener(path, stamp)
 
 
-@dataclass
-class _Found:
-    """What a folder or an archive holds: where its images lie, its tables, and how many files are left out, and why."""
-
-    refs: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, bytes] = field(default_factory=dict)
-    ignored: Counter[str] = field(default_factory=Counter)
-
-    def takes(self, name: str, read: Callable[[int], bytes]) -> bool:
-        """Whether an entry is an image, whose place the caller then notes; a table is kept, and all else is counted.
-
-        read: its first so many bytes, none where they cannot be had; of -1 all.
-        """
-        if any(map(_hidden, name.split("/"))):
-            self.ignored[HIDDEN] += 1
-        elif is_table(name):
-            self.tables[name] = read(-1)
-        elif is_image(name, read):
-            self.ignored.update([REPLACED] if name in self.refs else [])
-            return True
-        else:
-            self.ignored[SCANS if name.lower().endswith(SCAN_SUFFIXES) else OTHER] += 1
-        return False
-
-
-def _hidden(part: str) -> bool:
-    return (part.startswith(".") and part != "..") or part == "__MACOSX"
-
-
 def _read_first(path: str, count: int) -> bytes:
     if not os.path.isfile(path):  # a link to nothing; a pipe, that nobody may ever write to
         return b""
@@ -167,7 +137,7 @@ def _stamp(path: Path) -> str:
 
 
 def _open_folder(path: Path) -> Source:
-    found, stamps = _Found(), {}
+    found, stamps = Found(), {}
     pending: list[tuple[str, bool, frozenset]] = [("", False, frozenset())]
     ways: Counter[tuple[int, int]] = Counter()
     while pending:
@@ -185,7 +155,7 @@ def _open_folder(path: Path) -> Source:
             name, own = posixpath.join(folder, entry.name), made or entry.name in ours
             # Of a link that leads to itself, is_dir raises and isdir says no.
             inner = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-            if inner and not _hidden(entry.name):
+            if inner and not is_hidden(entry.name):
                 pending.append((name, own, above | {here}))
             elif own:
                 found.ignored[MADE] += 1
@@ -206,7 +176,7 @@ def _open_folder(path: Path) -> Source:
 
 
 def _open_zip(path: Path, stamp: str) -> Source:
-    found = _Found()
+    found = Found()
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             name = posixpath.normpath(entry.filename).lstrip("/")
@@ -228,26 +198,29 @@ def _read_zipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, count: int) -
     try:
         with archive.open(entry) as file:
             return file.read(count)
-    except RuntimeError:  # encrypted, or compressed in a way that nobody here knows
+    except (RuntimeError, EOFError, zlib.error, zipfile.BadZipFile):
         if count < 0:
             _refuse_packing(archive.filename, entry)
             raise
-        return b""
+        return b""  # encrypted, damaged, or compressed in a way that nobody here knows
 
 
 def _open_tar(path: Path, stamp: str) -> Source:
-    found, places, heads = _Found(), {}, {}
+    found, places, heads = Found(), {}, {}
     with open_stream(str(path)) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         for entry in archive:
             name = posixpath.normpath(entry.name).lstrip("/")
             if entry.isdir():
                 continue
             own = posixpath.normpath(entry.linkname if entry.islnk() else entry.name)  # of two names, the first
+            if not entry.islnk():
+                heads.pop(own, None)
 
             def read(count: int, entry: tarfile.TarInfo = entry, own: str = own) -> bytes:
-                if not entry.islnk():  # a link's place may be far behind, in a stream that only goes on
-                    heads[own] = archive.extractfile(entry).read(count)
-                return heads.get(own, b"")
+                # Once, in a stream that only goes on; of a link, whose place may be far behind, not at all.
+                if own not in heads and not entry.islnk():
+                    heads[own] = archive.extractfile(entry).read(max(count, HEAD) if count >= 0 else count)
+                return heads.get(own, b"")[: count if count >= 0 else None]
 
             if entry.isreg() and not entry.sparse:
                 places[own] = entry.offset_data, entry.size
@@ -255,6 +228,10 @@ def _open_tar(path: Path, stamp: str) -> Source:
                 found.ignored[OTHER] += 1
             elif found.takes(name, read):
                 found.refs[name] = places[own]
+                if entry.islnk() and name in found.patients:
+                    found.patients[name] = found.patients.get(own.lstrip("/"), "")
+            if own in heads and name not in found.tables:
+                heads[own] = heads[own][:DICOM_HEAD]
         # tarfile takes a damaged header for the end: only blocks of zeros are one.
         stream.seek(archive.offset)
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -277,7 +254,7 @@ def _open_array(path: Path, stamp: str) -> Source:
     return Source(path, reader, names, refs, stamp, layout.labels, layout.classes, groups, sequential=packed)
 
 
-def _by_name(path: Path, reader: Reader, found: _Found, stamp: str, sequential: bool = False) -> Source:
+def _by_name(path: Path, reader: Reader, found: Found, stamp: str, sequential: bool = False) -> Source:
     """A Source in the order of names, with its classes. Raises InputError when there is no image."""
     if not found.refs:
         ignored, count = found.ignored, sum(found.ignored.values())
@@ -286,6 +263,6 @@ def _by_name(path: Path, reader: Reader, found: _Found, stamp: str, sequential: 
         raise InputError(f"{path}: {what}; give {KINDS}")
     names = sorted(found.refs)
     refs, labelled = [found.refs[name] for name in names], classes_of(names, found.tables, str(path))
-    warn_of_patients(names, labelled, str(path))
+    labelled = by_patients(names, labelled, found.patients, str(path))
     labels = labelled.labels, labelled.names, labelled.groups
     return Source(path, reader, names, refs, stamp, *labels, dict(found.ignored), sequential)

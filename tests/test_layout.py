@@ -31,8 +31,8 @@ LAYERS = [
         "tables",
     },
     {"ops", "replay"},
-    {"modules", "palette", "kmeans", "decode", "arrays", "reader", "classes", "made", "sources", "pixels", "tokens"}
-    | {"images", "image_files", "scientific", "values"},
+    {"modules", "palette", "kmeans", "decode", "arrays", "reader", "classes", "found", "made", "sources", "pixels"}
+    | {"images", "image_files", "scientific", "values", "tokens"},
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},
     {"cached", "drawing", "sample", "regression", "sgd", "options", "run", "batches", "labels", "task"},

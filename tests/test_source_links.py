@@ -8,7 +8,8 @@ import pytest
 from test_sources import SORTED, make_folder, pixels_of, png
 
 from igpt_fast.errors import InputError
-from igpt_fast.sources import OTHER, open_source
+from igpt_fast.found import OTHER
+from igpt_fast.sources import open_source
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 from test_sources import ARCHIVES, SORTED, make_folder, pack
 
 from igpt_fast.errors import InputError
+from igpt_fast.found import HIDDEN, OTHER, SCANS
 from igpt_fast.image_files import is_image
-from igpt_fast.sources import HIDDEN, OTHER, SCANS, open_source
+from igpt_fast.sources import open_source
 
 
 @pytest.fixture

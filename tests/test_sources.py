@@ -13,9 +13,10 @@ from PIL import Image
 
 from igpt_fast.classes import by_folder
 from igpt_fast.errors import InputError
+from igpt_fast.found import HIDDEN, OTHER, REPLACED
 from igpt_fast.made import MADE
 from igpt_fast.palette import Palette
-from igpt_fast.sources import HIDDEN, OTHER, REPLACED, Source, open_source
+from igpt_fast.sources import Source, open_source
 
 NAMES = ["b/zebra.png", "b/ant.PNG", "a/x/deep.png", "a/one.png", "c/ü n.png"]
 SORTED = ["a/one.png", "a/x/deep.png", "b/ant.PNG", "b/zebra.png", "c/ü n.png"]

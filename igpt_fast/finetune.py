@@ -18,8 +18,8 @@ from igpt_fast.checkpoint import Checkpoint, find_best, load_checkpoint
 from igpt_fast.console import say
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
-from igpt_fast.joined import JoinedTokens, refuse_misfit
-from igpt_fast.labels import Labelled, choose_labelled, draw_validation, warn_of_few, warn_of_twins
+from igpt_fast.joined import JoinedTokens, refuse_misfit, warn_of_twins
+from igpt_fast.labels import Labelled, choose_labelled, draw_validation, warn_of_few
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions
 from igpt_fast.predict import Answers, predict
@@ -94,7 +94,6 @@ def finetune(
         raise InputError(f"finetune: {what}")
     chosen = choose_labelled(dataset, o.test_fraction, per_class=o.per_class, seed=o.seed, tests=False)
     warn_of_few(chosen, o.per_class)
-    warn_of_twins(dataset, chosen)
     held_out = draw_validation(chosen, o.val_fraction, o.seed)
     parts = chosen.indices[~chosen.test & ~held_out], chosen.indices[held_out]
     labels = np.full(len(dataset), -1)
@@ -114,6 +113,8 @@ def finetune(
         return task, config, start
 
     with together(device) as processes:
+        if processes.first:
+            warn_of_twins(dataset, chosen.learned, chosen.tested, " to test on")
         result, task = carry_out(prepare, run, o, processes, resume, command)
         if result.step < o.steps:
             say(f"ended at step {result.step}: validation has not become better {o.patience} times in a row")
@@ -128,7 +129,7 @@ def _result(
     accuracy = None if task.best_score is None else task.best_score[0]
     found, answers = None, None
     if test and chosen.test.any():
-        answers = predict(best.model, dataset, chosen.indices[chosen.test])
+        answers = predict(best.model, dataset, chosen.tested)
         labels = chosen.labels[chosen.test]
         found = score("fine-tuned", answers.best == labels, chosen.test_groups, labels)
     return FinetuneResult(

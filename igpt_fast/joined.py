@@ -49,13 +49,13 @@ class JoinedTokens:
             log.warning(
                 "%s was made with %s, %s with %s: a model answers less well", test.origin, flag, train.origin, other
             )
-        if max(len(train), len(test)) * math.prod(train.size) > MOST:
+        if _too_many(train) or _too_many(test):
             return
         learned = set(train.digests(np.arange(len(train))))
         tested = list(test.digests(np.arange(len(test))))
         if learned == set(tested):
             raise InputError(f"{test.origin}: holds the images that are learned from; give others to test on")
-        warn_of_equal(learned, tested, test.origin)
+        _warn_of_equal(learned, tested, test.origin)
 
     @property
     def names(self) -> list[str]:
@@ -91,11 +91,21 @@ class JoinedTokens:
         return out
 
 
-def warn_of_equal(learned: set[bytes], tested: list[bytes], where: str | Path, which: str = "") -> None:
-    """Says, in the log, how many of the images to test on are learned from too, by the digests of both.
+def warn_of_twins(dataset: TokenDataset | JoinedTokens, learned: np.ndarray, tested: np.ndarray, which: str) -> None:
+    """Says, in the log, how many of the images `tested` are the same, by their tokens, as some of `learned`.
 
-    where, which: whose images are tested on, and which of them.
+    Both are indices of the dataset. which: what they are tested for, as " to test on". JoinedTokens have said it
+    themselves; of more than MOST tokens it is not asked.
     """
+    if isinstance(dataset, TokenDataset) and not _too_many(dataset):
+        _warn_of_equal(set(dataset.digests(learned)), list(dataset.digests(tested)), dataset.origin, which)
+
+
+def _too_many(dataset: TokenDataset) -> bool:
+    return len(dataset) * math.prod(dataset.size) > MOST
+
+
+def _warn_of_equal(learned: set[bytes], tested: list[bytes], where: str | Path, which: str = "") -> None:
     if twice := sum(digest in learned for digest in tested):
         what = f"{twice:,} of {counted(len(tested), 'image')}{which}"
         log.warning("%s: %s are learned from too, which makes the test too easy", where, what)

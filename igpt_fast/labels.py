@@ -1,7 +1,6 @@
 """Which labelled images are learned from, validated on and tested on."""
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +8,9 @@ import numpy as np
 
 from igpt_fast.classes import by_class
 from igpt_fast.errors import InputError
-from igpt_fast.joined import JoinedTokens, warn_of_equal
+from igpt_fast.joined import JoinedTokens
 from igpt_fast.pixels import at_most
-from igpt_fast.tokens import MOST, TokenDataset
+from igpt_fast.tokens import TokenDataset
 
 log = logging.getLogger("igpt_fast")
 
@@ -27,6 +26,16 @@ class Labelled:
     left_out: dict[str, int]  # classes with too few images, and how many they have
     unlabelled: int  # images without a label
     groups: np.ndarray | None = None  # int64 [N]: images of one stay together; None: each is alone
+
+    @property
+    def tested(self) -> np.ndarray:
+        """The images to test on: indices of the dataset."""
+        return self.indices[self.test]
+
+    @property
+    def learned(self) -> np.ndarray:
+        """The images to learn from: indices of the dataset."""
+        return self.indices[~self.test]
 
     @property
     def test_groups(self) -> np.ndarray | None:
@@ -99,18 +108,6 @@ def without_classes(where: str | Path) -> InputError:
     """The error of images that cannot be told apart by classes."""
     way = "put each class into a folder of its own, or labels into a metadata.csv or the .npz"
     return InputError(f"{where}: no image has a label, or all are of one class; {way}")
-
-
-def warn_of_twins(dataset: TokenDataset | JoinedTokens, chosen: Labelled) -> None:
-    """Says, in the log, how many images to test on are the same, by their tokens, as some to learn from.
-
-    JoinedTokens say it themselves; of more than MOST tokens it is not asked.
-    """
-    if isinstance(dataset, JoinedTokens) or len(chosen.indices) * math.prod(dataset.size) > MOST:
-        return
-    learned = set(dataset.digests(chosen.indices[~chosen.test]))
-    tested = list(dataset.digests(chosen.indices[chosen.test]))
-    warn_of_equal(learned, tested, dataset.origin, " to test on")
 
 
 def warn_of_few(chosen: Labelled, per_class: int | None) -> None:

@@ -20,8 +20,8 @@ from igpt_fast.console import progress
 from igpt_fast.data import TokenDataset
 from igpt_fast.device import memory_of
 from igpt_fast.errors import InputError
-from igpt_fast.joined import JoinedTokens, refuse_misfit
-from igpt_fast.labels import Labelled, choose_labelled, warn_of_few, warn_of_twins
+from igpt_fast.joined import JoinedTokens, refuse_misfit, warn_of_twins
+from igpt_fast.labels import Labelled, choose_labelled, warn_of_few
 from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
 from igpt_fast.pictures import COLOURS, figure_png_bytes, new_figure, set_title
@@ -105,7 +105,7 @@ def probe(
     refuse_misfit(dataset, model.config, model.palette)
     chosen = choose_labelled(dataset, test_fraction, limit, per_class, seed)
     warn_of_few(chosen, per_class)
-    warn_of_twins(dataset, chosen)
+    warn_of_twins(dataset, chosen.learned, chosen.tested, " to test on")
     indices, labels, test, groups = chosen.indices, chosen.labels, chosen.test, chosen.test_groups
     folds = draw_folds(labels, test, seed, chosen.groups)
     by_lbfgs = solver == LBFGS

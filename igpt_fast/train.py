@@ -20,7 +20,7 @@ from igpt_fast.config import Config
 from igpt_fast.data import TokenDataset
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import Stop
-from igpt_fast.joined import refuse_misfit
+from igpt_fast.joined import refuse_misfit, warn_of_twins
 from igpt_fast.loop import Loop
 from igpt_fast.made import OPTIONS
 from igpt_fast.model import ImageGPT
@@ -70,7 +70,10 @@ def train(
 
     def prepare(checkpoint: Checkpoint | None) -> Prepared:
         shape, start = _beginning(dataset, run, config, checkpoint, init)
-        return PixelTask(Batches(dataset, chosen, shape.objective)), shape, start
+        batches = Batches(dataset, chosen, shape.objective)
+        if checkpoint is None and processes.first:
+            warn_of_twins(dataset, batches.indices, batches.held_out, " held out")
+        return PixelTask(batches), shape, start
 
     with together(device) as processes:
         return carry_out(prepare, run, chosen, processes, resume, command)[0]

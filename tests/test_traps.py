@@ -10,7 +10,8 @@ from PIL import Image
 
 from igpt_fast.checkpoint import save_checkpoint
 from igpt_fast.classes import by_folder
-from igpt_fast.labels import choose_labelled, warn_of_twins
+from igpt_fast.joined import warn_of_twins
+from igpt_fast.labels import choose_labelled
 from igpt_fast.predict import Answers
 from igpt_fast.regression import score
 from igpt_fast.sources import open_source
@@ -83,18 +84,18 @@ def test_images_on_both_sides_of_a_split_are_told(tmp_path, caplog, monkeypatch)
     caplog.set_level(logging.WARNING, "igpt_fast")
     dataset = write_tokens(tmp_path, np.arange(60) % 3)
     chosen = choose_labelled(dataset, 0.3)
-    warn_of_twins(dataset, chosen)
+    warn_of_twins(dataset, chosen.learned, chosen.tested, " to test on")
     assert not caplog.records, "all differ"
     tests, learned = chosen.indices[chosen.test], chosen.indices[~chosen.test]
     shard = np.load(dataset.path / "shard-00000.npy")
     shard[tests[:2]] = shard[learned[:2]]
     np.save(dataset.path / "shard-00000.npy", shard)
     dataset = type(dataset)(dataset.path)
-    warn_of_twins(dataset, chosen)
+    warn_of_twins(dataset, chosen.learned, chosen.tested, " to test on")
     assert f"2 of {len(tests)} images to test on are learned from too" in caplog.text
     caplog.clear()
-    monkeypatch.setattr("igpt_fast.labels.MOST", 60 * 20 - 1)
-    warn_of_twins(dataset, chosen)
+    monkeypatch.setattr("igpt_fast.joined.MOST", 60 * 20 - 1)
+    warn_of_twins(dataset, chosen.learned, chosen.tested, " to test on")
     assert MOST > 60 * 20 and not caplog.records, "of too many it is not asked"
 
 
@@ -109,6 +110,19 @@ def test_probe_and_finetune_tell_of_them(igpt, tmp_path):
     pytest.importorskip("sklearn", reason="the probe needs the [probe] extra")
     code, _, said = igpt("probe", tmp_path / "run", dataset.path, "--layers", "1", "-o", tmp_path / "p.png")
     assert code == 0 and "images to test on are learned from too" in said
+
+
+def test_train_tells_of_them_once(igpt, tmp_path):
+    dataset = write_tokens(tmp_path, np.arange(60) % 3)
+    learned, held_out = dataset.split("train"), dataset.split("val")
+    shard = np.load(dataset.path / "shard-00000.npy")
+    shard[held_out[0]] = shard[learned[0]]
+    np.save(dataset.path / "shard-00000.npy", shard)
+    options = dataset.path, "--out", tmp_path / "run", "--layers", "1", "--width", "8", "--heads", "1", "--batch", "2"
+    code, _, said = igpt("train", *options, "--steps", "1")
+    assert code == 0 and f"1 of {len(held_out)} images held out are learned from too" in said
+    code, _, said = igpt("train", *options, "--steps", "2", "--resume")
+    assert code == 0 and "learned from too" not in said
 
 
 def test_a_rare_class_weighs_as_much_as_a_frequent_one():

@@ -106,7 +106,7 @@ def _learned(run: Path, saved: dict[str, Any], own: TokenDataset) -> np.ndarray:
 
 def seen_in_test(checkpoint: Checkpoint, dataset: TokenDataset | JoinedTokens, labelled: Labelled) -> int | None:
     """`seen_among`, of the images that are tested on."""
-    tested = labelled.indices[labelled.test]
+    tested = labelled.tested
     if isinstance(dataset, JoinedTokens):
         return seen_among(checkpoint, dataset.test, tested - len(dataset.train))
     return seen_among(checkpoint, dataset, tested)

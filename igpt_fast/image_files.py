@@ -127,19 +127,34 @@ def _open(
         if bytes(data[:4]) not in scientific.TIFF_MAGIC:
             raise
         return _with_pages(*scientific.read_tiff(data))
-    kind, mode = image.format, image.mode
-    deep = mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)
+    deep = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)
+    nodata = scientific.nodata_of(image.tag_v2.get(scientific.NODATA, "")) if image.format == "TIFF" else None
+    found = _beyond_pillow(image, data, deep, nodata, value_range is not None, bands)
+    return found or _by_pillow(image, data, deep, nodata, bands)
+
+
+def _beyond_pillow(
+    image: Image.Image, data: bytes, deep: bool, nodata: float | None, stretch: bool, bands: tuple[int, ...] | None
+) -> tuple[Values, dict[str, bool]] | None:
+    """What Pillow would not read in full; None where it does. deep: of 16 bits a colour. stretch: all of them count."""
     # A transparent colour has 16 bits, too, of which Pillow keeps 8 on one side only.
-    stretched = deep and (value_range is not None or (kind == "PNG" and "transparency" in image.info))
-    nodata = scientific.nodata_of(image.tag_v2.get(scientific.NODATA, "")) if kind == "TIFF" else None
-    if kind == "TIFF" and (stretched or _is_beyond_pillow(image, bands)):
+    stretched = deep and (stretch or (image.format == "PNG" and "transparency" in image.info))
+    if image.format == "TIFF" and (stretched or _is_beyond_pillow(image, bands)):
         return _with_pages(*scientific.read_tiff(data))
-    if deep and mode == "RGB" and nodata is not None:  # which the high bytes that Pillow keeps do not tell
+    if deep and image.mode == "RGB" and nodata is not None:  # which the high bytes that Pillow keeps do not tell
         values, more = scientific.read_tiff(data)
         return _with_pages(replace(values, numbers=values.numbers[..., :3]), more)
-    if kind == "PNG" and stretched:
+    if image.format == "PNG" and stretched:
         values, turn = scientific.read_deep_png(data), image.getexif().get(scientific.ORIENTATION, 1)
         return _with_pages(replace(values, numbers=scientific.upright(values.numbers, turn)), _has_pages(image, data))
+    return None
+
+
+def _by_pillow(
+    image: Image.Image, data: bytes, deep: bool, nodata: float | None, bands: tuple[int, ...] | None
+) -> tuple[Image.Image | Values, dict[str, bool]]:
+    """What Pillow reads, upright, as numbers where they are more than 8-bit colours."""
+    kind, mode = image.format, image.mode
     image.load()
     notes = {PAGES: True} if _has_pages(image, data) else {}
     if deep and max(high for _, high in image.getextrema()[: 1 if mode == "LA" else 3]) < DIM >> 8:

@@ -1,6 +1,7 @@
 """Images as pixels: streamed into a palette, or held in memory for a probe or a look."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,18 @@ def _draw(source: Source, limit: int | None, seed: int) -> np.ndarray:
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} leaves no image; give at least 1, or none for all")
     return at_most(limit, np.arange(len(source)), seed)
+
+
+def drawn_from(source: Source, limit: int | None, seed: int) -> Source:
+    """At most `limit` of a source's images, drawn by `seed`, as a Source whose stamp says so; all when None."""
+    chosen = _draw(source, limit, seed)
+    if len(chosen) == len(source):
+        return source
+    names, refs = ([of[k] for k in chosen] for of in (source.names, source.refs))
+    labels = None if source.labels is None else source.labels[chosen]
+    groups = None if source.groups is None else [source.groups[k] for k in chosen]
+    stamp = f"{limit} by {seed} of {source.stamp}"
+    return replace(source, names=names, refs=refs, stamp=stamp, labels=labels, groups=groups)
 
 
 def at_most(limit: int | None, indices: np.ndarray, seed: int | Sequence[int]) -> np.ndarray:

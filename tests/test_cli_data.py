@@ -90,6 +90,22 @@ def test_tokenize_writes_a_dataset(folder):
     assert report["bytes"] == sum(file.stat().st_size for file in Path("tokens").iterdir())
 
 
+def test_tokenize_takes_a_few_images_drawn_by_the_seed(folder):
+    call("palette", folder, "--colors", 8, "--size", 4)
+    drawn = {}
+    for out, options in {"all": (), "one": (3,), "same": (3,), "other": (3, "--seed", 1), "most": (99,)}.items():
+        limit = ("--limit", *options) if options else ()
+        call("tokenize", folder, "--palette", "palette.npy", "--size", 4, "-o", out, *limit)
+        drawn[out] = TokenDataset(out)
+    every, one, other = drawn["all"], drawn["one"], drawn["other"]
+    assert len(one) == 3 and one.names == drawn["same"].names != other.names and drawn["most"].stamp == every.stamp
+    places = [every.names.index(name) for name in one.names]
+    assert places == sorted(places) and one.classes == every.classes
+    assert (one.labels == every.labels[places]).all() and (one.batch([0, 1, 2]) == every.batch(places)).all()
+    assert len({every.stamp, one.stamp, other.stamp}) == 3, "or they would be taken for the same images"
+    assert not one.made_of(every.stamp) and not every.made_of(one.stamp)
+
+
 def test_options_reach_the_images(folder, tmp_path):
     Image.new("RGBA", (4, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     np.save("p.npy", np.array([[-1, -1, -1], [1, 1, 1], [1, -1, -1]], np.float32))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from igpt_fast.atomic import write_atomically
-from igpt_fast.cli.inputs import given_of, refuse_replacing
+from igpt_fast.cli.inputs import LimitOption, given_of, refuse_replacing
 from igpt_fast.cli.options import (
     BackgroundOption,
     BandsOption,
@@ -34,7 +34,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.images import MOST_VIEWS
 from igpt_fast.palette import Palette
 from igpt_fast.pictures import to_png_bytes
-from igpt_fast.pixels import FIT_LIMIT, as_source
+from igpt_fast.pixels import FIT_LIMIT, as_source, drawn_from
 
 
 def register(app: typer.Typer) -> None:
@@ -123,6 +123,8 @@ def tokenize(
             help="K random crops of each image instead, at random sizes, as ImageNet was trained on.",
         ),
     ] = 0,
+    limit: LimitOption = None,
+    seed: SeedOption = 0,
     workers: WorkersOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokens that DIR holds.")] = False,
     as_json: JsonOption = False,
@@ -136,6 +138,7 @@ def tokenize(
     began = time.monotonic()
     grid, colours, source = parse_size(size), Palette.load(palette_path), as_source(data)
     say(f"{data}: {_count(source)}")
+    source = drawn_from(source, limit, seed)
     preprocessing = given_of(
         resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error
     )

@@ -9,22 +9,17 @@ import typer
 
 from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
-    BackgroundAsOption,
-    BandsAsOption,
     ModelArgument,
     PrecisionOption,
-    RangeAsOption,
-    ReadAsOption,
+    ReadAs,
     SideBySideOption,
-    SkipOption,
     called,
     check_place,
     described,
-    given_of,
     open_to_measure,
     tokens_for,
 )
-from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, Precision, print_json
+from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, Precision, expanded, print_json
 from igpt_fast.cli.seen import say_seen, seen_among
 from igpt_fast.console import answer, counted, printable, say
 from igpt_fast.errors import InputError
@@ -40,12 +35,13 @@ LISTED = 20  # classes whose counts are
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("classify")(classify)
+    app.command("classify")(expanded(classify))
 
 
 def classify(
     model: ModelArgument,
     data: DataArgument,
+    *,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE.csv", help="A line an image: name, answer, probability.")
     ] = Path("classes.csv"),
@@ -61,11 +57,7 @@ def classify(
             help="Where DATA has labels: a picture of which class is taken for which.",
         ),
     ] = None,
-    resize: ReadAsOption = None,
-    background: BackgroundAsOption = None,
-    value_range: RangeAsOption = None,
-    bands: BandsAsOption = None,
-    on_error: SkipOption = None,
+    read_as: ReadAs,
     batch: SideBySideOption = None,
     precision: PrecisionOption = Precision.fp32,
     device: DeviceOption = "auto",
@@ -80,13 +72,12 @@ def classify(
     check_place(out, ".csv", data)
     if confusion is not None:
         check_place(confusion, ".png", data)
-    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():
             checkpoint = open_to_measure(model, [data], processes)
             classes = class_names(checkpoint.model)
-            dataset = stack.enter_context(tokens_for(checkpoint, data, given))
+            dataset = stack.enter_context(tokens_for(checkpoint, data, read_as))
             labels = _labels(dataset, classes)
             if confusion is not None and (labels < 0).all():
                 raise InputError(f"{data}: has no labels that the model knows: --confusion needs some")

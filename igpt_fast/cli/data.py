@@ -10,22 +10,18 @@ from typing import Annotated
 import typer
 
 from igpt_fast.atomic import write_atomically
-from igpt_fast.cli.inputs import LimitOption, given_of, refuse_replacing
+from igpt_fast.cli.inputs import LimitOption, refuse_replacing
 from igpt_fast.cli.options import (
-    BackgroundOption,
-    BandsOption,
     DataArgument,
+    Given,
     JsonOption,
-    OnError,
-    OnErrorOption,
-    Resize,
-    ResizeOption,
     SeedOption,
     SizeOption,
-    ValueRangeOption,
     WorkersOption,
+    expanded,
     parse_size,
     print_json,
+    reading,
 )
 from igpt_fast.console import counted, few_of, progress, say
 from igpt_fast.data import fit_palette, report_left_out, show_steps
@@ -39,22 +35,19 @@ from igpt_fast.pixels import FIT_LIMIT, as_source, drawn_from
 
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
-    app.command("palette")(palette)
-    app.command("tokenize")(tokenize)
+    app.command("palette")(expanded(palette))
+    app.command("tokenize")(expanded(tokenize))
 
 
 def palette(
     data: DataArgument,
+    *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.npy", help="Where to write the palette.")] = Path(
         "palette.npy"
     ),
     colors: Annotated[int, typer.Option("--colors", metavar="K", help="Colours, from 2 to 4096.")] = 512,
     size: SizeOption = "32",
-    resize: ResizeOption = Resize.paper,
-    background: BackgroundOption = "white",
-    value_range: ValueRangeOption = None,
-    bands: BandsOption = None,
-    on_error: OnErrorOption = OnError.error,
+    read_as: Annotated[Given, reading()],
     limit: Annotated[
         int, typer.Option("--limit", min=0, metavar="N", help="Look at no more than N images, drawn by --seed; 0: all.")
     ] = FIT_LIMIT,
@@ -72,13 +65,10 @@ def palette(
     _check_palette_file(out, data)
     grid, source = parse_size(size), as_source(data)
     say(f"{data}: {_count(source)}")
-    preprocessing = given_of(
-        resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error
-    )
     with progress(min(len(source), limit or len(source)), "images", "palette") as bar:
         shown = {"progress": bar.to, "fitting": partial(show_steps, bar)}
         drawn = {"limit": limit or None, "seed": seed}
-        fitted, images, skipped = fit_palette(source, colors, grid, workers=workers, **drawn, **shown, **preprocessing)
+        fitted, images, skipped = fit_palette(source, colors, grid, workers=workers, **drawn, **shown, **read_as)
     fitted.save(out)
     picture = _picture_of(out)
     write_atomically(picture, to_png_bytes(fitted.picture()))
@@ -102,16 +92,13 @@ def palette(
 
 def tokenize(
     data: DataArgument,
+    *,
     palette_path: Annotated[
         Path, typer.Option("--palette", metavar="FILE", help="From igpt-fast palette, OpenAI or Hugging Face.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The directory to write.")],
     size: SizeOption = "32",
-    resize: ResizeOption = Resize.paper,
-    background: BackgroundOption = "white",
-    value_range: ValueRangeOption = None,
-    bands: BandsOption = None,
-    on_error: OnErrorOption = OnError.error,
+    read_as: Annotated[Given, reading()],
     views: Annotated[
         int,
         typer.Option(
@@ -139,12 +126,9 @@ def tokenize(
     grid, colours, source = parse_size(size), Palette.load(palette_path), as_source(data)
     say(f"{data}: {_count(source)}")
     source = drawn_from(source, limit, seed)
-    preprocessing = given_of(
-        resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error
-    )
     options = {"workers": workers, "overwrite": overwrite, "views": views}
     with progress(len(source), "images", "tokenising") as bar:
-        tokens = tokenize_images(source, colours, out, grid, **options, progress=bar.to, **preprocessing)
+        tokens = tokenize_images(source, colours, out, grid, **options, progress=bar.to, **read_as)
     seconds = time.monotonic() - began
     _say_all(report_left_out(source.ignored, [(entry["name"], entry["error"]) for entry in tokens.meta["skipped"]]))
     size_on_disk = sum(file.stat().st_size for file in out.iterdir())

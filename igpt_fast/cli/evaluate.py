@@ -10,24 +10,19 @@ import typer
 from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import (
-    BackgroundAsOption,
-    BandsAsOption,
     LimitOption,
     ModelArgument,
     PrecisionOption,
-    RangeAsOption,
-    ReadAsOption,
+    ReadAs,
     SideBySideOption,
-    SkipOption,
     called,
     check_place,
     described,
-    given_of,
     open_to_measure,
     run_of,
     tokens_for,
 )
-from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, Precision, SeedOption, print_json
+from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, Precision, SeedOption, expanded, print_json
 from igpt_fast.cli.seen import say_seen, seen_among
 from igpt_fast.console import answer, counted, say
 from igpt_fast.errors import InputError
@@ -48,12 +43,13 @@ class Split(str, Enum):
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("eval")(evaluate)
+    app.command("eval")(expanded(evaluate))
 
 
 def evaluate(
     model: ModelArgument,
     data: DataArgument,
+    *,
     split: Annotated[
         Split, typer.Option("--split", help="val: the images that training with this --val-fraction held out.")
     ] = Split.all,
@@ -73,11 +69,7 @@ def evaluate(
             "--out", "-o", metavar="FILE.csv", help="Also write a line an image: its nats and bits per pixel."
         ),
     ] = None,
-    resize: ReadAsOption = None,
-    background: BackgroundAsOption = None,
-    value_range: RangeAsOption = None,
-    bands: BandsAsOption = None,
-    on_error: SkipOption = None,
+    read_as: ReadAs,
     batch: SideBySideOption = None,
     precision: PrecisionOption = Precision.fp32,
     device: DeviceOption = "auto",
@@ -94,12 +86,11 @@ def evaluate(
         raise InputError(f"--val-fraction is {val_fraction}; use a fraction from 0 to 1")
     if out is not None:
         check_place(out, ".csv", data)
-    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():
             checkpoint = open_to_measure(model, [data], processes)
-            dataset = stack.enter_context(tokens_for(checkpoint, data, given))
+            dataset = stack.enter_context(tokens_for(checkpoint, data, read_as))
         val_fraction = _held_out_by(checkpoint) if val_fraction is None else val_fraction
         indices = at_most(limit, dataset.split(split.value, val_fraction), seed)
         result = evaluate_model(checkpoint.model, dataset, indices, batch, precision is Precision.bf16, processes)

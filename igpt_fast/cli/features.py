@@ -9,23 +9,18 @@ import typer
 
 from igpt_fast.atomic import open_atomically
 from igpt_fast.cli.inputs import (
-    BackgroundAsOption,
-    BandsAsOption,
     LimitOption,
     ModelArgument,
     PrecisionOption,
-    RangeAsOption,
-    ReadAsOption,
+    ReadAs,
     SideBySideOption,
-    SkipOption,
     called,
     check_place,
     described,
-    given_of,
     open_to_measure,
     tokens_for,
 )
-from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, Precision, SeedOption, print_json
+from igpt_fast.cli.options import DataArgument, DeviceOption, JsonOption, Precision, SeedOption, expanded, print_json
 from igpt_fast.cli.probe import parse_layers
 from igpt_fast.console import counted, say
 from igpt_fast.joined import refuse_misfit
@@ -39,12 +34,13 @@ MIDDLE = "middle"
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("features")(features)
+    app.command("features")(expanded(features))
 
 
 def features(
     model: ModelArgument,
     data: DataArgument,
+    *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.npz", help="Where to write them.")] = Path(
         "features.npz"
     ),
@@ -54,11 +50,7 @@ def features(
             "--layers", metavar="L", help="middle, where the paper found the best ones, all, or some as 3,5 or 2-6."
         ),
     ] = MIDDLE,
-    resize: ReadAsOption = None,
-    background: BackgroundAsOption = None,
-    value_range: RangeAsOption = None,
-    bands: BandsAsOption = None,
-    on_error: SkipOption = None,
+    read_as: ReadAs,
     limit: LimitOption = None,
     batch: SideBySideOption = None,
     precision: PrecisionOption = Precision.fp32,
@@ -74,12 +66,11 @@ def features(
     Example: igpt-fast features openai/imagegpt-small scans/ --layers 12 -o features.npz
     """
     check_place(out, ".npz", data)
-    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         checkpoint = open_to_measure(model, [data], stack.enter_context(together(device)))
         depth = checkpoint.model.config.layers
         chosen = check_options(depth, [depth // 2] if layers == MIDDLE else parse_layers(layers, depth))
-        dataset = stack.enter_context(tokens_for(checkpoint, data, given))
+        dataset = stack.enter_context(tokens_for(checkpoint, data, read_as))
         refuse_misfit(dataset, checkpoint.model.config, checkpoint.model.palette)
         indices = at_most(limit, np.arange(len(dataset)), seed)
         pooled = extract_features(checkpoint.model, dataset, indices, chosen, batch, amp=precision is Precision.bf16)

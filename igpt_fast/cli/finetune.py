@@ -10,22 +10,17 @@ from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint, load_checkpoint
 from igpt_fast.cli.inputs import (
     PREPROCESSING,
-    BackgroundAsOption,
-    BandsAsOption,
     LabelledArgument,
     ModelArgument,
-    RangeAsOption,
-    ReadAsOption,
-    SkipOption,
+    ReadAs,
     TestOption,
     described,
-    given_of,
     preprocessing_of,
     refuse_preprocessing,
     say_read_otherwise,
 )
-from igpt_fast.cli.learning import ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, field
-from igpt_fast.cli.options import JsonOption, Precision, print_json
+from igpt_fast.cli.learning import FIELDS, ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, learning
+from igpt_fast.cli.options import Given, JsonOption, expanded, given_of, print_json
 from igpt_fast.cli.seen import seen_in_test
 from igpt_fast.console import duration, number, say
 from igpt_fast.data import Source, open_tokens
@@ -45,56 +40,32 @@ from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
 STANDARD = FinetuneOptions()
+USED = [name for name in FIELDS if name not in ("val_images", "sample_every")]
+TEXTS = {
+    "lr": ("Learning rate, the same to the end.", "3e-4 x 512 / width, less for batches below 128"),
+    "val_fraction": ("Share of each class that validation keeps of the images to learn from.", None),
+    "save_every": ("Steps between checkpoints, beside the best; 0: at the end.", None),
+    "keep": ("Newest checkpoints to keep; the best stays, too.", None),
+}
 ANSWERS = "test.csv"  # of the images that are tested on, in RUN
 
 
 def register(app: typer.Typer) -> None:
     """Adds this module's command."""
-    app.command("finetune")(finetune)
+    app.command("finetune")(expanded(finetune))
 
 
 def finetune(
     model: ModelArgument,
     data: LabelledArgument,
+    *,
     out: RunOption,
     resume: ResumeOption = False,
     test: TestOption = None,
-    test_fraction: Annotated[float | None, field("test_fraction", STANDARD)] = None,
-    per_class: Annotated[int | None, field("per_class", STANDARD)] = None,
-    resize: ReadAsOption = None,
-    background: BackgroundAsOption = None,
-    value_range: RangeAsOption = None,
-    bands: BandsAsOption = None,
-    on_error: SkipOption = None,
-    steps: Annotated[int | None, field("steps", STANDARD)] = None,
-    batch: Annotated[int | None, field("batch", STANDARD)] = None,
-    lr: Annotated[
-        float | None,
-        field("lr", STANDARD, "Learning rate, the same to the end.", "3e-4 x 512 / width, less for batches below 128"),
-    ] = None,
-    warmup: Annotated[int | None, field("warmup", STANDARD)] = None,
-    clip: Annotated[float | None, field("clip", STANDARD)] = None,
-    ema: Annotated[float | None, field("ema", STANDARD)] = None,
-    flip: Annotated[bool | None, field("flip", STANDARD)] = None,
-    shift: Annotated[int | None, field("shift", STANDARD)] = None,
-    generative: Annotated[float | None, field("generative", STANDARD)] = None,
-    patience: Annotated[int | None, field("patience", STANDARD)] = None,
-    seed: Annotated[int | None, field("seed", STANDARD, min=0)] = None,
-    accumulate: Annotated[int | None, field("accumulate", STANDARD)] = None,
-    activation_checkpointing: Annotated[bool | None, field("activation_checkpointing", STANDARD)] = None,
-    precision: Annotated[Precision | None, field("precision", STANDARD)] = None,
+    read_as: ReadAs,
+    learning_options: Annotated[Given, learning(STANDARD, USED, **TEXTS)],
     device: RunDeviceOption = "auto",
     workers: RunWorkersOption = None,
-    val_fraction: Annotated[
-        float | None,
-        field("val_fraction", STANDARD, "Share of each class that validation keeps of the images to learn from."),
-    ] = None,
-    val_every: Annotated[int | None, field("val_every", STANDARD)] = None,
-    save_every: Annotated[
-        int | None, field("save_every", STANDARD, "Steps between checkpoints, beside the best; 0: at the end.")
-    ] = None,
-    log_every: Annotated[int | None, field("log_every", STANDARD)] = None,
-    keep: Annotated[int | None, field("keep", STANDARD, "Newest checkpoints to keep; the best stays, too.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Teach a model the classes of DATA: a linear head on its last layer, and all its weights with it.
@@ -104,7 +75,7 @@ def finetune(
 
     Example: igpt-fast finetune openai/imagegpt-small scans/ --out run --steps 500 --flip
     """
-    given = given_of(**locals())
+    given = given_of(resume=resume, test=test, workers=workers) | read_as | learning_options
     with together(device) as processes:
         with processes.first_goes_ahead():
             start, dataset, options = _prepare(model, data, out, given)

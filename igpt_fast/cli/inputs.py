@@ -13,7 +13,7 @@ import typer
 
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.classes import is_table
-from igpt_fast.cli.options import BANDS, VALUE_RANGE, OnError, Precision, Resize
+from igpt_fast.cli.options import Given, Precision, reading
 from igpt_fast.console import say
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
@@ -66,42 +66,8 @@ SideBySideOption = Annotated[
 PrecisionOption = Annotated[
     Precision, typer.Option("--precision", help="Of the arithmetic; bf16 (autocast) is faster, a little less exact.")
 ]
-ReadAsOption = Annotated[
-    Resize | None,
-    typer.Option(
-        "--resize", show_default="as the run read its own, else paper", help="How images come to the model's size."
-    ),
-]
-BackgroundAsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--background",
-        metavar="COLOUR",
-        show_default="as the run read its own, else white",
-        help="Behind transparent pixels: a name or #rrggbb.",
-    ),
-]
-RangeAsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--value-range",
-        metavar="LOW,HIGH",
-        show_default="as the run read its own, else all that the type holds",
-        help=VALUE_RANGE,
-    ),
-]
-BandsAsOption = Annotated[
-    str | None,
-    typer.Option("--bands", metavar="B,B,B", show_default="as the run read its own, else all of 1 or 3", help=BANDS),
-]
-SkipOption = Annotated[
-    OnError | None,
-    typer.Option(
-        "--on-error",
-        show_default="as the run read its own, else raise",
-        help="A file that cannot be read ends the command (raise) or is left out (skip).",
-    ),
-]
+AS_RUN = "as the run read its own, else "
+ReadAs = Annotated[Given, reading(AS_RUN)]
 
 
 def check_place(out: Path, ending: str, *inputs: Path) -> None:
@@ -159,7 +125,7 @@ def tokens_for(
 ) -> Iterator[TokenDataset]:
     """DATA as tokens for the checkpoint's model: as they are, the run's own, or made for the time of the command.
 
-    given: of PREPROCESSING, what the options say, see given_of. beside: tokens of other images, whose preprocessing
+    given: of PREPROCESSING, what the options say. beside: tokens of other images, whose preprocessing
     is theirs too.
     """
     size, palette = checkpoint.model.config.size, checkpoint.palette
@@ -193,25 +159,6 @@ def refuse_preprocessing(data: list[Path], given: Mapping[str, object], names: I
     if idle and all(map(is_token_directory, data)):
         words = " and ".join(idle)
         raise InputError(f"{data[0]}: holds tokens, which are read already; leave out {words}, or give the images")
-
-
-def given_of(**options: Any) -> dict[str, Any]:
-    """Those options that were given, as plain values, --value-range and --bands as lists. Raises InputError."""
-    given = {name: getattr(value, "value", value) for name, value in options.items() if value not in (None, [])}
-    for name, (kind, wanted) in _LISTS.items():
-        if name in given:
-            try:
-                given[name] = [kind(part) for part in given[name].split(",")]
-            except ValueError as error:
-                raise InputError(f"--{name.replace('_', '-')} {given[name]!r} is not {wanted}") from error
-    return given
-
-
-def _number(text: str) -> int | float:
-    return int(value) if (value := float(text)).is_integer() else value
-
-
-_LISTS = {"value_range": (_number, "two numbers, as 0,4095"), "bands": (int, "bands, as 4,3,2 or 1")}
 
 
 def preprocessing_of(checkpoint: Checkpoint) -> dict[str, Any]:

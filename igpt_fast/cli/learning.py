@@ -1,5 +1,6 @@
 """The options of commands that learn, or plan to: one spelling and one explanation for all of them."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from enum import Enum
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from igpt_fast.cli.options import Given, Group, Precision
 from igpt_fast.config import OBJECTIVES, POSITIONS, PRESETS
 from igpt_fast.options import Options
 
@@ -56,12 +58,18 @@ def option(panel: str, flags: str, text: str, shown: object = False, **more: Any
     return typer.Option(*flags.split(), help=text, rich_help_panel=panel, show_default=shown, **more)
 
 
-def field(name: str, standard: Options, text: str | None = None, shown: object = None, **more: Any) -> Any:
-    """The option of a field, whose value in a new run is that of `standard`. text, shown: others than in FIELDS."""
-    panel, usual, usually = FIELDS[name]
-    default = usually if shown is None else shown
-    default = getattr(standard, name) if default is None else default
-    return option(panel, FLAGS.get(name, f"--{name.replace('_', '-')}"), text or usual, default, **more)
+def learning(standard: Options, names: Iterable[str] = FIELDS, **texts: tuple[str, str | None]) -> Group:
+    """The options of those fields that `standard` has; its values count in a new run. texts: others than in FIELDS."""
+    kinds = {each.name: each.type for each in fields(standard)} | {"precision": Precision}
+    options = {}
+    for name in filter(kinds.__contains__, names):
+        panel, usual, usually = FIELDS[name]
+        text, shown = texts.get(name, (usual, usually))
+        shown = getattr(standard, name) if shown is None else shown
+        least = {"min": 0} if name == "seed" else {}
+        given = option(panel, FLAGS.get(name, f"--{name.replace('_', '-')}"), text, shown, **least)
+        options[name] = Annotated[kinds[name] | None, given]
+    return Group(options)
 
 
 def chosen(standard: Options, saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -85,25 +93,27 @@ def _model(flags: str, text: str, shown: object = False, **more: Any) -> Any:
     return option("The model", flags, text, shown, **more)
 
 
-PresetOption = Annotated[Preset | None, _model("--preset", "A published size.")]
-LayersOption = Annotated[int | None, _model("--layers", "Blocks.", SMALL["layers"])]
-WidthOption = Annotated[int | None, _model("--width", "Channels, a multiple of the heads.", SMALL["width"])]
-HeadsOption = Annotated[int | None, _model("--heads", "Attention heads.", SMALL["heads"])]
-ObjectiveOption = Annotated[
-    Objective | None, _model("--objective", "ar: predict the next pixel. bert: predict hidden pixels.", "ar")
-]
-PatternOption = Annotated[
-    list[str] | None,
-    _model(
-        "--pattern",
-        "Sparse attention, such as row|neighborhood(7), or dense. Repeated: layers alternate; a / b: heads do.",
-        "dense",
-        metavar="TEXT",
+_SHAPE = {
+    "preset": (Preset, _model("--preset", "A published size.")),
+    "layers": (int, _model("--layers", "Blocks.", SMALL["layers"])),
+    "width": (int, _model("--width", "Channels, a multiple of the heads.", SMALL["width"])),
+    "heads": (int, _model("--heads", "Attention heads.", SMALL["heads"])),
+    "objective": (Objective, _model("--objective", "ar: predict the next pixel. bert: predict hidden pixels.", "ar")),
+    "pattern": (
+        list[str],
+        _model(
+            "--pattern",
+            "Sparse attention, such as row|neighborhood(7), or dense. Repeated: layers alternate; a / b: heads do.",
+            "dense",
+            metavar="TEXT",
+        ),
     ),
-]
-PositionsOption = Annotated[
-    Positions | None, _model("--positions", "An embedding a pixel; axial: of its row plus of its column.", "learned")
-]
+    "positions": (
+        Positions,
+        _model("--positions", "An embedding a pixel; axial: of its row plus of its column.", "learned"),
+    ),
+}
+ShapeOptions = Annotated[Given, Group({name: Annotated[kind | None, given] for name, (kind, given) in _SHAPE.items()})]
 RunOption = Annotated[
     Path, typer.Option("--out", "-o", metavar="RUN", help="The directory that everything is written to.")
 ]

@@ -5,24 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
-from igpt_fast.cli.inputs import described, given_of
+from igpt_fast.cli.inputs import described
 from igpt_fast.cli.learning import (
     SHAPE,
     SMALL,
-    HeadsOption,
-    LayersOption,
-    ObjectiveOption,
-    PatternOption,
-    PositionsOption,
-    PresetOption,
     RunDeviceOption,
-    WidthOption,
+    ShapeOptions,
     chosen,
-    field,
+    learning,
     option,
     read_pattern,
 )
-from igpt_fast.cli.options import JsonOption, Precision, parse_size, print_json
+from igpt_fast.cli.options import Given, JsonOption, expanded, given_of, parse_size, print_json
 from igpt_fast.config import PRESETS, Config
 from igpt_fast.console import answer, counted, duration, number, say
 from igpt_fast.errors import InputError
@@ -32,14 +26,16 @@ from igpt_fast.plan import plan as make_plan
 from igpt_fast.weights import open_model, refuse_other_shape
 
 STANDARD = Options()
+USED = ("steps", "batch", "ema", "accumulate", "activation_checkpointing", "precision")  # for time, memory and disk
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("plan")(plan)
+    app.command("plan")(expanded(plan))
 
 
 def plan(
+    *,
     init: Annotated[
         Path | None,
         option(
@@ -50,23 +46,12 @@ def plan(
             metavar="MODEL",
         ),
     ] = None,
-    preset: PresetOption = None,
-    layers: LayersOption = None,
-    width: WidthOption = None,
-    heads: HeadsOption = None,
-    objective: ObjectiveOption = None,
-    pattern: PatternOption = None,
-    positions: PositionsOption = None,
+    shape_options: ShapeOptions,
     size: Annotated[
         str | None, option("The model", "--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
     ] = None,
     colors: Annotated[int | None, option("The model", "--colors", "Colours of the palette.", 512)] = None,
-    steps: Annotated[int | None, field("steps", STANDARD)] = None,
-    batch: Annotated[int | None, field("batch", STANDARD)] = None,
-    ema: Annotated[float | None, field("ema", STANDARD)] = None,
-    accumulate: Annotated[int | None, field("accumulate", STANDARD)] = None,
-    activation_checkpointing: Annotated[bool | None, field("activation_checkpointing", STANDARD)] = None,
-    precision: Annotated[Precision | None, field("precision", STANDARD)] = None,
+    learning_options: Annotated[Given, learning(STANDARD, USED)],
     device: RunDeviceOption = "auto",
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=0.0, help="About how long to measure.")
@@ -80,7 +65,7 @@ def plan(
 
     Example: igpt-fast plan --preset S --batch 32 --accumulate 4 --steps 100000
     """
-    given = given_of(**locals())
+    given = given_of(size=size, colors=colors) | shape_options | learning_options
     options = Options(**chosen(STANDARD, {}, given))
     shape: dict[str, Any] = SMALL
     if init is not None:
@@ -92,7 +77,7 @@ def plan(
         shape = {**base.to_dict(), "classes": 0}
         say(f"shaped as {described(found)}")
         del found  # its memory is not the run's
-    shape = {**shape, **(PRESETS[preset] if preset else {})}
+    shape = {**shape, **PRESETS.get(given.get("preset"), {})}
     if size is not None:
         given["size"] = parse_size(size)
     given |= read_pattern(given)

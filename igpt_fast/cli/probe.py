@@ -13,25 +13,20 @@ from rich.table import Table
 from igpt_fast.atomic import write_atomically
 from igpt_fast.cli.inputs import (
     PREPROCESSING,
-    BackgroundAsOption,
-    BandsAsOption,
     LabelledArgument,
     LimitOption,
     ModelArgument,
     PrecisionOption,
-    RangeAsOption,
-    ReadAsOption,
+    ReadAs,
     SideBySideOption,
-    SkipOption,
     TestOption,
     called,
     check_place,
-    given_of,
     open_to_measure,
     refuse_preprocessing,
     tokens_for,
 )
-from igpt_fast.cli.options import DeviceOption, JsonOption, Precision, SeedOption, print_json
+from igpt_fast.cli.options import DeviceOption, JsonOption, Precision, SeedOption, expanded, print_json
 from igpt_fast.cli.seen import say_seen, seen_in_test
 from igpt_fast.console import answer, counted, few_of, say
 from igpt_fast.errors import InputError
@@ -48,12 +43,13 @@ Solver = Enum("Solver", {name: name for name in SOLVERS}, type=str)
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("probe")(probe)
+    app.command("probe")(expanded(probe))
 
 
 def probe(
     model: ModelArgument,
     data: LabelledArgument,
+    *,
     layers: Annotated[str, typer.Option("--layers", metavar="L", help="all, or some as 3,5 or 2-6.")] = "all",
     joined: Annotated[
         bool, typer.Option("--joined", help="Also one regression on all of these layers' features side by side.")
@@ -69,11 +65,7 @@ def probe(
         ),
     ] = None,
     test: TestOption = None,
-    resize: ReadAsOption = None,
-    background: BackgroundAsOption = None,
-    value_range: RangeAsOption = None,
-    bands: BandsAsOption = None,
-    on_error: SkipOption = None,
+    read_as: ReadAs,
     limit: LimitOption = None,
     per_class: Annotated[
         int | None,
@@ -110,7 +102,6 @@ def probe(
             raise InputError("--epochs is for --solver sgd: lbfgs goes on until it has converged; leave it out")
         load_sklearn()
     check_place(out, ".png", data, *([test] if test else []))
-    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands, on_error=on_error)
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():
@@ -119,8 +110,8 @@ def probe(
             depth = checkpoint.model.config.layers
             chosen = parse_layers(layers, depth)
             check_options(depth, chosen, test_fraction, limit, per_class, batch)
-            refuse_preprocessing(paths, given, PREPROCESSING)
-            readings = {path: {} if is_token_directory(path) else given for path in paths}
+            refuse_preprocessing(paths, read_as, PREPROCESSING)
+            readings = {path: {} if is_token_directory(path) else read_as for path in paths}
             dataset = stack.enter_context(tokens_for(checkpoint, data, readings[data]))
             if test is not None:
                 beside = dataset if is_token_directory(data) else None

@@ -14,20 +14,16 @@ from torch import Tensor
 from igpt_fast.atomic import write_atomically
 from igpt_fast.checkpoint import Checkpoint
 from igpt_fast.cli.inputs import (
+    AS_RUN,
     PREPROCESSING,
-    BackgroundAsOption,
-    BandsAsOption,
     ModelArgument,
-    RangeAsOption,
-    ReadAsOption,
     check_folder,
     check_place,
     described,
-    given_of,
     preprocessing_of,
     refuse_replacing,
 )
-from igpt_fast.cli.options import DeviceOption, JsonOption, SeedOption, print_json
+from igpt_fast.cli.options import DeviceOption, Given, JsonOption, SeedOption, expanded, print_json, reading
 from igpt_fast.console import progress, say
 from igpt_fast.decode import tell_lost
 from igpt_fast.device import pick_device
@@ -96,7 +92,7 @@ SingleOption = Annotated[
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command("sample")(sample)
-    app.command("complete")(complete)
+    app.command("complete")(expanded(complete))
 
 
 def sample(
@@ -154,6 +150,7 @@ def sample(
 def complete(
     model: ModelArgument,
     photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files.", show_default=False)],
+    *,
     keep: Annotated[
         float, typer.Option("--keep", metavar="F", help="The fraction, from the top, that is kept: 0 to 1.")
     ] = 0.5,
@@ -163,10 +160,7 @@ def complete(
     top_p: TopPOption = None,
     seed: SeedOption = 0,
     batch: BatchOption = None,
-    resize: ReadAsOption = None,
-    background: BackgroundAsOption = None,
-    value_range: RangeAsOption = None,
-    bands: BandsAsOption = None,
+    read_as: Annotated[Given, reading(AS_RUN, on_error=False)],
     dtype: DTypeOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
@@ -184,8 +178,7 @@ def complete(
     began = time.monotonic()
     options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
     check_options(**options, keep=keep)
-    given = given_of(resize=resize, background=background, value_range=value_range, bands=bands)
-    Preprocessing(**given)
+    Preprocessing(**read_as)
     _check_places(out, single, *photos)
     for photo in photos:
         if not photo.is_file():
@@ -193,7 +186,7 @@ def complete(
             raise InputError(f"{what}; give image files to complete")
     checkpoint, palette = _load(model, dtype, device)
     config, where = checkpoint.model.config, checkpoint.model.wte.device
-    how = Preprocessing(config.size, **{**PREPROCESSING, **preprocessing_of(checkpoint), **given})
+    how = Preprocessing(config.size, **{**PREPROCESSING, **preprocessing_of(checkpoint), **read_as})
     originals, notes = [], Counter()
     for photo in photos:
         image = read_image(photo.read_bytes(), str(photo), how.background, how.value_range, how.bands)

@@ -6,28 +6,22 @@ from typing import Annotated, Any
 
 import typer
 
-from igpt_fast.cli.inputs import PREPROCESSING, given_of, say_read_otherwise
+from igpt_fast.cli.inputs import PREPROCESSING, say_read_otherwise
 from igpt_fast.cli.learning import (
     IMAGES_PANEL,
     SHAPE,
     SMALL,
-    HeadsOption,
-    LayersOption,
-    ObjectiveOption,
-    PatternOption,
-    PositionsOption,
-    PresetOption,
     ResumeOption,
     RunDeviceOption,
     RunOption,
     RunWorkersOption,
-    WidthOption,
+    ShapeOptions,
     chosen,
-    field,
+    learning,
     option,
     read_pattern,
 )
-from igpt_fast.cli.options import BANDS, VALUE_RANGE, JsonOption, OnError, Precision, Resize, parse_size, print_json
+from igpt_fast.cli.options import Given, Group, JsonOption, expanded, given_of, parse_size, print_json, reading
 from igpt_fast.cli.start import open_start, refuse_changes
 from igpt_fast.config import PRESETS, Config
 from igpt_fast.console import duration, say
@@ -44,11 +38,22 @@ from igpt_fast.weights import refuse_other_shape
 
 IMAGES = {"size": None, **PREPROCESSING, "palette": None, "colors": 512}
 STANDARD = Options()
+_SIZE = option(IMAGES_PANEL, "--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
+_COLORS = option(IMAGES_PANEL, "--colors", "Colours of the palette that is made from the images.", 512)
+_PALETTE = option(IMAGES_PANEL, "--palette", "Use this palette and make none.", metavar="FILE.npy")
+IMAGE_OPTIONS = Group(
+    {
+        "size": Annotated[str | None, _SIZE],
+        "colors": Annotated[int | None, _COLORS],
+        "palette": Annotated[Path | None, _PALETTE],
+        **reading(panel=IMAGES_PANEL).options,
+    }
+)
 
 
 def register(app: typer.Typer) -> None:
     """Adds this module's command."""
-    app.command("train")(train)
+    app.command("train")(expanded(train))
 
 
 def train(
@@ -60,6 +65,7 @@ def train(
             show_default=False,
         ),
     ],
+    *,
     out: RunOption,
     resume: ResumeOption = False,
     init: Annotated[
@@ -72,64 +78,11 @@ def train(
             metavar="MODEL",
         ),
     ] = None,
-    preset: PresetOption = None,
-    layers: LayersOption = None,
-    width: WidthOption = None,
-    heads: HeadsOption = None,
-    objective: ObjectiveOption = None,
-    pattern: PatternOption = None,
-    positions: PositionsOption = None,
-    size: Annotated[
-        str | None, option(IMAGES_PANEL, "--size", "Pixels a side: 32, or height x width as 32x48.", 32, metavar="PX")
-    ] = None,
-    colors: Annotated[
-        int | None, option(IMAGES_PANEL, "--colors", "Colours of the palette that is made from the images.", 512)
-    ] = None,
-    palette: Annotated[
-        Path | None, option(IMAGES_PANEL, "--palette", "Use this palette and make none.", metavar="FILE.npy")
-    ] = None,
-    resize: Annotated[
-        Resize | None,
-        option(
-            IMAGES_PANEL,
-            "--resize",
-            "paper: centre crop. hf: straight to the size. none: images have the size.",
-            "paper",
-        ),
-    ] = None,
-    background: Annotated[
-        str | None, option(IMAGES_PANEL, "--background", "Behind transparent pixels.", "white", metavar="COLOUR")
-    ] = None,
-    value_range: Annotated[
-        str | None,
-        option(IMAGES_PANEL, "--value-range", VALUE_RANGE, "all that the type holds", metavar="LOW,HIGH"),
-    ] = None,
-    bands: Annotated[str | None, option(IMAGES_PANEL, "--bands", BANDS, "all of 1 or 3", metavar="B,B,B")] = None,
-    on_error: Annotated[
-        OnError | None,
-        option(IMAGES_PANEL, "--on-error", "A file that cannot be read ends the command or is left out.", "raise"),
-    ] = None,
-    steps: Annotated[int | None, field("steps", STANDARD)] = None,
-    batch: Annotated[int | None, field("batch", STANDARD)] = None,
-    lr: Annotated[float | None, field("lr", STANDARD)] = None,
-    warmup: Annotated[int | None, field("warmup", STANDARD)] = None,
-    clip: Annotated[float | None, field("clip", STANDARD)] = None,
-    ema: Annotated[float | None, field("ema", STANDARD)] = None,
-    flip: Annotated[bool | None, field("flip", STANDARD)] = None,
-    shift: Annotated[int | None, field("shift", STANDARD)] = None,
-    seed: Annotated[int | None, field("seed", STANDARD, min=0)] = None,
-    accumulate: Annotated[int | None, field("accumulate", STANDARD)] = None,
-    activation_checkpointing: Annotated[bool | None, field("activation_checkpointing", STANDARD)] = None,
-    precision: Annotated[Precision | None, field("precision", STANDARD)] = None,
+    shape_options: ShapeOptions,
+    image_options: Annotated[Given, IMAGE_OPTIONS],
+    learning_options: Annotated[Given, learning(STANDARD)],
     device: RunDeviceOption = "auto",
     workers: RunWorkersOption = None,
-    val_fraction: Annotated[float | None, field("val_fraction", STANDARD)] = None,
-    val_every: Annotated[int | None, field("val_every", STANDARD)] = None,
-    val_images: Annotated[int | None, field("val_images", STANDARD)] = None,
-    sample_every: Annotated[int | None, field("sample_every", STANDARD)] = None,
-    save_every: Annotated[int | None, field("save_every", STANDARD)] = None,
-    log_every: Annotated[int | None, field("log_every", STANDARD)] = None,
-    keep: Annotated[int | None, field("keep", STANDARD)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train an Image GPT on images, from a fresh start or (--resume) from where a run was left.
@@ -139,7 +92,7 @@ def train(
 
     Example: igpt-fast train photos/ --out run --layers 8 --width 256 --heads 4 --size 32 --steps 5000
     """
-    given = given_of(**locals())
+    given = given_of(resume=resume, init=init, workers=workers) | shape_options | image_options | learning_options
     given |= read_pattern(given)
     with together(device) as processes:
         with processes.first_goes_ahead():

@@ -25,3 +25,5 @@ cp "$out/table" "$root/benchmarks/results/spills.txt"
 cat "$out/table"
 awk '/bytes stack frame/ && ($1 + $5 + $9 > 0) { bad = 1 } END { exit bad }' "$out/log" || { echo "error: a kernel spills or uses local memory" >&2; exit 1; }
 ! grep "wgmma.mma_async instructions are serialized" "$out/log" >&2 || { echo "error: a kernel's wgmma are serialized" >&2; exit 1; }
+# What warpgroups hand over by setmaxnreg is reckoned from 65,536 registers among 384 threads: of fewer, one would wait for ever.
+! grep -E "(fwd|dkdv|dq|dlogits)_sm90_kernel" "$out/table" | grep -v " 168 registers" >&2 || { echo "error: a kernel with setmaxnreg was not allotted 168 registers" >&2; exit 1; }

@@ -1,7 +1,11 @@
 """The reader of disassemblies behind `make sass`, on a listing written out here."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import sass
+from gpu import build
 from sass_flow import mixed_operands, touched_in_flight
 
 LISTING = """
@@ -135,3 +139,40 @@ def test_a_way_that_never_waits_has_an_end():
     text = FLIGHT.format(left="0x0", then="HGMMA.64x64x16.F32.BF16 R128, R8, gdesc[UR8], RZ, gsb0")
     [body] = sass.kernels(text.replace("WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "NOP ;", 1)).values()
     assert touched_in_flight(body)  # sums of three groups that nobody waits for
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        (FLIGHT.format(left="0x1", then="FADD R3, R24, R25"), 0, "1 kernels with wgmma"),
+        (FLIGHT.format(left="0x1", then="FADD R3, R64, R3"), 1, "_Z6flightv: FADD at 0x50 touches R64"),
+        (LOOP.format(packed="R9", start=12), 1, "_Z4loopv: the wgmma at 0x10 reads what F2FP and LDSM wrote"),
+        ("", 1, "0 kernels with wgmma"),  # something else was built
+    ],
+)
+def test_what_was_built_is_read(tmp_path, capsys, monkeypatch, text, code, said):
+    (tmp_path / "listing").write_text(text + LISTING)
+    (tmp_path / "cuobjdump").write_text(f"#!/bin/sh\n[ $1$2 = -sassx.so ] && cat {tmp_path}/listing")
+    (tmp_path / "cuobjdump").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert sass.main(["--built", "x.so"]) == code and said in capsys.readouterr().out
+
+
+def test_gpu_check_reads_what_it_has_built(tmp_path, monkeypatch):
+    ran = []
+
+    def command(name, line, where, **env):
+        ran.append((name, line[1:], env["PATH"].split(os.pathsep)[0]))
+        return SimpleNamespace(status="failed")
+
+    def operands(capability, tool):
+        machine = build.Machine({"capability": capability}, {"cuobjdump": tool}, tmp_path)
+        return build.operands(machine, SimpleNamespace(command=command))
+
+    monkeypatch.setattr(build, "TREE", tmp_path)
+    assert operands([9, 0], "/cuda/bin/cuobjdump") == {"operands": "not run"}, "no extension"
+    (tmp_path / "igpt_fast").mkdir()
+    (tmp_path / "igpt_fast" / "_C.so").touch()
+    assert operands([8, 0], "/cuda/bin/cuobjdump") == operands([9, 0], None) == {"operands": "not run"}
+    assert not ran and operands([9, 0], "/cuda/bin/cuobjdump") == {"operands": "failed"}
+    assert ran == [("build-operands", ["-m", "sass", "--built", tmp_path / "igpt_fast" / "_C.so"], "/cuda/bin")]

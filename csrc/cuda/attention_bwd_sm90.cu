@@ -142,17 +142,24 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1)
           const int i = note.index, j = own_tile(), id = note.id[group];
           hide(s, [&](int r) { return pattern.col_bits(i, j, id, r); });
         }
-        // Of the thread's queries 8 n + e, e of 2: a row of the tile has 16 bytes, which hold two of these.
-        const Stats* of =
+        // Of the thread's queries 8 n + e, e of 2, by 2 n + e: a row of the tile has 16 bytes, which hold two of these.
+        const Stats* first =
             reinterpret_cast<const Stats*>(ring_shared + (from - ring.shared) + 2 * kBytes<D>) + threadIdx.x % 4 * 4;
+        const auto of_tile = [&](int n) { return first[n / 2 * 16 + n % 2 * 2]; };
+        Stats of[kTile / 4];
 #pragma unroll
-        for (int i = 0; i < kTile / 2; ++i) s[i] = ptx::ex2(fmaf(s[i], scale2, -of[i / 4 * 16 + i % 2 * 2].lse2));
+        for (int n = 0; n < kTile / 4; ++n) of[n] = of_tile(n);
+#pragma unroll
+        for (int i = 0; i < kTile / 2; ++i) s[i] = ptx::ex2(fmaf(s[i], scale2, -of[i / 4 * 2 + i % 2].lse2));
         pack<T>(p, s);
         start_mix<D, T>(sums_v, p, from + kBytes<D>);
         ptx::wgmma_wait<1>();
         ptx::hold_registers(ds);
 #pragma unroll
-        for (int i = 0; i < kTile / 2; ++i) ds[i] = s[i] * (ds[i] - of[i / 4 * 16 + i % 2 * 2].delta);
+        for (int i = 0; i < kTile / 2; ++i) {
+          const int n = i / 4 * 2 + i % 2;  // at D = 128 there are no registers to keep it in
+          ds[i] = s[i] * (ds[i] - (D < 128 ? of[n] : of_tile(n)).delta);
+        }
         pack<T>(g, ds);
         start_mix<D, T>(sums_k, g, from);
         held = int(tile.at());

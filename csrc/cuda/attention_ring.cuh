@@ -151,11 +151,13 @@ struct Ring {
 constexpr int kClipped = -3;
 
 // By one thread: walks over the tiles that any of the lines meets, load(stage's address, mbarrier, tile's index) asking
-// for kStage bytes of each; a note of kNoMore, without bytes, ends the walk.
-template <class L, class Whole, class Load>
+// for kStage bytes of each; a note of kNoMore, without bytes, ends the walk. own() is called when `ahead` stages have
+// been asked for, at the end where there are fewer.
+template <class L, class Own, class Whole, class Load>
 __device__ inline void bring(Place<L::kStages>& stage, const Ring<L>& ring, Line (&lines)[L::kAll], const int* tile,
-                             const int* mask, Whole whole, Load load) {
-  for (bool more = true; more; stage.advance()) {
+                             const int* mask, int ahead, Own own, Whole whole, Load load) {
+  for (bool more = true; more; stage.advance(), --ahead) {
+    if (ahead == 0) own();
     Meeting<L::kAll> met;
     more = next(met, lines, tile, mask);
     const uint32_t full = ring.full(stage.at());
@@ -172,6 +174,7 @@ __device__ inline void bring(Place<L::kStages>& stage, const Ring<L>& ring, Line
       ptx::mbar_arrive(full);
     }
   }
+  if (ahead >= 0) own();
 }
 
 // All of the bringing warpgroup's work, which one thread does. Of each of the block's items: the lines' own tiles by
@@ -191,19 +194,25 @@ __device__ inline void bring_items(const Ring<L>& ring, const Work& work, LineOf
     ring.item(at.at()) = item;
     return full;
   };
+  // Where own tiles have room for one item, those of the next come when the last one ends; its first stages need not
+  // wait for that.
+  int ahead = 0;
   work.each([&](const Item& item) {
-    const uint32_t full = announce(item);
-    ptx::mbar_arrive_expect_tx(full, L::kAll * L::kOwn);
     Line lines[L::kAll];
 #pragma unroll
-    for (int l = 0; l < L::kAll; ++l) {
-      lines[l] = line(item.place * L::kAll + l);
-      own(ring.own(at.at(), l), full, item.place * L::kAll + l, item.head);
-    }
-    at.advance();
+    for (int l = 0; l < L::kAll; ++l) lines[l] = line(item.place * L::kAll + l);
     bring(
-        stage, ring, lines, tile, mask, [&](int l, int i) { return whole(item.place * L::kAll + l, i); },
+        stage, ring, lines, tile, mask, ahead,
+        [&] {
+          const uint32_t full = announce(item);
+          ptx::mbar_arrive_expect_tx(full, L::kAll * L::kOwn);
+#pragma unroll
+          for (int l = 0; l < L::kAll; ++l) own(ring.own(at.at(), l), full, item.place * L::kAll + l, item.head);
+          at.advance();
+        },
+        [&](int l, int i) { return whole(item.place * L::kAll + l, i); },
         [&](uint32_t to, uint32_t bar, int i) { load(to, bar, i, item.head); });
+    ahead = L::kItems == 1 ? L::kStages : 0;
   });
   ptx::mbar_arrive(announce({kNoMore, 0}));
 }

@@ -47,20 +47,33 @@ __device__ inline uint4 normalised(uint4 x, float rstd, uint4 norm) {
   return bits_of<T, 8>(y);
 }
 
-// rstd of 16 R rows, of which each warp has an equal share.
+// rstd of 16 R rows, of which each warp has an equal share, side by side: one after the other each would wait for L2.
 template <class T, int R>
 __device__ inline void find_rstd(float (&rstd)[16 * R], const T* x, int64_t first_row, int64_t N, int K, float eps) {
-  for (int r = threadIdx.x / 32; r < 16 * R; r += kWarps) {
-    float squares = 0.f;
-    if (first_row + r < N)
-      for (int k = threadIdx.x % 32 * 8; k < K; k += 256) {
-        const Floats<8> v = load_as<T, 8>(x, (first_row + r) * K + k);
+  constexpr int kMine = 16 * R / kWarps;
+  const int warp = threadIdx.x / 32;
+  float squares[kMine] = {};
+  for (int k = threadIdx.x % 32 * 8; k < K; k += 256) {
+    Bits<T, 8> bits[kMine];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) squares += v.v[i] * v.v[i];
-      }
-    squares = warp_sum(squares);
-    if (threadIdx.x % 32 == 0) rstd[r] = rsqrtf(squares / float(K) + eps);
+    for (int i = 0; i < kMine; ++i) {
+      const int64_t row = first_row + warp + i * kWarps;
+      bits[i] = row < N ? __ldca(reinterpret_cast<const Bits<T, 8>*>(x + row * K + k)) : Bits<T, 8>{};
+    }
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const Floats<8> v = floats_of<T, 8>(bits[i]);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) squares[i] += v.v[e] * v.v[e];
+    }
   }
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2)
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) squares[i] += __shfl_xor_sync(0xffffffffu, squares[i], offset);
+#pragma unroll
+  for (int i = 0; i < kMine; ++i)
+    if (threadIdx.x % 32 == 0) rstd[warp + i * kWarps] = rsqrtf(squares[i] / float(K) + eps);
 }
 
 template <class T, int R, int J, bool kNorm>

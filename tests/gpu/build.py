@@ -103,7 +103,18 @@ def build(machine: Machine, clock: Clock) -> dict[str, Any]:
             statuses[name] = clock.command(f"build-{name}", line, SCRATCH).status
         else:
             statuses[name] = FAILED
+    statuses |= operands(machine, clock)
     return worst(statuses) | ({} if machine.tools["nvcc"] else {"status": FAILED, "reason": "nvcc is not here"})
+
+
+def operands(machine: Machine, clock: Clock) -> dict[str, str]:
+    """Whether this assembler kept every wgmma's registers, see sass_flow: before CUDA 13.3 it may not."""
+    extension = next((TREE / "igpt_fast").glob("_C*.so"), None)
+    if not machine.hopper or extension is None or not machine.tools["cuobjdump"]:
+        return {"operands": NOT_RUN}
+    path = os.pathsep.join([str(Path(machine.tools["cuobjdump"]).parent), environment()["PATH"]])
+    line = [sys.executable, "-m", "sass", "--built", extension]
+    return {"operands": clock.command("build-operands", line, SCRATCH, PATH=path).status}
 
 
 BENCH = """

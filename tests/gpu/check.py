@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     for kind in (signal.SIGINT, signal.SIGTERM):  # also where we began in the background, which ignores the first:
         signal.signal(kind, signal.default_int_handler)  # commands inherit that, and could not be interrupted
     options.out.mkdir(parents=True, exist_ok=True)
-    tools = {name: tool(name) for name in ("nvcc", "compute-sanitizer")}
+    tools = {name: tool(name) for name in ("nvcc", "compute-sanitizer", "cuobjdump")}
     machine = Machine(json.loads(facts[0]), tools, options.out)
     built = TREE.exists() and HARDWARE.exists()
     chosen = [p for p in PARTS if options.part in (None, p[0]) or (p[0] == "build" and not built)]

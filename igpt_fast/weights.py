@@ -46,6 +46,8 @@ def from_hf(
         check_supported(source.config, "the model's config")
         heads, eps, headless = source.config.n_head, source.config.layer_norm_epsilon, not hasattr(source, "lm_head")
         names = {"id2label": {str(row): name for row, name in source.config.id2label.items()}}
+        if other := {module.eps for module in source.modules() if hasattr(module, "eps")} - {eps}:
+            raise InputError(f"the model's norms have eps {other.pop()}, its config says {eps}; correct either")
         source = source.state_dict()
     theirs = Theirs(source)
     if heads is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
-from igpt_fast.accelerate.plain import State, why_not_plain
+from igpt_fast.accelerate.plain import State, exchanged, why_not_plain
 from igpt_fast.accelerate.theirs import theirs
 from igpt_fast.ops._heads import refusal, refused_head_dim
 from igpt_fast.ops._native import fused_backend_for, say_slower, serves
@@ -37,6 +37,8 @@ _READ = {
 }
 
 _buffers: "weakref.WeakKeyDictionary[Any, _Buffer]" = weakref.WeakKeyDictionary()
+# Of a model: what its caches hold in common, and the state that it was made in.
+_made: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, State]]" = weakref.WeakKeyDictionary()
 
 
 def decode(model: nn.Module, given: Mapping[str, Any]) -> Any:
@@ -78,6 +80,8 @@ def _why_not(model: nn.Module, given: Mapping[str, Any], cache: Any, past: int) 
     ids, config = given["input_ids"], model.config
     if type(cache) is not theirs().DynamicCache or getattr(cache, "offloading", False):
         return f"the cache is a {type(cache).__name__}, or offloads"
+    if exchanged(cache):
+        return "somebody has exchanged the cache's update"
     if torch.is_autocast_enabled(ids.device.type):
         return "autocast is on; a model in bfloat16 itself is faster"
     if config.output_attentions or config.output_hidden_states:
@@ -95,7 +99,7 @@ def _why_not(model: nn.Module, given: Mapping[str, Any], cache: Any, past: int) 
 class _Buffer:
     """A cache's keys and values, [L, B, 2, H, room, D], and the model's weights as decode_step reads them.
 
-    Their Conv1D weights are [in, out], so the step's are transposed copies. They live as long as the cache does.
+    Their Conv1D weights are [in, out], so the step's are transposed copies. They live as long as a cache of them does.
     """
 
     def __init__(self, model: nn.Module, weights: StepWeights, data: Tensor) -> None:
@@ -175,7 +179,7 @@ def _buffer_of(cache: Any, model: nn.Module, past: int) -> tuple[str | None, _Bu
     refusal = refused_head_dim(like.shape[3])
     if not counts_on_device(like) and fused_backend_for("decode_step", (like,), refusal) is None:  # it has said why
         return None, None
-    weights = _step_weights(model) if buffer is None else buffer.all_weights
+    weights = _weights_of(model) if buffer is None else buffer.all_weights
     B, H, _, D = like.shape
     shape = len(cache.layers), B, 2, H, min(len(weights.wpe), max(ROOM, 2 * past)), D
     with torch.inference_mode(False):  # what is made there can only be written there, and a cache may outlive it
@@ -200,6 +204,16 @@ def _unfit(cache: Any, model: nn.Module, past: int) -> str | None:
             if t.shape != shape or t.dtype is not wte.dtype or t.device != wte.device:
                 return "the cache differs from the model in shape, dtype or device"
     return None
+
+
+def _weights_of(model: nn.Module) -> StepWeights:
+    """A step's weights of the model as it is now: of all its caches the same."""
+    made = _made.get(model)
+    weights = made[0]() if made is not None and made[1].holds() else None
+    if weights is None:
+        weights = _step_weights(model)
+        _made[model] = weakref.ref(weights), State(model)
+    return weights
 
 
 def _step_weights(model: nn.Module) -> StepWeights:

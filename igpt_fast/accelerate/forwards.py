@@ -4,6 +4,7 @@ Each function stands for one module's forward: first the module, then what that 
 through `_linear` and the like, which go around a submodule's own call only where nobody watches or replaced it.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from igpt_fast import ops
 from igpt_fast.accelerate.decode import decode
 from igpt_fast.accelerate.dropout import dropout
-from igpt_fast.accelerate.plain import changed, plain, scale
+from igpt_fast.accelerate.plain import changed, exchanged, plain, scale
 from igpt_fast.accelerate.theirs import bind, theirs
+from igpt_fast.modules import is_watched
+from igpt_fast.ops._again import forget
 from igpt_fast.ops._heads import slices
 from igpt_fast.ops._native import say_slower
 from igpt_fast.ops.attention_dropout import has_attention_dropout_kernel
@@ -39,7 +42,8 @@ def table() -> dict[type, Callable[..., Any]]:
 
 def norm(self: nn.Module, tensor: Tensor) -> Tensor:
     """ImageGPTLayerNorm."""
-    return ops.rms_norm(tensor, self.weight, self.eps, dtype=torch.promote_types(tensor.dtype, self.weight.dtype))
+    y = ops.rms_norm(tensor, self.weight, self.eps, dtype=torch.promote_types(tensor.dtype, self.weight.dtype))
+    return _shown_to(self, y)
 
 
 def head(self: nn.Linear, input: Tensor) -> Tensor:
@@ -72,14 +76,25 @@ def block(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> 
         return type(self).forward(self, hidden_states, *args, **kwargs)
     names = "layer_past", "attention_mask", "head_mask", "use_cache", "output_attentions", "cache_position"
     x = ops.rms_norm(hidden_states, self.ln_1.weight, self.ln_1.eps, dtype=_normed(hidden_states, self.ln_1))
-    mixed, *rest = self.attn(x, **{name: given[name] for name in names if name in given})
+    attn: Callable[..., Any] = self.attn
+    if self._forward_hooks and plain(self.attn, theirs().ImageGPTAttention):
+        say_slower("attention takes transformers' own path: a hook of its block would see its weights")
+        attn = functools.partial(type(self.attn).forward, self.attn)
+    mixed, *rest = attn(_shown_to(self.attn, x), **{name: given[name] for name in names if name in given})
     if torch.promote_types(mixed.dtype, hidden_states.dtype) is hidden_states.dtype:
         dtype = _normed(hidden_states, self.ln_2)
         x, hidden_states = ops.rms_norm(mixed, self.ln_2.weight, self.ln_2.eps, residual=hidden_states, dtype=dtype)
     else:
         hidden_states = mixed + hidden_states
         x = self.ln_2(hidden_states)
-    return hidden_states + self.mlp(x), *rest
+    return hidden_states + self.mlp(_shown_to(self.mlp, x)), *rest
+
+
+def _shown_to(module: nn.Module, x: Tensor) -> Tensor:
+    """x, which hooks of the module see and may write to."""
+    if is_watched(module) and not torch.compiler.is_compiling():
+        forget(x)
+    return x
 
 
 def _normed(x: Tensor, ln: nn.Module) -> torch.dtype:
@@ -143,6 +158,8 @@ def _why_not(self: nn.Module, given: dict[str, Any], cache: Any, past: int, quer
         return "a head mask was given"
     if cache is not None and type(cache) not in (theirs().DynamicCache, theirs().StaticCache):
         return f"the cache is a {type(cache).__name__}"
+    if cache is not None and exchanged(cache):
+        return "somebody has exchanged the cache's update"
     if past and queries > 1:
         return "several queries follow cached keys"
     if self._forward_hooks or _has_any_global_hook():

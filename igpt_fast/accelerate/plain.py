@@ -1,5 +1,6 @@
 """Whether modules are as transformers made them, without hooks or patched forwards that one may not pass over."""
 
+import functools
 import math
 import weakref
 from collections.abc import Iterator
@@ -8,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from igpt_fast.accelerate.theirs import ATTENTION, Forward, theirs
 from igpt_fast.modules import HOOKS, is_watched
+from igpt_fast.ops._native import makes_its_own
 
 NUMBERS = "eps", "layer_idx", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"
 
@@ -36,6 +39,13 @@ def changed(attn: nn.Module) -> str | None:
         if name in own or getattr(kind, name, None) is not function:
             return f"somebody has exchanged its {name}"
     return None if _is_causal(attn) else "somebody has changed its causal mask"
+
+
+def exchanged(cache: Any) -> bool:
+    """Whether somebody has exchanged how a cache takes keys and values, which then may not be those that it gets."""
+    if any("update" in vars(one) for one in (cache, *cache.layers)):
+        return True
+    return any(kind.update is not own for kind, own in theirs().updates.items())
 
 
 def _is_causal(attn: nn.Module) -> bool:
@@ -67,6 +77,10 @@ def why_not_plain(model: nn.Module) -> str | None:
     for module, kind in _roles(model):
         if not plain(module, kind):
             return f"somebody watches or replaced its {kind.__name__}"
+    if any(module.max_norm is not None for module in (model.transformer.wte, model.transformer.wpe)):
+        return "an embedding of it renormalises its rows"
+    if any(makes_its_own(t) or t.is_inference() for t in model.parameters()):
+        return "weights of it are inference tensors, whose changes nobody sees, or of a type with ops of its own"
     if any(module.training for module in model.modules()):
         return "it is in training mode, or a module of it is"
     body, blocks, eps = model.transformer, model.transformer.h, model.transformer.ln_f.eps
@@ -99,10 +113,23 @@ def _roles(model: nn.Module) -> Iterator[tuple[nn.Module, type]]:
     yield from ((body.ln_f, them.ImageGPTLayerNorm), (model.lm_head, nn.Linear))
 
 
+_steps = 0  # of all optimizers: those that are fused change weights and leave their versions
+
+
+@functools.cache
+def _count_steps() -> None:
+    def count(*_: Any) -> None:
+        global _steps
+        _steps += 1
+
+    register_optimizer_step_post_hook(count)
+
+
 class State:
     """What tells one state of a model from another: its weights, its modules, and who watches them."""
 
     def __init__(self, model: nn.Module) -> None:
+        _count_steps()
         self._modules = list(model.modules())
         self._dicts = [module.__dict__ for module in self._modules]
         self._hooks = [own[name] for own in self._dicts for name in HOOKS]
@@ -118,6 +145,7 @@ class State:
     def _now(self) -> tuple[Any, ...]:
         dicts, them = self._dicts, theirs()
         return (
+            _steps,
             bool(_has_any_global_hook()),
             [kind.forward for kind in them.forwards],
             [getattr(them.ImageGPTAttention, name, None) for name in ATTENTION],

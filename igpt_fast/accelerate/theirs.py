@@ -49,6 +49,7 @@ def _read_theirs() -> SimpleNamespace:
         **own,
         forwards={kind: _unchanged(kind, "forward") for kind in kinds},
         attention={name: _unchanged(own["ImageGPTAttention"], name) for name in ATTENTION},
+        updates={kind: _unchanged(kind, "update") for kind in (DynamicCache, DynamicLayer)},
         # Up to 5.12 attention divides by the root of the head dim without its fraction.
         cuts_root=getattr(modeling_imagegpt, "torch_float", float)(1.5) == 1,
         # Whether a config of torchscript=True makes it return tuples, as in 4.57.
@@ -66,8 +67,10 @@ def _read_theirs() -> SimpleNamespace:
 
 def _unchanged(kind: type, name: str) -> Callable[..., Any] | None:
     """A function of a class; None where somebody has exchanged it already."""
-    found = getattr(kind, name, None)
-    return found if getattr(found, "__module__", None) == kind.__module__ else None
+    found, home = getattr(kind, name, None), kind.__module__
+    made = getattr(found, "__globals__", {}).get("__name__", "")  # functools.wraps copies __module__
+    decorated = made.startswith("transformers.") and home.startswith("transformers.")  # by their own
+    return found if made == home or decorated else None
 
 
 class Standin:
@@ -106,10 +109,14 @@ def _beyond(args: tuple, kwargs: dict[str, Any]) -> str | None:
     return "it is on the meta device" if meta else None
 
 
+_OF_FUNCTIONS = {"__name__", "__qualname__", "__code__", "__defaults__", "__kwdefaults__", "__annotations__"}
+
+
 class Forward:
     """A module's new forward. It does not keep the module alive, and it copies and pickles together with it.
 
-    It has a bound method's __func__, the stand-in, and __self__: libraries wrap the one and bind it to the other.
+    It has a bound method's __func__, the stand-in, and __self__: libraries wrap the one and bind it to the other. What
+    else a function has is the original's.
     """
 
     def __init__(self, module: nn.Module, standin: Standin) -> None:
@@ -135,6 +142,11 @@ class Forward:
     def __signature__(self) -> inspect.Signature:
         """The original's: generate and the Trainer read from it which arguments a model takes."""
         return inspect.signature(self.__wrapped__)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_FUNCTIONS:
+            return getattr(self.__wrapped__, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:

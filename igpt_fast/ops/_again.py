@@ -36,6 +36,11 @@ def remember(y: Tensor, make: Callable[..., Tensor], plain: Callable[..., Tensor
         _recipes[y] = Recipe(make, plain, parts, _versions(y, *parts))
 
 
+def forget(y: Tensor) -> None:
+    """y is kept after all: somebody else may see it, and change it through .data, of which no version tells."""
+    _recipes.pop(y, None)
+
+
 def recipe_of(y: Tensor) -> Recipe | None:
     """How y can be made again; None when nobody knows."""
     found = None if torch.compiler.is_compiling() else _recipes.get(y)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch  # before _C: the extension then shares torch's OpenMP runtime
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 log = logging.getLogger("igpt_fast")
 
@@ -108,9 +110,19 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor] = (), refusal: Refusal
             return f"{name} needs {device} tensors, got {t.device}"
         if t.is_floating_point() and t.dtype not in dtypes:
             return f"{name} has no {op} for {str(t.dtype).removeprefix('torch.')}"
+        if makes_its_own(t):
+            return f"a {type(t).__name__} has ops of its own"
     if name == "cuda" and tensors and (reason := gpu_why_not(tensors[0].device)):
         return reason
     return refusal(name) if callable(refusal) else refusal
+
+
+_ORDINARY = Tensor.__torch_dispatch__
+
+
+def makes_its_own(t: Tensor) -> bool:
+    """Whether a tensor is of a type that computes in its own way, and may have no memory (quantised, distributed)."""
+    return type(t).__torch_dispatch__ is not _ORDINARY
 
 
 def why_plain() -> str | None:
@@ -119,6 +131,10 @@ def why_plain() -> str | None:
         return None
     if torch._C._len_torch_dispatch_stack():
         return "a dispatch mode watches it, as those of FakeTensorMode and make_fx"
+    if torch._C._len_torch_function_stack() and not all(
+        type(mode) is DeviceContext for mode in _get_current_function_mode_stack()
+    ):
+        return "a function mode watches it"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms it"
     if forward_ad._current_level >= 0:

@@ -75,7 +75,8 @@ class _Projection(torch.autograd.Function):
         ctx.make, ctx.plain, ctx.in_float32 = make, plain, _in_float32(x)
         ctx.given = weakref.ref(x), x._version
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
-        return _forward(x, weight, bias)
+        y = _forward(x, weight, bias)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx, dy):

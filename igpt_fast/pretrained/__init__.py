@@ -113,6 +113,8 @@ def write_pretrained(
     if palette is not None and len(palette) != config.colors:
         raise InputError(f"the palette has {len(palette)} colours and the model {config.colors}; save the one it has")
     dtype, headless = str(tensors["wte"].dtype).removeprefix("torch."), not tensors["wtet"].any()
+    if headless and not config.classes:
+        log.warning("%s: its output table is zero and left out; transformers draws a random one for pixels", path)
     settings: dict[str, Any] = {CONFIG: write_settings(config, dtype, headless, class_names, preprocessing)}
     if palette is not None:
         settings[HF_CONFIG] = palette.to_hf(config.size)

@@ -122,7 +122,7 @@ _ORDINARY = Tensor.__torch_dispatch__
 
 def makes_its_own(t: Tensor) -> bool:
     """Whether a tensor is of a type that computes in its own way, and may have no memory (quantised, distributed)."""
-    return type(t).__torch_dispatch__ is not _ORDINARY
+    return getattr(type(t), "__torch_dispatch__", _ORDINARY) is not _ORDINARY
 
 
 def why_plain() -> str | None:

@@ -1,8 +1,11 @@
 """Images that lie in a .npy or .npz file: where each row's bytes are, and the labels beside them. No pixel is read."""
 
+import logging
 import math
 import os
+import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +14,11 @@ import numpy as np
 
 from igpt_fast.errors import InputError
 
-IMAGE_KEYS, LABEL_KEYS, GROUP_KEYS = ("images", "x", "data"), ("labels", "y"), ("groups",)
+log = logging.getLogger("igpt_fast")
+
+# What columns and arrays are called by which images may belong together.
+OWNERS = re.compile(r"group|patient|subject|person|study|series|case|site|scene|region|tile|(^|[_ ])id$", re.I)
+IMAGE_KEYS, LABEL_KEYS, GROUP_KEYS = ("images", "x", "data"), ("labels", "label", "y"), ("groups", "group")
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,24 @@ def npz_layout(path: Path) -> ArrayLayout:
             if keys[kind] is not None:
                 with archive.open(members[keys[kind]]) as stream:
                     beside[kind] = _each(_stored(stream, keys[kind], path), layout.count, f"{path}: {kind}")
+        _warn_of_idle(path, members.keys() - set(keys.values()), keys)
     labels, classes = _labels(beside["labels"]) if "labels" in beside else (None, None)
     return replace(layout, member=member, labels=labels, classes=classes, groups=beside.get("groups"))
+
+
+def _warn_of_idle(path: Path, idle: Iterable[str], used: dict[str, str | None]) -> None:
+    """Says, in the log, which arrays are not used that are called as if they were to be."""
+    owners = [f"`{name}`" for name in sorted(idle) if used["groups"] is None and OWNERS.search(name)]
+    if owners:
+        log.warning(
+            "%s: its array %s is not used; if it says which images belong together, as those of one scene, call it "
+            "`groups`, or some will be learned from and others tested on",
+            path,
+            " or ".join(owners),
+        )
+    for kind, names in _KEYS.items():
+        if twice := [name for name in names if name in idle]:
+            log.warning("%s: %s is read, and %s is not", path, used[kind], " nor ".join(twice))
 
 
 _KEYS = {"images": IMAGE_KEYS, "labels": LABEL_KEYS, "groups": GROUP_KEYS}

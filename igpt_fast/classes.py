@@ -10,12 +10,12 @@ import csv
 import io
 import logging
 import posixpath
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from igpt_fast.arrays import OWNERS
 from igpt_fast.errors import InputError
 
 METADATA = "metadata.csv"
@@ -23,9 +23,6 @@ FILE, LABEL, GROUP = "file_name", "label", "group"  # its columns
 
 # What folders are called that are parts of one data set, and no classes.
 PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-
-# Columns by which images may belong together.
-_OWNERS = re.compile(r"group|patient|subject|person|study|series|case|site|scene|region|tile|(^|[_ ])id$", re.I)
 
 _IN, _ALONE = "group ", "image "  # before a group's name, and before that of an image that has no group
 
@@ -43,7 +40,7 @@ class Classes:
 
 def is_table(name: str) -> bool:
     """Whether an entry of a source is a metadata.csv."""
-    return posixpath.basename(name) == METADATA
+    return posixpath.basename(name).lower() == METADATA
 
 
 def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classes:
@@ -60,11 +57,22 @@ def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classe
         columns |= _read(data, named, posixpath.dirname(table), rows, images)
     groups = None
     if GROUP in columns:
-        groups = as_groups((rows.get(name, {}).get(GROUP, "") for name in names), names)
+        owners = [rows.get(name, {}).get(GROUP, "") for name in names]
+        if 0 < (lone := owners.count("")) < len(names):
+            log.warning("%s: %d of %d images have no group, and count as one each", where, lone, len(names))
+        groups = as_groups(owners, names)
     if LABEL not in columns:
         if columns:
             log.warning("%s: has no column `label`, so folders are the classes", where if len(tables) > 1 else named)
-        return Classes(*by_folder(names, where), groups)
+        labels, classes = by_folder(names, where)
+        if groups is None and (folder := _below_a_class(names, labels)):
+            log.warning(
+                "%s: images lie in folders below their class, as %s; if each is of one scene or patient, `group` in a "
+                "metadata.csv beside `file_name` says so, or some will be learned from and others tested on",
+                where,
+                folder,
+            )
+        return Classes(labels, classes, groups)
     texts = [rows.get(name, {}).get(LABEL, "") for name in names]
     classes = _in_order({text for text in texts if text})
     if not classes:
@@ -103,6 +111,11 @@ def as_groups(texts: Iterable[str], names: list[str]) -> list[str]:
     return [_IN + text if text else _ALONE + name for text, name in zip(texts, names, strict=True)]
 
 
+def group_names(groups: Iterable[str]) -> list[str]:
+    """The names of groups as tables have them: "" of an image that is alone."""
+    return [group.removeprefix(_IN) if group.startswith(_IN) else "" for group in groups]
+
+
 def in_both(groups: list[str] | None, others: list[str] | None) -> list[str]:
     """The names of the groups, as the tables have them, of which both lists hold images."""
     both = {group for group in groups or () if group.startswith(_IN)}.intersection(others or ())
@@ -136,6 +149,16 @@ def by_folder(names: list[str], where: str = "") -> tuple[np.ndarray | None, lis
     return np.array([of[folder] for folder in folders], np.int64), classes
 
 
+def _below_a_class(names: list[str], labels: np.ndarray | None) -> str | None:
+    """A folder that holds some images of a class and not all; None where there is none."""
+    first: dict[int, str] = {}
+    for name, label in zip(names, [] if labels is None else labels.tolist(), strict=False):
+        folder = posixpath.dirname(name)
+        if label >= 0 and first.setdefault(label, folder) != folder:
+            return max(folder, first[label], key=len)
+    return None
+
+
 def by_class(labels: np.ndarray, which: np.ndarray) -> list[np.ndarray]:
     """The images `which`, bool [N], of each class that has some: indices, ascending, the classes too."""
     places = np.flatnonzero(which)
@@ -152,7 +175,7 @@ def _read(data: bytes, where: str, folder: str, rows: dict[str, dict[str, str]],
         titles = [name.strip() for name in lines.fieldnames or ()]
         known = {name: name.lower() for name in titles if name.lower() in (FILE, LABEL, GROUP)}
         lines.fieldnames = [known.get(name, name) for name in titles]
-        columns, rest = set(known.values()), [name for name in titles if name not in known and _OWNERS.search(name)]
+        columns, rest = set(known.values()), [name for name in titles if name not in known and OWNERS.search(name)]
         if twice := [name for name in columns if lines.fieldnames.count(name) > 1]:
             raise InputError(f"{where}: has two columns {twice[0]}; leave one of them out")
         if FILE not in columns:

@@ -49,7 +49,10 @@ def silent() -> Iterator[None]:
 def say(text: str = "") -> None:
     """Prints one line (or several) for a person on stderr; above the bar when one is shown."""
     if not _silent:
-        print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
+        try:
+            print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
+        except OSError:  # who read it has gone, or its disk is full: no reason to end hours of work
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def answer(text: str, as_json: bool = False) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from igpt_fast.errors import InputError
-from igpt_fast.image_files import BYTES, DARK, PAGES, read_image
+from igpt_fast.image_files import BYTES, DARK, OUTSIDE, PAGES, read_image
 from igpt_fast.images import Preprocessing, random_view, resize_image
 from igpt_fast.reader import Reader, fetch
 from igpt_fast.sources import Source
@@ -34,6 +34,10 @@ LOST = {
     DARK: (
         "images of 16 bits use less than an eighth of their values, and come out almost black, or of one gray",
         "--value-range (value_range) says which values are black and white, 0,4095 for the 12 bits of most scans",
+    ),
+    OUTSIDE: (
+        "images lie outside --value-range (value_range), or in a small part of it, and come out of one shade",
+        "give the values that they have; files of several kinds of numbers want one each",
     ),
     BYTES: (
         "images have 8 bits, or say themselves what is white",

@@ -9,6 +9,7 @@ libraries of their fields (igpt_fast.scientific). Where nothing was measured (Na
 transparent. LAB is refused by name, as are images larger than Pillow's limit against decompression bombs.
 """
 
+import contextlib
 import io
 import logging
 import os
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import count
+from itertools import count, takewhile
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -33,7 +34,7 @@ SUFFIXES = frozenset(
 )
 # Pillow tries these and no other: some of its readers start programs (EPS), which a picture has no business to do.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
-DARK, BYTES, PAGES = "dark", "bytes", "pages"  # keys of what read_image notes in `.info`
+DARK, OUTSIDE, BYTES, PAGES = "dark", "outside", "bytes", "pages"  # keys of what read_image notes in `.info`
 
 REMEDY = "mend or remove the file"
 
@@ -42,7 +43,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # or else its words 
 _PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
 _SAMPLES = 277  # the TIFF tag; how many a pixel
 _FORMAT, _SIGNED = 339, 2  # the TIFF tag of what kind of numbers they are
-_SUBFILE = 254  # the TIFF tag; 1: a smaller copy of another page, 4: a mask
+_SUBFILE, _COPY, _MASK = 254, 1, 4  # the TIFF tag; a smaller copy of another page, a mask of it
 _DEPTH = 32997  # the TIFF tag; slices of a volume, of which the first is read
 _PLANAR = 284  # the TIFF tag; 2: bands one behind the other
 
@@ -70,8 +71,8 @@ def read_image(
 
     data: the bytes of an image file, or numbers [H, W] or [H, W, C]. where: names the image in errors. background,
     value_range, bands: as in Preprocessing; without bands, C is 1 (gray) or 3 (RGB), of bytes also 2 or 4 (with alpha).
-    `.info` has PAGES where there are several, DARK for 16 bits of which few are used, and BYTES where value_range had
-    nothing to stretch. Raises InputError when it cannot be decoded.
+    `.info` has PAGES where there are several, DARK for 16 bits of which few are used, OUTSIDE where value_range makes
+    one of all, and BYTES where it had nothing to stretch. Raises InputError when it cannot be decoded.
     """
     colour = parse_background(background)
     if not len(data):
@@ -86,7 +87,7 @@ def read_image(
             notes[BYTES] = True
         if isinstance(found, Values):
             found, dim = to_8_bits(found, bands, value_range)
-            notes |= {DARK: True} if dim else {}
+            notes |= {DARK if value_range is None else OUTSIDE: True} if dim else {}
         image = _to_rgb(found, colour)
         image.info = notes
         return image
@@ -139,7 +140,8 @@ def _beyond_pillow(
     """What Pillow would not read in full; None where it does. deep: of 16 bits a colour. stretch: all of them count."""
     # A transparent colour has 16 bits, too, of which Pillow keeps 8 on one side only.
     stretched = deep and (stretch or (image.format == "PNG" and "transparency" in image.info))
-    if image.format == "TIFF" and (stretched or _is_beyond_pillow(image, bands)):
+    masked = image.mode.startswith("I;16") and _has_mask(image, data)
+    if image.format == "TIFF" and (stretched or masked or _is_beyond_pillow(image, bands)):
         return _with_pages(*scientific.read_tiff(data))
     if deep and image.mode == "RGB" and nodata is not None:  # which the high bytes that Pillow keeps do not tell
         values, more = scientific.read_tiff(data)
@@ -156,6 +158,8 @@ def _by_pillow(
     """What Pillow reads, upright, as numbers where they are more than 8-bit colours."""
     kind, mode = image.format, image.mode
     image.load()
+    if mode in ("L", "RGB") and _has_mask(image, data) and (seen := scientific.read_mask(data)) is not None:
+        image.putalpha(Image.fromarray(255 * seen.astype(np.uint8)))
     notes = {PAGES: True} if _has_pages(image, data) else {}
     if deep and max(high for _, high in image.getextrema()[: 1 if mode == "LA" else 3]) < DIM >> 8:
         notes[DARK] = True  # Pillow has kept the high bytes
@@ -163,9 +167,9 @@ def _by_pillow(
     if kind == "PNG" and mode == "L" and "transparency" in image.info:  # Pillow has spread the shades of fewer bits
         image.info["transparency"] = image.info["transparency"] * 255 // ((1 << data[24]) - 1)
     elif mode == "P" and nodata is not None:  # of the numbers of its colours
-        seen = Image.fromarray(255 * (np.asarray(image) != nodata).astype(np.uint8))
+        shown = Image.fromarray(255 * (np.asarray(image) != nodata).astype(np.uint8))
         image = image.convert("RGB")
-        image.putalpha(seen)
+        image.putalpha(shown)
     # "I" is 16-bit in Pillow's PGM, and before Pillow 11 in its PNG.
     wide = mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM"))
     if image.getexif().get(scientific.ORIENTATION, 1) != 1:
@@ -183,6 +187,18 @@ def _by_pillow(
         nodata = 255 - nodata if nodata is not None and white_is_0 and mode == "L" else nodata  # Pillow turns it over
         return Values(np.atleast_3d(np.asarray(image)), image.mode in ("LA", "RGBA"), nodata=nodata), notes
     return image, notes
+
+
+def _has_mask(image: Image.Image, data: bytes) -> bool:
+    """Whether a page of a TIFF masks its first one, as GDAL writes it."""
+    if image.format != "TIFF" or not getattr(image, "is_animated", False):
+        return False
+    pages = Image.open(io.BytesIO(data), formats=["TIFF"])
+    try:
+        kinds = takewhile(bool, (_subfile(pages, page) for page in count(1)))  # pages of a stack are neither
+        return any(kind == _MASK for kind in kinds)
+    except EOFError:
+        return False
 
 
 def _is_beyond_pillow(image: Image.Image, bands: tuple[int, ...] | None) -> bool:
@@ -211,16 +227,18 @@ def _has_pages(image: Image.Image, data: bytes) -> bool:
         if image.format != "TIFF":
             return True
         pages = Image.open(io.BytesIO(data), formats=["TIFF"])
-        return any(not _is_copy(pages, page) for page in count(1))
+        return any(not _subfile(pages, page) for page in count(1))
     except EOFError:
         return False
     except Exception:  # what lies behind the first frame is damaged, and nobody has asked for it
         return True
 
 
-def _is_copy(pages: Image.Image, page: int) -> bool:
-    pages.seek(page)
-    return bool(pages.tag_v2.get(_SUBFILE, 0) & 0b101)
+def _subfile(pages: Image.Image, page: int) -> int:
+    """What a page of a TIFF is to others: 0 nothing, _COPY, _MASK, or both."""
+    with contextlib.suppress(SyntaxError):  # of a mask Pillow knows the tags, and not the pixels
+        pages.seek(page)
+    return pages.tag_v2.get(_SUBFILE, 0) & (_COPY | _MASK)
 
 
 def _from_array(data: np.ndarray, bands: tuple[int, ...] | None) -> tuple[Values, dict[str, bool]]:

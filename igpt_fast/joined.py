@@ -49,7 +49,7 @@ class JoinedTokens:
             log.warning(
                 "%s was made with %s, %s with %s: a model answers less well", test.origin, flag, train.origin, other
             )
-        if _too_many(train) or _too_many(test):
+        if too_many(train) or too_many(test):
             return
         learned = set(train.digests(np.arange(len(train))))
         tested = list(test.digests(np.arange(len(test))))
@@ -97,11 +97,12 @@ def warn_of_twins(dataset: TokenDataset | JoinedTokens, learned: np.ndarray, tes
     Both are indices of the dataset. which: what they are tested for, as " to test on". JoinedTokens have said it
     themselves; of more than MOST tokens it is not asked.
     """
-    if isinstance(dataset, TokenDataset) and not _too_many(dataset):
+    if isinstance(dataset, TokenDataset) and not too_many(dataset):
         _warn_of_equal(set(dataset.digests(learned)), list(dataset.digests(tested)), dataset.origin, which)
 
 
-def _too_many(dataset: TokenDataset) -> bool:
+def too_many(dataset: TokenDataset) -> bool:
+    """Whether looking through all tokens for equal images would take longer than it is worth."""
     return len(dataset) * math.prod(dataset.size) > MOST
 
 

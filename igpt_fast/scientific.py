@@ -71,15 +71,52 @@ def read_tiff(data: bytes) -> tuple[Values, bool]:
         numbers = page.asarray()
         numbers = numbers[..., None] if page.axes == "YX" else numbers
         numbers = numbers.transpose(1, 2, 0) if page.axes == "SYX" else numbers
+        alpha = tuple(page.extrasamples)[-1:] == (_ALPHA,) and numbers.dtype.kind == "u"
+        if (seen := _mask(tiff)) is not None:
+            numbers, alpha = _masked(numbers, alpha, seen)
         turn = page.tags[ORIENTATION].value if ORIENTATION in page.tags else 1
         values = Values(
             upright(numbers, turn),
-            alpha=tuple(page.extrasamples) == (_ALPHA,) and numbers.dtype.kind == "u",
+            alpha=alpha,
             white_is_0=page.photometric == _WHITE_IS_0,
             nodata=nodata_of(page.tags[NODATA].value) if NODATA in page.tags else None,
         )
         more = any(not (other.is_reduced or other.is_mask) for other in islice(tiff.pages, 1, None))
     return values, more
+
+
+def read_mask(data: bytes) -> np.ndarray | None:
+    """What the mask of a TIFF's first page shows, bool [H, W]; None where there is none. Raises anything."""
+    with _library("tifffile", "tiff").TiffFile(io.BytesIO(data)) as tiff:
+        return _mask(tiff)
+
+
+def _mask(tiff: Any) -> np.ndarray | None:
+    first = tiff.pages[0]
+    for page in islice(tiff.pages, 1, None):
+        if (
+            page.is_mask
+            and not page.is_reduced
+            and (page.imagewidth, page.imagelength)
+            == (
+                first.imagewidth,
+                first.imagelength,
+            )
+        ):
+            return page.asarray().astype(bool)
+    return None
+
+
+def _masked(numbers: np.ndarray, alpha: bool, seen: np.ndarray) -> tuple[np.ndarray, bool]:
+    """[H, W, C], and whether the last is opacity, where a mask [H, W] shows some of it."""
+    if alpha:
+        numbers = np.concatenate([numbers[..., :-1], np.where(seen[..., None], numbers[..., -1:], 0)], 2)
+    elif numbers.dtype.kind == "u":
+        opacity = np.where(seen, np.iinfo(numbers.dtype).max, 0).astype(numbers.dtype)
+        numbers, alpha = np.concatenate([numbers, opacity[..., None]], 2), True
+    else:
+        numbers = np.where(seen[..., None], numbers, np.nan)
+    return numbers, alpha
 
 
 def read_deep_png(data: bytes) -> Values:

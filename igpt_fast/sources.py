@@ -114,6 +114,8 @@ def open_source(path: str | Path) -> Source:
 
 def _read_first(path: str, count: int) -> bytes:
     if not os.path.isfile(path):  # a link to nothing; a pipe, that nobody may ever write to
+        if count < 0:
+            raise InputError(f"{path}: is no file, or a link to nothing; mend or remove it")
         return b""
     try:
         with as_input_error(f"{path}:", "allow it, or move it elsewhere"), open(path, "rb") as file:

@@ -29,8 +29,8 @@ class Values:
 def to_8_bits(
     values: Values, bands: tuple[int, ...] | None = None, value_range: tuple[float, float] | None = None
 ) -> tuple[Image.Image, bool]:
-    """Numbers as gray or RGB (LA, RGBA where some of it is transparent), and whether they use so few of the values that
-    they could have, by which they are scaled, that little can be seen.
+    """Numbers as gray or RGB (LA, RGBA where some of it is transparent), and whether little can be seen: they use few
+    of the values that they could have, by which they are scaled, or all become one by value_range.
 
     bands: the one that becomes gray, or three, counted from 1; None: all, where there are one or three. value_range:
     the values that become black and white, as floor(255 (v - low) / (high - low) + 1/2) has it, with those outside;
@@ -56,6 +56,9 @@ def to_8_bits(
             window = values.bounds or _all_of(found)
             dim = found.size > 0 and _is_dim(found, values)
         colours = _scaled(colours, *window)
+        if value_range is not None and found.size and found.min() < found.max():
+            shades = colours if seen is None else colours[seen]
+            dim = bool(shades.min() == shades.max())
     colours = 255 - colours if values.white_is_0 else colours
     if alpha or seen is not None:
         opacity = _opacity(numbers[..., -1]) if alpha else np.full(colours.shape[:2], 255, np.uint8)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from igpt_fast.atomic import write_atomically
+from igpt_fast.checkpoint import STATE
 from igpt_fast.cli.inputs import LimitOption, refuse_replacing
 from igpt_fast.cli.options import (
     DataArgument,
@@ -31,6 +32,7 @@ from igpt_fast.images import MOST_VIEWS
 from igpt_fast.palette import Palette
 from igpt_fast.pictures import to_png_bytes
 from igpt_fast.pixels import FIT_LIMIT, as_source, drawn_from
+from igpt_fast.tokens import is_token_directory
 
 
 def register(app: typer.Typer) -> None:
@@ -178,6 +180,8 @@ def _check_palette_file(out: Path, data: Path) -> None:
     """
     if out.suffix != ".npy" or out.is_dir():
         raise InputError(f"{out}: a palette is written as a file ending in .npy; give such a name to --out")
+    if is_token_directory(out.parent) or (out.parent / STATE).is_file():
+        raise InputError(f"{out}: is the palette of what lies beside it, tokens or a checkpoint; give another --out")
     picture = _picture_of(out)
     for path in (out, picture):
         refuse_replacing(path, data)

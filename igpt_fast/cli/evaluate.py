@@ -107,7 +107,7 @@ def evaluate(
         answer(line, as_json)
     without = "; --split val leaves them out" if way else ""
     if seen and split is Split.val:
-        without = ": what decides the split, names and fraction, is not as in training"
+        without = ": what decides the split, names and fraction, is not as in training, or they are there twice"
     say_seen(checkpoint, seen, f"the model had learned from {seen or 0:,} of these images{without}")
     if out is not None:
         say(f"wrote {out}")

@@ -8,6 +8,7 @@ import numpy as np
 import typer
 
 from igpt_fast.atomic import open_atomically
+from igpt_fast.classes import group_names
 from igpt_fast.cli.inputs import (
     LimitOption,
     ModelArgument,
@@ -90,5 +91,5 @@ def _beside(dataset: TokenDataset, indices: np.ndarray) -> dict[str, Any]:
     if dataset.classes is not None:
         found |= {"labels": dataset.labels[indices], "classes": np.array(dataset.classes)}
     if dataset.groups is not None:
-        found["groups"] = np.array([dataset.groups[index] for index in indices])
+        found["groups"] = np.array(group_names(dataset.groups[index] for index in indices))
     return found

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from igpt_fast.atomic import write_atomically
@@ -22,7 +23,7 @@ from igpt_fast.cli.inputs import (
 from igpt_fast.cli.learning import FIELDS, ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, learning
 from igpt_fast.cli.options import Given, JsonOption, expanded, given_of, print_json
 from igpt_fast.cli.seen import seen_in_test
-from igpt_fast.console import duration, number, say
+from igpt_fast.console import duration, few_of, number, say
 from igpt_fast.data import Source, open_tokens
 from igpt_fast.errors import InputError
 from igpt_fast.finetune import FinetuneResult
@@ -105,6 +106,8 @@ def _prepare(
     init = command.get("init") if resume else str(model.absolute() if model.exists() else model)
     if init in (None, IN_PYTHON):
         say(f"{out} was begun in Python: with which model it does not say, so {model} is not compared with it")
+    elif resume and Path(init).is_absolute() and not Path(init).exists():
+        say(f"the model that {out} began with is gone from {init}, so {model} is not compared with it")
     elif Path(init).resolve() != model.resolve():
         raise InputError(f"--resume with another MODEL: {out} began with {init}; give that, or another --out")
     sources = [_with_labels(data, 2), *([_with_labels(Path(test), 1)] if test else [])]
@@ -201,6 +204,10 @@ def _report(result: FinetuneResult, dataset: TokenDataset | JoinedTokens, data: 
         places += [("confusion", run / CONFUSION), ("answers", run / ANSWERS)]
     else:
         say("no test: no image was kept for it")
+    if result.answers is not None:
+        tested = np.bincount(labels, minlength=len(chosen_.classes))
+        if idle := [name for name, count in zip(chosen_.classes, tested, strict=True) if not count]:
+            say(f"not tested: {few_of(idle)}: no image of {'them' if len(idle) > 1 else 'it'} was kept for the test")
     if seen:
         say(f"the model that this began with had learned from {seen:,} of the test images")
     if chosen_.unlabelled:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,21 @@ from igpt_fast.checkpoint import CONFIG, STATE, Checkpoint
 from igpt_fast.cli.inputs import run_of
 from igpt_fast.console import say
 from igpt_fast.errors import InputError, as_input_error
-from igpt_fast.joined import JoinedTokens
+from igpt_fast.joined import JoinedTokens, too_many
 from igpt_fast.labels import Labelled
 from igpt_fast.made import CHECKPOINTS, OPTIONS
 from igpt_fast.pretrained.settings import OURS
 from igpt_fast.run import IN_PYTHON, LEARNED, learns_classes, read_options
-from igpt_fast.tokens import MOST, TokenDataset, is_token_directory
+from igpt_fast.tokens import TokenDataset, is_token_directory
 
 
 def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarray) -> int | None:
     """How many of the images the model has learned from, as far as it is known; None where that is none.
 
-    Of other data than the run's own those count whose tokens are the same, where the run's still lie there whole; of
-    the same files those of the same names, however they were read. Of other files that were read in another way it is
-    not known. What the runs that it began with have learned from counts too, and of a fine-tuned model's runs the
-    images of validation: the weights were chosen by them.
+    Those count whose tokens are the same, where the run's still lie there whole; of the same files also those of the
+    same names, however they were read. Of other files that were read in another way it is not known. What the runs
+    that it began with have learned from counts too, and of a fine-tuned model's runs the images of validation: the
+    weights were chosen by them.
     """
     if (newest := run_of(checkpoint)) is None:
         return None
@@ -40,14 +39,15 @@ def seen_among(checkpoint: Checkpoint, dataset: TokenDataset, indices: np.ndarra
             all_known = False
             continue
         learned = _learned(run, saved, own)
-        if own is dataset:
+        same, otherwise = own is dataset, _read_otherwise(dataset, own)
+        if same:
             seen |= np.isin(indices, learned)
-            continue
-        if own.made_of(dataset.stamp) or dataset.made_of(own.stamp):
-            named = {own.names[index] for index in learned}
+        elif own.made_of(dataset.stamp) or dataset.made_of(own.stamp):
+            same, named = True, {own.names[index] for index in learned}
             seen |= np.fromiter((dataset.names[index] in named for index in indices), bool, len(indices))
+        if same and (otherwise or too_many(own)):
             continue
-        all_known = all_known and not _read_otherwise(dataset, own)
+        all_known = all_known and not otherwise
         try:
             known |= set(own.digests(learned))
         except InputError:  # a remark is not worth ending for
@@ -131,5 +131,5 @@ def _data_of(run: Path, saved: dict[str, Any]) -> TokenDataset | None:
     for path in (run / "tokens", Path(saved["command"].get("data", run))):
         with contextlib.suppress(InputError):
             if is_token_directory(path) and _is(found := TokenDataset(path), saved):
-                return found if len(found) * math.prod(found.size) <= MOST else None
+                return None if too_many(found) else found
     return None

@@ -43,6 +43,24 @@ def run(tmp_path, igpt) -> Path:
     return tmp_path / "run"
 
 
+def test_one_command_begins_and_goes_on(tmp_path, igpt, photos, run):
+    """As a scheduler repeats it, with all that the beginning takes."""
+    again = "train", photos, "--out", tmp_path / "again", "--init", run, "--size", "6", "--auto-resume", *FAST[:2]
+    code, _, said = igpt(*again)
+    assert code == 0 and "step 4: loss" in said, said
+    code, _, said = igpt(*again[:-1], 6)
+    assert code == 0 and "step 6: loss" in said and read_options(tmp_path / "again")["command"]["init"] == str(run)
+    code, _, said = igpt("train", photos, "--out", tmp_path / "again", "--init", run, "--size", "6", *FAST[:2])
+    assert code == 2 and "add --resume to go on from it" in said
+
+
+def test_finetune_too(tmp_path, igpt, photos, run):
+    again = "finetune", run, photos, "--out", tmp_path / "tuned", "--resize", "hf", "--auto-resume", "--steps"
+    assert igpt(*again, 1)[0] == 0
+    code, _, said = igpt(*again, 2)
+    assert code == 0 and "of 2 best" in said
+
+
 def resume(igpt, run: Path, *words) -> tuple[int, str]:
     """Exit code and stderr."""
     code, _, said = igpt("train", run.parent / "data/tokens", "--out", run, "--resume", *words)

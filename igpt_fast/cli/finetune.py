@@ -8,7 +8,7 @@ import numpy as np
 import typer
 
 from igpt_fast.atomic import write_atomically
-from igpt_fast.checkpoint import Checkpoint, load_checkpoint
+from igpt_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from igpt_fast.cli.inputs import (
     PREPROCESSING,
     LabelledArgument,
@@ -20,7 +20,16 @@ from igpt_fast.cli.inputs import (
     refuse_preprocessing,
     say_read_otherwise,
 )
-from igpt_fast.cli.learning import FIELDS, ResumeOption, RunDeviceOption, RunOption, RunWorkersOption, chosen, learning
+from igpt_fast.cli.learning import (
+    FIELDS,
+    AutoResumeOption,
+    ResumeOption,
+    RunDeviceOption,
+    RunOption,
+    RunWorkersOption,
+    chosen,
+    learning,
+)
 from igpt_fast.cli.options import Given, JsonOption, expanded, given_of, print_json
 from igpt_fast.cli.seen import seen_in_test
 from igpt_fast.console import duration, few_of, number, say
@@ -62,6 +71,7 @@ def finetune(
     *,
     out: RunOption,
     resume: ResumeOption = False,
+    auto_resume: AutoResumeOption = False,
     test: TestOption = None,
     read_as: ReadAs,
     learning_options: Annotated[Given, learning(STANDARD, USED, **TEXTS)],
@@ -76,6 +86,7 @@ def finetune(
 
     Example: igpt-fast finetune openai/imagegpt-small scans/ --out run --steps 500 --flip
     """
+    resume = resume or (auto_resume and bool(list_checkpoints(out)))
     given = given_of(resume=resume, test=test, workers=workers) | read_as | learning_options
     with together(device) as processes:
         with processes.first_goes_ahead():

@@ -120,6 +120,13 @@ RunOption = Annotated[
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on from RUN's newest checkpoint, with the options that RUN has.")
 ]
+AutoResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--auto-resume",
+        help="--resume where RUN holds a checkpoint, else begin: for jobs that are started again.",
+    ),
+]
 RunWorkersOption = Annotated[
     int | None,
     option(

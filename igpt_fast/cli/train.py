@@ -6,11 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from igpt_fast.checkpoint import list_checkpoints
 from igpt_fast.cli.inputs import PREPROCESSING, say_read_otherwise
 from igpt_fast.cli.learning import (
     IMAGES_PANEL,
     SHAPE,
     SMALL,
+    AutoResumeOption,
     ResumeOption,
     RunDeviceOption,
     RunOption,
@@ -68,6 +70,7 @@ def train(
     *,
     out: RunOption,
     resume: ResumeOption = False,
+    auto_resume: AutoResumeOption = False,
     init: Annotated[
         Path | None,
         option(
@@ -92,6 +95,8 @@ def train(
 
     Example: igpt-fast train photos/ --out run --layers 8 --width 256 --heads 4 --size 32 --steps 5000
     """
+    if auto_resume and list_checkpoints(out):
+        resume, init = True, None  # what the run began with is behind it
     given = given_of(resume=resume, init=init, workers=workers) | shape_options | image_options | learning_options
     given |= read_pattern(given)
     with together(device) as processes:

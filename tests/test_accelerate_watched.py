@@ -269,3 +269,18 @@ def test_a_model_without_an_output_table_says_so_when_it_is_saved(tmp_path, capl
     nn.init.ones_(model.wtet)
     model.save_pretrained(tmp_path / "trained")
     assert "output table" not in caplog.text
+
+
+def test_a_hook_of_the_dropout_of_attention_alone_is_called():
+    theirs, ours = both()
+    x, seen = IDS, []
+    for model in (theirs, ours):
+        model.transformer.h[1].attn.attn_dropout.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+        model(x)
+    assert len(seen) == 2 and seen[0] == seen[1]
+
+
+def test_a_dropout_of_all_weights_of_attention_is_theirs():
+    theirs, ours = both(**{**NO_DROPOUT, "attn_pdrop": 1.0})
+    x = IDS
+    assert torch.allclose(ours.train()(x).logits, theirs.train()(x).logits, atol=2e-5)

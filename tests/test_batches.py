@@ -9,6 +9,7 @@ from tiny import write_tokens
 
 from igpt_fast import batches as module
 from igpt_fast.batches import Batches, images_of_step, shifted
+from igpt_fast.data import tokenize
 from igpt_fast.errors import InputError
 from igpt_fast.options import Options
 from igpt_fast.tokens import TokenDataset
@@ -89,3 +90,35 @@ def test_shifts_are_drawn_anew_for_each_image_and_step(dataset):
     assert 0 < sum(same) < 30, "about one in 25 stays where it is"
     with pytest.raises(InputError, match="--shift is 4; use less than the 4 pixels of a side"):
         Batches(dataset, Options(shift=4), "ar")
+
+
+def test_whatever_is_drawn_has_a_stream_of_its_own_of_the_seed(dataset, monkeypatch):
+    drawn, real = [], module._random
+    monkeypatch.setattr(module, "_random", lambda *key: drawn.append(key) or real(*key))
+    module._permutation.cache_clear()
+    batches = Batches(dataset, Options(batch=4, flip=True, shift=1, seed=3, val_fraction=0.3), "bert")
+    batches.of_step(7)
+    of_step = {(3, module.FLIP, 7), (3, module.MASK, 7), (3, module.SHIFT, 7)}
+    assert of_step <= set(drawn) and {key[1] for key in set(drawn) - of_step} == {module.ORDER}
+    drawn.clear()
+    list(batches.validation(2))
+    assert drawn == [(3, module.VALIDATION, number) for number in range(len(batches.held_out))]
+
+
+def test_no_image_is_validated_twice_where_fewer_are_held_out_than_asked_for(dataset):
+    held_out = Batches(dataset, Options(val_fraction=0.3, val_images=500), "ar").held_out
+    assert np.array_equal(held_out, dataset.split("val", 0.3))
+
+
+def test_a_fingerprint_knows_the_last_name_and_images_from_all_over(tmp_path):
+    names = [f"{number}.png" for number in range(150)]
+    assert module._digest_of_texts(names) != module._digest_of_texts([*names[:-1], "x.png"])
+    first = write_tokens(tmp_path / "first", count=150)
+    pixels = np.load(tmp_path / "first" / "images.npy")
+    np.save(tmp_path / "images.npy", np.concatenate([pixels[:100], pixels[50:100]]))
+    other = tokenize(tmp_path / "images.npy", first.palette, tmp_path / "other", (4, 6), resize="none", workers=0)
+    assert module.fingerprint(first)["tokens"] != module.fingerprint(other)["tokens"]
+
+
+def test_a_seed_means_the_same_images_from_version_to_version():
+    assert images_of_step(np.arange(12), 8, 3, 2).tolist() == [8, 4, 7, 1, 2, 0, 10, 5]

@@ -142,6 +142,8 @@ def test_parts_that_look_ahead_are_found_in_unions():
         ("strided(1, 2)", r"strided takes stride \(the width\)"),
         ("|".join(["row"] * 3000), r"pattern 'row\|row.* has 11,999 characters; use at most 1,000"),
         (f"{'(' * 400}row{')' * 400}", "cannot be read"),
+        ("local(True)", "True is not a whole number"),
+        ("row|\udcff", "cannot be read"),
     ],
 )
 def test_texts_that_are_no_pattern(text, message):
@@ -256,3 +258,8 @@ def test_what_is_made_of_a_mask_for_a_device_is_made_once(monkeypatch):
     assert (fresh := dataclasses.replace(mask, pairs=3))._kept == {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert fresh.to(meta).tensors[0].device == meta and fresh._kept == {}
+
+
+def test_the_start_of_a_mask_keeps_the_order_that_has_the_fewest_tiles():
+    start = compiled("column", (24, 24)).first(500)
+    assert start.order == "transposed" and start.tiles() < start.raster.tiles()

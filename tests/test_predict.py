@@ -1,8 +1,10 @@
 """What a classifier answers: probabilities, the same in any batch; tables and files that say them."""
 
 import csv
+import importlib
 import io
 
+import labelled
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.predict import Answers, answers_csv, class_names, predict, table_png
+from igpt_fast.processes import Processes
 
 NAMES = ("cats", 'a "dog", or two', "ü$x$")
 
@@ -96,3 +99,12 @@ def test_the_picture_is_one(count):
 def test_half_a_character_in_a_class_is_spelled_out():
     answers = Answers(np.arange(1), np.array([[1.0, 0.0]], np.float32), ("\ud800x", "b"))
     assert answers_csv(answers, ["a.png"]).splitlines()[1] == b"a.png,\\ud800x,1.000000"
+
+
+@pytest.mark.parametrize("name", ["predict", "evaluate"])
+def test_the_processes_that_are_given_share_the_images(tmp_path, monkeypatch, name):
+    given, module = [], importlib.import_module(f"igpt_fast.{name}")
+    monkeypatch.setattr(module, "over_images", lambda _, found, *rest, processes, **more: given.append(processes))
+    data, processes = write_tokens(tmp_path, np.arange(9) % 3), Processes(torch.device("cpu"))
+    getattr(module, name)(labelled.make(classes=3), data, processes=processes)
+    assert given == [processes]

@@ -1,9 +1,13 @@
 """What a Reader fetches of a file that was made to harm."""
 
+import io
+import struct
+import tarfile
 import tracemalloc
 import zipfile
 
 import pytest
+from PIL import Image
 
 from igpt_fast import reader
 from igpt_fast.errors import InputError
@@ -29,3 +33,26 @@ def test_a_zip_unpacks_no_more_than_it_says_and_than_an_image_has(tmp_path, monk
             source.read(i)
         assert tracemalloc.get_traced_memory()[1] < 1 << 19
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_whose_entries_have_extra_fields_as_those_of_info_zip(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        for number in range(3):
+            Image.new("RGB", (4, 4), (number, 0, 9)).save(image := io.BytesIO(), "PNG")
+            entry = zipfile.ZipInfo(f"{number}.png")
+            entry.compress_type, entry.extra = method, struct.pack("<HHBI", 0x5455, 5, 1, 7)  # a time
+            archive.writestr(entry, image.getvalue())
+    source = open_source(tmp_path / "a.zip")
+    assert [source.read(number)[0, 0].tolist() for number in range(3)] == [[number, 0, 9] for number in range(3)]
+
+
+def test_a_tar_that_became_shorter_is_named(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        Image.new("L", (64, 64), 9).save(image := io.BytesIO(), "BMP")
+        (entry := tarfile.TarInfo("a.bmp")).size = len(image.getvalue())
+        archive.addfile(entry, io.BytesIO(image.getvalue()))
+    source, path = open_source(tmp_path / "a.tar"), tmp_path / "a.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match=r"a\.tar: a\.bmp: .*the file ends before this image does"):
+        source.read(0)

@@ -175,7 +175,8 @@ def test_a_palette_never_replaces_that_of_tokens_or_a_checkpoint(igpt, tmp_path,
 
 def test_a_table_of_labels_is_never_replaced(igpt, tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,label\n")
-    code, _, said = igpt("eval", tmp_path / "run", tmp_path, "-o", tmp_path / "metadata.csv")
+    dataset = write_tokens(tmp_path / "made", np.arange(9) % 3)
+    code, _, said = igpt("eval", tmp_path / "run", dataset.path, "-o", tmp_path / "metadata.csv")
     assert code == 2 and "says which classes images have, and would be replaced" in said
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from published import make
 
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
@@ -147,3 +148,13 @@ def test_what_we_do_not_compute_is_refused_by_name(field):
 def test_a_bert_model_has_no_counterpart():
     with pytest.raises(InputError, match="BERT"):
         to_hf_state_dict(ImageGPT(Config(layers=1, width=8, heads=1, size=(2, 2), objective="bert")))
+
+
+def test_a_state_dict_says_the_width_of_the_mlp_and_that_a_matrix_lies_on_its_side():
+    model = make(mlp_width=40)
+    theirs = to_hf_state_dict(model)
+    found = from_hf(theirs, heads=3)
+    assert found.config == model.config and torch.equal(found.blocks[1].mlp.fc.weight, model.blocks[1].mlp.fc.weight)
+    name = "transformer.h.1.attn.c_attn.weight"
+    with pytest.raises(InputError, match=rf"{name} as \[72, 24\], not \[24, 72\]: shapes do not fit"):
+        from_hf({**theirs, name: theirs[name].T}, heads=3)

@@ -81,13 +81,13 @@ def check_place(out: Path, ending: str, *inputs: Path) -> None:
 def refuse_replacing(out: Path, *inputs: Path) -> None:
     """InputError where `out` is one of the images, arrays or tables of labels that a command reads."""
     table = is_table(out.name)
-    if table and out.exists():
-        raise InputError(f"{out}: says which classes images have, and would be replaced; give another name")
     if table or (out.exists() and out.suffix.lower() in {*SUFFIXES, ".npy", ".npz"}):
         for path in inputs:
             if path.resolve() in (out.resolve(), *out.resolve().parents):
                 what = "would be taken for their labels" if table else "would be replaced"
                 raise InputError(f"{out}: is among the images, and {what}; give another name")
+    if table and out.exists():  # of other images, which may be those that given tokens were made of
+        raise InputError(f"{out}: says which classes images have, and would be replaced; give another name")
 
 
 def check_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from labelled import PALETTE, make, write_tokens
 from PIL import Image
 
@@ -139,8 +140,9 @@ def test_a_rare_class_weighs_as_much_as_a_frequent_one():
 @pytest.fixture
 def one(tmp_path):
     """A model, its images of two classes, and others that a metadata.csv says are all of one."""
-    dataset = write_tokens(tmp_path, np.arange(60) % 2)
-    save_checkpoint(tmp_path / "run", 3, make(), PALETTE)
+    dataset, model = write_tokens(tmp_path, np.arange(60) % 2), make()
+    torch.nn.init.normal_(model.wtet)  # a fresh one finds all images equally likely
+    save_checkpoint(tmp_path / "run", 3, model, PALETTE)
     (tmp_path / "one").mkdir()
     images = np.load(tmp_path / "images.npz")["images"][:, ::-1]  # others, by what they show
     for k in range(4):

@@ -31,11 +31,11 @@ def linear(
         raise InputError(
             f"linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; expected [M, K] and [N, K]"
         )
-    (N, K), M = x.shape, len(weight)
+    (N, K), (M, _) = x.shape, weight.shape
     given = {"x": x, "weight": weight, "bias": bias, "norm": norm, "residual": residual}
-    for name, shape in (("bias", (M,)), ("norm", (K,)), ("residual", (N, M))):
-        if given[name] is not None and given[name].shape != shape:
-            raise InputError(f"linear: {name} {tuple(given[name].shape)} is not {shape}, as x and weight ask for")
+    for name, t, shape in (("bias", bias, (M,)), ("norm", norm, (K,)), ("residual", residual, (N, M))):
+        if t is not None and t.shape != shape:
+            raise InputError(f"linear: {name} {tuple(t.shape)} is not {shape}, as x and weight ask for")
     floats("linear", **given)
     if needs_grad(*given.values()):
         raise InputError(
@@ -67,8 +67,10 @@ def _linear(
     if native is None:
         return reference.linear.linear(x, weight, bias, norm, residual, eps, gelu)
     y, on_gpu = empty((x.size(0), weight.size(0)), x), has_cuda_kernels(native.name)
-    x, weight, norm = (None if t is None else rows(t.contiguous(), on_gpu) for t in (x, weight, norm))
-    bias, residual = (None if t is None else t.contiguous() for t in (bias, residual))
+    x, weight = rows(x.contiguous(), on_gpu), rows(weight.contiguous(), on_gpu)
+    norm = None if norm is None else rows(norm.contiguous(), on_gpu)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
     native.linear_fwd(y, x, weight, bias, norm, residual, eps, gelu, stream_of(x))
     return y
 

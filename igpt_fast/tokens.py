@@ -83,6 +83,10 @@ class TokenDataset:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """The tokens of one image, int64 [H, W], as torch's DataLoader asks for them. Raises IndexError."""
+        return self.batch(np.array([range(len(self))[index]]))[0]
+
     @property
     def preprocessing(self) -> dict[str, Any]:
         """How the images were read, as far as it is noted: fields of igpt_fast.images.Preprocessing, as in JSON."""

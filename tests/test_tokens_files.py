@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from test_tokens import COLORS, write
 
 from igpt_fast import tokens as module
@@ -145,3 +146,19 @@ def test_arrays_of_another_type_are_refused(directory, name, kind):
     np.save(directory / f"{name}.npy", np.load(directory / f"{name}.npy").astype(kind))
     with pytest.raises(InputError, match=rf"{name}\.npy: holds {np.dtype(kind)} .* and not "):
         TokenDataset(directory)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "multiprocessing_context": "spawn"}], ids=str)
+def test_a_data_loader_takes_them(directory, tokens, options):
+    data = TokenDataset(directory)
+    found = torch.cat([*torch.utils.data.DataLoader(data, batch_size=4, **options)])
+    assert found.dtype is torch.int64 and np.array_equal(found, tokens)
+
+
+def test_one_image_by_its_number(directory, tokens):
+    data = TokenDataset(directory)
+    assert all(np.array_equal(found, tokens[k]) for k, found in enumerate(data)) and len([*data]) == len(tokens)
+    assert np.array_equal(data[-1], tokens[-1]) and np.array_equal(data[np.int64(3)], tokens[3])
+    for outside in (11, -12):
+        with pytest.raises(IndexError):
+            data[outside]

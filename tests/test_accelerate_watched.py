@@ -72,17 +72,31 @@ def test_steps_of_an_optimizer_are_seen_by_the_next_step(fused):
     close(*found)
 
 
-def test_changes_of_inference_tensors_are_seen(caplog):
-    with torch.inference_mode():
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_new_cache_knows_what_no_version_tells(inference):
+    """Beside an older one of the same weights."""
+    with torch.inference_mode(inference), torch.no_grad():
         theirs, ours = both()
-        found = []
+        first, kept = [], []
         for model in (ours, theirs):
-            cache = model(IDS[:, :8], use_cache=True).past_key_values
-            model(IDS[:, 8:9], past_key_values=cache)
-            model.transformer.h[0].mlp.c_fc.weight.mul_(2)
-            found.append(model(IDS[:, 9:10], past_key_values=cache).logits)
-    close(*found)
-    assert "inference tensors" in caplog.text
+            kept.append(cache := model(IDS[:, :8], use_cache=True).past_key_values)
+            first.append(model(IDS[:, 8:9], past_key_values=cache).logits)
+            for block in model.transformer.h:
+                for weight in (block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_fc.weight):
+                    weight.data.mul_(2)
+                block.mlp.c_proj.weight.data.neg_()
+        close(*first)
+        close(step(ours, IDS), step(theirs, IDS))
+        assert decode._buffers.get(kept[0]) is not None
+
+
+def test_a_model_that_has_generated_goes_with_its_last_reference():
+    _, ours = both()
+    step(ours, IDS)
+    held = weakref.ref(ours)
+    del ours, _
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize("where", ["cache", "layer", "class"])

@@ -37,8 +37,6 @@ _READ = {
 }
 
 _buffers: "weakref.WeakKeyDictionary[Any, _Buffer]" = weakref.WeakKeyDictionary()
-# Of a model: what its caches hold in common, and the state that it was made in.
-_made: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, State]]" = weakref.WeakKeyDictionary()
 
 
 def decode(model: nn.Module, given: Mapping[str, Any]) -> Any:
@@ -207,13 +205,19 @@ def _unfit(cache: Any, model: nn.Module, past: int) -> str | None:
 
 
 def _weights_of(model: nn.Module) -> StepWeights:
-    """A step's weights of the model as it is now: of all its caches the same."""
-    made = _made.get(model)
-    weights = made[0]() if made is not None and made[1].holds() else None
-    if weights is None:
-        weights = _step_weights(model)
-        _made[model] = weakref.ref(weights), State(model)
-    return weights
+    """A step's weights of the model as it is now: of all its caches the same, made anew with each new one."""
+    shared = next((other.all_weights for other in list(_buffers.values()) if other.serves(model)), None)
+    with torch.inference_mode(False):  # what is made there can only be written there
+        if shared is None:
+            return _step_weights(model)
+        for block, layer in zip(model.transformer.h, shared.layers, strict=True):  # .data may have been written to
+            for module, transposed in zip(_linears(block), (layer[1], layer[3], layer[6], layer[8]), strict=True):
+                transposed.copy_(module.weight.detach().t())
+    return shared
+
+
+def _linears(block: nn.Module) -> tuple[nn.Module, ...]:
+    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
 def _step_weights(model: nn.Module) -> StepWeights:

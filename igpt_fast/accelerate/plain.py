@@ -79,8 +79,8 @@ def why_not_plain(model: nn.Module) -> str | None:
             return f"somebody watches or replaced its {kind.__name__}"
     if any(module.max_norm is not None for module in (model.transformer.wte, model.transformer.wpe)):
         return "an embedding of it renormalises its rows"
-    if any(makes_its_own(t) or t.is_inference() for t in model.parameters()):
-        return "weights of it are inference tensors, whose changes nobody sees, or of a type with ops of its own"
+    if any(map(makes_its_own, model.parameters())):
+        return "weights of it are of a type with ops of its own"
     if any(module.training for module in model.modules()):
         return "it is in training mode, or a module of it is"
     body, blocks, eps = model.transformer, model.transformer.h, model.transformer.ln_f.eps

@@ -1,11 +1,12 @@
 """Images that lie in a .npy or .npz file: where each row's bytes are, and the labels beside them. No pixel is read."""
 
+import contextlib
 import logging
 import math
 import os
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +19,7 @@ log = logging.getLogger("igpt_fast")
 
 # What columns and arrays are called by which images may belong together.
 OWNERS = re.compile(r"group|patient|subject|person|study|series|case|site|scene|region|tile|(^|[_ ])id$", re.I)
-IMAGE_KEYS, LABEL_KEYS, GROUP_KEYS = ("images", "x", "data"), ("labels", "label", "y"), ("groups", "group")
+IMAGE_KEYS, LABEL_KEYS, GROUP_KEYS = ("images", "x", "data"), ("labels", "y", "label"), ("groups", "group")
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,28 @@ def npz_layout(path: Path) -> ArrayLayout:
         beside = {}
         for kind in ("labels", "groups"):
             if keys[kind] is not None:
-                with archive.open(members[keys[kind]]) as stream:
+                with archive.open(members[keys[kind]]) as stream, _unless(kind, keys):
                     beside[kind] = _each(_stored(stream, keys[kind], path), layout.count, f"{path}: {kind}")
         _warn_of_idle(path, members.keys() - set(keys.values()), keys)
     labels, classes = _labels(beside["labels"]) if "labels" in beside else (None, None)
     return replace(layout, member=member, labels=labels, classes=classes, groups=beside.get("groups"))
 
 
+@contextlib.contextmanager
+def _unless(kind: str, keys: dict[str, str | None]) -> Iterator[None]:
+    """An array of a common name, `label` or `group`, that holds something else is none of that kind."""
+    try:
+        yield
+    except InputError:
+        if keys[kind] not in ("label", "group"):
+            raise
+        keys[kind] = None
+
+
 def _warn_of_idle(path: Path, idle: Iterable[str], used: dict[str, str | None]) -> None:
     """Says, in the log, which arrays are not used that are called as if they were to be."""
-    owners = [f"`{name}`" for name in sorted(idle) if used["groups"] is None and OWNERS.search(name)]
-    if owners:
+    owners = [f"`{name}`" for name in sorted(idle) if OWNERS.search(name) and name not in GROUP_KEYS]
+    if owners and used["groups"] is None:
         log.warning(
             "%s: its array %s is not used; if it says which images belong together, as those of one scene, call it "
             "`groups`, or some will be learned from and others tested on",
@@ -74,7 +86,8 @@ def _warn_of_idle(path: Path, idle: Iterable[str], used: dict[str, str | None]) 
         )
     for kind, names in _KEYS.items():
         if twice := [name for name in names if name in idle]:
-            log.warning("%s: %s is read, and %s is not", path, used[kind], " nor ".join(twice))
+            why = f"{used[kind]} is read" if used[kind] else "it does not hold an integer or a text for each image"
+            log.warning("%s: its array %s is not used: %s", path, " and ".join(twice), why)
 
 
 _KEYS = {"images": IMAGE_KEYS, "labels": LABEL_KEYS, "groups": GROUP_KEYS}

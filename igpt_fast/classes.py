@@ -31,16 +31,20 @@ log = logging.getLogger("igpt_fast")
 
 @dataclass(frozen=True)
 class Classes:
-    """labels: int64 [N], -1 where unknown, with the names that they index; groups: of each image. None: none."""
+    """labels: int64 [N], -1 where unknown, with the names that they index; groups: of each image. None: none.
+
+    by_folder: whether folders, and no table, say what the labels are.
+    """
 
     labels: np.ndarray | None = None
     names: list[str] | None = None
     groups: list[str] | None = None
+    by_folder: bool = False
 
 
 def is_table(name: str) -> bool:
     """Whether an entry of a source is a metadata.csv."""
-    return posixpath.basename(name).lower() == METADATA
+    return posixpath.basename(name) == METADATA
 
 
 def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classes:
@@ -64,15 +68,7 @@ def classes_of(names: list[str], tables: dict[str, bytes], where: str) -> Classe
     if LABEL not in columns:
         if columns:
             log.warning("%s: has no column `label`, so folders are the classes", where if len(tables) > 1 else named)
-        labels, classes = by_folder(names, where)
-        if groups is None and (folder := _below_a_class(names, labels)):
-            log.warning(
-                "%s: images lie in folders below their class, as %s; if each is of one scene or patient, `group` in a "
-                "metadata.csv beside `file_name` says so, or some will be learned from and others tested on",
-                where,
-                folder,
-            )
-        return Classes(labels, classes, groups)
+        return Classes(*by_folder(names, where), groups, by_folder=True)
     texts = [rows.get(name, {}).get(LABEL, "") for name in names]
     classes = _in_order({text for text in texts if text})
     if not classes:
@@ -104,6 +100,23 @@ def by_patients(names: list[str], found: Classes, patients: dict[str, str], wher
             "at most one" if one else "no",
         )
     return found
+
+
+def warn_of_folders(names: list[str], found: Classes, where: str) -> None:
+    """Says, in the log, that images of one class lie in several folders, which may be of a scene or a patient each."""
+    first: dict[int, str] = {}
+    if not found.by_folder or found.labels is None or found.groups is not None:
+        return
+    for name, label in zip(names, found.labels.tolist(), strict=True):
+        folder = "/".join(part for part in posixpath.dirname(name).split("/") if part.lower() not in PARTS)
+        if label >= 0 and first.setdefault(label, folder) != folder:
+            log.warning(
+                "%s: images lie in folders below their class, as %s; if each is of one scene or patient, `group` in a "
+                "metadata.csv beside `file_name` says so, or some will be learned from and others tested on",
+                where,
+                max(folder, first[label], key=len),
+            )
+            return
 
 
 def as_groups(texts: Iterable[str], names: list[str]) -> list[str]:
@@ -147,16 +160,6 @@ def by_folder(names: list[str], where: str = "") -> tuple[np.ndarray | None, lis
     number = {name: k for k, name in enumerate(classes)}
     of = {folder: number[p[level]] if len(p) > level else -1 for folder, p in parts.items()}
     return np.array([of[folder] for folder in folders], np.int64), classes
-
-
-def _below_a_class(names: list[str], labels: np.ndarray | None) -> str | None:
-    """A folder that holds some images of a class and not all; None where there is none."""
-    first: dict[int, str] = {}
-    for name, label in zip(names, [] if labels is None else labels.tolist(), strict=False):
-        folder = posixpath.dirname(name)
-        if label >= 0 and first.setdefault(label, folder) != folder:
-            return max(folder, first[label], key=len)
-    return None
 
 
 def by_class(labels: np.ndarray, which: np.ndarray) -> list[np.ndarray]:

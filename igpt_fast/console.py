@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -49,16 +49,16 @@ def silent() -> Iterator[None]:
 def say(text: str = "") -> None:
     """Prints one line (or several) for a person on stderr; above the bar when one is shown."""
     if not _silent:
-        try:
+        with suppress(OSError):  # who read it has gone, or its disk is full: no reason to end hours of work
             print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
-        except OSError:  # who read it has gone, or its disk is full: no reason to end hours of work
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def answer(text: str, as_json: bool = False) -> None:
     """Prints what a command was asked for on stdout; on stderr where stdout is a program's that reads --json."""
-    if not _silent:
-        print(printable(text, keep="\n\t"), file=sys.stderr if as_json else sys.stdout, flush=True)
+    if as_json:
+        say(text)
+    elif not _silent:
+        print(printable(text, keep="\n\t"), flush=True)
 
 
 def printable(text: str, keep: str = "") -> str:

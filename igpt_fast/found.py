@@ -3,20 +3,24 @@
 Nobody's pixels are read: names say what an image is, of scans the first bytes, and these also whom one shows.
 """
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from igpt_fast.classes import is_table
+from igpt_fast.classes import METADATA, is_table
 from igpt_fast.image_files import SUFFIXES, is_image
 from igpt_fast.scientific import DICOM_SUFFIXES, patient_of
 
 HIDDEN, OTHER, REPLACED = "hidden", "not an image", "replaced by a later entry of the same name"
 SCAN_SUFFIXES = (".nii", ".nii.gz")
 SCANS = "NIfTI, which is not read (export its slices as 16-bit PNG)"
+OTHER_TABLES = (METADATA, "metadata.jsonl")  # in capitals, or of another kind
 HEAD = 1 << 16  # bytes of a DICOM file within which it names its patient
+
+log = logging.getLogger("igpt_fast")
 
 
 @dataclass
@@ -46,6 +50,8 @@ class Found:
                 self.patients[name] = patient_of(read(HEAD))
             return True
         else:
+            if os.path.basename(name).lower() in OTHER_TABLES:
+                log.warning("%s: is not used; classes and groups are read from a table called %s", name, METADATA)
             self.ignored[SCANS if name.lower().endswith(SCAN_SUFFIXES) else OTHER] += 1
         return False
 

@@ -158,8 +158,7 @@ def _by_pillow(
     """What Pillow reads, upright, as numbers where they are more than 8-bit colours."""
     kind, mode = image.format, image.mode
     image.load()
-    if mode in ("L", "RGB") and _has_mask(image, data) and (seen := scientific.read_mask(data)) is not None:
-        image.putalpha(Image.fromarray(255 * seen.astype(np.uint8)))
+    seen = scientific.read_mask(data) if mode in ("L", "RGB", "P") and _has_mask(image, data) else None
     notes = {PAGES: True} if _has_pages(image, data) else {}
     if deep and max(high for _, high in image.getextrema()[: 1 if mode == "LA" else 3]) < DIM >> 8:
         notes[DARK] = True  # Pillow has kept the high bytes
@@ -179,13 +178,15 @@ def _by_pillow(
         values = Values(np.asarray(image).astype(np.uint16)[..., None], False, white_is_0, nothing)
         # A PGM says itself what its largest value is, and Pillow has stretched it to that.
         return (values if kind != "PPM" else to_8_bits(values)[0]), notes
-    if bands or (nodata is not None and mode in ("L", "RGB")):
+    if bands or seen is not None or (nodata is not None and mode in ("L", "RGB")):
         if image.mode not in ("L", "LA", "RGB", "RGBA") or "transparency" in image.info:
             _refuse(image.mode)
             colours = "L" if image.mode == "L" else "RGB"
             image = image.convert(f"{colours}A" if "transparency" in image.info else colours)
+        nodata = None if mode == "P" else nodata  # which is a number of a colour, and transparent already
         nodata = 255 - nodata if nodata is not None and white_is_0 and mode == "L" else nodata  # Pillow turns it over
-        return Values(np.atleast_3d(np.asarray(image)), image.mode in ("LA", "RGBA"), nodata=nodata), notes
+        alpha = image.mode in ("LA", "RGBA")
+        return Values(np.atleast_3d(np.asarray(image)), alpha, nodata=nodata, seen=seen), notes
     return image, notes
 
 
@@ -197,7 +198,7 @@ def _has_mask(image: Image.Image, data: bytes) -> bool:
     try:
         kinds = takewhile(bool, (_subfile(pages, page) for page in count(1)))  # pages of a stack are neither
         return any(kind == _MASK for kind in kinds)
-    except EOFError:
+    except Exception:  # no more of them, or damaged ones, which nobody has asked for
         return False
 
 

@@ -97,7 +97,7 @@ def warn_of_twins(dataset: TokenDataset | JoinedTokens, learned: np.ndarray, tes
     Both are indices of the dataset. which: what they are tested for, as " to test on". JoinedTokens have said it
     themselves; of more than MOST tokens it is not asked.
     """
-    if isinstance(dataset, TokenDataset) and not too_many(dataset):
+    if len(tested) and isinstance(dataset, TokenDataset) and not too_many(dataset):
         _warn_of_equal(set(dataset.digests(learned)), list(dataset.digests(tested)), dataset.origin, which)
 
 

@@ -8,7 +8,8 @@ import hashlib
 import importlib
 import io
 import logging
-from itertools import islice
+import warnings
+from itertools import islice, takewhile
 from types import ModuleType
 from typing import Any
 
@@ -48,9 +49,14 @@ def patient_of(head: bytes) -> str:
     if not is_dicom(head):
         return ""
     try:
-        dcmread = _library("pydicom", "dicom").dcmread
-        file = dcmread(io.BytesIO(head), stop_before_pixels=True, specific_tags=["PatientID"])
-        patient = str(file.get("PatientID", None) or "").strip()
+        _library("pydicom", "dicom")
+        filereader, tag = importlib.import_module("pydicom.filereader"), importlib.import_module("pydicom.tag").Tag
+        wanted = [tag(0x0008, 0x0005), tag(0x0010, 0x0020)]  # the character set, too
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is odd in the file, without its name
+            # No further: behind it, what goes on beyond `head` would be an error.
+            found = filereader.read_partial(io.BytesIO(head), lambda at, *_: at > wanted[1], specific_tags=wanted)
+            patient = str(found.get("PatientID", None) or "").strip()
     except Exception:  # what is wrong with the file, or is not installed, is told when its pixels are read
         return ""
     return hashlib.blake2b(patient.encode(), digest_size=6).hexdigest() if patient else ""
@@ -71,52 +77,32 @@ def read_tiff(data: bytes) -> tuple[Values, bool]:
         numbers = page.asarray()
         numbers = numbers[..., None] if page.axes == "YX" else numbers
         numbers = numbers.transpose(1, 2, 0) if page.axes == "SYX" else numbers
-        alpha = tuple(page.extrasamples)[-1:] == (_ALPHA,) and numbers.dtype.kind == "u"
-        if (seen := _mask(tiff)) is not None:
-            numbers, alpha = _masked(numbers, alpha, seen)
         turn = page.tags[ORIENTATION].value if ORIENTATION in page.tags else 1
         values = Values(
             upright(numbers, turn),
-            alpha=alpha,
+            alpha=tuple(page.extrasamples)[-1:] == (_ALPHA,) and numbers.dtype.kind == "u",
             white_is_0=page.photometric == _WHITE_IS_0,
             nodata=nodata_of(page.tags[NODATA].value) if NODATA in page.tags else None,
+            seen=_mask(tiff),
         )
         more = any(not (other.is_reduced or other.is_mask) for other in islice(tiff.pages, 1, None))
     return values, more
 
 
 def read_mask(data: bytes) -> np.ndarray | None:
-    """What the mask of a TIFF's first page shows, bool [H, W]; None where there is none. Raises anything."""
+    """What the mask of a TIFF's first page shows, bool [H, W], upright; None where there is none. Raises anything."""
     with _library("tifffile", "tiff").TiffFile(io.BytesIO(data)) as tiff:
         return _mask(tiff)
 
 
 def _mask(tiff: Any) -> np.ndarray | None:
     first = tiff.pages[0]
-    for page in islice(tiff.pages, 1, None):
-        if (
-            page.is_mask
-            and not page.is_reduced
-            and (page.imagewidth, page.imagelength)
-            == (
-                first.imagewidth,
-                first.imagelength,
-            )
-        ):
-            return page.asarray().astype(bool)
+    # Copies and masks follow the page that they are of.
+    for page in takewhile(lambda page: page.is_reduced or page.is_mask, islice(tiff.pages, 1, None)):
+        if not page.is_reduced and (page.imagelength, page.imagewidth) == (first.imagelength, first.imagewidth):
+            turn = first.tags[ORIENTATION].value if ORIENTATION in first.tags else 1
+            return upright(page.asarray().astype(bool)[..., None], turn)[..., 0]
     return None
-
-
-def _masked(numbers: np.ndarray, alpha: bool, seen: np.ndarray) -> tuple[np.ndarray, bool]:
-    """[H, W, C], and whether the last is opacity, where a mask [H, W] shows some of it."""
-    if alpha:
-        numbers = np.concatenate([numbers[..., :-1], np.where(seen[..., None], numbers[..., -1:], 0)], 2)
-    elif numbers.dtype.kind == "u":
-        opacity = np.where(seen, np.iinfo(numbers.dtype).max, 0).astype(numbers.dtype)
-        numbers, alpha = np.concatenate([numbers, opacity[..., None]], 2), True
-    else:
-        numbers = np.where(seen[..., None], numbers, np.nan)
-    return numbers, alpha
 
 
 def read_deep_png(data: bytes) -> Values:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from igpt_fast.arrays import npy_layout, npz_layout
-from igpt_fast.classes import as_groups, by_patients, classes_of
+from igpt_fast.classes import as_groups, by_patients, classes_of, warn_of_folders
 from igpt_fast.errors import InputError, as_input_error
 from igpt_fast.found import HEAD, OTHER, SCAN_SUFFIXES, SCANS, Found, is_hidden
 from igpt_fast.image_files import is_image, read_image
@@ -85,8 +85,8 @@ def open_source(path: str | Path) -> Source:
     over), its names sorted; or what a metadata.csv says, see igpt_fast.classes. Hidden files, __MACOSX, files that are
     no images by their names (DICOM without a suffix is known by its first bytes) and, in a folder, what igpt-fast made
     (igpt_fast.made) are counted in `.ignored`. Arrays are numbers [N, H, W, C] or [N, H, W]; an .npz holds them as
-    images, x or data, labels as labels or y, and, where images of one group stay together, groups. Raises InputError
-    when there is no such path, it is cut short, or no image is in it.
+    images, x or data, labels as labels, y or label, and, where images of one group stay together, groups or group.
+    Raises InputError when there is no such path, it is cut short, or no image is in it.
     """
     path = Path(path)
     name = path.name.lower()
@@ -266,5 +266,6 @@ def _by_name(path: Path, reader: Reader, found: Found, stamp: str, sequential: b
     names = sorted(found.refs)
     refs, labelled = [found.refs[name] for name in names], classes_of(names, found.tables, str(path))
     labelled = by_patients(names, labelled, found.patients, str(path))
+    warn_of_folders(names, labelled, str(path))
     labels = labelled.labels, labelled.names, labelled.groups
     return Source(path, reader, names, refs, stamp, *labels, dict(found.ignored), sequential)

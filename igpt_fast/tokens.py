@@ -11,6 +11,7 @@ groups.json      of every image, the group that stays together in a split; absen
 import hashlib
 import io
 import json
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -85,7 +86,7 @@ class TokenDataset:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """The tokens of one image, int64 [H, W], as torch's DataLoader asks for them. Raises IndexError."""
-        return self.batch(np.array([range(len(self))[index]]))[0]
+        return self.batch(np.array([range(len(self))[operator.index(index)]]))[0]
 
     @property
     def preprocessing(self) -> dict[str, Any]:

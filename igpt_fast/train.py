@@ -72,7 +72,7 @@ def train(
         shape, start = _beginning(dataset, run, config, checkpoint, init)
         batches = Batches(dataset, chosen, shape.objective)
         if checkpoint is None and processes.first:
-            warn_of_twins(dataset, batches.indices, batches.held_out, " held out")
+            warn_of_twins(dataset, batches.indices, dataset.split("val", chosen.val_fraction), " held out")
         return PixelTask(batches), shape, start
 
     with together(device) as processes:

@@ -23,6 +23,7 @@ class Values:
     white_is_0: bool = False
     nodata: float | None = None  # stands in all channels where nothing was measured; NaN in one of them says so, too
     window: tuple[float, float] | None = None  # the values of black and white, where the file says so
+    seen: np.ndarray | None = None  # bool [H, W]: where something was measured, where a mask says so
     bounds: tuple[float, float] | None = None  # those that can be stored at all, where the type does not say so
 
 
@@ -47,7 +48,7 @@ def to_8_bits(
     if bands is not None and max(bands) > count:
         raise InputError(f"it has {count} bands, so there is no band {max(bands)}, as --bands (bands) has it")
     colours = numbers[..., :count] if bands is None else numbers[..., [band - 1 for band in bands]]
-    seen = _measured(colours, values.nodata)
+    seen = _measured(colours, values.nodata, values.seen)
     dim = False
     if colours.dtype != np.uint8:
         found = colours if seen is None else colours[seen]
@@ -56,9 +57,9 @@ def to_8_bits(
             window = values.bounds or _all_of(found)
             dim = found.size > 0 and _is_dim(found, values)
         colours = _scaled(colours, *window)
-        if value_range is not None and found.size and found.min() < found.max():
+        if value_range is not None and found.size:
             shades = colours if seen is None else colours[seen]
-            dim = bool(shades.min() == shades.max())
+            dim = bool(shades.min() == shades.max() and found.min() < found.max())
     colours = 255 - colours if values.white_is_0 else colours
     if alpha or seen is not None:
         opacity = _opacity(numbers[..., -1]) if alpha else np.full(colours.shape[:2], 255, np.uint8)
@@ -67,12 +68,14 @@ def to_8_bits(
     return Image.fromarray(np.ascontiguousarray(colours[..., 0] if colours.shape[2] == 1 else colours)), dim
 
 
-def _measured(colours: np.ndarray, nodata: float | None) -> np.ndarray | None:
+def _measured(colours: np.ndarray, nodata: float | None, mask: np.ndarray | None) -> np.ndarray | None:
     """bool [H, W]: where something was measured; None: everywhere."""
     floats = colours.dtype.kind == "f"
-    if nodata is None and not floats:
+    if nodata is None and mask is None and not floats:
         return None
     seen = ~np.isnan(colours).any(-1) if floats else np.ones(colours.shape[:2], bool)
+    if mask is not None:
+        seen &= mask
     if nodata is not None:
         seen &= (colours != nodata).any(-1)
     return None if seen.all() else seen

@@ -136,3 +136,27 @@ def test_a_damaged_scan_in_a_zip_ends_no_listing(tmp_path):
     )
     path.write_bytes(data)
     assert alike(open_source(path).groups) == [0, 1, 2] and open_source(path).groups[0] == "image 1.dcm"
+
+
+def test_a_patient_is_found_before_what_goes_on_for_long(tmp_path, caplog, recwarn):
+    """As in enhanced files of many frames, whose sequences are longer than what is looked at."""
+    files = {}
+    for name, who in (("1.dcm", "P1"), ("2.dcm", "P" * 70), ("3.dcm", "P1")):
+        file = pydicom.dcmread(io.BytesIO(scan(who)))
+        frames = []
+        for _ in range(1500):
+            frames.append(frame := dataset.Dataset())
+            frame.WindowCenter, frame.WindowWidth, frame.RescaleSlope = 40, 400, 1
+        file.PerFrameFunctionalGroupsSequence = frames
+        file["PerFrameFunctionalGroupsSequence"].is_undefined_length = True
+        data = io.BytesIO()
+        pydicom.dcmwrite(data, file, enforce_file_format=True)
+        assert len(data.getvalue()) > HEAD
+        files[name] = data.getvalue()
+    recwarn.clear()
+    assert alike(open_source(write(tmp_path / "x", files)).groups) == [0, 1, 0] and not recwarn.list
+
+
+def test_folders_of_patients_whom_the_files_name_are_not_told(tmp_path, caplog):
+    files = {f"{kind}/{who}/{k}.dcm": scan(who) for k, (kind, who) in enumerate([("a", "p"), ("a", "q"), ("b", "r")])}
+    assert open_source(write(tmp_path / "x", files)).classes == ["a", "b"] and not caplog.records

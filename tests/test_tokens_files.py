@@ -159,6 +159,6 @@ def test_one_image_by_its_number(directory, tokens):
     data = TokenDataset(directory)
     assert all(np.array_equal(found, tokens[k]) for k, found in enumerate(data)) and len([*data]) == len(tokens)
     assert np.array_equal(data[-1], tokens[-1]) and np.array_equal(data[np.int64(3)], tokens[3])
-    for outside in (11, -12):
-        with pytest.raises(IndexError):
+    for outside, error in ((11, IndexError), (-12, IndexError), (slice(2), TypeError)):
+        with pytest.raises(error):
             data[outside]

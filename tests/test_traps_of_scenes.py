@@ -11,6 +11,7 @@ from PIL import Image
 
 from igpt_fast import decode
 from igpt_fast.checkpoint import save_checkpoint
+from igpt_fast.errors import InputError
 from igpt_fast.image_files import OUTSIDE, read_image
 from igpt_fast.sources import open_source
 
@@ -61,6 +62,35 @@ def test_what_a_mask_hides_is_transparent(numbers, more, how, gray):
     assert (seen == gray).all() and (hidden == [16, 32, 48]).all() and not image.info
 
 
+def test_a_mask_is_no_band_and_belongs_to_the_page_before_it(tmp_path):
+    colours, gray = np.full((6, 8, 3), 200, np.uint8), {"photometric": "minisblack"}
+    with pytest.raises(InputError, match="it has 3 bands, so there is no band 4"):
+        read_image(masked(colours, planarconfig="contig"), "x", bands=(4,))
+    seen = np.broadcast_to(LEFT, (6, 8)), {"photometric": "mask", "subfiletype": 4}
+    for numbers, how in (
+        (np.full((6, 8), 200, np.uint8), {}),
+        (np.full((6, 8), 0.5, np.float32), {"value_range": (0, 1)}),
+    ):
+        image = np.asarray(read_image(tiff((numbers, gray), (numbers, gray), seen), "x", **how))
+        assert (image == image[0, 0]).all(), "the mask is of the second image"
+
+
+def test_a_mask_of_a_palettes_image_that_lies_on_its_side():
+    numbers = np.resize(np.arange(2, dtype=np.uint8), (6, 8))
+    table = np.zeros((3, 256), np.uint16)
+    table[:, 1] = 65535
+    options = {"photometric": "palette", "colormap": table, "extratags": [(274, "H", 1, 6, True)]}
+    data = tiff((numbers, options), (np.broadcast_to(LEFT, (6, 8)), {"photometric": "mask", "subfiletype": 4}))
+    image = np.asarray(read_image(data, "x", "#102030"))
+    assert image.shape == (8, 6, 3) and (image[4:] == [16, 32, 48]).all() and (image[:4] != [16, 32, 48]).any(-1).all()
+
+
+def test_damage_behind_the_first_page_is_nobodys():
+    page = np.full((6, 8), 200, np.uint8), {"photometric": "minisblack"}
+    data = tiff(page, page)
+    assert (np.asarray(read_image(data[:-20], "x")) == 200).all()
+
+
 def test_opacity_behind_other_bands():
     bands = np.full((6, 8, 5), 100, np.uint16)
     bands[..., 4] = np.where(LEFT, 65535, 0)
@@ -88,11 +118,13 @@ def picture(path, shade=9):
 
 @pytest.mark.parametrize(("folders", "told"), [
     (["a/s1", "a/s2", "b/s3"], "a/s"), (["a/s1", "b/s2"], None), (["a", "b"], None), (["a", "a/s1", "b"], "a/s1"),
+    (["train/a", "train/b", "Test/a", "Test/b"], None),
 ])  # fmt: skip
 def test_folders_below_a_class_are_told(tmp_path, caplog, folders, told):
     for folder in folders:
         picture(tmp_path / folder / "x.png")
     assert open_source(tmp_path).classes == ["a", "b"]
+    caplog.records[:] = [record for record in caplog.records if "parts of a data set" not in record.getMessage()]
     assert (f"lie in folders below their class, as {told}" in caplog.text) if told else not caplog.records
     caplog.clear()
     (tmp_path / "metadata.csv").write_text(f"file_name,group\n{folders[0]}/x.png,s\n")
@@ -101,21 +133,36 @@ def test_folders_below_a_class_are_told(tmp_path, caplog, folders, told):
     assert f"{len(folders) - 1} of {len(folders)} images have no group, and count as one each" in caplog.text
 
 
-def test_a_table_may_shout_its_name_and_must_be_there(tmp_path):
-    for name in "ab":
-        picture(tmp_path / f"{name}.png")
-    (tmp_path / "METADATA.CSV").write_text("file_name,label\na.png,x\nb.png,y\n")
-    assert open_source(tmp_path).classes == ["x", "y"]
-    (tmp_path / "METADATA.CSV").unlink()
+@pytest.mark.parametrize("name", ["METADATA.CSV", "metadata.jsonl"])
+def test_a_table_of_another_name_is_told(tmp_path, caplog, name):
+    picture(tmp_path / "a.png")
+    (tmp_path / name).write_text("file_name,label\na.png,x\n")
+    assert open_source(tmp_path).classes is None and f"{name}: is not used" in caplog.text
+
+
+def test_a_table_that_is_gone_is_an_error(tmp_path):
+    picture(tmp_path / "a.png")
     (tmp_path / "metadata.csv").symlink_to(tmp_path / "gone.csv")
-    with pytest.raises(Exception, match=r"metadata\.csv: is no file, or a link to nothing"):
+    with pytest.raises(InputError, match=r"metadata\.csv: is no file, or a link to nothing"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, array", [("label", np.eye(4, 2)), ("group", np.array(["a", "b"])), ("label", [None] * 4)]
+)
+def test_arrays_that_are_none_of_each_image_are_told_and_left(tmp_path, caplog, key, array):
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 3, 3, 3), np.uint8), **{key: array})
+    source = open_source(tmp_path / "x.npz")
+    assert source.labels is None and source.groups is None
+    assert [record.getMessage().split("x.npz: ")[1] for record in caplog.records] == [
+        f"its array {key} is not used: it does not hold an integer or a text for each image"
+    ]
 
 
 @pytest.mark.parametrize(("names", "groups", "told"), [
     (["images", "labels", "groups"], True, None), (["x", "label", "group"], True, None),
     (["images", "y", "scene"], False, "its array `scene` is not used"), (["data", "y", "names"], False, None),
-    (["images", "data", "labels"], False, "images is read, and data is not"),
+    (["images", "data", "labels"], False, "its array data is not used: images is read"),
     (["images", "labels", "groups", "scene"], True, None),
 ])  # fmt: skip
 def test_arrays_beside_images_are_used_or_told(tmp_path, caplog, names, groups, told):
@@ -169,7 +216,7 @@ def test_a_palette_never_replaces_that_of_tokens_or_a_checkpoint(igpt, tmp_path,
     before = (folder / "palette.npy").read_bytes()
     picture(tmp_path / "photos" / "a.png")
     code, _, said = igpt("palette", tmp_path / "photos", "--colors", "2", "--size", "2", "-o", folder / "palette.npy")
-    assert code == 2 and "is the palette of what lies beside it" in said
+    assert code == 2 and "lies among tokens or in a checkpoint" in said
     assert (folder / "palette.npy").read_bytes() == before
 
 

@@ -178,7 +178,7 @@ __device__ inline void bring(Place<L::kStages>& stage, const Ring<L>& ring, Line
 }
 
 // All of the bringing warpgroup's work, which one thread does. Of each of the block's items: the lines' own tiles by
-// own(address, mbarrier, tile's index, head), kOwn bytes each, then by load(address, mbarrier, tile's index, head) what
+// own(address, mbarrier, tile's index, head), kOwn bytes each, and by load(address, mbarrier, tile's index, head) what
 // any of them meets, which line(own index) begins to tell; whole(own index, tile's index) is false where some is hidden
 // without a mask.
 template <class L, class LineOf, class Whole, class Own, class Load>

@@ -181,7 +181,7 @@ def _check_palette_file(out: Path, data: Path) -> None:
     if out.suffix != ".npy" or out.is_dir():
         raise InputError(f"{out}: a palette is written as a file ending in .npy; give such a name to --out")
     if is_token_directory(out.parent) or (out.parent / STATE).is_file():
-        raise InputError(f"{out}: is the palette of what lies beside it, tokens or a checkpoint; give another --out")
+        raise InputError(f"{out}: lies among tokens or in a checkpoint, which have their own; give another --out")
     picture = _picture_of(out)
     for path in (out, picture):
         refuse_replacing(path, data)

@@ -86,9 +86,9 @@ def finetune(
 
     Example: igpt-fast finetune openai/imagegpt-small scans/ --out run --steps 500 --flip
     """
-    resume = resume or (auto_resume and bool(list_checkpoints(out)))
-    given = given_of(resume=resume, test=test, workers=workers) | read_as | learning_options
+    given = given_of(test=test, workers=workers) | read_as | learning_options
     with together(device) as processes:
+        given["resume"] = resume or (auto_resume and processes.largest(len(list_checkpoints(out))) > 0)
         with processes.first_goes_ahead():
             start, dataset, options = _prepare(model, data, out, given)
         result = finetune_model(start, dataset, out, device=processes, **options)
@@ -117,10 +117,10 @@ def _prepare(
     init = command.get("init") if resume else str(model.absolute() if model.exists() else model)
     if init in (None, IN_PYTHON):
         say(f"{out} was begun in Python: with which model it does not say, so {model} is not compared with it")
-    elif resume and Path(init).is_absolute() and not Path(init).exists():
-        say(f"the model that {out} began with is gone from {init}, so {model} is not compared with it")
     elif Path(init).resolve() != model.resolve():
-        raise InputError(f"--resume with another MODEL: {out} began with {init}; give that, or another --out")
+        if not Path(init).is_absolute() or Path(init).exists() or Path(f"{init}.index").exists():
+            raise InputError(f"--resume with another MODEL: {out} began with {init}; give that, or another --out")
+        say(f"the model that {out} began with is gone from {init}, so {model} is not compared with it")
     sources = [_with_labels(data, 2), *([_with_labels(Path(test), 1)] if test else [])]
     found = load_checkpoint(out) if resume else open_model(model)
     noted = TokenDataset(data).preprocessing if is_token_directory(data) else {}  # --test is read as DATA was

@@ -95,11 +95,12 @@ def train(
 
     Example: igpt-fast train photos/ --out run --layers 8 --width 256 --heads 4 --size 32 --steps 5000
     """
-    if auto_resume and list_checkpoints(out):
-        resume, init = True, None  # what the run began with is behind it
-    given = given_of(resume=resume, init=init, workers=workers) | shape_options | image_options | learning_options
+    given = given_of(workers=workers) | shape_options | image_options | learning_options
     given |= read_pattern(given)
     with together(device) as processes:
+        if auto_resume and processes.largest(len(list_checkpoints(out))):
+            resume, init = True, None  # what the run began with is behind it
+        given |= given_of(resume=resume, init=init)
         with processes.first_goes_ahead():
             dataset, options = _prepare(data, out, given)
         result = train_model(dataset, out, device=processes, **options)

@@ -104,9 +104,9 @@ def by_patients(names: list[str], found: Classes, patients: dict[str, str], wher
 
 def warn_of_folders(names: list[str], found: Classes, where: str) -> None:
     """Says, in the log, that images of one class lie in several folders, which may be of a scene or a patient each."""
-    first: dict[int, str] = {}
     if not found.by_folder or found.labels is None or found.groups is not None:
         return
+    first: dict[int, str] = {}
     for name, label in zip(names, found.labels.tolist(), strict=True):
         folder = "/".join(part for part in posixpath.dirname(name).split("/") if part.lower() not in PARTS)
         if label >= 0 and first.setdefault(label, folder) != folder:

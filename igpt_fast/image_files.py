@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import count, takewhile
+from itertools import count
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -30,7 +30,7 @@ from igpt_fast.values import DIM, Values, to_8_bits
 
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".jp2", ".j2k"}
-    | {".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".dcm", ".dicom"}
+    | {".avif", ".ppm", ".pgm", ".pbm", ".pnm", *scientific.DICOM_SUFFIXES}
 )
 # Pillow tries these and no other: some of its readers start programs (EPS), which a picture has no business to do.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
@@ -43,7 +43,8 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # or else its words 
 _PHOTOMETRIC = 262  # the TIFF tag; 0: white is 0
 _SAMPLES = 277  # the TIFF tag; how many a pixel
 _FORMAT, _SIGNED = 339, 2  # the TIFF tag of what kind of numbers they are
-_SUBFILE, _COPY, _MASK = 254, 1, 4  # the TIFF tag; a smaller copy of another page, a mask of it
+_SUBFILE = 254  # the TIFF tag of what a page is
+_ALONE, _COPY, _MASK = 0, 1, 4  # by its bits: to itself, a smaller copy of another page, a mask of it
 _DEPTH = 32997  # the TIFF tag; slices of a volume, of which the first is read
 _PLANAR = 284  # the TIFF tag; 2: bands one behind the other
 
@@ -140,7 +141,7 @@ def _beyond_pillow(
     """What Pillow would not read in full; None where it does. deep: of 16 bits a colour. stretch: all of them count."""
     # A transparent colour has 16 bits, too, of which Pillow keeps 8 on one side only.
     stretched = deep and (stretch or (image.format == "PNG" and "transparency" in image.info))
-    masked = image.mode.startswith("I;16") and _has_mask(image, data)
+    masked = image.mode.startswith("I;16") and _MASK in _behind(image, data)
     if image.format == "TIFF" and (stretched or masked or _is_beyond_pillow(image, bands)):
         return _with_pages(*scientific.read_tiff(data))
     if deep and image.mode == "RGB" and nodata is not None:  # which the high bytes that Pillow keeps do not tell
@@ -148,7 +149,9 @@ def _beyond_pillow(
         return _with_pages(replace(values, numbers=values.numbers[..., :3]), more)
     if image.format == "PNG" and stretched:
         values, turn = scientific.read_deep_png(data), image.getexif().get(scientific.ORIENTATION, 1)
-        return _with_pages(replace(values, numbers=scientific.upright(values.numbers, turn)), _has_pages(image, data))
+        return _with_pages(
+            replace(values, numbers=scientific.upright(values.numbers, turn)), _ALONE in _behind(image, data)
+        )
     return None
 
 
@@ -158,8 +161,9 @@ def _by_pillow(
     """What Pillow reads, upright, as numbers where they are more than 8-bit colours."""
     kind, mode = image.format, image.mode
     image.load()
-    seen = scientific.read_mask(data) if mode in ("L", "RGB", "P") and _has_mask(image, data) else None
-    notes = {PAGES: True} if _has_pages(image, data) else {}
+    behind = _behind(image, data)
+    seen = scientific.read_mask(data) if mode in ("L", "RGB", "P") and _MASK in behind else None
+    notes = {PAGES: True} if _ALONE in behind else {}
     if deep and max(high for _, high in image.getextrema()[: 1 if mode == "LA" else 3]) < DIM >> 8:
         notes[DARK] = True  # Pillow has kept the high bytes
     white_is_0 = kind == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
@@ -190,18 +194,6 @@ def _by_pillow(
     return image, notes
 
 
-def _has_mask(image: Image.Image, data: bytes) -> bool:
-    """Whether a page of a TIFF masks its first one, as GDAL writes it."""
-    if image.format != "TIFF" or not getattr(image, "is_animated", False):
-        return False
-    pages = Image.open(io.BytesIO(data), formats=["TIFF"])
-    try:
-        kinds = takewhile(bool, (_subfile(pages, page) for page in count(1)))  # pages of a stack are neither
-        return any(kind == _MASK for kind in kinds)
-    except Exception:  # no more of them, or damaged ones, which nobody has asked for
-        return False
-
-
 def _is_beyond_pillow(image: Image.Image, bands: tuple[int, ...] | None) -> bool:
     """Whether a TIFF has numbers that Pillow takes for others, or bands that count here and it leaves out."""
     tags = image.tag_v2
@@ -216,27 +208,30 @@ def _with_pages(values: Values, more: bool) -> tuple[Values, dict[str, bool]]:
     return values, {PAGES: True} if more else {}
 
 
-def _has_pages(image: Image.Image, data: bytes) -> bool:
-    """Whether there is more than the page or frame that was read and what belongs to it: MPO's pictures of the same,
-    a TIFF's smaller copies and masks.
+def _behind(image: Image.Image, data: bytes) -> set[int]:
+    """What lies behind the page or frame that was read, MPO's pictures of the same aside: of a TIFF's pages what
+    `_subfile` says, up to one that is _ALONE.
     """
     if image.format == "TIFF" and image.tag_v2.get(_DEPTH, 1) > 1:
-        return True
+        return {_ALONE}
+    kinds: set[int] = set()
     try:
         if image.format == "MPO" or not getattr(image, "is_animated", False):
-            return False
+            return kinds
         if image.format != "TIFF":
-            return True
-        pages = Image.open(io.BytesIO(data), formats=["TIFF"])
-        return any(not _subfile(pages, page) for page in count(1))
+            return {_ALONE}
+        pages, page = Image.open(io.BytesIO(data), formats=["TIFF"]), count(1)
+        while _ALONE not in kinds:
+            kinds.add(_subfile(pages, next(page)))
     except EOFError:
-        return False
+        pass
     except Exception:  # what lies behind the first frame is damaged, and nobody has asked for it
-        return True
+        kinds.add(_ALONE)
+    return kinds
 
 
 def _subfile(pages: Image.Image, page: int) -> int:
-    """What a page of a TIFF is to others: 0 nothing, _COPY, _MASK, or both."""
+    """What a page of a TIFF is to others: _ALONE, a _COPY, a _MASK, or both."""
     with contextlib.suppress(SyntaxError):  # of a mask Pillow knows the tags, and not the pixels
         pages.seek(page)
     return pages.tag_v2.get(_SUBFILE, 0) & (_COPY | _MASK)

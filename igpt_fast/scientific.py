@@ -77,9 +77,8 @@ def read_tiff(data: bytes) -> tuple[Values, bool]:
         numbers = page.asarray()
         numbers = numbers[..., None] if page.axes == "YX" else numbers
         numbers = numbers.transpose(1, 2, 0) if page.axes == "SYX" else numbers
-        turn = page.tags[ORIENTATION].value if ORIENTATION in page.tags else 1
         values = Values(
-            upright(numbers, turn),
+            upright(numbers, _turn_of(page)),
             alpha=tuple(page.extrasamples)[-1:] == (_ALPHA,) and numbers.dtype.kind == "u",
             white_is_0=page.photometric == _WHITE_IS_0,
             nodata=nodata_of(page.tags[NODATA].value) if NODATA in page.tags else None,
@@ -100,9 +99,12 @@ def _mask(tiff: Any) -> np.ndarray | None:
     # Copies and masks follow the page that they are of.
     for page in takewhile(lambda page: page.is_reduced or page.is_mask, islice(tiff.pages, 1, None)):
         if not page.is_reduced and (page.imagelength, page.imagewidth) == (first.imagelength, first.imagewidth):
-            turn = first.tags[ORIENTATION].value if ORIENTATION in first.tags else 1
-            return upright(page.asarray().astype(bool)[..., None], turn)[..., 0]
+            return upright(page.asarray().astype(bool)[..., None], _turn_of(first))[..., 0]
     return None
+
+
+def _turn_of(page: Any) -> int:
+    return page.tags[ORIENTATION].value if ORIENTATION in page.tags else 1
 
 
 def read_deep_png(data: bytes) -> Values:

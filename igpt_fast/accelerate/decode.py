@@ -211,13 +211,12 @@ def _weights_of(model: nn.Module) -> StepWeights:
         if shared is None:
             return _step_weights(model)
         for block, layer in zip(model.transformer.h, shared.layers, strict=True):  # .data may have been written to
-            for module, transposed in zip(_linears(block), (layer[1], layer[3], layer[6], layer[8]), strict=True):
-                transposed.copy_(module.weight.detach().t())
+            attn, mlp = block.attn, block.mlp
+            layer.qkv.copy_(attn.c_attn.weight.detach().t())
+            layer.attn_proj.copy_(attn.c_proj.weight.detach().t())
+            layer.fc.copy_(mlp.c_fc.weight.detach().t())
+            layer.mlp_proj.copy_(mlp.c_proj.weight.detach().t())
     return shared
-
-
-def _linears(block: nn.Module) -> tuple[nn.Module, ...]:
-    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
 def _step_weights(model: nn.Module) -> StepWeights:

@@ -319,6 +319,8 @@ PYBIND11_MODULE(IGPT_MODULE, m) {
   m.attr("cpu_tables") = py::tuple(tables);
   m.def("cpu_why_not", &igpt::cpu_why_not,
         "Why this processor cannot run an instruction set's table; empty when it can.");
+  m.def("cpu_is_wide_amd", &igpt::cpu_is_wide_amd,
+        "Whether the processor is AMD's and twice as fast with AVX-512 as with AVX2.");
   m.def("cuda_why_not", &igpt::cuda_why_not,
         "Why there is no GPU to run the CUDA backend; empty when there is. To ask is to start CUDA.");
   m.def("cuda_takes_ptx", &igpt::cuda_takes_ptx, "Whether the driver is as new as the compiler of the kernels' PTX.");

@@ -197,6 +197,7 @@ static_assert(sizeof(Ops) == (1 IGPT_EACH_OP(IGPT_ONE_OP)) * sizeof(void*), "a f
 inline constexpr const char* kCpuTables[] = {"amx", "avx512_bf16", "avx512", "avx2", "baseline"};  // best first
 const Ops* cpu_ops(const std::string& isa);       // nullptr: this machine cannot run that instruction set
 std::string cpu_why_not(const std::string& isa);  // "" when it can
+bool cpu_is_wide_amd();                           // AMD's, and twice as fast with AVX-512 as with AVX2
 const Ops* cuda_ops();                            // nullptr: built without CUDA, or no driver for it
 std::string cuda_why_not();                       // "" when there is a GPU, which asking makes start
 std::string cuda_archs();                         // the architectures compiled in, "" without CUDA

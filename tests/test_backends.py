@@ -84,6 +84,7 @@ def calls():
             (floats(2, 8, grad=False), floats(4, 8, grad=False), None),
             (*(floats(*n, grad=False) for n in ((2, 8), (4, 8), (4,), (8,), (2, 4))), 1e-5, True),
         ],
+        "projection": [(floats(2, 3, 8), floats(4, 8), None), (floats(3, 8), floats(4, 8, grad=False), floats(4))],
         "palette_assign": [(*bits, torch.int64)],
         "kmeans_step": [(bits[0], torch.ones(5, dtype=torch.int64), bits[1])],
         "palette_decode": [(torch.arange(5), bits[0])],

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from test_product import by_onednn
 
 from igpt_fast import Config, ImageGPT, InputError, ops
 from igpt_fast.ops import _again
@@ -13,11 +14,12 @@ from igpt_fast.ops import _again
 module = sys.modules["igpt_fast.ops.projection"]
 
 
-@pytest.fixture(params=[False, True], ids=["bf16 instructions", "none"])
+@pytest.fixture(params=["bf16 instructions", "none", "oneDNN"])
 def slow(request, monkeypatch):
-    monkeypatch.setattr(module, "_SLOW", request.param)
+    """Who multiplies: torch, float32 in bf16's place, or oneDNN instead of MKL."""
+    monkeypatch.setattr(module, "_SLOW", request.param == "none")
     monkeypatch.setattr(module, "ROWS", 7)
-    return request.param
+    by_onednn(monkeypatch, request.param == "oneDNN")
 
 
 def draw(rows=(3, 10), k=24, m=20, dtype=torch.float32):
@@ -182,6 +184,20 @@ def test_the_model_compiles_under_autocast(slow):
 
 def test_the_flag_says_what_torch_can_do():
     assert module.bf16_is_slow() is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def test_a_frozen_weights_input_is_not_kept(slow):
+    """Nor may it matter that it changes, as in torch itself."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, _ = (t.detach() for t in draw(dtype=dtype))
+        bias = torch.zeros(20, dtype=dtype, requires_grad=True)
+        y = ops.projection(x, weight, bias)
+        x.zero_()
+        (dbias,) = torch.autograd.grad(y.sum(), bias)
+        assert (dbias == 30).all()
+        h = torch.randn(3, 10, 24, dtype=dtype, requires_grad=True)
+        dx = torch.autograd.grad(ops.projection(h, weight).sum(), h)[0]
+        assert dx.dtype is dtype and torch.allclose(dx.float(), weight.float().sum(0).expand_as(dx), atol=0.1)
 
 
 def test_bad_shapes():

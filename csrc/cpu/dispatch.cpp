@@ -1,6 +1,9 @@
 // The only file that asks the processor what it is. Compiled for the baseline, so that asking is always safe.
 #include "../ops.h"
 
+#if defined(IGPT_X86)
+#include <cpuid.h>
+#endif
 #if defined(IGPT_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -53,6 +56,17 @@ std::string cpu_why_not(const std::string& isa) {
 #endif
 #endif
   return isa + " is not in this build: another architecture, or a compiler that does not know it";
+}
+
+bool cpu_is_wide_amd() {
+#if defined(IGPT_X86)
+  // Families count on from 15 in the extended field. Zen 4, family 25, takes two cycles for 512 bits.
+  unsigned eax = 0, ebx, ecx, edx;
+  const bool found = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0;
+  return found && __builtin_cpu_is("amd") && (eax >> 8 & 15) + (eax >> 20 & 255) >= 26 && cpu_why_not("avx512").empty();
+#else
+  return false;
+#endif
 }
 
 const Ops* cpu_ops(const std::string& isa) {

@@ -1,5 +1,6 @@
 """The linear maps of whole images: torch's own product, kept away from the one case in which torch has no fast one."""
 
+import typing
 import weakref
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from igpt_fast.errors import InputError
 from igpt_fast.ops._again import recipe_of
-from igpt_fast.ops._gradient import why_plain_gradient
+from igpt_fast.ops._gradient import differentiable, why_plain_gradient
 from igpt_fast.ops._native import why_plain
+from igpt_fast.ops._product import by_onednn, for_onednn, outer, product
 from igpt_fast.ops._tensors import needs_grad
 
 ROWS = 1024  # converted at a time: their floats stay in the cache
@@ -27,11 +29,14 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise InputError(f"projection: weight {list(weight.shape)} does not fit x {list(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"projection: bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
+    if torch.compiler.is_compiling() and for_onednn(x, weight, bias):
+        return torch.ops.igpt.projection(x, weight, bias)
     recipe = recipe_of(x) if weight.requires_grad else None  # else x is not wanted for the backward pass
-    if (recipe is None and not _in_float32(x)) or why_plain():
+    if (recipe is None and not _in_float32(x) and not by_onednn(x, weight, bias)) or why_plain():
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):
-        again = (None, None, x) if recipe is None else (recipe.make, recipe.plain, *recipe.parts)
+        own = x if weight.requires_grad else None
+        again = (recipe.make, recipe.plain, *recipe.parts) if recipe else (None, None, own)
         return _Projection.apply(x, weight, bias, *again)
     return _forward(x, weight, bias)
 
@@ -53,7 +58,7 @@ def _in_float32(x: Tensor) -> bool:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _in_float32(x):
-        return F.linear(x, weight, bias)
+        return product(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
         weight = weight.float()
         bias = None if bias is None else bias.float()
@@ -67,7 +72,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Projection(torch.autograd.Function):
-    """Keeps what x can be made of: make(*parts), in torch's own ops plain(*parts); where these are None, x itself."""
+    """Keeps what x can be made of: make(*parts), in torch's own ops plain(*parts); where these are None, x itself, or
+    None where the weight wants no gradient.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, make, plain, *parts):
@@ -90,24 +97,30 @@ class _Projection(torch.autograd.Function):
             else:
                 make = ctx.plain if plain else ctx.make
                 x = make(*parts) if make else parts[0]
-            backward = _backward_in_float32 if ctx.in_float32 and not plain else _backward
-            found = backward(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), weight, ctx.needs_input_grad)
+            rows = dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
+            what = *rows, weight, ctx.needs_input_grad
+            in_float32 = ctx.in_float32 and not plain
+            found = _backward_in_float32(*what, ctx.dtypes[0]) if in_float32 else _backward(*what)
         dx, *rest = (None if t is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True))
-        return None if dx is None else dx.view(x.shape), *rest, None, None, *(None for _ in parts)
+        dx = None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1])
+        return dx, *rest, None, None, *(None for _ in parts)
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """dx, dweight, dbias, in dy's dtype.   dy [N, M]   x [N, K]"""
-    dweight = dy.t() @ x.to(dy.dtype) if wanted[1] else None
-    return dy @ weight.to(dy.dtype) if wanted[0] else None, dweight, dy.sum(0) if wanted[2] else None
+def _backward(dy: Tensor, x: Tensor | None, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias, in dy's dtype.   dy [N, M]   x [N, K], None where dweight is not wanted"""
+    dweight = outer(dy, x.to(dy.dtype)) if wanted[1] else None
+    return product(dy, weight.to(dy.dtype).t()) if wanted[0] else None, dweight, dy.sum(0) if wanted[2] else None
 
 
-def _backward_in_float32(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def _backward_in_float32(
+    dy: Tensor, x: Tensor | None, weight: Tensor, wanted: tuple[bool, ...], dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """As _backward; dx is rounded to `dtype` part by part."""
     wide = weight.float()
-    dx = torch.empty_like(x) if wanted[0] else None
+    dx = dy.new_empty(len(dy), wide.shape[1], dtype=dtype) if wanted[0] else None
     dweight = torch.zeros_like(wide)
     dbias = wide.new_zeros(len(wide))
-    for begin in range(0, len(x), ROWS):
+    for begin in range(0, len(dy), ROWS):
         part = slice(begin, begin + ROWS)
         g = dy[part].float()
         if dx is not None:
@@ -117,3 +130,37 @@ def _backward_in_float32(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bo
         if wanted[2]:
             dbias += g.sum(0)
     return dx, dweight if wanted[1] else None, dbias if wanted[2] else None
+
+
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return product(x, weight, bias)
+
+
+def _compiled_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, wanted: typing.Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = _backward(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), weight, tuple(wanted))
+    dx, dweight, dbias = (dy.new_empty(0) if t is None else t for t in found)
+    return dx.view(x.shape) if wanted[0] else dx, dweight, dbias
+
+
+def _like(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def _like_backward(dy, x, weight, wanted):
+    shapes = x.shape, weight.shape, weight.shape[:1]
+    return tuple(dy.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradient(ctx, backward, dy):
+    found = backward(dy, *ctx.saved_tensors, list(ctx.needs_input_grad))
+    return tuple(t if want else None for t, want in zip(found, ctx.needs_input_grad, strict=True))
+
+
+# The compiler takes it where its own product would be MKL's.
+differentiable("projection", _compiled, _like, _compiled_backward, _like_backward, _setup, _gradient)

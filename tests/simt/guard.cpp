@@ -14,6 +14,9 @@ const Ops* cpu_ops(const std::string&) {
 std::string cpu_why_not(const std::string&) {
   return "the bench has no CPU tables";
 }
+bool cpu_is_wide_amd() {
+  return false;
+}
 
 }  // namespace igpt
 

@@ -19,7 +19,12 @@ if isinstance(transformers, Missing):
     pytest.skip(transformers.reason, allow_module_level=True)
 
 BATCH, STEPS = 2, 256
-PRECISIONS = {"bfloat16 autocast": torch.float32, "bfloat16": torch.bfloat16}  # and what the weights are then in
+# Of the arithmetic, and then of the weights.
+PRECISIONS = {
+    "bfloat16 autocast": (torch.bfloat16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32": (torch.float32, torch.float32),
+}
 HF = "HF ImageGPT, eager"
 
 
@@ -66,17 +71,17 @@ def memory(entry):
 def test_forward(compare, device, quick, precision):
     hf = hf_model(quick, device).eval()
     tokens = tokens_of(hf)
-    autocast = precision != "bfloat16"
+    dtype, weights = PRECISIONS[precision]
 
     def forward(model) -> Call:
         @torch.no_grad()
         def call() -> Tensor:
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            with torch.autocast(device, torch.bfloat16, enabled=dtype is not weights):
                 return model(tokens, use_cache=False).logits
 
         return call
 
-    ours, theirs = pair(hf, PRECISIONS[precision])
+    ours, theirs = pair(hf, weights)
     with torch.no_grad():
         truth = copy.deepcopy(theirs).double()(tokens, use_cache=False).logits
     compare(
@@ -85,10 +90,10 @@ def test_forward(compare, device, quick, precision):
             shape=shape_of(hf),
             dtype=precision,
             device=device,
-            backend=served_by("attention_fwd", torch.empty(0, dtype=torch.bfloat16, device=device)),
+            backend=served_by("attention_fwd", torch.empty(0, dtype=dtype, device=device)),
             ours=forward(ours),
             peers={HF: forward(theirs)},
-            judge=Close([truth], torch.bfloat16),
+            judge=Close([truth], dtype),
             work={"images/s": BATCH},
             goals=_goals(f"accelerate, forward in {precision}", 2.0, device),
             rounds=(3, 9),
@@ -103,14 +108,14 @@ def test_step(compare, device, quick, precision, dropout):
     """With dropout, theirs as it comes, each side draws its own: then the loss is judged, by a wide margin."""
     hf = hf_model(quick, device, dropout).train()
     tokens = tokens_of(hf)
-    autocast = precision != "bfloat16"
+    dtype, weights = PRECISIONS[precision]
 
     def step(model) -> Call:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
 
         def call() -> list[Tensor]:
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            with torch.autocast(device, torch.bfloat16, enabled=dtype is not weights):
                 loss = model(tokens, labels=tokens, use_cache=False).loss
             loss.backward()
             optimizer.step()
@@ -118,7 +123,7 @@ def test_step(compare, device, quick, precision, dropout):
 
         return call
 
-    ours, theirs = pair(hf, PRECISIONS[precision])
+    ours, theirs = pair(hf, weights)
     exact = copy.deepcopy(theirs).double().eval()
     truth = step(exact)()
     judge = Score(lambda out: abs(float(out[0]) / float(truth[0]) - 1), 0.05, 0.05)
@@ -128,10 +133,10 @@ def test_step(compare, device, quick, precision, dropout):
             shape=shape_of(hf),
             dtype=precision,
             device=device,
-            backend=served_by("attention_bwd", torch.empty(0, dtype=torch.bfloat16, device=device)),
+            backend=served_by("attention_bwd", torch.empty(0, dtype=dtype, device=device)),
             ours=step(ours),
             peers={HF: step(theirs)},
-            judge=judge if dropout else Close(truth, torch.bfloat16),
+            judge=judge if dropout else Close(truth, dtype),
             work={"images/s": BATCH},
             goals=_goals(f"accelerate, training step in {precision}, dropout {dropout}", 3.0, device),
             rounds=(3, 9),

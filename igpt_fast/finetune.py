@@ -142,8 +142,8 @@ def _result(
         test=found,
         answers=answers,
         chosen=chosen,
-        train=len(task.batches.indices),
-        val=len(task.batches.held_out),
+        train=result.train,
+        val=result.val,
         seconds=result.seconds,
         rows=result.rows,
     )

@@ -143,8 +143,18 @@ class Loop:
             self.stop.leave()
         self.processes.meet()  # the last checkpoint is written
         loss, val_loss = self.metrics.last("loss"), self.metrics.last("val_loss")
-        seconds, checkpoint = time.monotonic() - self.began, list_checkpoints(self.run)[-1]
-        return Result(self.average, self.run, checkpoint, self.step, loss, val_loss, seconds, self.metrics.rows)
+        return Result(
+            model=self.average,
+            run=self.run,
+            checkpoint=list_checkpoints(self.run)[-1],
+            step=self.step,
+            loss=loss,
+            val_loss=val_loss,
+            train=len(self.batches.indices),
+            val=len(self.batches.held_out),
+            seconds=time.monotonic() - self.began,
+            rows=self.metrics.rows,
+        )
 
     def _update(self, learned: nn.Module) -> tuple[Tensor, ...]:
         """One optimizer step → its losses and its gradient's norm, on the device. Stopped leaves the weights alone."""

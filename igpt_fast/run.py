@@ -43,6 +43,8 @@ class Result:
     step: int
     loss: float | None  # None when a resumed run had no step to take and metrics.jsonl is gone
     val_loss: float | None
+    train: int  # images to learn from
+    val: int  # images to validate on
     seconds: float  # all parts of an interrupted run together
     rows: list[dict[str, Any]]  # of metrics.jsonl
 

@@ -59,6 +59,8 @@ def test_json_alone_on_stdout_and_the_way_on_on_stderr(dataset, tmp_path, monkey
     assert code == 0
     answer = json.loads(out)
     assert answer["step"] == 9 and answer["run"] == str(run) and 0 < answer["val_loss"] < 3
+    held_out = len(dataset.split("val", read_options(run)["options"]["val_fraction"]))
+    assert (answer["train"], answer["val"], answer["skipped"]) == (len(dataset) - held_out, held_out, [])
     assert (
         Path(answer["checkpoint"]).is_dir()
         and Path(answer["loss_curve"]).is_file()

@@ -108,7 +108,7 @@ def train(
             return
     _report(result, dataset, str(data), options["sample_every"])
     if as_json:
-        _print(result, options["sample_every"])
+        _print(result, dataset, options["sample_every"])
 
 
 def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset, dict[str, Any]]:
@@ -204,13 +204,16 @@ def _report(result: Result, dataset: TokenDataset, data: str, sample_every: int)
         say(f"  igpt-fast probe {run} {shlex.quote(data)}")
 
 
-def _print(result: Result, sample_every: int) -> None:
+def _print(result: Result, dataset: TokenDataset, sample_every: int) -> None:
     picture = _picture(result, sample_every)
     print_json(
         run=str(result.run),
         step=result.step,
         loss=result.loss,
         val_loss=result.val_loss,
+        train=result.train,
+        val=result.val,
+        skipped=dataset.meta.get("skipped", []),
         parameters=result.model.num_parameters(),
         seconds=round(result.seconds, 2),
         checkpoint=str(result.checkpoint),

@@ -2,7 +2,8 @@
 
 The paper's protocol: features are means over positions (`ImageGPT.features`), the classifier is scikit-learn's L-BFGS
 logistic regression, and for as many images as ImageNet has SGD. Beside the layers stand two scores that need no model:
-the same classifier on the raw pixels, and the answer that is always the most frequent class.
+the same classifier on the raw pixels, and the answer that is always the most frequent class of the test images: the
+best that one answer to all can be, whatever the shares of the classes among the images to learn from.
 """
 
 import math
@@ -126,7 +127,7 @@ def probe(
         scores = tuple(fit(f"layer {n}", features.__getitem__, n) for n, features in zip(layers, pooled, strict=True))
         together = fit("layers joined", lambda rows: np.concatenate(pooled[:, rows], 1)) if joined else None
         pixels = fit("raw pixels", lambda rows: _colours(dataset, indices[rows]))
-    most_frequent = np.bincount(labels[~test]).argmax()
+    most_frequent = np.bincount(labels[test]).argmax()
     return ProbeResult(
         layers=scores,
         pixels=pixels,

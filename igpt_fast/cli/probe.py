@@ -90,7 +90,7 @@ def probe(
     """Measure how well a logistic regression on each layer's features tells the classes of DATA apart.
 
     DATA needs labels: class folders, a metadata.csv, or an .npz with labels. Beside the layers stand the same
-    classifier on raw pixels, and the share of the most frequent class. Needs scikit-learn, but for --solver sgd.
+    classifier on raw pixels, and the share of the test's most frequent class. Needs scikit-learn, but for --solver sgd.
 
     Example: igpt-fast probe run/ photos/ --out probe.png
     """

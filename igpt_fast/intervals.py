@@ -3,6 +3,10 @@
 Images of one group, such as a patient's, are alike: they say less than as many of different groups. The error of a mean
 is then taken from the groups' sums, as surveys take it from clusters, and a share counts as one of so many independent
 images as would have this error (Korn and Graubard, 1998, with Wilson's formula in place of the exact one).
+
+A large group draws the mean towards itself, and so hides part of its own error: its sum counts for as much more (Bell
+and McCaffrey, 2002), and groups of unequal sizes for as few as equal ones that would average as well (Kish, 1965).
+Without both, intervals of ten patients with one to dozens of slices each hold the truth 84 times in 100.
 """
 
 import math
@@ -23,8 +27,8 @@ def margin_of_mean(values: np.ndarray, groups: np.ndarray | None = None) -> floa
 
     groups: int [N], the group of each value; None: all are independent.
     """
-    variance, number = _of_the_mean(values, groups)
-    return None if number < 2 else _t95(number - 1) * math.sqrt(variance)
+    variance, freedom = _of_the_mean(values, groups)
+    return _t95(freedom) * math.sqrt(variance) if freedom else None
 
 
 def of_share(right: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
@@ -34,15 +38,15 @@ def of_share(right: np.ndarray, groups: np.ndarray | None = None) -> tuple[float
     """
     share, of = float(right.mean()), float(len(right))
     if groups is not None:
-        variance, number = _of_the_mean(right, groups)
-        if number < 2:
+        variance, freedom = _of_the_mean(right, groups)
+        if not freedom:
             return 0.0, 1.0
         independent = share * (1 - share) / of
         if not independent:  # all right or all wrong: nothing shows how alike a group's images are, so it counts as one
-            of = float(number)
+            of = 1 + freedom
         elif variance > independent:
             of *= independent / variance
-        of *= (Z95 / _t95(number - 1)) ** 2
+        of *= (Z95 / _t95(freedom)) ** 2
     spread = Z95 * Z95 / of
     middle = (share + spread / 2) / (1 + spread)
     reach = Z95 * math.sqrt(share * (1 - share) / of + spread / (4 * of)) / (1 + spread)
@@ -50,14 +54,18 @@ def of_share(right: np.ndarray, groups: np.ndarray | None = None) -> tuple[float
     return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
 
 
-def _of_the_mean(values: np.ndarray, groups: np.ndarray | None) -> tuple[float, int]:
-    """The variance of the mean, 0 of one group, and the number of groups."""
-    off = values - values.mean()
-    sums = off if groups is None else np.bincount(np.unique(groups, return_inverse=True)[1].reshape(-1), off)
-    number = len(sums)
-    return float((sums * sums).sum()) * number / max(1, number - 1) / len(values) ** 2, number
+def _of_the_mean(values: np.ndarray, groups: np.ndarray | None) -> tuple[float, float]:
+    """The variance of the mean, and its degrees of freedom; 0 and 0 of one group."""
+    of = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1)
+    sums, parts = np.bincount(of, values - values.mean()), np.bincount(of) / len(values)
+    if len(parts) < 2:
+        return 0.0, 0.0
+    number = 1 / float((parts * parts).sum())  # of equal groups whose mean would vary as much
+    return float((sums * sums / (1 - parts)).sum()) / len(values) ** 2, max(1.0, number - 1)
 
 
-def _t95(freedom: int) -> float:
+def _t95(freedom: float) -> float:
+    if freedom <= len(T95):  # a little too much between whole numbers
+        return float(np.interp(1 / freedom, 1 / np.arange(len(T95), 0, -1), T95[::-1]))
     # Above the table, the first two terms of t's expansion around the normal: right to four digits.
-    return T95[freedom - 1] if freedom <= 30 else Z95 + (Z95**3 + Z95) / (4 * freedom) + 2.82 / freedom**2
+    return Z95 + (Z95**3 + Z95) / (4 * freedom) + 2.82 / freedom**2

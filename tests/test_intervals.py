@@ -68,6 +68,29 @@ def test_values_in_groups(groups):
     assert margin_of_mean(draws[0], np.zeros(len(of))) is None
 
 
+@pytest.mark.parametrize("groups", [4, 10, 20, 50])
+def test_groups_of_very_unequal_sizes(groups):
+    """As slices of patients: the largest have a third of all, and their own mean in that of all."""
+    random = np.random.default_rng(groups)
+    held = right_held = 0
+    for _ in range(2000):
+        sizes = np.maximum(1, random.lognormal(1.5, 1.2, groups).round()).astype(int)
+        of = np.repeat(np.arange(groups), sizes)
+        values = random.normal(0, 1, groups)[of] + random.normal(0, 0.5, len(of))
+        held += abs(values.mean()) <= margin_of_mean(values, of)
+        right = random.random(len(of)) < random.beta(1.6, 0.7, groups)[of]  # a share of 0.7
+        low, high = of_share(right, of)
+        right_held += low <= 1.6 / 2.3 <= high
+    assert 0.92 < held / 2000 < 0.98 and right_held / 2000 > 0.915
+
+
+def test_the_table_between_whole_numbers_is_never_too_low():
+    stats = pytest.importorskip("scipy.stats", reason="it comes with the [probe] extra")
+    freedoms = np.linspace(1, 35, 400)
+    found, wanted = np.array([_t95(freedom) for freedom in freedoms]), stats.t.ppf(0.975, freedoms)
+    assert (found > wanted - 6e-4).all() and (found < 1.2 * wanted).all()
+
+
 @pytest.mark.parametrize(("groups", "share"), [(6, 0.5), (15, 0.7), (40, 0.9)])
 def test_right_answers_in_groups(groups, share):
     random, sizes = np.random.default_rng(groups), np.arange(groups) % 9 + 2

@@ -65,6 +65,12 @@ def test_the_command_prints_one_object_and_writes_the_figure(igpt, run, dataset,
     assert "raw pixels" in said and "majority class" in said and f"layer {result.best.layer} *" in said
 
 
+def test_what_the_intervals_leave_out_is_told_where_few_labels_are_drawn(igpt, run, dataset, tmp_path):
+    for words, told in (((), False), (("--per-class", "4"), True)):
+        code, printed, _ = igpt("probe", run, dataset.path, "--layers", "0", "-o", tmp_path / "p.png", *words)
+        assert code == 0 and ("intervals are for the choice of test images" in printed) is told
+
+
 def test_the_figures_are_told_before_the_picture_fails(igpt, run, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     code, printed, said = igpt("probe", run, dataset.path, "--layers", "0", "--out", tmp_path / "p.png", "--json")

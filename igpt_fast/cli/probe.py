@@ -168,6 +168,8 @@ def show(result: ProbeResult, as_json: bool) -> None:
     ]
     if result.test_groups is not None:
         lines.append(f"the images to test on are of {counted(result.test_groups, 'group')}: intervals are by groups")
+    if result.per_class is not None:
+        lines.append("intervals are for the choice of test images: the labels drawn, by --seed, are one choice more")
     if result.unlabelled:
         lines.append(f"left out {result.unlabelled:,} images without a label")
     if result.left_out:

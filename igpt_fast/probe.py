@@ -152,7 +152,7 @@ def probe(
 
 
 def _colours(dataset: TokenDataset | JoinedTokens, indices: np.ndarray) -> np.ndarray:
-    """The images' raw pixels: float32 [N, 3 · H · W]."""
+    """The images' raw pixels, in the palette's colours: float32 [N, 3 · H · W]."""
     found = np.asarray(dataset.palette.centers)[dataset.batch(indices).numpy()]
     return found.reshape(len(found), -1)
 

@@ -9,7 +9,7 @@ best that one answer to all can be, whatever the shares of the classes among the
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from igpt_fast.over_images import over_images
 from igpt_fast.pictures import COLOURS, figure_png_bytes, new_figure, set_title
 from igpt_fast.processes import Processes
 from igpt_fast.regression import Score, classify, count_fits, draw_folds, load_sklearn, score
+from igpt_fast.tables import csv_bytes
 
 SOLVERS = LBFGS, SGD = "lbfgs", "sgd"
 
@@ -63,9 +64,15 @@ class ProbeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        values = asdict(replace(self, chosen=None))
-        del values["chosen"]
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "chosen"}
+        values["layers"] = [score.to_dict() for score in self.layers]
+        values |= {name: score.to_dict() for name in ("pixels", "majority", "joined") if (score := values[name])}
         return {**values, "best_layer": self.best.layer}
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """All of them, as the table has them: of layers, of these joined, of raw pixels, and of the majority class."""
+        return *self.layers, *([self.joined] if self.joined else []), self.pixels, self.majority
 
 
 def probe(
@@ -127,11 +134,12 @@ def probe(
         scores = tuple(fit(f"layer {n}", features.__getitem__, n) for n, features in zip(layers, pooled, strict=True))
         together = fit("layers joined", lambda rows: np.concatenate(pooled[:, rows], 1)) if joined else None
         pixels = fit("raw pixels", lambda rows: _colours(dataset, indices[rows]))
-    most_frequent = np.bincount(labels[test]).argmax()
+    tested = labels[test]
+    most_frequent = np.full(len(tested), np.bincount(tested).argmax())
     return ProbeResult(
         layers=scores,
         pixels=pixels,
-        majority=score("majority class", labels[test] == most_frequent, groups, labels[test]),
+        majority=score("majority class", most_frequent == tested, groups, tested, answers=most_frequent),
         depth=model.config.layers,
         classes=chosen.classes,
         left_out=chosen.left_out,
@@ -228,6 +236,18 @@ def extract_features(
         what="features",
     )
     return pooled
+
+
+def answers_csv(result: ProbeResult, names: Sequence[str]) -> bytes:
+    """A line a test image: its name, its class, and what each classifier answers; a CSV file's bytes.
+
+    names: of all the dataset's images.
+    """
+    chosen, classes = result.chosen, (*result.classes, "")  # -1 is of a classifier that became infinite
+    said = [chosen.labels[chosen.test], *(score.answers for score in result.scores)]
+    images = zip(chosen.indices[chosen.test], np.stack(said, 1), strict=True)
+    rows = [[names[image], *(classes[number] for number in row)] for image, row in images]
+    return csv_bytes(["image", "class", *(score.name for score in result.scores)], rows)
 
 
 def figure_png(result: ProbeResult, title: str) -> bytes:

@@ -3,7 +3,8 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,11 @@ class Score:
     converged: bool = True  # False: L-BFGS stopped at ITERATIONS, or SGD became infinite
     rate: float | None = None  # of SGD, at first
     balanced: float | None = None  # balanced accuracy: the mean of the tested classes' shares of right answers
+    answers: np.ndarray | None = field(default=None, repr=False, compare=False)  # the class of each test image: int64
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold, without the single answers."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "answers"}
 
     def __str__(self) -> str:
         """`93.1 % (95 % interval 90.2 – 95.2 %)`."""
@@ -96,12 +102,14 @@ def classify(
     test, parts = folds < 0, parts_of(folds)
     small = features.size * len(np.unique(labels)) < SMALL
     with load_sklearn()[2](1 if small else None):
-        found = sum(_right(features, labels, learn, ask, STRENGTHS, fitted)[0].sum(1) for learn, ask in parts)
+        found = np.zeros(len(STRENGTHS), int)
+        for learn, ask in parts:
+            found += (_answers(features, labels, learn, ask, STRENGTHS, fitted)[0] == labels[ask]).sum(1)
         best = int(np.argmax(found))
-        (right,), converged = _right(features, labels, ~test, test, STRENGTHS[best : best + 1], fitted)
+        (answers,), converged = _answers(features, labels, ~test, test, STRENGTHS[best : best + 1], fitted)
     validation = float(found[best] / sum(ask.sum() for _, ask in parts))
     chosen = {"strength": STRENGTHS[best], "validation": validation, "converged": converged}
-    return score(name, right, groups, labels[test], layer=layer, **chosen)
+    return score(name, answers == labels[test], groups, labels[test], layer=layer, answers=answers, **chosen)
 
 
 def parts_of(folds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -116,7 +124,7 @@ def score(
     right: np.ndarray,
     groups: np.ndarray | None = None,
     labels: np.ndarray | None = None,
-    **rest: float | int | bool | None,
+    **rest: Any,
 ) -> Score:
     """A Score of answers: whether each is right, bool [N], and its image's group, int64 [N], None: all are alone.
 
@@ -129,7 +137,7 @@ def score(
     return Score(name, float(right.mean()), *intervals.of_share(right, groups), balanced=balanced, **rest)
 
 
-def _right(
+def _answers(
     features: np.ndarray,
     labels: np.ndarray,
     learn: np.ndarray,
@@ -137,8 +145,8 @@ def _right(
     strengths: Sequence[float],
     fitted: Callable[[], object],
 ) -> tuple[np.ndarray, bool]:
-    """For each strength, which answers for `ask` of a classifier of `learn` are right: bool [strengths, asked]; and
-    whether all fits converged.
+    """For each strength what a classifier of `learn` answers for `ask`: int64 [strengths, asked]; and whether all fits
+    converged.
 
     strengths: ascending. A fit starts where the one before ended, which takes half the steps of starting at zero: the
     optimum of a weak penalty is far from zero and near that of one ten times as strong.
@@ -146,12 +154,12 @@ def _right(
     regression, scaler, _ = load_sklearn()
     scale, classifier = scaler(copy=False), regression(max_iter=ITERATIONS, warm_start=True)
     learned, asked = scale.fit_transform(features[learn]), scale.transform(features[ask])
-    right, converged = np.empty((len(strengths), len(asked)), bool), True
+    answers, converged = np.empty((len(strengths), len(asked)), np.int64), True
     for row, strength in enumerate(strengths):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it did not converge is said in the Score
             classifier.set_params(C=strength).fit(learned, labels[learn])
-        right[row] = classifier.predict(asked) == labels[ask]
+        answers[row] = classifier.predict(asked)
         converged = converged and bool(classifier.n_iter_.max() < ITERATIONS)
         fitted()
-    return right, converged
+    return answers, converged

@@ -42,14 +42,14 @@ def classify(
     """
     test, (learn, ask) = folds < 0, parts_of(folds)[0]
     how = {"epochs": epochs, "seed": seed, "device": torch.device(device), "fitted": fitted}
-    found = _right(fetch, labels, learn, ask, RATES, **how)[0].sum(1)
+    found = (_answers(fetch, labels, learn, ask, RATES, **how)[0] == labels[ask]).sum(1)
     best = int(np.argmax(found))
-    (right,), finite = _right(fetch, labels, ~test, test, RATES[best : best + 1], **how)
+    (answers,), finite = _answers(fetch, labels, ~test, test, RATES[best : best + 1], **how)
     chosen = {"rate": RATES[best], "validation": float(found[best] / ask.sum()), "converged": finite}
-    return score(name, right, groups, labels[test], layer=layer, **chosen)
+    return score(name, answers == labels[test], groups, labels[test], layer=layer, answers=answers, **chosen)
 
 
-def _right(
+def _answers(
     fetch: Fetch,
     labels: np.ndarray,
     learn: np.ndarray,
@@ -60,8 +60,8 @@ def _right(
     device: torch.device,
     fitted: Callable[[], object],
 ) -> tuple[np.ndarray, bool]:
-    """For each rate, which answers for `ask` of a classifier of `learn` are right: bool [rates, asked]; and whether all
-    of them are finite.
+    """For each rate what a classifier of `learn` answers for `ask`: int64 [rates, asked], -1 where that is not finite;
+    and whether all is.
     """
     learned, asked = np.flatnonzero(learn), np.flatnonzero(ask)
     mean, deviation = (torch.from_numpy(part).to(device) for part in _moments(fetch, learned))
@@ -84,17 +84,17 @@ def _right(
             optimizer.zero_grad()
             schedule.step()
         fitted()
-    right, finite = np.empty((len(rates), len(asked)), bool), True
+    answers, finite = np.empty((len(rates), len(asked)), np.int64), True
     with torch.no_grad():
         for at in range(0, len(asked), AT_ONCE):
             rows = asked[at : at + AT_ONCE]
-            x, y = features(rows), torch.from_numpy(labels[rows]).to(device)
+            x = features(rows)
             for head, (w, b) in enumerate(zip(weights, biases, strict=True)):
                 logits = F.linear(x, w, b)
                 known = logits.isfinite().all(1)  # a rate that is too high leads to none
-                right[head, at : at + AT_ONCE] = ((logits.argmax(1) == y) & known).cpu()
+                answers[head, at : at + AT_ONCE] = logits.argmax(1).where(known, -1).cpu()
                 finite = finite and bool(known.all())
-    return right, finite
+    return answers, finite
 
 
 def _moments(fetch: Fetch, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

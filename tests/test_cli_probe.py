@@ -1,8 +1,11 @@
 """`igpt-fast probe`: one object on stdout, the figure where it was asked for, nothing else left, one-line refusals."""
 
+import csv
 import json
+import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +72,41 @@ def test_what_the_intervals_leave_out_is_told_where_few_labels_are_drawn(igpt, r
     for words, told in (((), False), (("--per-class", "4"), True)):
         code, printed, _ = igpt("probe", run, dataset.path, "--layers", "0", "-o", tmp_path / "p.png", *words)
         assert code == 0 and ("intervals are for the choice of test images" in printed) is told
+
+
+def test_the_answers_to_each_test_image_are_those_that_were_counted(igpt, run, dataset, tmp_path):
+    words = ("--layers", "0,2", "--joined", "-o", tmp_path / "p.png", "--answers", tmp_path / "a.csv", "--json")
+    code, printed, said = igpt("probe", run, dataset.path, *words)
+    found = json.loads(printed)
+    head, *rows = csv.reader((tmp_path / "a.csv").read_text().splitlines())
+    assert code == 0 and found["answers"] == str(tmp_path / "a.csv") and f"wrote {tmp_path / 'a.csv'}" in said
+    assert head == ["image", "class", "layer 0", "layer 2", "layers joined", "raw pixels", "majority class"]
+    tested = dataset.split("val", 0.2)
+    assert [row[0] for row in rows] == [dataset.names[image] for image in tested]
+    assert [row[1] for row in rows] == [dataset.classes[dataset.labels[image]] for image in tested]
+    scores = [*found["layers"], found["joined"], found["pixels"], found["majority"]]
+    for column, score in enumerate(scores, 2):
+        assert score["name"] == head[column] and "answers" not in score
+        assert sum(row[column] == row[1] for row in rows) == pytest.approx(score["accuracy"] * len(rows))
+    assert {row[-1] for row in rows} < set(dataset.classes)
+
+
+def test_neither_file_takes_the_other_along(igpt, run, dataset, tmp_path, monkeypatch):
+    replace = os.replace
+    for broken, other in (("p.png", "a.csv"), ("a.csv", "p.png")):
+
+        def fails(source, target, broken=broken):
+            if Path(target).name == broken:
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", fails)
+            words = ("--layers", "0", "-o", tmp_path / "p.png", "--answers", tmp_path / "a.csv")
+            code, printed, _ = igpt("probe", run, dataset.path, *words)
+        assert code == 2 and "majority class" in printed
+        assert (tmp_path / other).is_file() and not (tmp_path / broken).exists()
+        (tmp_path / other).unlink()
 
 
 def test_the_figures_are_told_before_the_picture_fails(igpt, run, dataset, tmp_path, monkeypatch):

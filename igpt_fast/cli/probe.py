@@ -31,7 +31,7 @@ from igpt_fast.cli.seen import say_seen, seen_in_test
 from igpt_fast.console import answer, counted, few_of, say
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
-from igpt_fast.probe import LBFGS, SOLVERS, ProbeResult, check_options, figure_png
+from igpt_fast.probe import LBFGS, SOLVERS, ProbeResult, answers_csv, check_options, figure_png
 from igpt_fast.probe import probe as probe_model
 from igpt_fast.processes import together
 from igpt_fast.regression import Score, load_sklearn
@@ -85,6 +85,15 @@ def probe(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE.png", help="Accuracy by layer, as a picture.")
     ] = Path("probe.png"),
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--answers",
+            metavar="FILE.csv",
+            show_default="none",
+            help="What each layer's classifier says of each test image.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how well a logistic regression on each layer's features tells the classes of DATA apart.
@@ -101,7 +110,8 @@ def probe(
         if epochs is not None:
             raise InputError("--epochs is for --solver sgd: lbfgs goes on until it has converged; leave it out")
         load_sklearn()
-    check_place(out, ".png", data, *([test] if test else []))
+    for path, suffix in ((out, ".png"), *([(answers, ".csv")] if answers else [])):
+        check_place(path, suffix, data, *([test] if test else []))
     with ExitStack() as stack:
         processes = stack.enter_context(together(device))
         with processes.first_goes_ahead():
@@ -125,7 +135,7 @@ def probe(
         result = probe_model(checkpoint.model, dataset, layers=chosen, joined=joined, **options, **how)
         if not processes.first:
             return
-        seen = seen_in_test(checkpoint, dataset, result.chosen)
+        seen, names = seen_in_test(checkpoint, dataset, result.chosen), dataset.names
     step = "" if checkpoint.step is None else f", step {checkpoint.step},"
     try:
         show(result, as_json)
@@ -137,19 +147,24 @@ def probe(
         )
         if as_json:
             facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen}
-            print_json(figure=str(out), **facts, **result.to_dict())
-    finally:  # last, for a picture that cannot be written must not take the figures along; nor they it
-        write_atomically(
-            out, figure_png(result, f"Linear probe of {model.name or model}{step} on {called(test or data)}")
-        )
-    say(f"wrote {out}")
+            print_json(figure=str(out), answers=answers and str(answers), **facts, **result.to_dict())
+    finally:  # last, for a file that cannot be written must not take the figures along; nor they it
+        with ExitStack() as stack:
+            if answers:
+                stack.callback(_write, answers, answers_csv(result, names))
+            title = f"Linear probe of {model.name or model}{step} on {called(test or data)}"
+            stack.callback(_write, out, figure_png(result, title))
+
+
+def _write(path: Path, data: bytes) -> None:
+    write_atomically(path, data)
+    say(f"wrote {path}")
 
 
 def show(result: ProbeResult, as_json: bool) -> None:
     """Prints the result as a table, with a line for everything that a reader must know beside it."""
     table = Table("", "accuracy", "95 % interval", "C" if result.solver == LBFGS else "rate", "balanced")
-    learned = (*result.layers, *([result.joined] if result.joined else []), result.pixels)
-    for score in (*learned, result.majority):
+    for score in result.scores:
         if score is result.pixels:
             table.add_section()
         style = "bold" if score is result.best else None
@@ -175,7 +190,7 @@ def show(result: ProbeResult, as_json: bool) -> None:
     if result.left_out:
         few = ", ".join(f"{name} ({of})" for name, of in result.left_out.items())
         lines.append(f"left out classes with too few images to learn from and test on: {few}")
-    if slow := [score.name for score in learned if not score.converged]:
+    if slow := [score.name for score in result.scores if not score.converged]:
         names = ", ".join(slow)
         lines.append(
             f"L-BFGS had not converged when it was stopped for {names}: a little more may be in it"

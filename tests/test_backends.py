@@ -138,6 +138,18 @@ def test_attention_that_no_kernel_serves_is_torchs_own_under_compile(head_dim, d
     assert torch.allclose(*grads, atol=1e-2)
 
 
+def test_head_dims_may_be_dynamic_under_compile():
+    """Those of a second call are, if nobody says that they are constants."""
+    torch.compiler.reset()
+    run = torch.compile(ops.attention_packed, backend="aot_eager", fullgraph=True)
+    for head_dim in (8, 16, 12, 24):
+        qkv = torch.randn(1, 5, 3, 2, head_dim)
+        assert torch.allclose(run(qkv), ops.attention_packed(qkv), atol=1e-6)
+    q = torch.randn(1, 2, 5, 16)
+    run = torch.compile(ops.attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    assert torch.allclose(run(q, q, q), ops.attention(q, q, q), atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", [n for n in BACKENDS if n in _native.CPU_TABLES])
 def test_threads_do_not_change_a_bit(backend):
     model = ImageGPT(Config(layers=1, width=48, heads=3, colors=20, size=(10, 13), bias=True))

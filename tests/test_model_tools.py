@@ -1,5 +1,7 @@
 """The model under torch's tools (torch.func, fake tensors, FLOP counters, export), and given what Python may give."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import igpt_fast as igpt
+from igpt_fast import ops
 from igpt_fast.ops._native import use_backend
 from igpt_fast.patterns import block_mask, layers
 
@@ -72,6 +75,48 @@ def test_fake_and_meta_tensors_have_their_shapes(model):
         empty = igpt.ImageGPT(model.config)
     logits = empty(torch.zeros(2, 12, dtype=torch.int64, device="meta"))
     assert logits.shape == (2, 12, 8) and logits.is_meta
+
+
+def test_the_loss_of_each_image_has_its_gradient(model):
+    """Nobody can look at targets that torch.func batches, nor at those that have no values."""
+    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, tokens):
+        return torch.func.functional_call(Loss(model), weights, (tokens[None],))
+
+    of_images = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, TOKENS)
+    wanted = torch.autograd.grad(model.loss(TOKENS), list(model.parameters()))
+    assert all(torch.allclose(of_images[name].mean(0), g, atol=1e-5) for name, g in zip(weights, wanted, strict=True))
+    logits = torch.randn(4, 12, 8)
+    for run in (ops.cross_entropy, lambda x, t: ops.linear_cross_entropy(x, logits[0, :, :8], t).mean()):
+        wanted = torch.stack([run(x, t) for x, t in zip(logits, TOKENS.flatten(1), strict=True)])
+        assert torch.allclose(torch.func.vmap(run)(logits, TOKENS.flatten(1)), wanted, atol=1e-6)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        torch.func.vmap(ops.cross_entropy)(logits, TOKENS.flatten(1) - 100)
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model.loss(tokens)
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_fake_and_meta_tensors_have_a_loss(model, objective):
+    config = dataclasses.replace(model.config, objective=objective)
+    with FakeTensorMode():
+        assert igpt.ImageGPT(config).loss(torch.zeros(2, 12, dtype=torch.int64)).shape == ()
+    with torch.device("meta"):
+        empty = igpt.ImageGPT(config)
+        loss = empty.loss(torch.zeros(2, 12, dtype=torch.int64))
+    assert loss.is_meta and all(g.is_meta for g in torch.autograd.grad(loss, list(empty.parameters())))
+    given = (TOKENS, TOKENS > 2) if objective == "bert" else (TOKENS,)
+    full = igpt.ImageGPT(config)
+    traced = make_fx(lambda *given: full.loss(*given))(*given)
+    assert torch.allclose(traced(*given), full.loss(*given))
 
 
 def test_flop_are_counted_with_attentions(model):

@@ -1,7 +1,9 @@
 """Patterns: the tile tables against definitions on two pixels, by brute force; the parser; orders; the command."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from igpt_fast import BlockMask, InputError
+from igpt_fast import BlockMask, InputError, ops
 from igpt_fast.patterns import PATTERNS, Rows, compiled, parse, parts_of, row, unpack
 from igpt_fast.patterns.orders import ORDERS, tiles_by_order
 from igpt_fast.patterns.predicates import _drawn
@@ -263,3 +265,22 @@ def test_what_is_made_of_a_mask_for_a_device_is_made_once(monkeypatch):
 def test_the_start_of_a_mask_keeps_the_order_that_has_the_fewest_tiles():
     start = compiled("column", (24, 24)).first(500)
     assert start.order == "transposed" and start.tiles() < start.raster.tiles()
+
+
+@pytest.mark.parametrize("make", [
+    lambda: BlockMask.compile("axial", (16, 17)),
+    lambda: BlockMask.compile("row", (9, 9), causal=False),
+    lambda: BlockMask.compile(lambda q, k: (k.row >= q.row - 2) & (k.index < q.index), (8, 9)),
+    lambda: BlockMask.from_dense(torch.arange(130 * 130).view(130, 130) % 7 < 2),
+])  # fmt: skip
+def test_copies_and_pickles_of_a_mask_show_the_same(make):
+    mask = make()
+    q = torch.randn(1, 1, mask.tokens, 8)
+    wanted = ops.attention(q, q, q, mask)
+    for other in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert (other.tokens, other.causal, other.pairs, other.order) == (
+            mask.tokens, mask.causal, mask.pairs, mask.order)  # fmt: skip
+        assert torch.equal(other.dense(), mask.dense()) and torch.equal(other.raster.dense(), mask.dense())
+        assert torch.equal(ops.attention(q, q, q, other), wanted)
+        if mask.causal:
+            assert torch.equal(other.first(40).dense(), mask.first(40).dense())

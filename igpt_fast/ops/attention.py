@@ -1,5 +1,6 @@
 """Attention: checks, which backend runs, and how the gradient is attached."""
 
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -35,8 +36,9 @@ def attention(
     _check(q, k, v, mask, causal)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():
+        # index: torch.compile then takes a head dim for a constant, also where sizes are dynamic.
         plain = mask is None and one_dtype(q, k, v) and scale > 0
-        if plain and _goes_without_kernel(q.device, q.dtype, q.size(-1)):
+        if plain and _goes_without_kernel(q.device, q.dtype, operator.index(q.size(-1))):
             return _plain(q, k, v, None, causal, scale)
         tables = [] if mask is None else list(mask.to(q.device).tensors)
         return torch.ops.igpt.attention(q, k, v, tables, causal, scale)[0]

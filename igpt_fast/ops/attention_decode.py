@@ -8,7 +8,7 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._heads import refused_heads
-from igpt_fast.ops._native import backend_for, has_cuda_kernels
+from igpt_fast.ops._native import backend_for, has_cuda_kernels, why_plain
 from igpt_fast.ops._tensors import Tensors, check_range, empty, multiprocessors, rows, same_device, stream_of
 from igpt_fast.patterns import TILE, BlockMask, Rows
 
@@ -123,7 +123,7 @@ def check_pages(op: str, pages: Tensor | None, slots: int, room: int, masked: bo
         )
     count = room // TILE
     check_range(op, "pages", pages, count)
-    if pages.device.type == "cpu" and not torch.compiler.is_compiling():
+    if pages.is_cpu and not torch.compiler.is_compiling() and why_plain() is None:
         low, high = (int(end) for end in pages.aminmax())
         if low < 0 or high >= count:
             bad = low if low < 0 else high

@@ -37,7 +37,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
     kind = hidden.device.type
     same_device("linear_cross_entropy", hidden=hidden, weight=weight, target=target)
     dtype = hidden.dtype
-    if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     elif weight.dtype is not dtype:
         raise InputError(f"linear_cross_entropy: weight is {weight.dtype}, hidden {dtype}; convert one of them")

@@ -1,7 +1,7 @@
 """A pattern as the kernels read it: which 64 × 64 tiles exist, and the bits of those that are not full."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, reduce
 from typing import Any
@@ -14,7 +14,7 @@ from igpt_fast.errors import InputError
 from igpt_fast.patterns.orders import ORDERS, PART, WORTH_PARTS, fewest_tiles
 from igpt_fast.patterns.parse import parse
 from igpt_fast.patterns.predicates import Pattern, Pixels, Predicate
-from igpt_fast.patterns.tables import FIELDS, TILE, Builder, Tables, empty_block, parts_of, reordered
+from igpt_fast.patterns.tables import FIELDS, TILE, Builder, Rows, Tables, empty_block, parts_of, reordered
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +114,15 @@ class BlockMask:
             builder.add(_block(seen(queries, keys)))
         return cls(n, causal, builder.tables(), seen, builder.pairs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the predicate, which no file can name, and what was made of it: the tables say the same."""
+        return {**self.__dict__, "seen": self.seen and True, "_kept": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.seen:
+            self.__dict__["seen"] = _seen_by([t.cpu() for t in self.raster.tensors])
+
     def in_order(self, name: str, order: Tensor) -> "BlockMask":
         """This mask, which is in raster order, with tiles in another. order: int [tokens], the slot at each place."""
         tables = reordered(self.tensors, self.tokens, order)
@@ -208,6 +217,11 @@ class BlockMask:
         # A tracer's tensors are of use to nobody behind it.
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         return made if traced else self._kept.setdefault(device, made)
+
+
+def _seen_by(tables: Sequence[Tensor]) -> Callable[[Tensor, int], Tensor]:
+    """A mask's `seen`, from its tables in raster order."""
+    return lambda queries, keys: Rows(tables)[queries, :keys]
 
 
 def _rows(n: int, causal: bool) -> Iterator[tuple[Tensor, int]]:

@@ -134,6 +134,15 @@ def test_a_dynamic_batch_is_exported(model):
         assert torch.allclose(program(tokens), model(tokens), atol=1e-5)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_keep_the_kernel_of_attention(model, strict):
+    ops_of = {str(node.target) for node in export(model, (TOKENS,), strict=strict).graph.nodes}
+    assert "igpt.attention.default" in ops_of
+    wide = igpt.ImageGPT(dataclasses.replace(model.config, width=24))  # a head dim that no kernel serves
+    ops_of = {str(node.target) for node in export(wide, (TOKENS,), strict=strict).graph.nodes}
+    assert "aten.scaled_dot_product_attention.default" in ops_of
+
+
 def test_arrays_of_any_layout_are_tokens(model, tmp_path):
     array, wanted = TOKENS.numpy(), model(TOKENS.flip(2))
     np.save(tmp_path / "t.npy", array[:, :, ::-1])

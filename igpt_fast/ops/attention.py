@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from igpt_fast import reference
 from igpt_fast.errors import InputError
@@ -141,7 +142,8 @@ def _goes_without_kernel(device: torch.device, dtype: torch.dtype, head_dim: int
     """Whether plain torch is the best for such heads, asked while torch.compile traces a call."""
     if is_reference():
         return False
-    like = torch.empty(0, dtype=dtype, device=device)
+    with _disable_current_modes():  # torch.export would make it a fake one, which no kernel serves
+        like = torch.empty(0, dtype=dtype, device=device)
     return backend_for("attention_bwd", (like,), refusal(dtype, head_dim)) is None
 
 

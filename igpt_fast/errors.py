@@ -29,6 +29,12 @@ def whole(name: str, value: Any, least: int, most: int | None = None, otherwise:
     return number
 
 
+def real(name: str, value: object) -> None:
+    """InputError, naming it, for what cannot be compared with numbers, such as None or text."""
+    if not hasattr(type(value), "__float__"):
+        raise InputError(f"{name} is {value!r}; use a number")
+
+
 def reason_of(error: Exception) -> str:
     """What went wrong, without the name of a file or its number."""
     return getattr(error, "strerror", None) or str(error)

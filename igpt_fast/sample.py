@@ -14,7 +14,7 @@ from torch import Tensor
 from igpt_fast.cached import Decoder, KVCache, cache_slots, check_model, prefill, shared_slots
 from igpt_fast.config import Config
 from igpt_fast.drawing import Options, draw
-from igpt_fast.errors import InputError, whole
+from igpt_fast.errors import InputError, real, whole
 from igpt_fast.model import ImageGPT
 from igpt_fast.ops.sampling import check_sampling
 
@@ -110,6 +110,7 @@ def check_options(
     whole("first", first, 0, LAST)
     if batch is not None:
         whole("batch", batch, 1)
+    real("keep", keep)
     if not 0 <= keep <= 1:  # also catches NaN
         raise InputError(f"keep is {keep}; use a fraction from 0 (keep nothing) to 1 (keep the whole image)")
 

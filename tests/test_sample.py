@@ -269,7 +269,7 @@ def test_numbers_that_no_image_has_are_refused(first):
         sample(make(), n=1, first=first)
 
 
-@pytest.mark.parametrize("keep", [-0.1, 1.1, math.nan])
+@pytest.mark.parametrize("keep", [-0.1, 1.1, math.nan, None, "a"])
 def test_keep_outside_0_to_1_is_refused(keep):
     model = make()
     with pytest.raises(InputError, match="keep is"):

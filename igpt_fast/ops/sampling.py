@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.errors import InputError, whole
+from igpt_fast.errors import InputError, real, whole
 from igpt_fast.ops._native import backend_for, has_cuda_kernels
 from igpt_fast.ops._tensors import empty, same_device, stream_of
 
@@ -15,14 +15,17 @@ COLUMNS = 8192  # that the kernel of csrc/cuda/sampling.cu takes
 
 def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
     """Raise InputError for the first of the three that is out of range."""
+    real("temperature", temperature)
     if not 0 <= temperature < math.inf:  # also catches NaN
         raise InputError(
             f"temperature is {temperature}; use a positive number (1 samples plainly), or 0 for the likeliest colour"
         )
     if top_k is not None:
         whole("top_k", top_k, 1, otherwise=", or leave it out to keep every colour")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p}; use a share above 0 and up to 1 (1 keeps every colour)")
+    if top_p is not None:
+        real("top_p", top_p)
+        if not 0 < top_p <= 1:
+            raise InputError(f"top_p is {top_p}; use a share above 0 and up to 1 (1 keeps every colour)")
 
 
 def sample_tokens(

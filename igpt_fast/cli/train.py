@@ -24,7 +24,7 @@ from igpt_fast.cli.learning import (
     read_pattern,
 )
 from igpt_fast.cli.options import Given, Group, JsonOption, expanded, given_of, parse_size, print_json, reading
-from igpt_fast.cli.start import open_start, refuse_changes
+from igpt_fast.cli.start import Start, open_start, refuse_changes
 from igpt_fast.config import PRESETS, Config
 from igpt_fast.console import duration, say
 from igpt_fast.data import open_tokens
@@ -113,24 +113,52 @@ def train(
 
 def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset, dict[str, Any]]:
     """The images as tokens, and what else train() is to be given."""
-    resume, init, size, preset = (given.get(name) for name in ("resume", "init", "size", "preset"))
+    resume, init, made = given["resume"], given.get("init"), is_token_directory(data)
+    saved = _saved(data, out, resume)
+    options = chosen(STANDARD, saved["options"], given)  # finds mistakes before the images are read
+    _refuse_idle(given, data)
+    start = open_start(init, data, given) if init else None
+    images, shape = _asked_for(out, given, saved, start)
+    if not resume and made and "size" not in given:
+        images["size"] = None  # a preset's, which tokens need not have
+    palette = start.palette if start and start.palette else given.get("palette")
+    dataset = _open(data, out, images, palette, resume, seed=options["seed"], workers=given.get("workers"))
+    if not resume and made:
+        say_read_otherwise(data, dataset, start.images if start else {})
+        images |= dataset.preprocessing
+    config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
+    command = dict(saved["command"]) if resume else {"from_tokens": made}
+    command |= {"data": str(data.absolute()), "images": images, "resume": _again(data, out)}
+    command |= {"init": str(init.absolute() if init.exists() else init)} if init else {}
+    model = start.model if start else None
+    return dataset, {"config": config, "resume": resume, "init": model, "command": command, **options}
+
+
+def _saved(data: Path, out: Path, resume: bool) -> dict[str, Any]:
+    """What train.json says of a run to go on with, and of a new one nothing. InputError where it cannot be `data`'s."""
     check_run(out, resume)
-    saved = read_options(out) if resume else {"config": {}, "options": {}, "command": {}}
-    if resume and learns_classes(saved):
+    if not resume:
+        return {"config": {}, "options": {}, "command": {}}
+    saved = read_options(out)
+    if learns_classes(saved):
         way = saved["command"].get("resume", "igpt-fast finetune --resume")
         raise InputError(f"{out} is a run of finetune; go on with: {way}")
     if saved["command"].get("from_tokens") and not is_token_directory(data):
         raise InputError(f"{out} was trained on tokens ({saved['command'].get('data')}); give those, not {data}")
-    options = chosen(STANDARD, saved["options"], given)  # finds mistakes before the images are read
-    _refuse_idle(given, data)
-    start = open_start(init, data, given) if init else None
-    if size is not None:
-        given["size"] = list(parse_size(size))
-    if preset:
-        given = PRESETS[preset] | given
-        given["size"] = list(given["size"])
+    return saved
+
+
+def _asked_for(
+    out: Path, given: dict[str, Any], saved: dict[str, Any], start: Start | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How images are to be read (IMAGES), and the model's shape, as for Config: as given, else as in the run, else as
+    in the model to begin with. InputError where that cannot be.
+    """
+    given = PRESETS.get(given.get("preset"), {}) | given
+    if "size" in given:
+        given["size"] = list(parse_size(given["size"]) if isinstance(given["size"], str) else given["size"])
     images = {**IMAGES, **saved["command"].get("images", {}), **(start.images if start else {})}
-    if resume:
+    if given["resume"]:
         refuse_changes(out, saved, images, given)
     shape = {**(start.shape if start else SMALL), **saved["config"]}
     shape |= {name: given[name] for name in SHAPE if name in given}
@@ -138,22 +166,7 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
     if start:
         refuse_other_shape(start.model.config, config)
     images |= {name: str(given[name]) if name == "palette" else given[name] for name in IMAGES if name in given}
-    if not resume and size is None and is_token_directory(data):
-        images["size"] = None  # a preset's, which tokens need not have
-    own = start.palette if start else None
-    as_they_are = f"{_again(out / 'tokens', out)} goes on with the tokens as they are"
-    remedy = as_they_are if resume else "choose another --out, or delete these to make them anew"
-    more = {"seed": options["seed"], "workers": given.get("workers"), "remedy": remedy}
-    dataset = _open(data, out, images, own or given.get("palette"), **more)
-    if not resume and is_token_directory(data):
-        say_read_otherwise(data, dataset, start.images if start else {})
-        images |= dataset.preprocessing
-    config = Config.from_dict({**shape, "colors": dataset.colors, "size": dataset.size})
-    command = dict(saved["command"]) if resume else {"from_tokens": is_token_directory(data)}
-    command |= {"data": str(data.absolute()), "images": images, "resume": _again(data, out)}
-    command |= {"init": str(init.absolute() if init.exists() else init)} if init else {}
-    model = start.model if start else None
-    return dataset, {"config": config, "resume": resume, "init": model, "command": command, **options}
+    return images, shape
 
 
 def _refuse_idle(given: dict[str, Any], data: Path) -> None:
@@ -172,14 +185,18 @@ def _again(data: Path, out: Path) -> str:
     return f"igpt-fast train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
 
 
-def _open(data: Path, out: Path, images: dict[str, Any], palette: Palette | Path | None, **more: Any) -> TokenDataset:
+def _open(
+    data: Path, out: Path, images: dict[str, Any], palette: Palette | Path | None, resume: bool, **more: Any
+) -> TokenDataset:
     """DATA as tokens, made in RUN/tokens first when it holds images."""
     options = {**images, "size": images["size"] and tuple(images["size"])}
     if palette is not None:
         options["palette"] = palette
     elif images["palette"] and (own := next(filter(is_token_directory, (data, out / "tokens")), None)):
         options["palette"] = Palette.load(own)  # what a resumed run compares: the file it came from may be gone
-    return open_tokens(data, cache_dir=out / "tokens", **more, **options)
+    as_they_are = f"{_again(out / 'tokens', out)} goes on with the tokens as they are"
+    remedy = as_they_are if resume else "choose another --out, or delete these to make them anew"
+    return open_tokens(data, cache_dir=out / "tokens", remedy=remedy, **more, **options)
 
 
 def _picture(result: Result, sample_every: int) -> Path | None:

@@ -157,3 +157,14 @@ def test_frames_of_other_kinds_are_noted():
 
 def test_black_and_white_is_not_dim():
     assert to_8_bits(Values(np.array([[[True], [False]]])))[1] is False
+
+
+def test_the_nodata_of_a_palettes_image_is_no_shade():
+    table = np.full((3, 256), 40 << 8, np.uint16)
+    table[:, 5] = 0  # black, which is not the index 0
+    data = tiff(np.array([[0, 5, 7]], np.uint8), "palette", colormap=table, extratags=NODATA)
+    assert read(data) == read(data, bands=(1, 2, 3)) == [LIME, gray(0), gray(40)]
+
+
+def test_of_an_arrays_bands_none_is_opacity_where_they_are_asked_for():
+    assert read(np.array([[[1, 2, 3, 0]]], np.uint8), bands=(3, 2, 1)) == [[3, 2, 1]]

@@ -210,6 +210,19 @@ def test_dicom():
     assert frames.info == {PAGES: True} and (np.asarray(frames)[..., 0] == stretched(raw, 0, 4095)).all()
 
 
+def test_opacity_is_what_a_file_calls_so_and_ends_with():
+    plain = {"photometric": "rgb", "planarconfig": "contig"}
+    floats = tiff(np.full((2, 3, 4), 0.5, np.float32), extrasamples=["unassalpha"], **plain)
+    assert (read(floats, bands=(1, 2, 3), value_range=(0, 1)) == 128).all()
+    bands = np.full((2, 3, 5), 9000, np.uint16)
+    inside = tiff(bands, extrasamples=["unassalpha", "unspecified"], **plain)
+    assert (read(inside, bands=(4, 2, 1), value_range=(0, 18000)) == 128).all()
+    pair = np.zeros((2, 3, 2), np.uint16)
+    pair[0] = 3000, 65535
+    seen = read(png(pair), value_range=(0, 6000), background="red")
+    assert (seen[0] == 128).all() and (seen[1] == [255, 0, 0]).all()
+
+
 def test_a_missing_library_is_named(monkeypatch):
     for library, extra, data, options in (
         ("tifffile", "tiff", WHOLE[0], {}),
@@ -235,6 +248,8 @@ def test_files_that_would_fill_the_memory_are_refused(monkeypatch):
     many = tiff(np.zeros((6, 9, 17), np.uint8), photometric="minisblack", planarconfig="contig")
     with pytest.raises(InputError, match=r"918 bytes .*are more than the 864 that are read; cut it"):
         read(many, bands=(1,))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as Pillow is told to read any
+    assert read(many, bands=(1,)).shape == (6, 9, 3)
 
 
 def test_what_is_no_tiff_and_no_dicom():

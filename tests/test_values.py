@@ -98,3 +98,23 @@ def test_what_nobody_measured_is_transparent():
     bands = np.array([[[9, 9, 9], [9, 9, 8]]], np.uint8)  # only where no band holds anything
     seen, _ = to_8_bits(Values(bands, nodata=9))
     assert np.asarray(seen)[0, :, 3].tolist() == [0, 255]
+
+
+def test_what_nobody_measured_has_no_say():
+    numbers = np.array([[[100], [4095], [65535]]], np.uint16)
+    assert to_8_bits(Values(numbers, nodata=65535))[1] and not to_8_bits(Values(numbers))[1]
+    holes = np.array([[[-9999.0], [5000.0], [6000.0]]])
+    assert to_8_bits(Values(holes, nodata=-9999.0), value_range=(0, 3000))[1], "all that was measured is white"
+    for nothing in (np.full((1, 2, 1), 7, np.uint16), np.full((1, 2, 1), np.nan)):
+        window = None if nothing.dtype == np.uint16 else (0, 1)
+        image, dim = to_8_bits(Values(nothing, nodata=7), value_range=window)
+        assert not dim and not np.asarray(image)[..., -1].any()
+
+
+def test_all_that_hides_a_pixel_does():
+    both = np.array([[[9, 0], [9, 128], [7, 255]]], np.uint8)
+    assert np.asarray(to_8_bits(Values(both, alpha=True, nodata=7))[0])[0, :, 1].tolist() == [0, 128, 0]
+    floats, mask = np.array([[[np.nan], [1.0], [1.0]]]), np.array([[True, True, False]])
+    assert np.asarray(to_8_bits(Values(floats, seen=mask), value_range=(0, 1))[0])[0, :, 1].tolist() == [0, 255, 0]
+    deep = np.array([[[0, 128], [0, 129]]], np.uint16)
+    assert np.asarray(to_8_bits(Values(deep, alpha=True))[0])[0, :, 1].tolist() == [0, 1]

@@ -6,8 +6,10 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from igpt_fast import InputError, Palette
+from igpt_fast.images import resize_image
 from igpt_fast.palette import HF_CONFIG
 
 HEADER = b"\x93NUMPY\x01\x00\x76\x00%s" % b"{'descr': '<f4', 'fortran_order': False, 'shape': %-67s\n"
@@ -93,6 +95,10 @@ def test_hugging_face_reads_ours(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     theirs = np.asarray(processor(image, return_tensors="np", input_data_format="channels_last")["input_ids"])
     assert (theirs.reshape(32, 32) == palette.encode(image)).mean() > 0.999  # they expand the square: ties may differ
+    large = np.random.default_rng(1).integers(0, 256, (48, 40, 3)).astype(np.uint8)
+    theirs = np.asarray(processor(large, return_tensors="np", input_data_format="channels_last")["input_ids"])
+    ours = palette.encode(resize_image(Image.fromarray(large), (32, 32), "hf", "large"))
+    assert (theirs.reshape(32, 32) == ours).mean() > 0.9, "it is told how images are resized"
     processor.save_pretrained(tmp_path / "theirs")
     assert torch.equal(Palette.load(tmp_path / "theirs").centers, palette.centers)
 
@@ -104,7 +110,7 @@ def test_hugging_face_reads_ours(tmp_path):
         {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": 0.5},
     ],
 )
-@pytest.mark.parametrize("part", [None, "image_processor"])
+@pytest.mark.parametrize("part", [None, "image_processor", "feature_extractor"])
 def test_hugging_face_forms(tmp_path, settings, part):
     settings = {**settings, "clusters": [[-1, 0, 1], [0.5, 0.25, -0.125]]}
     (tmp_path / "x.json").write_text(json.dumps({part: settings} if part else settings))
@@ -153,6 +159,8 @@ def test_load_refuses_arrays(tmp_path, content, message):
         ('{"clusters": [[1%s, 0, 0]]}' % ("0" * 400), "cannot be read"),
         ("[" * 200_000, "cannot be read"),
         ('{"clusters": [[0, 0, 0]], "image_mean": [0.4, 0.5, 0.5]}', "image_mean"),
+        ('{"clusters": [[0, 0, 0]], "image_std": [0.2, 0.2, 0.2]}', "image_std"),
+        ('{"clusters": [[0, 1.2, 0]]}', "value of size 1.2;"),
     ],
 )
 def test_load_refuses_settings(tmp_path, content, message):
@@ -204,6 +212,7 @@ def test_centres_are_checked_and_kept():
     ("images", "way"),
     [
         (np.zeros((2, 3, 4, 5), np.uint8), "channels come last"),
+        (np.zeros((3, 4, 5), np.uint8), "channels come last"),
         (np.zeros((2, 4, 5, 4), np.uint8), "leave out alpha"),
         (np.zeros((2, 4, 5), np.uint8), "gray is repeated"),
         (np.zeros((2, 4, 5, 3), np.float32), "values from 0 to 1 become bytes"),
@@ -223,3 +232,28 @@ def test_a_palette_that_seems_to_be_in_0_to_1_is_named(tmp_path, caplog):
     np.save(tmp_path / "p.npy", np.array([[-0.1, 0.5, 1], [0.25, 0, 0]]))
     Palette.load(tmp_path / "p.npy")
     assert not caplog.text
+
+
+def test_the_picture_is_sorted_greys_then_hues_each_dark_to_light():
+    wanted = [(0, 0, 0), (128, 120, 125), (250, 250, 250), (90, 0, 0), (255, 60, 60), (200, 180, 0), (0, 99, 0),
+              (0, 200, 0), (0, 0, 80), (100, 100, 255)]  # fmt: skip
+    mixed = np.array(wanted, np.float32)[[7, 2, 9, 4, 0, 5, 8, 1, 3, 6]] / 127.5 - 1
+    picture = Palette(mixed).picture(swatch=1).reshape(-1, 3)
+    assert [tuple(colour) for colour in picture.tolist()][: len(wanted)] == wanted
+    assert (picture[len(wanted) :] == 255).all()
+
+
+def test_what_is_no_file_of_a_palette_is_told_which_are(tmp_path):
+    (tmp_path / "palette.txt").write_text("0 0 0")
+    with pytest.raises(InputError, match=r"palette\.txt is no palette: give one as \.npy or preprocessor_config"):
+        Palette.load(tmp_path / "palette.txt")
+
+
+def test_settings_name_height_and_width():
+    assert Palette(torch.zeros(2, 3)).to_hf((3, 5))["size"] == {"height": 3, "width": 5}
+
+
+def test_colours_that_were_learned_are_saved(tmp_path):
+    learned = torch.rand(4, 3, requires_grad=True)
+    Palette(learned).save(tmp_path / "p.npy")
+    assert torch.equal(Palette.load(tmp_path / "p.npy").centers, learned.detach())

@@ -193,6 +193,18 @@ def test_kmeans_step_takes_weights_up_to_the_limit(backend):
     assert counts.item() == 1 << 45 and sums.tolist() == [[255 << 45] * 3] and inertia == 3 * 2.0**45
 
 
+@pytest.mark.parametrize("backend", backends("kmeans_step"))
+def test_tensors_may_have_any_strides(backend):
+    colors, palette = torch.randint(0, 256, (3, 50), dtype=torch.uint8).t(), (torch.rand(3, 9) * 2 - 1).t()
+    weights = torch.randint(0, 9, (100,))[::2]
+    with use_backend(backend, poison=True):
+        got = (*ops.kmeans_step(colors, weights, palette), ops.palette_assign(colors, palette))
+    colors, weights, palette = (t.contiguous() for t in (colors, weights, palette))
+    with use_backend("reference"):
+        wanted = (*ops.kmeans_step(colors, weights, palette), ops.palette_assign(colors, palette))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(got, wanted, strict=True))
+
+
 def test_ops_are_known_to_torch():
     pixels, palette = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8), torch.rand(9, 3)
     torch.library.opcheck(torch.ops.igpt.palette_assign.default, (pixels, palette, torch.int32))

@@ -87,6 +87,15 @@ def test_the_file_names_images_as_they_are_called():
     assert [line[3] for line in lines[2:]] == ["", NAMES[0]]
 
 
+@pytest.mark.parametrize("labels", [None, np.array([1, -1, 0])])
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_column_of_the_file_has_a_head(labels, whole):
+    text = answers_csv(answers_of(1, 0, 2), ["a.png", "b.png", "c.png"], labels, whole).decode()
+    head, *lines = csv.reader(io.StringIO(text))
+    assert head[:3] == ["image", "answer", "probability"] and ("class" in head) == (labels is not None)
+    assert [len(line) for line in lines] == [len(head)] * 3 and len(head) == 3 + (labels is not None) + 3 * whole
+
+
 @pytest.mark.parametrize("count", [2, 3, 24, 25, 300])
 def test_the_picture_is_one(count):
     table = np.eye(count, dtype=np.int64) * 3
@@ -94,6 +103,24 @@ def test_the_picture_is_one(count):
     picture = Image.open(io.BytesIO(table_png(table, names, "50 % of $data$")))
     pixels = np.asarray(picture.convert("RGB"))
     assert min(picture.size) > 300 and (pixels.std((0, 1)) > 5).all()
+
+
+def test_the_picture_says_where_the_images_of_a_class_went(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("igpt_fast.predict"), "figure_png_bytes", lambda figure: figure)
+    table = np.array([[3, 1, 0], [0, 4, 4], [0, 0, 0]])  # of the last class there is none
+    axes = table_png(table, ("a", "b", 21 * "c"), "some data").axes[0]
+    shares = [[75, 25, 0], [0, 50, 50], [0, 0, 0]]
+    assert axes.images[0].get_array().tolist() == shares
+    written = {text.get_position(): (text.get_text(), text.get_color() == "white") for text in axes.texts}
+    cells = ((row, column) for row in range(3) for column in range(3))
+    assert written == {(c, r): (str(table[r, c]), shares[r][c] > 50) for r, c in cells}
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("answer", "class", "some data")
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["a", "b", 19 * "c" + "…"]
+    many, most = (table_png(np.eye(n), tuple(20 * "d" for _ in range(n)), "").axes[0] for n in (24, 130))
+    assert len(many.texts) == 24 * 24 and not most.texts
+    assert {label.get_text() for label in many.get_xticklabels()} == {20 * "d"}
+    assert 25 < len(most.get_yticklabels()) <= 50, "names that can be read"
 
 
 def test_half_a_character_in_a_class_is_spelled_out():

@@ -86,3 +86,22 @@ def test_small_problems_keep_to_one_thread_and_give_the_others_back(monkeypatch)
         assert all(found == (dict.fromkeys(before, 1) if small else before) for found in seen) and seen
         seen.clear()
     assert threads() == before
+
+
+def test_who_learns_nothing_answers_the_most_frequent_class():
+    labels = (np.arange(200) % 5 == 0).astype(np.int64)
+    folds = draw_folds(labels, np.arange(200) < 60, 0)
+    found = classify("x", np.zeros((200, 3), np.float32), labels, folds, layer=2)
+    assert (found.accuracy, found.balanced, found.layer) == (0.8, 0.5, 2)
+    assert str(found) == f"80.0 % (95 % interval {100 * found.low:.1f} – {100 * found.high:.1f} %)"
+
+
+def test_groups_that_hold_a_class_alone_are_not_kept_whole(caplog):
+    """Without the one group of a class there would be nothing to tell apart."""
+    groups, random = np.arange(120) // 10, np.random.default_rng(0)
+    labels = (groups == 7).astype(np.int64)
+    features = (labels[:, None] + random.normal(0, 0.1, (120, 2))).astype(np.float32)
+    folds = draw_folds(labels, groups == 0, 0, groups)
+    assert "there are too few groups to choose the penalty by whole ones" in caplog.text
+    assert (folds[groups == 0] == -1).all() and set(folds[labels == 1]) == {0, 1, 2, 3, 4}
+    assert classify("x", features, labels, folds).validation == 1

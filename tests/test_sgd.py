@@ -178,3 +178,20 @@ def test_what_a_probe_asks_of_it(model, dataset, monkeypatch, capsys):
     monkeypatch.setattr(sgd, "classify", lambda *a, seed=0, **k: seeds.append(seed) or real(*a, seed=seed, **k))
     probe(model, dataset, layers=[1], solver="sgd", epochs=1, seed=7)
     assert seeds == [7, 7] and "4/4 epochs" in capsys.readouterr().err
+
+
+def test_who_learns_nothing_answers_the_most_frequent_class():
+    """Though the caller has turned gradients off."""
+    labels = (np.arange(200) % 5 == 0).astype(np.int64)
+    folds = draw_folds(labels, np.arange(200) < 60, 0)
+    with torch.no_grad():
+        found = sgd.classify("x", np.zeros((200, 3), np.float32).__getitem__, labels, folds, layer=2, epochs=3)
+    assert (found.accuracy, found.balanced, found.layer) == (0.8, 0.5, 2)
+
+
+def test_a_class_may_be_in_one_part_alone():
+    """As where whole groups are dealt out: while the rate is chosen, nobody has learned it."""
+    labels, folds = np.arange(90) % 3, np.arange(90) // 3 % 6 - 1
+    folds[(labels == 0) & (folds > 0)] = 0
+    found = sgd.classify("x", np.eye(3, dtype=np.float32)[labels].__getitem__, labels, folds, epochs=5)
+    assert found.accuracy == 1 and found.validation < 0.5

@@ -62,6 +62,16 @@ def test_small_images_are_enlarged_and_large_grids_are_not(tmp_path):
     assert grid(random_images(1, 300, 200)).shape == (304, 204, 3)
 
 
+def test_a_grid_that_nobody_shapes(tmp_path):
+    assert grid(random_images(5, 64, 64)).shape == (2 * 130 + 2, 3 * 130 + 2, 3), "about square, wider than high"
+    assert grid(random_images(1, 16, 64)).shape == (16 * 2 + 4, 64 * 2 + 4, 3), "by the longer side"
+    save_grid(tmp_path / "row.png", random_images(5, 64, 64), columns=5)
+    assert read_png(tmp_path / "row.png").shape == (130 + 2, 5 * 130 + 2, 3)
+    for wrong in ({"columns": -1}, {"scale": 0}):
+        with pytest.raises(InputError, match="at least one column and a scale of at least 1"):
+            grid(random_images(2, 4, 4), **wrong)
+
+
 @pytest.mark.parametrize(
     "images",
     [
@@ -98,6 +108,24 @@ def test_a_curve_draws_its_lines_and_levels(tmp_path):
         assert drawn > 20 and not (bare == colour).all(-1).any(), f"no line in {colour}"
     with pytest.raises(InputError, match="'a' has 2 x values and 1 y values"):
         curve_png_bytes({"a": ([1, 2], [1.0])}, "x", "y")
+    with pytest.raises(InputError, match="'a' has 1 x values and 2 y values"):
+        curve_png_bytes({"a": ([1], [1.0, 2.0])}, "x", "y")
+
+
+def test_what_a_curve_is_called(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(pictures, "figure_png_bytes", lambda figure: figures.append(figure) or b"")
+    curves = {f"curve {n}": ([0, 1, 2], [n, n, 0]) for n in range(8)} | {"few": ([1, 2], [1, 2])}
+    curve_png_bytes(curves, "step", "loss (nats)", "all", {"chance": 2.0, "best": 1.0})
+    save_curve(tmp_path / "x.png", {"a": ([0, 1, 2], [2, 1, 0])}, "step", "accuracy (%)", markers=True)
+    axes, dotted = (figure.axes[0] for figure in figures)
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("step", "loss (nats)", "all")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [*curves, "chance", "best"]
+    few, chance, best = axes.get_lines()[8:]
+    assert few.get_marker() == "o", "a line of two points has dots"
+    assert chance.get_linestyle() != best.get_linestyle() and set(chance.get_ydata()) == {2.0}
+    assert [line.get_marker() for line in axes.get_lines()[:8]] == ["None"] * 8
+    assert dotted.get_lines()[0].get_marker() == "o"
 
 
 def test_pyplot_is_not_used():

@@ -1,5 +1,7 @@
 """What a step sees: every image once an epoch, in an order, mirrored and masked, that seed and step alone decide."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from igpt_fast.batches import Batches, images_of_step, shifted
 from igpt_fast.data import tokenize
 from igpt_fast.errors import InputError
 from igpt_fast.options import Options
+from igpt_fast.palette import Palette
 from igpt_fast.tokens import TokenDataset
 
 
@@ -118,6 +121,18 @@ def test_a_fingerprint_knows_the_last_name_and_images_from_all_over(tmp_path):
     np.save(tmp_path / "images.npy", np.concatenate([pixels[:100], pixels[50:100]]))
     other = tokenize(tmp_path / "images.npy", first.palette, tmp_path / "other", (4, 6), resize="none", workers=0)
     assert module.fingerprint(first)["tokens"] != module.fingerprint(other)["tokens"]
+
+
+def test_a_fingerprint_tells_what_splits_the_images(tmp_path):
+    """Names, or groups: of the same images others would be held out."""
+    dataset = write_tokens(tmp_path)
+    found = module.fingerprint(dataset)
+    groups, colours = [f"group {row // 2}" for row in range(len(dataset))], Palette(-dataset.palette.centers)
+    for name, value in (("names", [*dataset.names[:-1], "other.png"]), ("groups", groups), ("palette", colours)):
+        other = copy.copy(dataset)
+        vars(other)[name] = value
+        told = module.fingerprint(other)
+        assert {key for key in {*found, *told} if found.get(key) != told.get(key)} == {name}
 
 
 def test_a_seed_means_the_same_images_from_version_to_version():

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from igpt_fast import decode as module
-from igpt_fast.decode import FEW, Decoder, decode, default_workers
+from igpt_fast.decode import FEW, MOST_WORKERS, Decoder, decode, default_workers
 from igpt_fast.errors import InputError
 from igpt_fast.images import Preprocessing
 from igpt_fast.sources import Source, fetch, open_source
@@ -91,6 +91,14 @@ def test_an_error_of_the_one_reading_process_is_the_images(tmp_path, monkeypatch
     indices, _, failures = collect(source, workers=workers, on_error="skip")
     assert failures == [(9, f"{tmp_path}/x.npz: image 00000009: gone")]
     assert len(indices) == COUNT - 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_many_views_are_no_larger_jobs(tmp_path, workers):
+    source = open_source(make_folder(tmp_path / "x"))
+    for views, most in ((2, CHUNK), (3, 3), (9, 9)):
+        parts = [len(part.pixels) for part in decode(source, Preprocessing((8, 8), views=views), workers)]
+        assert max(parts) == most and sum(parts) == COUNT * views
 
 
 def test_the_file_is_closed_when_decoding_ends(tmp_path):
@@ -258,6 +266,9 @@ def wait_for(condition: object, seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def test_workers_by_default():
-    assert default_workers(FEW - 1) == 0
+def test_workers_by_default(monkeypatch):
+    assert default_workers(FEW - 1) == 0 < default_workers(FEW)
     assert 1 <= default_workers(10**6) <= (os.cpu_count() or 1)
+    for cores in (3, 99):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)), raising=False)
+        assert default_workers(10**6) == min(cores, MOST_WORKERS)

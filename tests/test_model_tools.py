@@ -201,6 +201,9 @@ def test_only_our_models_are_drawn_from(model):
     for draw in (igpt.sample, lambda other: igpt.complete(other, TOKENS)):
         with pytest.raises(igpt.InputError, match=r"the model is a Linear; give an igpt_fast\.ImageGPT"):
             draw(torch.nn.Linear(2, 2))
+        for wrapped, name in ((torch.compile(model), "_orig_mod"), (torch.nn.DataParallel(model), "module")):
+            with pytest.raises(igpt.InputError, match=rf"is a \w+; give an igpt_fast.ImageGPT \(its \.{name} is one\)"):
+                draw(wrapped)
     for n in (2.0, "2", None):
         with pytest.raises(igpt.InputError, match="n is"):
             igpt.sample(model, n=n)

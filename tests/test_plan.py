@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from igpt_fast import plan as module
 from igpt_fast.cached import KVCache
 from igpt_fast.config import Config
+from igpt_fast.device import memory_of
 from igpt_fast.errors import InputError
 from igpt_fast.model import ImageGPT
 from igpt_fast.ops import attention
@@ -55,6 +56,20 @@ def test_flop_of_a_pattern_are_those_of_its_pairs():
     assert forward_flop(dense) - forward_flop(config) == 4 * 8 * (4 * 3 * tokens * (tokens + 1) / 2 - pairs)
 
 
+def test_flop_of_a_pattern_that_looks_both_ways():
+    config = Config(layers=1, width=24, heads=3, colors=16, size=(4, 6), pattern="row", objective="bert")
+    dense = Config(layers=1, width=24, heads=3, colors=16, size=(4, 6), objective="bert")
+    pairs = int(module.compiled("row", config.size, False).dense().sum())
+    assert pairs > module.compiled("row", config.size).pairs
+    assert forward_flop(dense) - forward_flop(config) == 4 * 24 * (24**2 - pairs)
+
+
+def test_a_plan_draws_from_no_random_numbers_of_others():
+    before = torch.get_rng_state()
+    plan(SMALL, Options(batch=1), "cpu", seconds=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_a_plan_adds_up():
     options = Options(steps=50, batch=24, accumulate=2, ema=0.9)
     found = plan(SMALL, options, "cpu", seconds=20)
@@ -66,6 +81,8 @@ def test_a_plan_adds_up():
     assert found.cache_bytes == KVCache(SMALL, 1, torch.bfloat16, CPU).data.nbytes
     values = json.loads(json.dumps(found.to_dict()))
     assert values["images_per_second"] == pytest.approx(24 / found.step_seconds)
+    assert values["seconds"] == found.seconds and values["device_bytes"] == memory_of(CPU)
+    assert values["flop_per_second"] == pytest.approx(24 * found.flop_per_image / found.step_seconds)
 
 
 def test_what_cannot_be_measured_is_in_proportion(monkeypatch):
@@ -91,6 +108,14 @@ def test_the_average_takes_its_share_of_memory(monkeypatch):
     assert plan(SMALL, Options(batch=1), "cpu", seconds=0).parameters == parameters(SMALL)
     with pytest.raises(InputError, match="use a smaller model"):
         plan(SMALL, Options(batch=1, ema=0.9), "cpu", seconds=0)
+
+
+def test_what_has_no_room_is_told_in_numbers(monkeypatch):
+    monkeypatch.setattr(module, "_image_bytes", lambda config, options, device: 5 * 10**9)
+    monkeypatch.setattr(module, "free_memory_of", lambda device: 2 * 10**9)
+    monkeypatch.setattr(module, "parameters", lambda config: 10**9)
+    with pytest.raises(InputError, match=r"take 16\.0 GB, an image about 5\.0 GB, and cpu has 2\.0 GB free: use a"):
+        plan(SMALL, Options(batch=1), "cpu", seconds=0)
 
 
 def test_memory_ends_it_before_it_ends_the_machine(monkeypatch):
@@ -132,6 +157,9 @@ def test_the_second_image_is_measured_only_where_there_is_room(monkeypatch):
     monkeypatch.setattr(module, "peak_of", lambda device: 5 * 10**8)
     found = plan(SMALL, Options(batch=2), "cpu", seconds=20)
     assert (found.measured, found.fits, found.image_bytes) == (2, 6, 10**8), "what did not grow is estimated"
+    peaks = iter([5 * 10**8, 5 * 10**8 + 10**7])
+    monkeypatch.setattr(module, "peak_of", lambda device: next(peaks))
+    assert plan(SMALL, Options(batch=2), "cpu", seconds=20).image_bytes == 10**8, "and what grew by noise"
 
 
 def test_the_estimate_of_an_image_is_near_what_is_measured():

@@ -255,6 +255,8 @@ def test_what_is_made_of_a_mask_for_a_device_is_made_once(monkeypatch):
         moved, seen = mask.to(meta), mask.dense_on(torch.device("cpu"))
     assert not any(t.is_inference() for t in (*moved.tensors, seen[0]))
     assert mask.to(meta) is moved and moved.tensors[0].device == meta and moved.raster is mask.raster.to(meta)
+    turned = compiled("column", (24, 24)).to(meta)
+    assert turned.raster is not turned and turned.raster.tensors[0].device == meta, "both of its orders are there"
     monkeypatch.setattr(BlockMask, "dense", None)
     assert mask.dense_on(torch.device("cpu")) is seen and seen[1] is True
     assert (fresh := dataclasses.replace(mask, pairs=3))._kept == {}

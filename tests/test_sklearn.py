@@ -50,14 +50,16 @@ def test_other_sizes_are_resized_as_files_are(model):
 
     from igpt_fast.images import resize_image
 
-    images = pictures(3, (50, 41))
+    images, made = pictures(3, (10, 8)).repeat_interleave(5, 1).repeat_interleave(5, 2), []  # no gray when it is small
     for resize in ("paper", "hf"):
         small = np.stack([resize_image(Image.fromarray(i.numpy()), (4, 6), resize, "") for i in images])
+        made.append(model.palette.encode(torch.tensor(small)))
         assert torch.equal(
             model.tokenize(images.permute(0, 3, 1, 2), resize), model.palette.encode(torch.tensor(small))
         )
         model.preprocessing = {"resize": resize}  # which is what counts where nothing is said
         assert torch.equal(model.tokenize(images.permute(0, 3, 1, 2)), model.palette.encode(torch.tensor(small)))
+    assert not torch.equal(*made)
 
 
 @pytest.mark.parametrize("images, message", [

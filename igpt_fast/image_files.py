@@ -6,15 +6,18 @@ the values that are to be black and white, in a TIFF also where 0 is white; 16-b
 Pillow, unless it is stretched; an EXIF rotation is applied; of several pages or frames the first counts; colour
 profiles are not applied. TIFFs of several bands, of floats and of signed or 32-bit numbers, and DICOM, are read by the
 libraries of their fields (igpt_fast.scientific). Where nothing was measured (NaN, GDAL's value for no data) an image is
-transparent. LAB is refused by name, as are images larger than Pillow's limit against decompression bombs.
+transparent. LAB is refused by name, as are images larger than Pillow's limit against decompression bombs, and what
+Pillow would read in silence though it can be seen to be damaged: PNGs by their checksums, TIFFs cut in their tags.
 """
 
 import contextlib
 import io
 import logging
 import os
+import re
 import string
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -47,6 +50,7 @@ _SUBFILE = 254  # the TIFF tag of what a page is
 _ALONE, _COPY, _MASK = 0, 1, 4  # by its bits: to itself, a smaller copy of another page, a mask of it
 _DEPTH = 32997  # the TIFF tag; slices of a volume, of which the first is read
 _PLANAR = 284  # the TIFF tag; 2: bands one behind the other
+_BASELINE = 532  # the last of the TIFF tags that say how pixels lie, and what they mean
 
 
 def is_image(name: str, read: Callable[[int], bytes]) -> bool:
@@ -123,11 +127,18 @@ def _open(
     """The image in a file by whoever reads all of it that matters here, and what is to be noted."""
     if scientific.is_dicom(data):
         return _with_pages(*scientific.read_dicom(data))
-    try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
-    except Image.UnidentifiedImageError:
-        if bytes(data[:4]) not in scientific.TIFF_MAGIC:
-            raise
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(data), formats=_formats())
+        except Image.UnidentifiedImageError:
+            if bytes(data[:4]) not in scientific.TIFF_MAGIC:
+                raise
+            image = None
+    if image is None or image.format == "TIFF":
+        _refuse_lost_tags([str(warning.message) for warning in said])
+    if image is None:
         return _with_pages(*scientific.read_tiff(data))
     deep = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)
     nodata = scientific.nodata_of(image.tag_v2.get(scientific.NODATA, "")) if image.format == "TIFF" else None
@@ -161,6 +172,8 @@ def _by_pillow(
     """What Pillow reads, upright, as numbers where they are more than 8-bit colours."""
     kind, mode = image.format, image.mode
     image.load()
+    if kind == "PNG":
+        _refuse_changed_png(data)
     behind = _behind(image, data)
     seen = scientific.read_mask(data) if mode in ("L", "RGB", "P") and _MASK in behind else None
     notes = {PAGES: True} if _ALONE in behind else {}
@@ -192,6 +205,24 @@ def _by_pillow(
         alpha = image.mode in ("LA", "RGBA")
         return Values(np.atleast_3d(np.asarray(image)), alpha, nodata=nodata, seen=seen), notes
     return image, notes
+
+
+def _refuse_changed_png(data: bytes) -> None:
+    """ValueError where a PNG's pixels are not those of its checksums, which Pillow leaves out for these alone."""
+    at, view = 8, memoryview(data)
+    while len(kind := data[at + 4 : at + 8]) == 4 and kind != b"IEND":
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError("it was changed: a checksum of its pixels does not match")
+        at = end + 4
+
+
+def _refuse_lost_tags(said: list[str]) -> None:
+    """ValueError where Pillow has warned that it goes on without tags of a TIFF by which pixels may be others."""
+    for message in said:
+        lost = re.search(r"Skipping tag (\d+)|Truncated|Corrupt|too large", message)
+        if lost and (lost[1] is None or int(lost[1]) <= _BASELINE or int(lost[1]) == scientific.NODATA):
+            raise ValueError(f"its tags are cut short or damaged ({message})")
 
 
 def _is_beyond_pillow(image: Image.Image, bands: tuple[int, ...] | None) -> bool:

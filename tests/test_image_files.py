@@ -155,6 +155,35 @@ def test_frames_of_other_kinds_are_noted():
         assert PAGES in read_image(encode(frames[0], kind, save_all=True, append_images=frames[1:]), "x").info
 
 
+@pytest.mark.parametrize("mode", ["LA", "RGB", "P", "I;16"])
+def test_changed_pixels_of_a_png_are_known_by_their_checksum(mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 2), np.uint8)
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16) << 8) if mode == "I;16" else Image.fromarray(pixels)
+    data = encode(image.convert(mode), "PNG")
+    assert read_image(data, "x").size == (20, 24)
+    begin, end = data.index(b"IDAT") + 4, data.index(b"IEND") - 8
+    for place in range(begin, end):
+        with pytest.raises(InputError, match=r"^x: .*; mend or remove the file$"):
+            read_image(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :], "x")
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "packbits", None])
+def test_a_tiff_that_is_cut_in_its_tags_is_refused(compression):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8))
+    data = encode(image, "TIFF", compression=compression, tiffinfo={42113: "0", 274: 6})
+    assert read_image(data, "x").size == (24, 20)
+    for left in range(1, 60):
+        with pytest.raises(InputError, match=r"^x: .*; mend or remove the file$"):
+            read_image(data[:-left], "x")
+
+
+def test_a_lost_tag_that_says_nothing_of_pixels_is_no_damage():
+    data = encode(Image.new("RGB", (4, 4), "red"), "TIFF", tiffinfo={65000: "a text of our own"})
+    at = data.index(struct.pack("<HH", 65000, 2))
+    lost = data[: at + 4] + struct.pack("<I", 1 << 30) + data[at + 8 :]
+    assert read(lost)[0] == [255, 0, 0]
+
+
 def test_black_and_white_is_not_dim():
     assert to_8_bits(Values(np.array([[[True], [False]]])))[1] is False
 

@@ -82,8 +82,7 @@ def save_checkpoint(
     """
     if keep < 1:
         raise InputError(f"keep is {keep}; keep at least 1 checkpoint")
-    folder = Path(run) / CHECKPOINTS
-    name = NAME.format(step)
+    folder, name = Path(run) / CHECKPOINTS, NAME.format(step)
     target, temporary = folder / name, folder / f"{TEMPORARY}{name}-{os.getpid()}"
     if target.exists():
         raise InputError(f"{target} is already there; remove it to save that step again")
@@ -99,11 +98,16 @@ def save_checkpoint(
         left = list_checkpoints(run)
         way = f"{left[-1]} is intact: make room, then go on with --resume" if left else "make room, then start again"
         raise InputError(f"cannot save step {step} in {folder}: {reason_of(error)}; {way}") from error
+    drop_old(run, keep, best)
+    return target
+
+
+def drop_old(run: str | Path, keep: int, best: int | None) -> None:
+    """Removes all checkpoints but the newest `keep` and the best one, and what saves that were cut short left."""
     for old in [path for path in list_checkpoints(run)[:-keep] if step_of(path) != best]:
         # Renamed first: a removal that is cut short must not leave half a checkpoint under a checkpoint's name.
-        os.rename(old, folder / f"{TEMPORARY}{old.name}")
-    _clean(folder)
-    return target
+        os.rename(old, old.with_name(f"{TEMPORARY}{old.name}"))
+    _clean(Path(run) / CHECKPOINTS)
 
 
 def update_state(directory: Path, changes: Mapping[str, Any], best: int | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast.batches import Batch, fingerprint
-from igpt_fast.checkpoint import Checkpoint, list_checkpoints, save_checkpoint, step_of, update_state
+from igpt_fast.checkpoint import Checkpoint, drop_old, list_checkpoints, save_checkpoint, step_of, update_state
 from igpt_fast.config import Config
 from igpt_fast.console import Bar, progress, say
 from igpt_fast.errors import InputError
@@ -281,8 +281,10 @@ class Loop:
         self._read_window()
         if not self.processes.first:
             return self.run
+        keep, best = self.options.keep, self.task.best
         if (saved := list_checkpoints(self.run)) and step_of(saved[-1]) == self.step:
-            update_state(saved[-1], {"task": self.task.state()}, self.task.best)
+            update_state(saved[-1], {"task": self.task.state()}, best)
+            drop_old(self.run, keep, best)  # which the process that saved it may not have come to
             return saved[-1]
         tensors = state_tensors(self.optimizer, self.named)
         if self.options.ema:
@@ -291,7 +293,6 @@ class Loop:
         state |= {"task": self.task.state(), "elapsed": time.monotonic() - self.began}
         self.metrics.sync()
         self.task.draw(self.run, self.metrics.rows, self.config)
-        keep, best = self.options.keep, self.task.best
         return save_checkpoint(self.run, self.step, self.average, self.palette, state, tensors, keep, best)
 
     def _circumstances(self) -> dict[str, Any]:

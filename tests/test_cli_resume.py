@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,15 @@ def test_a_finished_run_refuses_what_would_change_nothing(run, igpt):
         assert code == 2 and f"{words[0]} changes nothing: {run} has taken its 4 steps; give more --steps" in said
     assert (run / "train.json").read_bytes() == before
     assert resume(igpt, run, "--lr", 0.5, "--steps", 5)[0] == 0 and read_options(run)["options"]["lr"] == 0.5
+
+
+def test_what_a_kill_behind_the_last_save_left_goes(run, igpt):
+    """A checkpoint is many gigabytes, and no later save would come by."""
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "step-00000002", folder / ".tmp-step-00000001")  # killed while it was removed
+    shutil.copytree(folder / "step-00000002", folder / "step-00000000")  # and before
+    assert resume(igpt, run)[0] == 0
+    assert sorted(os.listdir(folder)) == ["step-00000002", "step-00000004"]
 
 
 def test_a_finished_run_without_metrics_still_reports(run, igpt):

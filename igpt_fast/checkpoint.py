@@ -199,7 +199,7 @@ def read_record(directory: Path) -> dict[str, Any]:
         if record["format"] > FORMAT:
             raise InputError(f"{path} has format {record['format']}; this igpt-fast reads up to {FORMAT}: update it")
         whole = digest == _digest(record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise _broken(path, "is cut short or not ours") from error

@@ -108,7 +108,7 @@ def read_options(run: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         way = f"put it back, or begin a run with its weights: --init {run} and another --out"
         raise InputError(f"{path} is missing; {way}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(path, error) from error
     return values
 
@@ -283,7 +283,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
             rows[-1]["step"] + 0
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 break
             raise InputError(f"{path}, line {index + 1} is no row of metrics: mend or remove that line") from error

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 from tiny import CONFIG
 
+from igpt_fast.checkpoint import read_record
 from igpt_fast.errors import InputError
 from igpt_fast.options import Options
 from igpt_fast.run import (
@@ -65,6 +66,20 @@ def test_a_train_json_of_options_that_no_run_had(tmp_path, change):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(InputError, match=r"train\.json is damaged"):
         read_options(tmp_path)
+
+
+def test_brackets_without_an_end_are_damage(tmp_path):
+    nested = b"[" * 100_000
+    write_options(tmp_path, CONFIG, Options(), {}, {})
+    (tmp_path / "train.json").write_bytes(nested)
+    with pytest.raises(InputError, match=r"train\.json is damaged"):
+        read_options(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(nested + b"\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 1 is no row"):
+        read_metrics(tmp_path)
+    (tmp_path / "state.json").write_bytes(nested)
+    with pytest.raises(InputError, match=r"state\.json is cut short or not ours"):
+        read_record(tmp_path)
 
 
 def test_differences(tmp_path):

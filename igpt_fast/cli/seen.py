@@ -90,7 +90,7 @@ def _lineage(run: Path) -> Iterator[tuple[Path | None, dict[str, Any]]]:
 
 def _made_here(path: Path) -> bool:
     """Whether weights lie there that were written here, and not published as they are."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         return (path / STATE).is_file() or OURS in json.loads((path / CONFIG).read_bytes())
     return False
 

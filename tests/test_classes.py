@@ -109,6 +109,7 @@ def test_tables_that_say_less_than_hoped(folder, caplog):
     [
         (("file_name,label", "a,cat", "b,dog"), "metadata.csv: names none of the images here; file_name is their path"),
         (("file_name,label", "a.png,cat", "a.png,dog"), r"metadata.csv, line 3: says something else of a\.png"),
+        (("file_name,label", "a.png,cat,", "b.png,cat, big"), "metadata.csv, line 3: has more columns than line 1"),
         (("file_name,label", 'a.png,"cat'), "metadata.csv: is no CSV file in UTF-8"),
         (("file_name,label,label", "a.png,cat,dog"), "metadata.csv: has two columns label; leave one of them out"),
     ],

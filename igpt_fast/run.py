@@ -8,6 +8,7 @@ val_class_loss, val_accuracy.
 
 import fcntl
 import json
+import math
 import os
 import re
 import tempfile
@@ -275,15 +276,17 @@ class Metrics:
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """The rows of RUN/metrics.jsonl, without a last line that a killed process left unfinished. Raises InputError."""
-    path = Path(run) / METRICS
+    path, rows = Path(run) / METRICS, []
     if not path.exists():
-        return []
-    rows = []
+        return rows
     for index, line in enumerate(path.read_bytes().splitlines(keepends=True)):
         try:
-            rows.append(json.loads(line))
-            rows[-1]["step"] + 0
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            row = json.loads(line)
+            numbers = [value for name, value in row.items() if value is not None or name != "images_per_second"]
+            if not all(type(value) in (int, float) and math.isfinite(value) for value in [row["step"], *numbers]):
+                raise ValueError("it holds what is no number")
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 break
             raise InputError(f"{path}, line {index + 1} is no row of metrics: mend or remove that line") from error

@@ -143,8 +143,10 @@ def test_metrics(tmp_path):
         == [row["step"] for row in read_metrics(tmp_path)]
     )
     assert Metrics(tmp_path, 0).rows == [] == read_metrics(tmp_path)
-    for line in (b'{"step": 1}\n5\n', b'{"step": 1}\n{"loss": 1}\n', b'{"step": 1}\n{"step": "a"}\n'):
+    wrong = "5", "[]", '{"loss": 1}', '{"step": "a"}', '{"step": 1, "loss": null}', '{"step": 1, "val_loss": NaN}'
+    for line in (f'{{"step": 1}}\n{second}\n'.encode() for second in (*wrong, '{"step": 1, "loss": [2]}')):
         (tmp_path / "metrics.jsonl").write_bytes(line)
         with pytest.raises(InputError, match="line 2 is no row"):
             read_metrics(tmp_path)
         (tmp_path / "metrics.jsonl").write_bytes(line[:-1])
+        assert read_metrics(tmp_path) == [{"step": 1}], "what is no row is left out where it may be unfinished"

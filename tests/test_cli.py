@@ -83,6 +83,12 @@ def test_a_signal_ends_a_command_with_its_code(tmp_path, which, code, said):
     assert (done.returncode, done.stderr) == (code, said)
 
 
+def test_ctrl_c_before_there_is_a_command():
+    """Typer takes a moment to read what all of them are called."""
+    done = python("import signal, typer.main\ntyper.main.get_command = lambda _: signal.default_int_handler(2, None)")
+    assert (done.returncode, done.stderr) == (130, b"interrupted\n")
+
+
 def test_characters_that_stdout_lacks_are_replaced():
     done = python("", "info", PYTHONIOENCODING="latin-1")
     assert done.returncode == 0 and done.stderr == b"" and b"?" in done.stdout

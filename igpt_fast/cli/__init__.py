@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -58,8 +58,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            _end_by_ctrl_c()
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not re.search(r"can't allocate memory|out of memory", str(error)):
                 raise
@@ -77,6 +76,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _end_by_ctrl_c() -> NoReturn:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def _version(value: bool) -> None:
@@ -121,6 +125,8 @@ def main() -> None:
             raise InputError("one of the words is empty, perhaps a variable that is not set; give it, or leave it out")
         with sigterm_exits():
             app()
+    except KeyboardInterrupt:  # before there was a command
+        _end_by_ctrl_c()
     except (InputError, OSError) as error:
         if os.environ.get("IGPT_TRACEBACK") == "1":
             raise

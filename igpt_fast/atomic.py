@@ -33,6 +33,8 @@ def open_atomically(path: str | Path) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
+            with contextlib.suppress(OSError):  # held until it is closed, or the process ends: see remove_leftovers
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -43,6 +45,16 @@ def open_atomically(path: str | Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Removes what `open_atomically` has left in folders, its process being killed; what is being written stays."""
+    for path in [path for folder in folders for path in folder.glob(".*.tmp")]:
+        left = re.fullmatch(r"\.[0-9a-f]{8}\.\d+\.tmp", path.name) and path.is_file()
+        if left and (lock := _lock(path)) is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -90,11 +102,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _lock(folder: Path) -> int | None:
-    """A handle that holds the folder's lock until it is closed or the process ends; None where it cannot be had."""
+def _lock(path: Path) -> int | None:
+    """A handle that holds a folder's or file's lock until it is closed or the process ends; None where another does."""
     handle = None
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         if handle is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igpt_fast.atomic import remove_leftovers
 from igpt_fast.batches import Batch, fingerprint
 from igpt_fast.checkpoint import Checkpoint, drop_old, list_checkpoints, save_checkpoint, step_of, update_state
 from igpt_fast.config import Config
@@ -81,6 +82,7 @@ class Loop:
         self._build(checkpoint, start)
         self.metrics = Metrics(run, self.step, writes=processes.first)
         if processes.first:
+            remove_leftovers(run, picture_of(run, 0).parent, *list_checkpoints(run))
             drop_later_pictures(run, self.step)
             write_options(run, config, self.options, data, command)
             task.write_images(run)

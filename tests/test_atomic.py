@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from igpt_fast import atomic
-from igpt_fast.atomic import move_into_place, refuse_others, work_directory, write_atomically
+from igpt_fast.atomic import (
+    move_into_place,
+    open_atomically,
+    refuse_others,
+    remove_leftovers,
+    work_directory,
+    write_atomically,
+)
 from igpt_fast.errors import InputError
 
 
@@ -147,6 +154,17 @@ def test_what_the_dead_left_goes_whatever_its_name(tmp_path):
         folder.mkdir()
     with work_directory(out) as work:
         assert not dead.exists() and others.exists() and work.is_dir()
+
+
+def test_files_that_the_dead_were_writing_go_and_those_of_the_living_stay(tmp_path):
+    for name in (".0123abcd.77.tmp", ".0123abcd.tmp", ".notes.7.tmp", "0123abcd.77.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / ".0123abcd.78.tmp").mkdir()
+    with open_atomically(tmp_path / "out") as file:
+        file.write(b"all")
+        remove_leftovers(tmp_path, tmp_path / "missing")
+    left = {".0123abcd.tmp", ".notes.7.tmp", "0123abcd.77.tmp", ".0123abcd.78.tmp", "out"}
+    assert {*os.listdir(tmp_path)} == left and (tmp_path / "out").read_bytes() == b"all"
 
 
 def test_a_link_to_nowhere_is_replaced(tmp_path):

@@ -120,7 +120,10 @@ def test_what_a_kill_behind_the_last_save_left_goes(run, igpt):
     folder = run / "checkpoints"
     shutil.copytree(folder / "step-00000002", folder / ".tmp-step-00000001")  # killed while it was removed
     shutil.copytree(folder / "step-00000002", folder / "step-00000000")  # and before
-    assert resume(igpt, run)[0] == 0
+    leftovers = [place / ".0123abcd.7.tmp" for place in (run, run / "samples", folder / "step-00000004")]
+    for leftover in leftovers:
+        leftover.touch()  # killed while a file was written
+    assert resume(igpt, run)[0] == 0 and not any(leftover.exists() for leftover in leftovers)
     assert sorted(os.listdir(folder)) == ["step-00000002", "step-00000004"]
 
 

@@ -84,9 +84,7 @@ def tokenize(
             _describe(
                 work, source, how, kept.repeat(how.each), failures, {"colors": len(palette), "shards": shards}, fit
             )
-            if is_token_directory(out) and not overwrite:
-                raise InputError(f"{out}: another process has written tokens there meanwhile; start again to use them")
-            _refuse_existing(out, overwrite)
+            _refuse_new(out, overwrite)
             move_into_place(work, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # None: cut short in NumPy
@@ -203,6 +201,7 @@ def open_tokens(
             palette, _, _ = fit_palette(
                 source, colors, **options, seed=seed, progress=bar.to, fitting=partial(show_steps, bar)
             )
+    _refuse_new(Path(cache_dir), overwrite=False)
     with show_progress(len(source), "images", "tokenising") as bar:
         tokens = tokenize(source, palette, cache_dir, **options, progress=bar.to, fit=fit)
     say(f"wrote tokens to {cache_dir}: {_summary(tokens)}" if kept else f"tokenised {_summary(tokens)}")
@@ -273,6 +272,13 @@ def _refuse_other(tokens: TokenDataset, wanted: dict, palette: Palette | None, r
         differs.append(f"the palette is another ({tokens.colors} colours, the one given has {len(palette)})")
     if differs:
         raise InputError(f"{tokens.path}: these tokens were made in another way: {'; '.join(differs)}; {remedy}")
+
+
+def _refuse_new(out: Path, overwrite: bool) -> None:
+    """As `_refuse_existing`, of a place that was free when the work began."""
+    if is_token_directory(out) and not overwrite:
+        raise InputError(f"{out}: another process has written tokens there meanwhile; start again to use them")
+    _refuse_existing(out, overwrite)
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:

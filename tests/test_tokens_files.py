@@ -9,7 +9,9 @@ import torch
 from test_tokens import COLORS, write
 
 from igpt_fast import tokens as module
+from igpt_fast.data import open_tokens, tokenize
 from igpt_fast.errors import InputError
+from igpt_fast.palette import Palette
 from igpt_fast.tokens import ShardWriter, TokenDataset, is_token_directory
 
 
@@ -162,3 +164,17 @@ def test_one_image_by_its_number(directory, tokens):
     for outside, error in ((11, IndexError), (-12, IndexError), (slice(2), TypeError)):
         with pytest.raises(error):
             data[outside]
+
+
+def test_tokens_that_come_while_a_palette_is_fitted_are_another_process_s(tmp_path, monkeypatch):
+    """Whose command has no --overwrite: train's."""
+    np.save(tmp_path / "images.npy", np.zeros((3, 4, 4, 3), np.uint8))
+    palette, out = Palette(np.zeros((2, 3), np.float32)), tmp_path / "tokens"
+
+    def meanwhile(*_: object, **__: object) -> tuple[Palette, int, list]:
+        tokenize(tmp_path / "images.npy", palette, out, (4, 4))
+        return palette, 3, []
+
+    monkeypatch.setattr("igpt_fast.data.fit_palette", meanwhile)
+    with pytest.raises(InputError, match="another process has written tokens there meanwhile; start again"):
+        open_tokens(tmp_path / "images.npy", cache_dir=out, size=(4, 4))

@@ -1,5 +1,6 @@
 """`igpt-fast convert` and `eval`, and published weights as the MODEL of every command."""
 
+import errno
 import json
 import os
 
@@ -11,7 +12,7 @@ from PIL import Image
 from published import make, same
 from tiny import CONFIG, FAST, write_tokens
 
-from igpt_fast import ImageGPT, Palette
+from igpt_fast import ImageGPT, Palette, checkpoint
 from igpt_fast.checkpoint import load_checkpoint, save_checkpoint
 from igpt_fast.evaluate import evaluate
 from igpt_fast.train import train
@@ -80,6 +81,16 @@ def test_a_converted_run_takes_nothings_place(igpt, tmp_path, dataset, weights, 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert igpt("convert", weights, ".", "--to", "run")[0] == 0 and os.listdir(tmp_path / "here") == ["checkpoints"]
+
+
+def test_a_run_that_cannot_be_written_is_called_as_it_was_typed(igpt, tmp_path, weights, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    code, _, said = igpt("convert", weights, tmp_path / "new", "--to", "run")
+    assert code == 2 and f"cannot save step 0 in {tmp_path / 'new' / 'checkpoints'}: No space left" in said
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_step_of_a_checkpoint_counts_more_than_its_name(igpt, tmp_path, dataset):

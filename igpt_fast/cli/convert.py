@@ -128,7 +128,10 @@ def _save_run(out: Path, overwrite: bool, step: int, model: ImageGPT, palette: P
         if not overwrite:
             raise InputError(f"{out} holds weights already; choose another place, or replace them with --overwrite")
     with work_directory(out) as work:
-        save_checkpoint(work, step, model, palette)
+        try:
+            save_checkpoint(work, step, model, palette)
+        except InputError as error:  # which names a folder that is gone when it is read
+            raise InputError(str(error).replace(str(work), str(out))) from error
         move_into_place(work, out)
 
 

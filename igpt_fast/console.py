@@ -58,7 +58,17 @@ def answer(text: str, as_json: bool = False) -> None:
     if as_json:
         say(text)
     elif not _silent:
-        print(printable(text, keep="\n\t"), flush=True)
+        write(printable(text, keep="\n\t"))
+
+
+def write(text: str) -> None:
+    """Prints a line on stdout. Raises OSError, naming it, where nothing can be written there, as on a full disk."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads has read enough
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdout") from error
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -137,6 +137,13 @@ def test_help_leaves_the_breaks_of_lines_to_the_terminal():
         assert "Example:" in command.help and "\n" not in command.help.replace("\n\n", "")
 
 
+def test_a_full_disk_behind_stdout_is_named():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "igpt_fast", "pattern", "row", "--size", "4", "--json"]
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 2 and done.stderr.endswith(b"error: No space left on device: stdout\n")
+
+
 def test_closed_streams_are_no_error(tmp_path):
     data = write_tokens(tmp_path)
     words = [sys.executable, "-m", "igpt_fast.cli", "palette", str(data.path.parent / "images.npy"), "--colors", "4"]

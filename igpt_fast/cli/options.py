@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from igpt_fast.console import write
 from igpt_fast.errors import InputError
 from igpt_fast.options import PRECISIONS
 
@@ -148,4 +149,4 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def print_json(**fields: object) -> None:
     """Prints one JSON object on stdout, for programs."""
-    print(json.dumps(fields))
+    write(json.dumps(fields))

@@ -18,12 +18,12 @@ from igpt_fast.console import Bar, progress, say
 from igpt_fast.errors import InputError
 from igpt_fast.interrupt import Stop, Stopped
 from igpt_fast.made import OPTIONS
+from igpt_fast.metrics import Metrics
 from igpt_fast.model import ImageGPT
 from igpt_fast.optimizer import adam, restore, state_tensors
 from igpt_fast.pictures import save_grid
 from igpt_fast.processes import Processes
 from igpt_fast.run import (
-    Metrics,
     Result,
     circumstances,
     diverged,
@@ -144,14 +144,13 @@ class Loop:
             self.processes.meet()  # whoever started them may end all when one ends
             self.stop.leave()
         self.processes.meet()  # the last checkpoint is written
-        loss, val_loss = self.metrics.last("loss"), self.metrics.last("val_loss")
         return Result(
             model=self.average,
             run=self.run,
             checkpoint=list_checkpoints(self.run)[-1],
             step=self.step,
-            loss=loss,
-            val_loss=val_loss,
+            loss=self.metrics.last("loss"),
+            val_loss=self.metrics.last("val_loss"),
             train=len(self.batches.indices),
             val=len(self.batches.held_out),
             seconds=time.monotonic() - self.began,

@@ -1,15 +1,9 @@
-"""What a training run's directory holds beside checkpoints and pictures: train.json, metrics.jsonl.
-
-train.json holds the options, for people and for a later --resume. metrics.jsonl holds one JSON object a line: training
-rows (step, loss, lr, grad_norm, images_per_second, elapsed) and validation rows (step, val_loss, elapsed). Losses are
-nats per pixel. Fine-tuning has its own: loss, the sum of pixel_loss and of class_loss in nats per image;
-val_class_loss, val_accuracy.
+"""A training run's directory: what may be done there, and train.json, which holds the options for people and for a
+later --resume.
 """
 
 import fcntl
 import json
-import math
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -26,7 +20,7 @@ from igpt_fast.config import Config
 from igpt_fast.console import number, say
 from igpt_fast.errors import InputError, reason_of
 from igpt_fast.images import in_todays_words
-from igpt_fast.made import METRICS, OPTIONS, SAMPLES
+from igpt_fast.made import OPTIONS, SAMPLES
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import FinetuneOptions, Options
 
@@ -239,62 +233,6 @@ def say_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [f"{name} {saved.get(name)} → {now[name]}" for name in now if saved.get(name) != now[name]]
     if changed:
         say(f"changed since the checkpoint: {', '.join(changed)}")
-
-
-class Metrics:
-    """metrics.jsonl: `rows` as written, oldest first. Those after `step`, where a run resumes, are dropped at once.
-
-    writes: whether this process is the one that does.
-    """
-
-    def __init__(self, run: Path, step: int, writes: bool = True) -> None:
-        self.path, self.writes = run / METRICS, writes
-        self.rows = [row for row in read_metrics(run) if row["step"] <= step] if step else []
-        if writes:
-            write_atomically(self.path, b"".join(map(_line, self.rows)))
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Adds one row, on disk when this returns (as far as a killed process goes; `sync` is for a dead machine)."""
-        self.rows.append(row)
-        if self.writes:
-            with open(self.path, "ab") as file:
-                file.write(_line(row))
-
-    def sync(self) -> None:
-        """Makes every row durable, so that none is younger on disk than a checkpoint."""
-        with open(self.path, "ab") as file:
-            os.fsync(file.fileno())
-
-    def of(self, step: int, key: str) -> dict[str, Any] | None:
-        """The row of that step that holds `key`."""
-        return next((row for row in self.rows if row["step"] == step and key in row), None)
-
-    def last(self, key: str) -> float | None:
-        """The newest value under `key`, None when there is none."""
-        return next((row[key] for row in reversed(self.rows) if key in row), None)
-
-
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The rows of RUN/metrics.jsonl, without a last line that a killed process left unfinished. Raises InputError."""
-    path, rows = Path(run) / METRICS, []
-    if not path.exists():
-        return rows
-    for index, line in enumerate(path.read_bytes().splitlines(keepends=True)):
-        try:
-            row = json.loads(line)
-            numbers = [value for name, value in row.items() if value is not None or name != "images_per_second"]
-            if not all(type(value) in (int, float) and math.isfinite(value) for value in [row["step"], *numbers]):
-                raise ValueError("it holds what is no number")
-            rows.append(row)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            if not line.endswith(b"\n"):
-                break
-            raise InputError(f"{path}, line {index + 1} is no row of metrics: mend or remove that line") from error
-    return rows
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    return (json.dumps(row) + "\n").encode()
 
 
 def _short(value: object) -> str:

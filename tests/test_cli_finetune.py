@@ -19,8 +19,9 @@ from tiny import rows, same, weights
 from igpt_fast.checkpoint import list_checkpoints, save_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.finetune import finetune
+from igpt_fast.metrics import read_metrics
 from igpt_fast.model import ImageGPT
-from igpt_fast.run import read_metrics, read_options
+from igpt_fast.run import read_options
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 

@@ -35,7 +35,7 @@ LAYERS = [
     | {"images", "image_files", "scientific", "values", "tokens"},
     {"model", "pretrained", "image_tensors", "accelerate"},
     {"data", "joined", "weights", "checkpoint"},
-    {"cached", "drawing", "sample", "regression", "sgd", "options", "run", "batches", "labels", "task"},
+    {"cached", "drawing", "sample", "regression", "sgd", "options", "metrics", "run", "batches", "labels", "task"},
     {"over_images", "train", "finetune", "plan", "loop", "processes", "probe", "predict", "evaluate", "sklearn"},
     {"demo", "demo_page", "demo_style"},
     {"cli"},

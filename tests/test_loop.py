@@ -11,8 +11,8 @@ from tiny import CONFIG, FAST, write_tokens
 from igpt_fast import loop
 from igpt_fast.checkpoint import list_checkpoints, load_checkpoint, update_state
 from igpt_fast.errors import InputError
+from igpt_fast.metrics import read_metrics
 from igpt_fast.optimizer import adam, restore, state_tensors
-from igpt_fast.run import read_metrics
 from igpt_fast.task import PixelTask
 from igpt_fast.tokens import TokenDataset
 from igpt_fast.train import train

@@ -18,9 +18,10 @@ from tiny import CLASSES, FAST, FEW, VARIANTS, rows, same, variant, weights, wri
 
 from igpt_fast.checkpoint import find_best, list_checkpoints, load_checkpoint, save_checkpoint
 from igpt_fast.finetune import finetune
+from igpt_fast.metrics import read_metrics
 from igpt_fast.model import ImageGPT
 from igpt_fast.over_images import over_images
-from igpt_fast.run import locked, read_metrics
+from igpt_fast.run import locked
 from igpt_fast.tokens import TokenDataset
 from igpt_fast.train import train
 

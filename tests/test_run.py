@@ -16,6 +16,7 @@ from igpt_fast import train as module
 from igpt_fast.checkpoint import load_checkpoint, save_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
+from igpt_fast.metrics import read_metrics
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
 from igpt_fast.run import (
@@ -25,7 +26,6 @@ from igpt_fast.run import (
     drop_later_pictures,
     locked,
     picture_of,
-    read_metrics,
     read_options,
     say_differences,
 )

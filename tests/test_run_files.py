@@ -8,11 +8,10 @@ from tiny import CONFIG
 
 from igpt_fast.checkpoint import read_record
 from igpt_fast.errors import InputError
+from igpt_fast.metrics import Metrics, read_metrics
 from igpt_fast.options import Options
 from igpt_fast.run import (
-    Metrics,
     drop_later_pictures,
-    read_metrics,
     read_options,
     refuse_differences,
     refuse_idle_steps,

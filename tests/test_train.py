@@ -17,9 +17,10 @@ from igpt_fast.batches import Batches, images_of_step
 from igpt_fast.checkpoint import list_checkpoints, load_checkpoint, update_state
 from igpt_fast.config import Config
 from igpt_fast.errors import InputError
+from igpt_fast.metrics import read_metrics
 from igpt_fast.model import ImageGPT
 from igpt_fast.options import Options
-from igpt_fast.run import read_metrics, read_options
+from igpt_fast.run import read_options
 from igpt_fast.tokens import TokenDataset
 from igpt_fast.train import train
 

@@ -7,8 +7,8 @@ from igpt_fast import loop
 from igpt_fast.checkpoint import load_checkpoint
 from igpt_fast.config import Config
 from igpt_fast.data import tokenize
+from igpt_fast.metrics import read_metrics
 from igpt_fast.palette import Palette
-from igpt_fast.run import read_metrics
 from igpt_fast.tokens import TokenDataset
 
 CONFIG = Config(layers=2, width=32, heads=4, colors=16, size=(4, 6))

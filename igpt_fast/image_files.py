@@ -50,6 +50,8 @@ _SUBFILE = 254  # the TIFF tag of what a page is
 _ALONE, _COPY, _MASK = 0, 1, 4  # by its bits: to itself, a smaller copy of another page, a mask of it
 _DEPTH = 32997  # the TIFF tag; slices of a volume, of which the first is read
 _PLANAR = 284  # the TIFF tag; 2: bands one behind the other
+_BITS = 258  # the TIFF tag; of each number
+_EXTRA, _OPACITY = 338, 2  # the TIFF tag of what bands behind the colours are
 _BASELINE = 532  # the last of the TIFF tags that say how pixels lie, and what they mean
 
 
@@ -155,9 +157,10 @@ def _beyond_pillow(
     masked = image.mode.startswith("I;16") and _MASK in _behind(image, data)
     if image.format == "TIFF" and (stretched or masked or _is_beyond_pillow(image, bands)):
         return _with_pages(*scientific.read_tiff(data))
-    if deep and image.mode == "RGB" and nodata is not None:  # which the high bytes that Pillow keeps do not tell
+    alpha = image.mode != "RGB" and nodata is not None and image.tag_v2.get(_EXTRA, ())[-1:] == (_OPACITY,)
+    if deep and nodata is not None and (image.mode == "RGB" or alpha):  # which the high bytes of Pillow do not tell
         values, more = scientific.read_tiff(data)
-        return _with_pages(replace(values, numbers=values.numbers[..., :3]), more)
+        return _with_pages(values if alpha else replace(values, numbers=values.numbers[..., :3]), more)
     if image.format == "PNG" and stretched:
         values, turn = scientific.read_deep_png(data), image.getexif().get(scientific.ORIENTATION, 1)
         return _with_pages(
@@ -180,6 +183,7 @@ def _by_pillow(
     if deep and max(high for _, high in image.getextrema()[: 1 if mode == "LA" else 3]) < DIM >> 8:
         notes[DARK] = True  # Pillow has kept the high bytes
     white_is_0 = kind == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
+    bits = image.tag_v2.get(_BITS, (1,))[0] if kind == "TIFF" else 8
     if kind == "PNG" and mode == "L" and "transparency" in image.info:  # Pillow has spread the shades of fewer bits
         image.info["transparency"] = image.info["transparency"] * 255 // ((1 << data[24]) - 1)
     elif mode == "P" and nodata is not None:  # of the numbers of its colours
@@ -195,13 +199,15 @@ def _by_pillow(
         values = Values(np.asarray(image).astype(np.uint16)[..., None], False, white_is_0, nothing)
         # A PGM says itself what its largest value is, and Pillow has stretched it to that.
         return (values if kind != "PPM" else to_8_bits(values)[0]), notes
-    if bands or seen is not None or (nodata is not None and mode in ("L", "RGB")):
+    if bands or seen is not None or (nodata is not None and mode in ("1", "L", "LA", "RGB", "RGBA")):
         if image.mode not in ("L", "LA", "RGB", "RGBA") or "transparency" in image.info:
             _refuse(image.mode)
-            colours = "L" if image.mode == "L" else "RGB"
+            colours = "L" if image.mode in ("1", "L") else "RGB"
             image = image.convert(f"{colours}A" if "transparency" in image.info else colours)
         nodata = None if mode == "P" else nodata  # which is a number of a colour, and transparent already
-        nodata = 255 - nodata if nodata is not None and white_is_0 and mode == "L" else nodata  # Pillow turns it over
+        if nodata is not None and mode in ("1", "L"):  # Pillow spreads fewer bits over a byte, and turns shades over
+            nodata *= 255 / (2 ** min(8, bits) - 1)
+            nodata = 255 - nodata if white_is_0 else nodata
         alpha = image.mode in ("LA", "RGBA")
         return Values(np.atleast_3d(np.asarray(image)), alpha, nodata=nodata, seen=seen), notes
     return image, notes
@@ -230,9 +236,12 @@ def _is_beyond_pillow(image: Image.Image, bands: tuple[int, ...] | None) -> bool
     tags = image.tag_v2
     if image.mode in ("I", "F") or _SIGNED in tags.get(_FORMAT, ()):
         return True
+    apart = tags.get(_PLANAR) == 2
+    if apart and max(tags.get(_BITS, (1,))) > 8 and any(tile[0] == "raw" for tile in image.tile):
+        return True  # which Pillow takes for twice as many bytes
     lacks = tags.get(_SAMPLES, 1) > len(image.getbands())
     # Of gray ones, and of those that lie one behind the other, Pillow reads the first, and is silent about the rest.
-    return lacks and (bands is not None or image.mode == "L" or tags.get(_PLANAR) == 2)
+    return lacks and (bands is not None or image.mode == "L" or apart)
 
 
 def _with_pages(values: Values, more: bool) -> tuple[Values, dict[str, bool]]:

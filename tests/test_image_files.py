@@ -21,8 +21,8 @@ NODATA = [(42113, "s", 0, "0", True)]  # GDAL's tag, of 0
 
 
 def tiff(numbers: np.ndarray, photometric: str = "minisblack", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, numbers, photometric=photometric, planarconfig="contig", metadata=None, **options)
+    buffer, options = io.BytesIO(), {"planarconfig": "contig", **options}
+    tifffile.imwrite(buffer, numbers, photometric=photometric, metadata=None, **options)
     return buffer.getvalue()
 
 
@@ -139,6 +139,51 @@ def test_nodata_of_sixteen_bits_beside_bands_that_are_no_colours():
     deep = np.array([[[0, 0, 0, 9], [65535, 0, 257, 9]]], np.uint16)
     assert read(tiff(deep, "rgb", extrasamples=["unspecified"], extratags=NODATA)) == [LIME, [255, 0, 1]]
     assert read(tiff(deep, "rgb", extrasamples=["assocalpha"], extratags=NODATA))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_nodata_beside_opacity(kind):
+    """Transparent is what either says."""
+    whole = np.iinfo(kind).max
+    colours = np.array([[[0, 0, 0, whole], [whole, 0, whole, whole], [whole, whole, 0, 0]]], kind)
+    assert read(tiff(colours, "rgb", extrasamples=["unassalpha"], extratags=NODATA)) == [LIME, [255, 0, 255], LIME]
+    grays = np.array([[[0, 255], [51, 255], [51, 0]]], np.uint8)
+    assert read(tiff(grays, extrasamples=["unassalpha"], extratags=NODATA)) == [LIME, gray(51), LIME]
+
+
+@pytest.mark.parametrize("white", [0, 1])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_nodata_of_few_bits_is_a_number_of_the_files(bits, white):
+    """Which Pillow spreads over a byte."""
+    shades = (1 << bits) - 1
+    for nodata in (0, shades, shades + 1, 51, 255):
+        row = sum(value << (8 - bits * (at + 1)) for at, value in enumerate((0, shades)))
+        data = few_bits_tiff(bits, bytes([row]), 2, white, str(nodata))
+        wanted = [gray(0), gray(255)] if white else [gray(255), gray(0)]
+        found = {0: 0, shades: 1}.get(nodata)
+        assert read(data) == [LIME if at == found else shade for at, shade in enumerate(wanted)]
+
+
+def few_bits_tiff(bits: int, row: bytes, width: int, photometric: int, nodata: str) -> bytes:
+    text = nodata.encode().ljust(4, b"\0")
+    tags = [(256, 3, 1, width), (257, 3, 1, 1), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, photometric)]
+    tags += [(273, 4, 1, 8), (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, 1, len(row)), (42113, 2, 4, text)]
+    entries = [
+        struct.pack("<HHI", *tag[:3]) + (v if type(v := tag[3]) is bytes else struct.pack("<I", v)) for tag in tags
+    ]
+    head = b"II*\0" + struct.pack("<I", 8 + len(row) + len(row) % 2) + row.ljust(len(row) + len(row) % 2, b"\0")
+    return head + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("extra", [(), ("unassalpha",)])
+def test_sixteen_bits_one_band_behind_the_other(compression, extra):
+    """Pillow takes planes that nobody has compressed for bytes."""
+    of_bands = (0x1111, 0x3333, 0x5555, 0xFFFF)[: 3 + len(extra)]
+    planes = np.stack([np.full((3, 4), value, np.uint16) for value in of_bands])
+    data = tiff(planes, "rgb", planarconfig="separate", compression=compression, extrasamples=extra)
+    assert read(data) == [[0x11, 0x33, 0x55]] * 4
+    assert read(data, value_range=(0, 2 * 0x5555 + 1))[0] == [25, 76, 127]
 
 
 def test_a_stack_is_known_by_its_second_page(monkeypatch):

@@ -1,6 +1,4 @@
-"""What Python gives a model: arrays become tensors, and images as of vision models, [B, 3, H, W], tokens."""
-
-from typing import Any
+"""What Python gives a model: images as of vision models, [B, 3, H, W], become tokens; which of these it sees."""
 
 import numpy as np
 import torch
@@ -11,23 +9,6 @@ from igpt_fast.config import Config
 from igpt_fast.errors import InputError
 from igpt_fast.images import resize_image
 from igpt_fast.palette import Palette
-
-
-def tensor_of(given: Any, what: str) -> Tensor:
-    """A tensor as it is, and of an array or a list what NumPy makes of it, copied where torch cannot share its memory.
-
-    what: begins the errors, as "tokens are". Raises InputError where torch has no such dtype: texts, objects.
-    """
-    if isinstance(given, Tensor):
-        return given
-    try:
-        array = np.asarray(given)
-        array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
-    except (TypeError, ValueError) as error:
-        is_array = isinstance(given, np.ndarray)
-        form = f"{given.dtype} {list(given.shape)}" if is_array else f"a {type(given).__name__}"
-        raise InputError(f"{what} {form}; give an array or a tensor of numbers") from error
 
 
 def tokens_of(
@@ -65,3 +46,14 @@ def _bytes(images: Tensor) -> Tensor:
         if not (low >= 0 and high <= 1):  # also catches NaN
             raise InputError(f"the images range from {low:.4g} to {high:.4g}; give float in [0, 1], not normalised")
     return (images.float() * 255).round().to(torch.uint8)
+
+
+def visible(keep: Tensor | None, tokens: Tensor, config: Config) -> Tensor | None:
+    """Which of tokens [N, T] a BERT model sees, bool, shaped and placed as they are; None: all. Raises InputError."""
+    if keep is None:
+        return None
+    if config.objective == "ar":
+        raise InputError("keep was given to an autoregressive model; only objective='bert' has a mask")
+    if keep.dtype != torch.bool or keep.numel() != tokens.numel():
+        raise InputError(f"keep is {keep.dtype} {list(keep.shape)}; give bool {list(tokens.shape)}")
+    return keep.reshape(tokens.shape).to(tokens.device)

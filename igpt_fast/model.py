@@ -24,9 +24,10 @@ from igpt_fast import ops
 from igpt_fast.config import Config
 from igpt_fast.device import dtype_of
 from igpt_fast.errors import InputError
-from igpt_fast.image_tensors import tensor_of, tokens_of
+from igpt_fast.image_tensors import tokens_of, visible
 from igpt_fast.modules import is_plain, tensors_to_save
 from igpt_fast.ops._native import why_plain
+from igpt_fast.ops._tensors import tensor_of
 from igpt_fast.palette import Palette
 from igpt_fast.patterns import masks_of
 from igpt_fast.positions import summed
@@ -119,11 +120,12 @@ class ImageGPT(nn.Module):
         if bert and keep is None:
             where = getattr(generator, "device", tokens.device)
             keep = torch.rand(tokens.shape, generator=generator, device=where) > MASKED
+        keep = visible(keep, tokens, self.config)
         hidden = self.hidden(tokens, keep) if hidden is None else hidden
         if not bert:
             return ops.linear_cross_entropy(hidden, self.wtet, tokens).mean()
         nats = ops.cross_entropy(ops.projection(hidden, self.wtet), tokens, reduction="none")
-        masked = ~keep.reshape(tokens.shape).to(tokens.device)
+        masked = ~keep
         return ((nats * masked).sum(1) / masked.sum(1).clamp(min=1)).mean()
 
     def classify(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -169,13 +171,7 @@ class ImageGPT(nn.Module):
     def hidden(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The final norm's output [N, T, width], which both heads read. Arguments as in `forward`."""
         tokens = self.check_tokens(tokens)
-        if keep is not None:
-            if self.config.objective == "ar":
-                raise InputError("keep was given to an autoregressive model; only objective='bert' has a mask")
-            if keep.dtype != torch.bool or keep.numel() != tokens.numel():
-                raise InputError(f"keep is {keep.dtype} {list(keep.shape)}; give bool {list(tokens.shape)}")
-            keep = keep.reshape(tokens.shape).to(tokens.device)
-        h, delta = self._start(tokens, keep), None
+        h, delta = self._start(tokens, visible(keep, tokens, self.config)), None
         for block in self.blocks:
             again = self.activation_checkpointing and torch.is_grad_enabled()
             h, delta = checkpoint(block, h, delta, use_reentrant=False) if again else block(h, delta)

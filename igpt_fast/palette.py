@@ -20,6 +20,7 @@ from igpt_fast.atomic import write_atomically
 from igpt_fast.errors import InputError, as_input_error, whole
 from igpt_fast.kmeans import cluster, histogram, unit
 from igpt_fast.made import SWATCH, swatches
+from igpt_fast.ops._tensors import tensor_of
 from igpt_fast.ops.palette import MAX_COLORS, TOKEN_DTYPES, palette_assign, palette_decode
 
 log = logging.getLogger("igpt_fast")
@@ -37,7 +38,7 @@ class Palette:
 
     def __init__(self, centers: np.ndarray | Tensor, inertia: float | None = None):
         """centers: float [K, 3] in [-1, 1], 1 ≤ K ≤ 4096. Raises InputError for anything else."""
-        self.centers = _checked(torch.as_tensor(centers), "the palette")
+        self.centers = _checked(tensor_of(centers, "the palette is"), "the palette")
         self.inertia = inertia
 
     def __len__(self) -> int:
@@ -147,6 +148,8 @@ class Palette:
         Raises InputError, naming it, for a token outside 0..K-1, and for tokens that are not integers.
         """
         numpy = isinstance(tokens, np.ndarray)
+        if not numpy and not isinstance(tokens, Tensor):
+            raise InputError(f"Palette.decode reads numpy arrays and tensors, not {type(tokens).__name__}")
         if numpy:
             integers = tokens.dtype.kind in "iu"
         else:
@@ -176,13 +179,14 @@ class Palette:
 
 def _checked(values: Tensor, where: str) -> Tensor:
     """float32 [K, 3] of its own on the CPU; InputError says what is wrong with `where`."""
+    values = values.detach()
     if values.ndim != 2 or values.shape[1] != 3 or not 1 <= len(values) <= MAX_COLORS or not values.is_floating_point():
         raise InputError(f"{where} is {str(values.dtype).removeprefix('torch.')} {list(values.shape)}; {FORM}")
     if not values.isfinite().all():
         raise InputError(f"{where} has a value that is not a finite number; {FORM}")
     if (most := float(values.abs().max())) > 1.001:  # a little beyond 1 is rounding
         raise InputError(f"{where} has a value of size {most:.4g}; {FORM}")
-    return values.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return values.to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _pixels(images: Any, reader: str) -> Tensor:

@@ -38,9 +38,9 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int | None = Non
         form = f"{images.dtype} {list(images.shape)}"
         raise InputError(f"a grid is made of images as uint8 [N, H, W, 3] with N ≥ 1, not {form}; decode tokens first")
     count, height, width = images.shape[:3]
-    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    columns = min(count, math.ceil(math.sqrt(count)) if columns is None else columns)
     if scale is None:
-        scale = max(1, min(SEEN // max(height, width), WIDEST // (columns * width)))
+        scale = max(1, min(SEEN // max(height, width), WIDEST // max(1, columns * width)))
     if columns < 1 or scale < 1:
         raise InputError(f"a grid needs at least one column and a scale of at least 1, not {columns} and {scale}")
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -146,8 +146,11 @@ class _Measure:
     def upto(self, part: int, seconds: float, bar: Bar) -> "_Measure":
         """Measures 1, 2, 4, … images, and `part` in the end."""
         began, size = time.monotonic(), 1
-        self._passes(1)
-        self._timed(self._update)  # Adam makes its moments
+        try:
+            self._passes(1)
+            self._timed(self._update)  # Adam makes its moments
+        except torch.OutOfMemoryError as error:
+            raise self._no_room() from error
         while self._measure(size):
             bar.to(size, seconds=self.times[-1])
             if size == part:
@@ -171,13 +174,16 @@ class _Measure:
         except torch.OutOfMemoryError as error:
             self.optimizer.zero_grad(set_to_none=True)
             if not self.sizes:
-                raise InputError(f"there is no memory for one image side by side with the model on {self.device}: use "
-                                 "a smaller model or --size, or --activation-checkpointing") from error  # fmt: skip
+                raise self._no_room() from error
             return False
         self.sizes.append(size)
         self.times.append(seconds)
         self.peaks.append(peak_of(self.device))
         return True
+
+    def _no_room(self) -> InputError:
+        way = "use a smaller model or --size, or --activation-checkpointing"
+        return InputError(f"there is no memory for one image side by side with the model on {self.device}: {way}")
 
     def _has_room(self, size: int) -> bool:
         image = self.image()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from igpt_fast.errors import InputError
-from igpt_fast.image_tensors import tensor_of
 from igpt_fast.model import ImageGPT
+from igpt_fast.ops._tensors import tensor_of
 
 try:
     from sklearn.base import BaseEstimator, TransformerMixin

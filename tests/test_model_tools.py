@@ -207,3 +207,12 @@ def test_only_our_models_are_drawn_from(model):
     for n in (2.0, "2", None):
         with pytest.raises(igpt.InputError, match="n is"):
             igpt.sample(model, n=n)
+
+
+def test_a_keep_is_looked_at_where_hidden_is_known_too(model):
+    hidden = model.hidden(TOKENS)
+    with pytest.raises(igpt.InputError, match="keep was given to an autoregressive model"):
+        model.loss(TOKENS, TOKENS > 2, hidden=hidden)
+    bert = igpt.ImageGPT(dataclasses.replace(model.config, objective="bert"))
+    with pytest.raises(igpt.InputError, match=r"keep is torch.int64 \[\d+, 3, 4\]; give bool \["):
+        bert.loss(TOKENS, (TOKENS > 2).long(), hidden=bert.hidden(TOKENS))

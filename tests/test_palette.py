@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -257,3 +258,25 @@ def test_colours_that_were_learned_are_saved(tmp_path):
     learned = torch.rand(4, 3, requires_grad=True)
     Palette(learned).save(tmp_path / "p.npy")
     assert torch.equal(Palette.load(tmp_path / "p.npy").centers, learned.detach())
+
+
+def test_colours_may_lie_as_they_like():
+    colours = np.array([[0.5, -0.25, 1.0], [0.0, 0.125, -1.0]], np.float32)
+    for given in (colours[::-1][::-1], colours.astype(">f4"), colours.astype(np.float64), colours.tolist()):
+        assert np.array_equal(Palette(given).centers, colours)
+    assert np.array_equal(Palette(colours[::-1]).centers, colours[::-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not Palette(torch.tensor(colours, requires_grad=True)).centers.requires_grad
+
+
+@pytest.mark.parametrize("given", ["x", None, [[0.5, 0.5, 0.5], [0.5]], np.array([None])], ids=repr)
+def test_what_is_no_palette_is_refused(given):
+    with pytest.raises(InputError, match="the palette is"):
+        Palette(given)
+
+
+@pytest.mark.parametrize("given", [[1, 2], 3, np.int64(3)])
+def test_tokens_are_arrays_or_tensors(given):
+    with pytest.raises(InputError, match=r"Palette\.decode reads numpy arrays and tensors, not"):
+        Palette([[0.5, 0.5, 0.5]]).decode(given)

@@ -67,7 +67,7 @@ def test_a_grid_that_nobody_shapes(tmp_path):
     assert grid(random_images(1, 16, 64)).shape == (16 * 2 + 4, 64 * 2 + 4, 3), "by the longer side"
     save_grid(tmp_path / "row.png", random_images(5, 64, 64), columns=5)
     assert read_png(tmp_path / "row.png").shape == (130 + 2, 5 * 130 + 2, 3)
-    for wrong in ({"columns": -1}, {"scale": 0}):
+    for wrong in ({"columns": -1}, {"columns": 0}, {"scale": 0}):
         with pytest.raises(InputError, match="at least one column and a scale of at least 1"):
             grid(random_images(2, 4, 4), **wrong)
 

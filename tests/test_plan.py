@@ -146,6 +146,9 @@ def test_memory_ends_it_before_it_ends_the_machine(monkeypatch):
     passes.clear()
     with pytest.raises(InputError, match="no memory for one image side by side"):
         plan(SMALL, Options(batch=8), "cpu")
+    monkeypatch.setattr(module._Measure, "_passes", full)
+    with pytest.raises(InputError, match="no memory for one image side by side"):
+        plan(SMALL, Options(batch=8), "cpu")
 
 
 def test_the_second_image_is_measured_only_where_there_is_room(monkeypatch):

@@ -1,9 +1,10 @@
-"""Tensors on their way to a kernel and back: where they are, which bytes, whether somebody wants their gradient."""
+"""Tensors on their way to a kernel and back: what is one, where they are, which bytes, who wants their gradient."""
 
 import functools
 import typing
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,23 @@ from igpt_fast.ops._native import debugs, poisons, why_plain
 # Arguments of registered ops. torch 2.4 knows them by these names only, not as list[Tensor].
 Tensors = typing.Sequence[Tensor]
 OptionalTensors = typing.Sequence[typing.Optional[Tensor]]  # noqa: UP045
+
+
+def tensor_of(given: typing.Any, what: str) -> Tensor:
+    """A tensor as it is, and of an array or a list what NumPy makes of it, copied where torch cannot share its memory.
+
+    what: begins the errors, as "tokens are". Raises InputError where torch has no such dtype: texts, objects.
+    """
+    if isinstance(given, Tensor):
+        return given
+    try:
+        array = np.asarray(given)
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:
+        is_array = isinstance(given, np.ndarray)
+        form = f"{given.dtype} {list(given.shape)}" if is_array else f"a {type(given).__name__}"
+        raise InputError(f"{what} {form}; give an array or a tensor of numbers") from error
 
 
 def stream_of(t: Tensor) -> int:

@@ -196,23 +196,6 @@ def test_a_model_has_them_and_says_so(said, monkeypatch):
         derive(False)
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(8, torch.float64), (12, torch.float32)])
-@pytest.mark.parametrize("mask", [None, MASK])
-def test_attention_that_no_kernel_serves_has_them_too(head_dim, dtype, mask):
-    """torch's own fast attention has no second derivatives."""
-    inputs = tuple(t.to(dtype) for t in tensors(*[(2, 2, 12, head_dim)] * 3))
-
-    def penalised(loss, given):
-        given = tuple(t.clone().requires_grad_() for t in given)
-        grads = torch.autograd.grad(loss(*given), given, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in grads), given)
-
-    close(*both(lambda q, k, v: ops.attention(q, k, v, mask), inputs, penalised))
-    frozen = inputs[0].clone().requires_grad_(), *inputs[1:]
-    ops.attention(*frozen, mask).sum().backward()
-    assert frozen[0].grad is not None and frozen[1].grad is None
-
-
 @each_call
 def test_first_derivatives_are_by_kernels(name, said):
     call, inputs = CALLS[name]

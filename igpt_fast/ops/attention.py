@@ -162,13 +162,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool
     if not (alike and scale > 0 and one_dtype(q, k, v) and all_see):
         o = reference.attention.attention(q, k, v, seen, causal, scale)[0]
     else:
-        again = needs_grad(q, k, v) and not torch.compiler.is_compiling()
-        o = (_Plain.apply if again else _by_torch)(q, k, v, seen, causal, scale)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and seen is None, scale=scale)
     return o.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _by_torch(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and seen is None, scale=scale)
 
 
 def _tables(mask: BlockMask | None, device: torch.device) -> tuple[Tensor, ...] | None:
@@ -225,32 +220,6 @@ def _plain_packed(reason, dout, qkv, groups, causal, scale):
         parts.append(torch.stack([t.transpose(1, 2) for t in _plain_gradient(reason, *given, causal, scale)], 2))
         places.append(of)
     return torch.cat(parts, 3).index_select(3, torch.cat(places).argsort())
-
-
-class _Plain(torch.autograd.Function):
-    """torch's own attention, and a gradient that can be differentiated, which torch's fast ones have none of."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, seen, causal, scale):
-        wanted = ctx.needs_input_grad[:3]
-        with torch.enable_grad():
-            given = [t.detach().requires_grad_(asked) for t, asked in zip((q, k, v), wanted, strict=True)]
-            o = _by_torch(*given, seen, causal, scale)
-        ctx.inside, ctx.rest = (o, given), (seen, causal, scale)
-        ctx.save_for_backward(q, k, v)
-        return o.detach()
-
-    @staticmethod
-    def backward(ctx, dout):
-        q, k, v = ctx.saved_tensors
-        if reason := why_plain_gradient((dout,)):
-            say_slower(f"the gradient of attention keeps a matrix of all pairs: {reason}")
-            grads = reference.attention.attention_backward(dout.to(q.dtype), q, k, v, *ctx.rest)
-            return *grads, None, None, None
-        o, given = ctx.inside
-        asked = [t for t in given if t.requires_grad]
-        found = iter(torch.autograd.grad(o, asked, dout, retain_graph=True))  # the caller may come back
-        return *(next(found) if t.requires_grad else None for t in given), None, None, None
 
 
 class _Attention(torch.autograd.Function):

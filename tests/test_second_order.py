@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from torch.autograd import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import igpt_fast as igpt
 from igpt_fast import ops
@@ -194,6 +195,21 @@ def test_a_model_has_them_and_says_so(said, monkeypatch):
     model.float()
     with pytest.raises(RuntimeError, match=r"differentiated again \(IGPT_STRICT=1\)"):
         derive(False)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(8, torch.float64), (12, torch.float32)])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_attention_that_no_kernel_serves_has_them_by_torchs_plain_one(head_dim, dtype, mask):
+    """As the README says; its fast ones have none."""
+    inputs = tuple(t.to(dtype) for t in tensors(*[(2, 2, 12, head_dim)] * 3))
+
+    def penalised(loss, given):
+        given = tuple(t.clone().requires_grad_() for t in given)
+        grads = torch.autograd.grad(loss(*given), given, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), given)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        close(*both(lambda q, k, v: ops.attention(q, k, v, mask), inputs, penalised))
 
 
 @each_call

@@ -59,14 +59,16 @@ class Reader:
             return zipfile.ZipFile(self.path).open(self.member)
         return open_stream(self.path) if self.kind == "tar" else open(self.path, "rb")
 
-    def _fetch_zip(self, offset: int, stored: int, size: int, method: int, crc: int) -> bytes:
+    def _fetch_zip(self, offset: int, stored: int, size: int, method: int, crc: int, named: int) -> bytes:
         if size > MOST:
             raise ValueError(f"it unpacks to {size:,} bytes, of which no more than {MOST:,} are read")
         self._stream.seek(offset)
-        head = self._stream.read(30)  # the entry's own header; the name and extra field behind it may differ in length
+        head = self._stream.read(30)  # the entry's own header; the extra field behind its name may differ in length
         if head[:4] != b"PK\3\4":
             raise ValueError("its place in the zip holds something else")
-        self._stream.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), os.SEEK_CUR)
+        if zlib.crc32(self._stream.read(int.from_bytes(head[26:28], "little"))) != named:
+            raise ValueError("its name in the zip's list is not the one at its place")
+        self._stream.seek(int.from_bytes(head[28:30], "little"), os.SEEK_CUR)
         data = self._stream.read(stored)
         if method == zipfile.ZIP_DEFLATED:
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # and no more, whatever is packed

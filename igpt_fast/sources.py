@@ -186,7 +186,8 @@ def _open_zip(path: Path, stamp: str) -> Source:
                 continue
             _refuse_packing(path, entry)
             sizes = entry.compress_size, entry.file_size
-            found.refs[name] = entry.header_offset, *sizes, entry.compress_type, entry.CRC
+            stored = entry.orig_filename.encode("utf-8" if entry.flag_bits & 1 << 11 else "cp437")
+            found.refs[name] = entry.header_offset, *sizes, entry.compress_type, entry.CRC, zlib.crc32(stored)
     return _by_name(path, Reader(str(path), "zip"), found, stamp)
 
 

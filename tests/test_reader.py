@@ -47,6 +47,24 @@ def test_a_zip_whose_entries_have_extra_fields_as_those_of_info_zip(tmp_path, me
     assert [source.read(number)[0, 0].tolist() for number in range(3)] == [[number, 0, 9] for number in range(3)]
 
 
+def test_a_changed_name_in_the_list_of_a_zip_is_found(tmp_path):
+    """It would be another class, and the name has no checksum; but it stands there twice."""
+    picture = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(picture, "PNG")
+    path, names = tmp_path / "a.zip", ("dog/1.png", "Bär/1.png", "b\u0308/1.png")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, picture.getvalue())
+    source = open_source(path)
+    assert sorted(source.names) == sorted(names) and [source.read(i).shape for i in range(3)] == [(2, 2, 3)] * 3
+    data = path.read_bytes()
+    at = data.rindex(b"dog/1.png")
+    path.write_bytes(data[:at] + b"fog" + data[at + 3 :])
+    source = open_source(path)
+    with pytest.raises(InputError, match=r"a\.zip: fog/1\.png: cannot be read \(its name in the zip's list"):
+        source.read(source.names.index("fog/1.png"))
+
+
 def test_a_tar_that_became_shorter_is_named(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         Image.new("L", (64, 64), 9).save(image := io.BytesIO(), "BMP")

@@ -190,6 +190,8 @@ def test_complete_writes_a_picture(igpt, run, photos, tmp_path):
         (("sample", "-n", 0), "n is 0"),
         (("sample", "--top-k", 0), "top_k is 0"),
         (("sample", "--top-p", 2), "top_p is 2.0"),
+        (("sample", "--temperature", 0, "--top-k", 3), "--top-k changes nothing with --temperature 0"),
+        (("complete", "PHOTO", "--temperature", 0, "--top-p", 0.5), "--top-p changes nothing with --temperature 0"),
         (("sample", "--batch", 0), "batch is 0"),
         (("sample", "-o", "grid.jpg"), "ending in .png"),
         (("complete", "PHOTO", "--keep", 1.5), "keep is 1.5"),

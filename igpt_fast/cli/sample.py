@@ -130,6 +130,7 @@ def sample(
     options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
     options["first"] = first
     check_options(**options)
+    _refuse_idle(temperature, top_k, top_p)
     _check_places(out, single)
     checkpoint, palette = _load(model, dtype, device)
     files = _singles(single, [f"sample-{index:06d}" for index in range(first, first + n)], out)
@@ -178,6 +179,7 @@ def complete(
     began = time.monotonic()
     options = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch": batch}
     check_options(**options, keep=keep)
+    _refuse_idle(temperature, top_k, top_p)
     Preprocessing(**read_as)
     _check_places(out, single, *photos)
     for photo in photos:
@@ -222,6 +224,13 @@ def _load(model: Path, dtype: DType | None, device: str) -> tuple[Checkpoint, Pa
 
 def _decode(palette: Palette, tokens: Tensor) -> np.ndarray:
     return palette.decode(tokens.cpu()).numpy()
+
+
+def _refuse_idle(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """InputError for an option that would change nothing."""
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        flag = "--top-p" if top_k is None else "--top-k"
+        raise InputError(f"{flag} changes nothing with --temperature 0, the likeliest colour; leave one of them out")
 
 
 def _check_places(out: Path, single: Path | None, *photos: Path) -> None:

@@ -137,9 +137,10 @@ def test_help_leaves_the_breaks_of_lines_to_the_terminal():
         assert "Example:" in command.help and "\n" not in command.help.replace("\n\n", "")
 
 
-def test_a_full_disk_behind_stdout_is_named():
+def test_a_full_disk_behind_stdout_is_named(tmp_path):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "igpt_fast", "pattern", "row", "--size", "4", "--json"]
+        out = str(tmp_path / "row.png")
+        command = [sys.executable, "-m", "igpt_fast", "pattern", "row", "--size", "4", "-o", out, "--json"]
         done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, timeout=120)
     assert done.returncode == 2 and done.stderr.endswith(b"error: No space left on device: stdout\n")
 

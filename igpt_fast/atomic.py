@@ -7,12 +7,15 @@ import glob
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from igpt_fast.errors import InputError
+
+FRESH = 60.0  # seconds
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -48,13 +51,17 @@ def open_atomically(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """Removes what `open_atomically` has left in folders, its process being killed; what is being written stays."""
+    """Removes what `open_atomically` has left in folders, its process being killed; what is being written stays, and
+    what was until just now: between its last byte and its name nothing locks it.
+    """
     for path in [path for folder in folders for path in folder.glob(".*.tmp")]:
-        left = re.fullmatch(r"\.[0-9a-f]{8}\.\d+\.tmp", path.name) and path.is_file()
-        if left and (lock := _lock(path)) is not None:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            os.close(lock)
+        with contextlib.suppress(OSError):
+            ours = re.fullmatch(r"\.[0-9a-f]{8}\.\d+\.tmp", path.name) and path.is_file()
+            if ours and time.time() - path.stat().st_mtime > FRESH and (lock := _lock(path)) is not None:
+                try:
+                    path.unlink()
+                finally:
+                    os.close(lock)
 
 
 @contextlib.contextmanager
@@ -103,10 +110,10 @@ def sync(path: Path) -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """A handle that holds a folder's or file's lock until it is closed or the process ends; None where another does."""
+    """A handle that holds a path's lock until it is closed or the process ends; None where that cannot be had."""
     handle = None
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # which NFS wants of a file
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         if handle is not None:

@@ -196,9 +196,8 @@ def _read(data: bytes, where: str, folder: str, rows: dict[str, dict[str, str]],
             if not (line[FILE] or "").strip():
                 continue
             if any(more.strip() for more in line.get(None, ())):  # the label would be what stands before the comma
-                raise InputError(
-                    f"{where}, line {lines.line_num}: has more columns than line 1; quote what has a comma"
-                )
+                way = "quote what has a comma, or give the column a name there"
+                raise InputError(f"{where}, line {lines.line_num}: has more columns than line 1; {way}")
             count += 1
             name = posixpath.normpath(posixpath.join(folder, line[FILE].strip()))
             row = {column: (line[column] or "").strip() for column in columns - {FILE}}

@@ -63,8 +63,15 @@ def answer(text: str, as_json: bool = False) -> None:
 
 def write(text: str) -> None:
     """Prints a line on stdout. Raises OSError, naming it, where nothing can be written there, as on a full disk."""
-    try:
+    with naming_stdout():
         print(text, flush=True)
+
+
+@contextmanager
+def naming_stdout() -> Iterator[None]:
+    """What is printed within it and cannot be written ends in an OSError that names stdout."""
+    try:
+        yield
     except BrokenPipeError:  # whoever reads has read enough
         raise
     except OSError as error:

@@ -3,18 +3,18 @@
 Grayscale is repeated; alpha (RGBA, LA, palettes and colours with transparency) is composited on a background; CMYK,
 YCbCr and HSV are converted; 1-bit is black and white; 16-bit grayscale is divided by 257 and rounded, or stretched from
 the values that are to be black and white, in a TIFF also where 0 is white; 16-bit colour is cut to its high byte by
-Pillow, unless it is stretched; an EXIF rotation is applied; of several pages or frames the first counts; colour
-profiles are not applied. TIFFs of several bands, of floats and of signed or 32-bit numbers, and DICOM, are read by the
-libraries of their fields (igpt_fast.scientific). Where nothing was measured (NaN, GDAL's value for no data) an image is
-transparent. LAB is refused by name, as are images larger than Pillow's limit against decompression bombs, and what
-Pillow would read in silence though it can be seen to be damaged: PNGs by their checksums, TIFFs cut in their tags.
+Pillow, unless it is stretched or has a value for no data; an EXIF rotation is applied; of several pages or frames the
+first counts; colour profiles are not applied. TIFFs of several bands, of floats and of signed or 32-bit numbers, and
+DICOM, are read by the libraries of their fields (igpt_fast.scientific). Where nothing was measured (NaN, GDAL's value
+for no data) an image is transparent. LAB is refused by name, as are images larger than Pillow's limit against
+decompression bombs, and what Pillow would read in silence though it can be seen to be damaged: PNGs by their checksums,
+TIFFs cut in their tags.
 """
 
 import contextlib
 import io
 import logging
 import os
-import re
 import string
 import warnings
 import zlib
@@ -52,7 +52,6 @@ _DEPTH = 32997  # the TIFF tag; slices of a volume, of which the first is read
 _PLANAR = 284  # the TIFF tag; 2: bands one behind the other
 _BITS = 258  # the TIFF tag; of each number
 _EXTRA, _OPACITY = 338, 2  # the TIFF tag of what bands behind the colours are
-_BASELINE = 532  # the last of the TIFF tags that say how pixels lie, and what they mean
 
 
 def is_image(name: str, read: Callable[[int], bytes]) -> bool:
@@ -129,18 +128,13 @@ def _open(
     """The image in a file by whoever reads all of it that matters here, and what is to be noted."""
     if scientific.is_dicom(data):
         return _with_pages(*scientific.read_dicom(data))
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(data), formats=_formats())
-        except Image.UnidentifiedImageError:
-            if bytes(data[:4]) not in scientific.TIFF_MAGIC:
-                raise
-            image = None
-    if image is None or image.format == "TIFF":
-        _refuse_lost_tags([str(warning.message) for warning in said])
-    if image is None:
+    if bytes(data[:4]) in scientific.TIFF_MAGIC:
+        scientific.refuse_cut_tags(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except Image.UnidentifiedImageError:
+        if bytes(data[:4]) not in scientific.TIFF_MAGIC:
+            raise
         return _with_pages(*scientific.read_tiff(data))
     deep = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)
     nodata = scientific.nodata_of(image.tag_v2.get(scientific.NODATA, "")) if image.format == "TIFF" else None
@@ -183,7 +177,9 @@ def _by_pillow(
     if deep and max(high for _, high in image.getextrema()[: 1 if mode == "LA" else 3]) < DIM >> 8:
         notes[DARK] = True  # Pillow has kept the high bytes
     white_is_0 = kind == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
-    bits = image.tag_v2.get(_BITS, (1,))[0] if kind == "TIFF" else 8
+    if nodata is not None and mode in ("1", "L"):  # Pillow spreads fewer bits over a byte, and turns shades over
+        nodata *= 255 / (2 ** image.tag_v2.get(_BITS, (1,))[0] - 1)
+        nodata = 255 - nodata if white_is_0 else nodata
     if kind == "PNG" and mode == "L" and "transparency" in image.info:  # Pillow has spread the shades of fewer bits
         image.info["transparency"] = image.info["transparency"] * 255 // ((1 << data[24]) - 1)
     elif mode == "P" and nodata is not None:  # of the numbers of its colours
@@ -205,9 +201,6 @@ def _by_pillow(
             colours = "L" if image.mode in ("1", "L") else "RGB"
             image = image.convert(f"{colours}A" if "transparency" in image.info else colours)
         nodata = None if mode == "P" else nodata  # which is a number of a colour, and transparent already
-        if nodata is not None and mode in ("1", "L"):  # Pillow spreads fewer bits over a byte, and turns shades over
-            nodata *= 255 / (2 ** min(8, bits) - 1)
-            nodata = 255 - nodata if white_is_0 else nodata
         alpha = image.mode in ("LA", "RGBA")
         return Values(np.atleast_3d(np.asarray(image)), alpha, nodata=nodata, seen=seen), notes
     return image, notes
@@ -218,17 +211,11 @@ def _refuse_changed_png(data: bytes) -> None:
     at, view = 8, memoryview(data)
     while len(kind := data[at + 4 : at + 8]) == 4 and kind != b"IEND":
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if end + 4 > len(data):
+            raise ValueError("it is cut short")
         if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise ValueError("it was changed: a checksum of its pixels does not match")
         at = end + 4
-
-
-def _refuse_lost_tags(said: list[str]) -> None:
-    """ValueError where Pillow has warned that it goes on without tags of a TIFF by which pixels may be others."""
-    for message in said:
-        lost = re.search(r"Skipping tag (\d+)|Truncated|Corrupt|too large", message)
-        if lost and (lost[1] is None or int(lost[1]) <= _BASELINE or int(lost[1]) == scientific.NODATA):
-            raise ValueError(f"its tags are cut short or damaged ({message})")
 
 
 def _is_beyond_pillow(image: Image.Image, bands: tuple[int, ...] | None) -> bool:

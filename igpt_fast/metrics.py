@@ -58,15 +58,19 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     for index, line in enumerate(path.read_bytes().splitlines(keepends=True)):
         try:
             row = json.loads(line)
-            numbers = [value for name, value in row.items() if value is not None or name != "images_per_second"]
-            if not all(type(value) in (int, float) and math.isfinite(value) for value in [row["step"], *numbers]):
-                raise ValueError("it holds what is no number")
+            numbers = [value for name, value in row.items() if name.endswith(("loss", "accuracy", "elapsed"))]
+            if type(row["step"]) is not int or not all(map(_is_number, numbers)):
+                raise ValueError("its step, a loss, an accuracy or elapsed is no number")
             rows.append(row)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 break
             raise InputError(f"{path}, line {index + 1} is no row of metrics: mend or remove that line") from error
     return rows
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -66,7 +66,8 @@ class Reader:
         head = self._stream.read(30)  # the entry's own header; the extra field behind its name may differ in length
         if head[:4] != b"PK\3\4":
             raise ValueError("its place in the zip holds something else")
-        if zlib.crc32(self._stream.read(int.from_bytes(head[26:28], "little"))) != named:
+        name = self._stream.read(int.from_bytes(head[26:28], "little"))
+        if name and named not in (checksum_of(name.decode("cp437")), checksum_of(name.decode("utf-8", "replace"))):
             raise ValueError("its name in the zip's list is not the one at its place")
         self._stream.seek(int.from_bytes(head[28:30], "little"), os.SEEK_CUR)
         data = self._stream.read(stored)
@@ -88,3 +89,8 @@ def open_stream(path: str) -> BinaryIO:
     with open(path, "rb") as file:
         magic = file.read(2)
     return _COMPRESSED.get(magic, open)(path, "rb")
+
+
+def checksum_of(name: str) -> int:
+    """By which a name in a zip's list is compared with the one at its place, which may be encoded otherwise."""
+    return zlib.crc32(name.replace("\\", "/").encode("utf-8", "surrogatepass"))

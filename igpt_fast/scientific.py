@@ -27,6 +27,26 @@ ORIENTATION = 274  # the tag of EXIF and of TIFF
 _WHITE_IS_0 = 0  # photometric
 _PLAIN = (0, 1, 2)  # photometric: gray, from white or black on, and RGB
 _ALPHA = 2  # of a TIFF's extra samples: opacity, by which the colours are not multiplied
+_SIZES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}  # bytes
+_BASELINE = 532  # the last of the TIFF tags that are not of one maker alone …
+_WORDS = 269, 270, 271, 272, 285, 305, 306, 315, 316, 333, 337  # … and those that only describe
 _PIXEL = 16  # bytes of one at Pillow's limit of pixels, beyond which many bands would fill the memory
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it warns of has no file's name
@@ -60,6 +80,30 @@ def patient_of(head: bytes) -> str:
     except Exception:  # what is wrong with the file, or is not installed, is told when its pixels are read
         return ""
     return hashlib.blake2b(patient.encode(), digest_size=6).hexdigest() if patient else ""
+
+
+def refuse_cut_tags(data: bytes) -> None:
+    """ValueError where a TIFF is cut in its first page's tags, or in the value of one by which pixels may be others:
+    Pillow goes on without those, and takes colours for shades.
+    """
+    order, big = "little" if data[:2] == b"II" else "big", 43 in data[2:4]
+
+    def number(at: int, length: int) -> int:
+        return int.from_bytes(data[at : at + length], order)
+
+    wide, entry = (8, 20) if big else (4, 12)
+    at = number(8 if big else 4, wide)
+    count, begin = number(at, 8 if big else 2), at + (8 if big else 2)
+    if begin + count * entry > len(data):
+        raise ValueError("its tags are cut short")
+    for at in range(begin, begin + count * entry, entry):
+        tag, size = number(at, 2), number(at + 4, wide) * _SIZES.get(number(at + 2, 2), 0)
+        if size > wide and number(at + 4 + wide, wide) + size > len(data) and _says_of_pixels(tag):
+            raise ValueError(f"the value of its tag {tag} is cut short")
+
+
+def _says_of_pixels(tag: int) -> bool:
+    return tag == NODATA or (tag <= _BASELINE and tag not in _WORDS)
 
 
 def read_tiff(data: bytes) -> tuple[Values, bool]:

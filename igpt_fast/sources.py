@@ -28,7 +28,7 @@ from igpt_fast.found import HEAD, OTHER, SCAN_SUFFIXES, SCANS, Found, is_hidden
 from igpt_fast.image_files import is_image, read_image
 from igpt_fast.images import Preprocessing
 from igpt_fast.made import MADE, made_here
-from igpt_fast.reader import Reader, fetch, open_stream
+from igpt_fast.reader import Reader, checksum_of, fetch, open_stream
 from igpt_fast.scientific import DICOM_HEAD
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -186,8 +186,13 @@ def _open_zip(path: Path, stamp: str) -> Source:
                 continue
             _refuse_packing(path, entry)
             sizes = entry.compress_size, entry.file_size
-            stored = entry.orig_filename.encode("utf-8" if entry.flag_bits & 1 << 11 else "cp437")
-            found.refs[name] = entry.header_offset, *sizes, entry.compress_type, entry.CRC, zlib.crc32(stored)
+            found.refs[name] = (
+                entry.header_offset,
+                *sizes,
+                entry.compress_type,
+                entry.CRC,
+                checksum_of(entry.orig_filename),
+            )
     return _by_name(path, Reader(str(path), "zip"), found, stamp)
 
 

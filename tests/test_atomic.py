@@ -159,11 +159,15 @@ def test_what_the_dead_left_goes_whatever_its_name(tmp_path):
 def test_files_that_the_dead_were_writing_go_and_those_of_the_living_stay(tmp_path):
     for name in (".0123abcd.77.tmp", ".0123abcd.tmp", ".notes.7.tmp", "0123abcd.77.tmp"):
         (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
     (tmp_path / ".0123abcd.78.tmp").mkdir()
+    (tmp_path / ".0123abcd.79.tmp").touch()  # whole, perhaps, and about to get its name
     with open_atomically(tmp_path / "out") as file:
         file.write(b"all")
+        file.flush()
+        os.utime(file.name, (0, 0))
         remove_leftovers(tmp_path, tmp_path / "missing")
-    left = {".0123abcd.tmp", ".notes.7.tmp", "0123abcd.77.tmp", ".0123abcd.78.tmp", "out"}
+    left = {".0123abcd.tmp", ".notes.7.tmp", "0123abcd.77.tmp", ".0123abcd.78.tmp", ".0123abcd.79.tmp", "out"}
     assert {*os.listdir(tmp_path)} == left and (tmp_path / "out").read_bytes() == b"all"
 
 

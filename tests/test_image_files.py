@@ -210,6 +210,8 @@ def test_changed_pixels_of_a_png_are_known_by_their_checksum(mode):
     for place in range(begin, end):
         with pytest.raises(InputError, match=r"^x: .*; mend or remove the file$"):
             read_image(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :], "x")
+    with pytest.raises(InputError, match="x: it is cut short"):
+        read_image(data[: data.index(b"IEND") - 6], "x")
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "packbits", None])
@@ -222,11 +224,29 @@ def test_a_tiff_that_is_cut_in_its_tags_is_refused(compression):
             read_image(data[:-left], "x")
 
 
-def test_a_lost_tag_that_says_nothing_of_pixels_is_no_damage():
-    data = encode(Image.new("RGB", (4, 4), "red"), "TIFF", tiffinfo={65000: "a text of our own"})
-    at = data.index(struct.pack("<HH", 65000, 2))
+@pytest.mark.parametrize("tag", [65000, 270, 305, 34675])
+def test_a_lost_tag_that_says_nothing_of_pixels_is_no_damage(tag):
+    data = encode(
+        Image.new("RGB", (4, 4), "red"), "TIFF", tiffinfo={tag: b"bytes" if tag == 34675 else "a text of ours"}
+    )
+    begin = int.from_bytes(data[4:8], "little") + 2
+    at = next(at for at in range(begin, len(data), 12) if data[at : at + 2] == struct.pack("<H", tag))
     lost = data[: at + 4] + struct.pack("<I", 1 << 30) + data[at + 8 :]
     assert read(lost)[0] == [255, 0, 0]
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_a_tiff_that_ends_behind_its_last_tag_is_whole(big):
+    """Without the place of a next page, which there is not."""
+    data = tiff(np.full((2, 2, 3), 9, np.uint8), "rgb", bigtiff=big)
+    wide, entry, head = (8, 20, 8) if big else (4, 12, 2)
+    at = int.from_bytes(data[8 if big else 4 :][:wide], "little")
+    count = int.from_bytes(data[at : at + head], "little")
+    tags = data[at : at + head + entry * count]
+    moved = data[: 8 if big else 4] + len(data).to_bytes(wide, "little") + data[(8 if big else 4) + wide :] + tags
+    assert read(moved)[0] == gray(9)
+    with pytest.raises(InputError, match="x: its tags are cut short; mend or remove the file"):
+        read(moved[:-1])
 
 
 def test_black_and_white_is_not_dim():

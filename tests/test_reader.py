@@ -65,6 +65,26 @@ def test_a_changed_name_in_the_list_of_a_zip_is_found(tmp_path):
         source.read(source.names.index("fog/1.png"))
 
 
+def test_names_of_a_zip_may_be_encoded_in_two_ways(tmp_path):
+    """One by its list and one by its place, or with another slash, as long as they are the same name."""
+    picture = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(picture, "PNG")
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("cat/\u00e9.png", picture.getvalue())
+        archive.writestr("cat/2.png", picture.getvalue())
+    data = path.read_bytes()
+    assert data[6:8] == b"\0\x08"  # names in UTF-8
+    name = "cat/\u00e9.png"
+    utf8, cp437 = name.encode(), name.encode("cp437")
+    assert data[30 : 30 + len(utf8)] == utf8 and len(cp437) == len(utf8) - 1
+    # The byte that the name has less is an extra field.
+    head = data[:6] + b"\0\0" + data[8:26] + struct.pack("<HH", len(cp437), 1) + cp437 + b"\0"
+    path.write_bytes((head + data[30 + len(utf8) :]).replace(b"cat/2.png", b"cat\\2.png", 1))
+    source = open_source(path)
+    assert sorted(source.names) == ["cat/2.png", name] and [source.read(i).shape for i in range(2)] == [(2, 2, 3)] * 2
+
+
 def test_a_tar_that_became_shorter_is_named(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         Image.new("L", (64, 64), 9).save(image := io.BytesIO(), "BMP")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from igpt_fast import __version__
 from igpt_fast.cli.options import JsonOption, print_json
+from igpt_fast.console import naming_stdout
 from igpt_fast.device import processor
 from igpt_fast.ops import _native
 
@@ -55,12 +56,13 @@ def info(as_json: JsonOption = False) -> None:
         "extras",
     ):
         table.add_row(name, str(facts[name]))
-    console.print(table)
-    console.print()
     ops = Table("op", "on the CPU", "on the GPU", box=None, padding=(0, 2, 0, 0))
     for op, (cpu, gpu) in facts["ops"].items():
         ops.add_row(op, cpu, gpu.replace(facts["cuda backend"], "see cuda backend above"))
-    console.print(ops)
+    with naming_stdout():
+        console.print(table)
+        console.print()
+        console.print(ops)
 
 
 def gather() -> dict:

@@ -28,7 +28,7 @@ from igpt_fast.cli.inputs import (
 )
 from igpt_fast.cli.options import DeviceOption, JsonOption, Precision, SeedOption, expanded, print_json
 from igpt_fast.cli.seen import say_seen, seen_in_test
-from igpt_fast.console import answer, counted, few_of, say
+from igpt_fast.console import answer, counted, few_of, naming_stdout, say
 from igpt_fast.errors import InputError
 from igpt_fast.joined import JoinedTokens
 from igpt_fast.probe import LBFGS, SOLVERS, ProbeResult, answers_csv, check_options, figure_png
@@ -149,16 +149,24 @@ def probe(
             facts = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seen": seen}
             print_json(figure=str(out), answers=answers and str(answers), **facts, **result.to_dict())
     finally:  # last, for a file that cannot be written must not take the figures along; nor they it
-        with ExitStack() as stack:
-            if answers:
-                stack.callback(_write, answers, answers_csv(result, names))
-            title = f"Linear probe of {model.name or model}{step} on {called(test or data)}"
-            stack.callback(_write, out, figure_png(result, title))
+        title = f"Linear probe of {model.name or model}{step} on {called(test or data)}"
+        files = {answers: answers_csv(result, names)} if answers else {}
+        _write({**files, out: figure_png(result, title)})
 
 
-def _write(path: Path, data: bytes) -> None:
-    write_atomically(path, data)
-    say(f"wrote {path}")
+def _write(files: dict[Path, bytes]) -> None:
+    """Each file, also where another cannot be written. Raises OSError of the first that cannot."""
+    failed = []
+    for path, data in files.items():
+        try:
+            write_atomically(path, data)
+            say(f"wrote {path}")
+        except OSError as error:
+            failed.append(error)
+    for error in failed[1:]:
+        say(f"error: {error.strerror}: {error.filename}")
+    if failed:
+        raise failed[0]
 
 
 def show(result: ProbeResult, as_json: bool) -> None:
@@ -171,7 +179,8 @@ def show(result: ProbeResult, as_json: bool) -> None:
         table.add_row(*_row(score, score is result.best), style=style)
     for column in table.columns[1:]:
         column.justify = "right"
-    Console(stderr=as_json).print(table)
+    with naming_stdout():
+        Console(stderr=as_json).print(table)
     chosen, count = result.chosen, len(result.classes)
     tested = count if chosen is None else len(set(chosen.labels[chosen.test].tolist()))
     lines = [

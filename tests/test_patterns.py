@@ -274,6 +274,8 @@ def test_the_start_of_a_mask_keeps_the_order_that_has_the_fewest_tiles():
     lambda: BlockMask.compile("row", (9, 9), causal=False),
     lambda: BlockMask.compile(lambda q, k: (k.row >= q.row - 2) & (k.index < q.index), (8, 9)),
     lambda: BlockMask.from_dense(torch.arange(130 * 130).view(130, 130) % 7 < 2),
+    lambda: compiled("column", (24, 24)),  # in another order
+    lambda: compiled("row|column", (32, 32)),  # in two parts
 ])  # fmt: skip
 def test_copies_and_pickles_of_a_mask_show_the_same(make):
     mask = make()
@@ -286,3 +288,4 @@ def test_copies_and_pickles_of_a_mask_show_the_same(make):
         assert torch.equal(ops.attention(q, q, q, other), wanted)
         if mask.causal:
             assert torch.equal(other.first(40).dense(), mask.first(40).dense())
+    copy.deepcopy(mask.to(torch.device("meta")))

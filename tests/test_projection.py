@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_product import by_onednn
+from test_product import let_onednn_multiply
 
 from igpt_fast import Config, ImageGPT, InputError, ops
 from igpt_fast.ops import _again
@@ -19,7 +19,7 @@ def slow(request, monkeypatch):
     """Who multiplies: torch, float32 in bf16's place, or oneDNN instead of MKL."""
     monkeypatch.setattr(module, "_SLOW", request.param == "none")
     monkeypatch.setattr(module, "ROWS", 7)
-    by_onednn(monkeypatch, request.param == "oneDNN")
+    let_onednn_multiply(monkeypatch, request.param == "oneDNN")
 
 
 def draw(rows=(3, 10), k=24, m=20, dtype=torch.float32):
@@ -197,6 +197,10 @@ def test_a_frozen_weights_input_is_not_kept(slow):
         assert (dbias == 30).all()
         h = torch.randn(3, 10, 24, dtype=dtype, requires_grad=True)
         dx = torch.autograd.grad(ops.projection(h, weight).sum(), h)[0]
+        wide = torch.zeros(20, 24, dtype=dtype)
+        y = ops.projection(x, wide, bias)
+        wide.add_(1)  # nor what x, which does not learn, was multiplied by
+        assert (torch.autograd.grad(y.sum(), bias)[0] == 30).all()
         assert dx.dtype is dtype and torch.allclose(dx.float(), weight.float().sum(0).expand_as(dx), atol=0.1)
 
 

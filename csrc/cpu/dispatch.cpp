@@ -60,7 +60,8 @@ std::string cpu_why_not(const std::string& isa) {
 
 bool cpu_is_wide_amd() {
 #if defined(IGPT_X86)
-  // Families count on from 15 in the extended field. Zen 4, family 25, takes two cycles for 512 bits.
+  // Families count on from 15 in the extended field. Zen 4, family 25, takes two cycles for 512 bits. So, it is said,
+  // do Zen 5's mobile kinds, which are not told apart.
   unsigned eax = 0, ebx, ecx, edx;
   const bool found = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0;
   return found && __builtin_cpu_is("amd") && (eax >> 8 & 15) + (eax >> 20 & 255) >= 26 && cpu_why_not("avx512").empty();

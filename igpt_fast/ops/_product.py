@@ -1,8 +1,8 @@
 """Products of float32 matrices on a CPU, without gradients: torch's own, or oneDNN's where that is twice as fast.
 
-torch multiplies float32 by MKL, which on AMD's processors stops at AVX2. From Zen 5 on AVX-512 does twice as much a
-cycle: there oneDNN, which torch has for bf16 anyway, takes half of MKL's time. torch calls it by the op that
-torch.compile makes of a Linear.
+torch multiplies float32 by MKL, which on AMD's processors stops at AVX2. AVX-512 does twice as much a cycle on Zen 5:
+there oneDNN, which torch has for bf16 anyway, takes half of MKL's time. torch calls it by the op that torch.compile
+makes of a Linear.
 """
 
 import torch
@@ -14,22 +14,40 @@ from igpt_fast.ops._native import makes_its_own, why_plain
 from igpt_fast.ops._tensors import needs_grad
 
 LEAST = 1 << 22  # multiplications of a product that oneDNN's way in, some 10 µs longer than MKL's, pays for
+NARROW = 16  # rows or columns below which it may be slower
 ROWS = 1024  # of a gradient's summands at a time: oneDNN copies them, which the cache then holds
+
+_BY_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not in every build of torch
 
 
 def mkl_is_slow() -> bool:
-    """Whether torch's own float32 products leave half of this CPU's multipliers idle."""
-    extension = not _native.WHY_NO_EXTENSION and torch.backends.mkl.is_available()
-    return extension and _native._C.cpu_is_wide_amd() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether torch's own float32 products leave half of this CPU's multipliers idle, and there is another way."""
+    there = _BY_ONEDNN is not None and torch.backends.mkl.is_available() and not _native.WHY_NO_EXTENSION
+    return there and _native._C.cpu_is_wide_amd()
 
 
-_SLOW = mkl_is_slow()
+_MKL_IS_SLOW = mkl_is_slow()
 
 
 def for_onednn(*operands: Tensor | None) -> bool:
-    """Whether oneDNN is the one to multiply such tensors, were they large, and did nobody watch."""
-    given = [t for t in operands if t is not None]
-    return _SLOW and all(t.dtype is torch.float32 and t.is_cpu for t in given) and not torch.is_autocast_enabled("cpu")
+    """Whether such tensors, if they are large, are for oneDNN: plain float32 ones, outside autocast and torch.func."""
+    return (
+        _MKL_IS_SLOW
+        and all(
+            t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided and not makes_its_own(t)
+            for t in operands
+            if t is not None
+        )
+        and not torch.is_autocast_enabled("cpu")
+        and not _is_transformed()
+    )
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_is_transformed._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports the compiler
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -37,9 +55,8 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         for_onednn(x, weight, bias)
         and x.numel() * weight.shape[0] >= LEAST
+        and min(x.shape[:-1].numel(), *weight.shape) >= NARROW
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
-        and not any(t is not None and makes_its_own(t) for t in (x, weight, bias))
         and not why_plain()
     )
 
@@ -66,5 +83,6 @@ def outer(y: Tensor, x: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not weight.t().is_contiguous():
-        weight = weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+        weight = weight.contiguous()  # of others it has only its plain loops, a thousand times slower
+    bias = None if bias is None else bias.contiguous()  # it does not look at strides
+    return _BY_ONEDNN(x, weight, bias, "none", [], "")

@@ -2,6 +2,7 @@
 
 import typing
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +79,9 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, make, plain, *parts):
-        ctx.save_for_backward(weight, *parts)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *parts)
         ctx.make, ctx.plain, ctx.in_float32 = make, plain, _in_float32(x)
-        ctx.given = weakref.ref(x), x._version
+        ctx.given = (weakref.ref(x), x._version) if make else None
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
         y = _forward(x, weight, bias)
         return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be changed in place
@@ -90,15 +91,13 @@ class _Projection(torch.autograd.Function):
         weight, *parts = ctx.saved_tensors
         plain = bool(why_plain_gradient((dy,)))
         with torch.autocast("cpu", enabled=False):
-            given = ctx.given[0]() if plain else None
-            version = ctx.given[1]
-            if given is not None and given._version == version:
+            given = ctx.given[0]() if plain and ctx.given else None
+            if given is not None and given._version == ctx.given[1]:
                 x = given  # whoever asks for its derivatives holds it
             else:
                 make = ctx.plain if plain else ctx.make
                 x = make(*parts) if make else parts[0]
-            rows = dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
-            what = *rows, weight, ctx.needs_input_grad
+            what = _rows(dy), None if x is None else _rows(x), weight, ctx.needs_input_grad
             in_float32 = ctx.in_float32 and not plain
             found = _backward_in_float32(*what, ctx.dtypes[0]) if in_float32 else _backward(*what)
         dx, *rest = (None if t is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True))
@@ -106,30 +105,34 @@ class _Projection(torch.autograd.Function):
         return dx, *rest, None, None, *(None for _ in parts)
 
 
-def _backward(dy: Tensor, x: Tensor | None, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """dx, dweight, dbias, in dy's dtype.   dy [N, M]   x [N, K], None where dweight is not wanted"""
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def _backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias, in dy's dtype.   dy [N, M]   x [N, K], for dweight alone   weight [M, K], for dx alone"""
     dweight = outer(dy, x.to(dy.dtype)) if wanted[1] else None
     return product(dy, weight.to(dy.dtype).t()) if wanted[0] else None, dweight, dy.sum(0) if wanted[2] else None
 
 
 def _backward_in_float32(
-    dy: Tensor, x: Tensor | None, weight: Tensor, wanted: tuple[bool, ...], dtype: torch.dtype
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, wanted: Sequence[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
     """As _backward; dx is rounded to `dtype` part by part."""
-    wide = weight.float()
+    wide = weight.float() if wanted[0] else None
     dx = dy.new_empty(len(dy), wide.shape[1], dtype=dtype) if wanted[0] else None
-    dweight = torch.zeros_like(wide)
-    dbias = wide.new_zeros(len(wide))
+    dweight = dy.new_zeros(dy.shape[1], x.shape[1], dtype=torch.float32) if wanted[1] else None
+    dbias = dy.new_zeros(dy.shape[1], dtype=torch.float32) if wanted[2] else None
     for begin in range(0, len(dy), ROWS):
         part = slice(begin, begin + ROWS)
         g = dy[part].float()
-        if dx is not None:
+        if wanted[0]:
             dx[part] = g @ wide
         if wanted[1]:
             dweight.addmm_(g.t(), x[part].float())
         if wanted[2]:
             dbias += g.sum(0)
-    return dx, dweight if wanted[1] else None, dbias if wanted[2] else None
+    return dx, dweight, dbias
 
 
 def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -137,29 +140,33 @@ def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _compiled_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, wanted: typing.Sequence[bool]
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, wanted: typing.Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = _backward(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), weight, tuple(wanted))
+    with torch.autocast("cpu", enabled=False):
+        found = _backward(_rows(dy), None if x is None else _rows(x), weight, wanted)
     dx, dweight, dbias = (dy.new_empty(0) if t is None else t for t in found)
-    return dx.view(x.shape) if wanted[0] else dx, dweight, dbias
+    return dx.view(*dy.shape[:-1], dx.shape[-1]) if wanted[0] else dx, dweight, dbias
 
 
 def _like(x, weight, bias):
-    return x.new_empty(*x.shape[:-1], len(weight))
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _like_backward(dy, x, weight, wanted):
-    shapes = x.shape, weight.shape, weight.shape[:1]
-    return tuple(dy.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if wanted[0] else dy.new_empty(0)
+    dweight = dy.new_empty(dy.shape[-1], x.shape[-1]) if wanted[1] else dy.new_empty(0)
+    return dx, dweight, dy.new_empty(dy.shape[-1] if wanted[2] else 0)
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
+    (x, weight, _), (for_x, for_weight) = inputs, ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
 
 
 def _gradient(ctx, backward, dy):
-    found = backward(dy, *ctx.saved_tensors, list(ctx.needs_input_grad))
-    return tuple(t if want else None for t, want in zip(found, ctx.needs_input_grad, strict=True))
+    wanted = list(ctx.needs_input_grad[:3])
+    found = backward(dy, *ctx.saved_tensors, wanted)
+    return tuple(t if want else None for t, want in zip(found, wanted, strict=True))
 
 
 # The compiler takes it where its own product would be MKL's.

@@ -121,7 +121,7 @@ class BlockMask:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.seen:
-            self.__dict__["seen"] = _seen_by([t.cpu() for t in self.raster.tensors])
+            self.__dict__["seen"] = _seen_by(self.raster.tensors)
 
     def in_order(self, name: str, order: Tensor) -> "BlockMask":
         """This mask, which is in raster order, with tiles in another. order: int [tokens], the slot at each place."""
@@ -221,7 +221,7 @@ class BlockMask:
 
 def _seen_by(tables: Sequence[Tensor]) -> Callable[[Tensor, int], Tensor]:
     """A mask's `seen`, from its tables in raster order."""
-    return lambda queries, keys: Rows(tables)[queries, :keys]
+    return lambda queries, keys: Rows([t.cpu() for t in tables])[queries, :keys]
 
 
 def _rows(n: int, causal: bool) -> Iterator[tuple[Tensor, int]]:

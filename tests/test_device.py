@@ -31,7 +31,7 @@ from igpt_fast.device import keep_memory
 if "keep" in sys.argv:
     keep_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(12):  # until blocks have found their places
     before = faults()
     blocks = [torch.ones(size << 20, dtype=torch.uint8) for size in (8, 3, 48)]
     del blocks

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from igpt_fast.errors import InputError
 
-FRESH = 60.0  # seconds
+FRESH = 60.0  # seconds in which a file that nobody locks may still be somebody's
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

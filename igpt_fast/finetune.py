@@ -6,7 +6,7 @@ training; the weights that are best in validation. A run is stopped, killed and 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class FinetuneResult:
             "step": self.step,
             "last_step": self.last_step,
             "val_accuracy": self.val_accuracy,
-            "test": None if self.test is None else {key: asdict(self.test)[key] for key in TOLD},
+            "test": None if self.test is None else {key: getattr(self.test, key) for key in TOLD},
             "recall": None if self.answers is None else self.answers.recall(self.chosen.labels[self.chosen.test]),
             "classes": list(self.chosen.classes),
             "left_out": self.chosen.left_out,

@@ -128,12 +128,13 @@ def _open(
     """The image in a file by whoever reads all of it that matters here, and what is to be noted."""
     if scientific.is_dicom(data):
         return _with_pages(*scientific.read_dicom(data))
-    if bytes(data[:4]) in scientific.TIFF_MAGIC:
+    tiff = bytes(data[:4]) in scientific.TIFF_MAGIC
+    if tiff:
         scientific.refuse_cut_tags(data)
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.UnidentifiedImageError:
-        if bytes(data[:4]) not in scientific.TIFF_MAGIC:
+        if not tiff:
             raise
         return _with_pages(*scientific.read_tiff(data))
     deep = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[-1]) for tile in image.tile)

@@ -108,6 +108,12 @@ def read_options(run: str | Path) -> dict[str, Any]:
     return values
 
 
+def to_go_on_with(run: str | Path, resume: bool) -> dict[str, Any]:
+    """As `check_run`; what `read_options` says of a run that is resumed, and nothing of a new one."""
+    check_run(run, resume)
+    return read_options(run) if resume else {"config": {}, "options": {}, "command": {}}
+
+
 def learns_classes(saved: Mapping[str, Any]) -> bool:
     """Whether train.json is of fine-tuning."""
     return "generative" in saved["options"]

@@ -27,24 +27,7 @@ ORIENTATION = 274  # the tag of EXIF and of TIFF
 _WHITE_IS_0 = 0  # photometric
 _PLAIN = (0, 1, 2)  # photometric: gray, from white or black on, and RGB
 _ALPHA = 2  # of a TIFF's extra samples: opacity, by which the colours are not multiplied
-_SIZES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
-}  # bytes
+_SIZES = 0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8  # bytes of each of TIFF's types, by its number
 _BASELINE = 532  # the last of the TIFF tags that are not of one maker alone …
 _WORDS = 269, 270, 271, 272, 285, 305, 306, 315, 316, 333, 337  # … and those that only describe
 _PIXEL = 16  # bytes of one at Pillow's limit of pixels, beyond which many bands would fill the memory
@@ -97,7 +80,8 @@ def refuse_cut_tags(data: bytes) -> None:
     if begin + count * entry > len(data):
         raise ValueError("its tags are cut short")
     for at in range(begin, begin + count * entry, entry):
-        tag, size = number(at, 2), number(at + 4, wide) * _SIZES.get(number(at + 2, 2), 0)
+        tag, kind = number(at, 2), number(at + 2, 2)
+        size = number(at + 4, wide) * (_SIZES[kind] if kind < len(_SIZES) else 0)
         if size > wide and number(at + 4 + wide, wide) + size > len(data) and _says_of_pixels(tag):
             raise ValueError(f"the value of its tag {tag} is cut short")
 

@@ -186,13 +186,8 @@ def _open_zip(path: Path, stamp: str) -> Source:
                 continue
             _refuse_packing(path, entry)
             sizes = entry.compress_size, entry.file_size
-            found.refs[name] = (
-                entry.header_offset,
-                *sizes,
-                entry.compress_type,
-                entry.CRC,
-                checksum_of(entry.orig_filename),
-            )
+            named = checksum_of(entry.orig_filename)
+            found.refs[name] = entry.header_offset, *sizes, entry.compress_type, entry.CRC, named
     return _by_name(path, Reader(str(path), "zip"), found, stamp)
 
 

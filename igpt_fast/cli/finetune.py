@@ -45,7 +45,7 @@ from igpt_fast.options import FinetuneOptions
 from igpt_fast.pixels import as_source
 from igpt_fast.predict import answers_csv, table_png
 from igpt_fast.processes import together
-from igpt_fast.run import IN_PYTHON, check_run, learns_classes, read_options
+from igpt_fast.run import IN_PYTHON, learns_classes, to_go_on_with
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.weights import open_model
 
@@ -105,8 +105,7 @@ def _prepare(
 ) -> tuple[ImageGPT | None, TokenDataset | JoinedTokens, dict[str, Any]]:
     """The model to begin with, None when resuming, the images as tokens, and what else finetune() is to be given."""
     resume = given["resume"]
-    check_run(out, resume)
-    saved = read_options(out) if resume else {"config": {}, "options": {}, "command": {}}
+    saved = to_go_on_with(out, resume)
     command = saved["command"]
     if resume and not learns_classes(saved):
         way = command.get("resume", "igpt-fast train --resume")

@@ -33,7 +33,7 @@ from igpt_fast.made import CURVE, METRICS
 from igpt_fast.options import Options
 from igpt_fast.palette import Palette
 from igpt_fast.processes import together
-from igpt_fast.run import Result, check_run, learns_classes, picture_of, read_options
+from igpt_fast.run import Result, learns_classes, picture_of, to_go_on_with
 from igpt_fast.tokens import TokenDataset, is_token_directory
 from igpt_fast.train import train as train_model
 from igpt_fast.weights import refuse_other_shape
@@ -136,10 +136,7 @@ def _prepare(data: Path, out: Path, given: dict[str, Any]) -> tuple[TokenDataset
 
 def _saved(data: Path, out: Path, resume: bool) -> dict[str, Any]:
     """What train.json says of a run to go on with, and of a new one nothing. InputError where it cannot be `data`'s."""
-    check_run(out, resume)
-    if not resume:
-        return {"config": {}, "options": {}, "command": {}}
-    saved = read_options(out)
+    saved = to_go_on_with(out, resume)
     if learns_classes(saved):
         way = saved["command"].get("resume", "igpt-fast finetune --resume")
         raise InputError(f"{out} is a run of finetune; go on with: {way}")

@@ -135,11 +135,25 @@ def why_plain() -> str | None:
         type(mode) is DeviceContext for mode in _get_current_function_mode_stack()
     ):
         return "a function mode watches it"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transformed():
         return "torch.func transforms it"
     if forward_ad._current_level >= 0:
         return "it is differentiated forward"
     return "torch.jit traces it" if torch.jit.is_tracing() else None
+
+
+def constant_for_compilers(function: Callable[..., bool]) -> Callable[..., bool]:
+    """What torch.compiler.assume_constant_result does, which would import the whole compiler: two seconds at every
+    start. The function is asked while a call is traced.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_for_compilers
+def is_transformed() -> bool:
+    """Whether torch.func transforms what is computed just now."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast.ops import _native
-from igpt_fast.ops._native import makes_its_own, why_plain
+from igpt_fast.ops._native import is_transformed, makes_its_own, why_plain
 from igpt_fast.ops._tensors import needs_grad
 
 LEAST = 1 << 22  # multiplications of a product that oneDNN's way in, some 10 µs longer than MKL's, pays for
@@ -39,15 +39,8 @@ def for_onednn(*operands: Tensor | None) -> bool:
             if t is not None
         )
         and not torch.is_autocast_enabled("cpu")
-        and not _is_transformed()
+        and not is_transformed()
     )
-
-
-def _is_transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-_is_transformed._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports the compiler
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -13,7 +13,14 @@ from igpt_fast import reference
 from igpt_fast.errors import InputError
 from igpt_fast.ops._gradient import why_plain_gradient
 from igpt_fast.ops._heads import one_dtype, readable, refusal, slices
-from igpt_fast.ops._native import backend_for, has_cuda_kernels, is_reference, say_slower, why_plain
+from igpt_fast.ops._native import (
+    backend_for,
+    constant_for_compilers,
+    has_cuda_kernels,
+    is_reference,
+    say_slower,
+    why_plain,
+)
 from igpt_fast.ops._tensors import empty, floats, needs_grad, stream_of
 from igpt_fast.patterns import FIELDS, BlockMask, unpack
 
@@ -138,6 +145,7 @@ def native_for(q: Tensor, k: Tensor, v: Tensor, op: str, scale: float = 1.0):
     return backend_for(op, (q, k, v), refused)
 
 
+@constant_for_compilers
 def _goes_without_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether plain torch is the best for such heads, asked while torch.compile traces a call."""
     if is_reference():
@@ -145,10 +153,6 @@ def _goes_without_kernel(device: torch.device, dtype: torch.dtype, head_dim: int
     with _disable_current_modes():  # torch.export would make it a fake one, which no kernel serves
         like = torch.empty(0, dtype=dtype, device=device)
     return backend_for("attention_bwd", (like,), refusal(dtype, head_dim)) is None
-
-
-# What torch.compiler.assume_constant_result does, which would import the whole compiler: two seconds at every start.
-_goes_without_kernel._dynamo_marked_constant = True
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool, scale: float) -> Tensor:

@@ -32,14 +32,17 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise InputError(f"projection: bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
     if torch.compiler.is_compiling() and for_onednn(x, weight, bias):
         return torch.ops.igpt.projection(x, weight, bias)
-    recipe = recipe_of(x) if weight.requires_grad else None  # else x is not wanted for the backward pass
-    if (recipe is None and not _in_float32(x) and not by_onednn(x, weight, bias)) or why_plain():
+    if why_plain():
         return F.linear(x, weight, bias)
-    if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):
-        own = x if weight.requires_grad else None
-        again = (recipe.make, recipe.plain, *recipe.parts) if recipe else (None, None, own)
-        return _Projection.apply(x, weight, bias, *again)
-    return _forward(x, weight, bias)
+    if torch.compiler.is_compiling() or not needs_grad(x, weight, bias):
+        return _forward(x, weight, bias)
+    own = x if weight.requires_grad else None  # else x is not wanted for the backward pass
+    recipe = None if own is None else recipe_of(x)
+    if recipe:
+        return _Projection.apply(x, weight, bias, recipe.make, recipe.plain, *recipe.parts)
+    if _in_float32(x) or by_onednn(x, weight, bias):
+        return _Projection.apply(x, weight, bias, None, None, own)
+    return F.linear(x, weight, bias)
 
 
 def bf16_is_slow() -> bool:
